@@ -1,0 +1,204 @@
+"""Every collective of the project, with the bytes it sends.
+
+The row exchange is split in two autograd functions so that work can run while it is in flight:
+
+    pending, in_flight_RD = start_exchange(rows_ND, ...)   # launches the all-to-all
+    ...                                                    # local work
+    rows_RD = finish_exchange(in_flight_RD, pending)       # waits
+
+Backward mirrors it: ``finish`` launches the reverse all-to-all, ``start`` waits for it, and whatever
+autograd runs between the two (the local work's backward) overlaps with it.
+
+Shapes: N rows sent, R rows received, D width, P ranks of the group, L local experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moepp.errors import MoeppError, PeerError
+
+Group = dist.ProcessGroup
+
+
+@dataclass
+class Traffic:
+    """What this rank has sent to *other* ranks through the expert exchange, in bytes and calls.
+
+    Counts what really crosses: forward, backward, recomputation and evaluation alike. Whoever wants the
+    bytes of one phase takes the difference of :attr:`row_bytes` around it.
+    """
+
+    row_bytes: int = 0
+    count_bytes: int = 0
+    row_exchanges: int = 0
+    count_exchanges: int = 0
+
+
+@dataclass
+class PendingExchange:
+    """State of one row exchange between its start and its finish, forward or backward."""
+
+    group: Group
+    traffic: Traffic
+    send_splits: list[int]
+    receive_splits: list[int]
+    work: Any = None
+    keep_alive: list[Tensor] = field(default_factory=list)
+
+    def launch(self, rows: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
+        """Start the all-to-all of ``rows`` [N, D]; returns the buffer [R, D] it fills."""
+        rows = rows.contiguous()
+        received = rows.new_empty((sum(receive_splits), *rows.shape[1:]))
+        own = dist.get_rank(self.group)
+        row_size = rows[:1].numel() if rows.dim() == 1 else rows.shape[1:].numel()
+        self.traffic.row_bytes += (sum(send_splits) - send_splits[own]) * row_size * rows.element_size()
+        self.traffic.row_exchanges += 1
+        self.work = dist.all_to_all_single(
+            received, rows, receive_splits, send_splits, group=self.group, async_op=True
+        )
+        self.keep_alive = [rows]
+        return received
+
+    def wait(self) -> None:
+        """Block (or make the current stream wait) until the exchange under way has finished."""
+        self.work.wait()
+        self.work, self.keep_alive = None, []
+
+
+class _StartExchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, pending: PendingExchange) -> Tensor:
+        ctx.pending = pending
+        return pending.launch(rows_ND, pending.send_splits, pending.receive_splits)
+
+    @staticmethod
+    def backward(ctx: Any, grad_in_flight_ND: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.pending.wait()
+        return grad_in_flight_ND, None
+
+
+class _FinishExchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, in_flight_RD: Tensor, pending: PendingExchange) -> Tensor:
+        ctx.pending = pending
+        pending.wait()
+        return in_flight_RD.view_as(in_flight_RD)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        pending = ctx.pending
+        # The buffer is still being filled; the only consumer is _StartExchange.backward, which waits.
+        return pending.launch(grad_RD, pending.receive_splits, pending.send_splits), None
+
+
+def start_exchange(
+    rows_ND: Tensor, send_splits: list[int], receive_splits: list[int], group: Group, traffic: Traffic
+) -> tuple[PendingExchange, Tensor]:
+    """Launch the all-to-all of ``rows_ND`` (differentiable); nothing may read the result before the finish.
+
+    Args:
+        rows_ND: rows ordered by destination rank.
+        send_splits: rows for each rank of the group, summing to N.
+        receive_splits: rows from each rank of the group, summing to R.
+        group: the expert-parallel process group.
+        traffic: where the bytes are counted.
+    """
+    pending = PendingExchange(group, traffic, send_splits, receive_splits)
+    return pending, _StartExchange.apply(rows_ND, pending)
+
+
+def finish_exchange(in_flight_RD: Tensor, pending: PendingExchange) -> Tensor:
+    """Wait for :func:`start_exchange`; returns the received rows, ordered by source rank."""
+    return _FinishExchange.apply(in_flight_RD, pending)
+
+
+def exchange_counts(counts_PL: Tensor, group: Group, traffic: Traffic) -> Tensor:
+    """All-to-all of row counts: [P, L] rows for each (rank, local expert) -> [P, L] rows from each rank."""
+    received_PL = torch.empty_like(counts_PL)
+    traffic.count_bytes += (counts_PL.shape[0] - 1) * counts_PL.shape[1] * counts_PL.element_size()
+    traffic.count_exchanges += 1
+    dist.all_to_all_single(received_PL, counts_PL.contiguous(), group=group)
+    return received_PL
+
+
+def all_reduce_sum(tensor: Tensor, group: Group | None) -> Tensor:
+    """Sum in place over the group (``None``: the default group, or nothing when there is one process)."""
+    if size(group) > 1:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def all_reduce_max(tensor: Tensor, group: Group | None) -> Tensor:
+    """Maximum in place over the group."""
+    if size(group) > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    return tensor
+
+
+def all_reduce_sum_async(tensor: Tensor, group: Group | None) -> Callable[[], None]:
+    """Start summing in place over the group; returns the function that waits for it."""
+    if size(group) == 1:
+        return lambda: None
+    work = dist.all_reduce(tensor, group=group, async_op=True)
+    assert work is not None
+    return lambda: work.wait() and None
+
+
+def size(group: Group | None = None) -> int:
+    """Number of ranks of the group; 1 where nothing is distributed."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank(group: Group | None = None) -> int:
+    """This process's rank in the group; 0 where nothing is distributed."""
+    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+
+
+def barrier(group: Group | None = None) -> None:
+    """Wait for every rank of the group."""
+    if size(group) > 1:
+        dist.barrier(group=group)
+
+
+def gather_objects(value: Any, group: Group | None = None) -> list[Any]:
+    """The ``value`` of every rank, on every rank."""
+    if size(group) == 1:
+        return [value]
+    values: list[Any] = [None] * size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def broadcast_object(value: Any, group: Group | None = None) -> Any:
+    """Rank 0's ``value`` on every rank."""
+    if size(group) == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=group)
+    return box[0]
+
+
+def run_together(action: Callable[[], Any], group: Group | None = None) -> Any:
+    """Run ``action`` on every rank; if it raises a :class:`MoeppError` anywhere, raise the same error everywhere.
+
+    Keeps an error that only one rank can see (a disk, a permission) from leaving the others in a hang.
+    """
+    result, problem = None, None
+    try:
+        result = action()
+    except MoeppError as error:
+        problem = error
+    problems = gather_objects(problem, group)
+    for failed_rank, found in enumerate(problems):
+        if found is not None:
+            if problem is not None:
+                raise problem
+            raise type(found)(str(found)) if isinstance(found, MoeppError) else PeerError(f"rank {failed_rank}: {found}")
+    return result

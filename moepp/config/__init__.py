@@ -1,0 +1,42 @@
+"""Typed configuration: schema, loading from Hydra, and validation."""
+
+from moepp.config.load import from_dict, from_hydra, known_keys, to_dict, unknown_key_message
+from moepp.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EngineConfig,
+    LoggingConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+    WandbConfig,
+)
+from moepp.config.validate import accumulation_steps, micro_batch_size, validate, zero_stage
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EngineConfig",
+    "LoggingConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "TrainConfig",
+    "WandbConfig",
+    "accumulation_steps",
+    "from_dict",
+    "from_hydra",
+    "known_keys",
+    "micro_batch_size",
+    "to_dict",
+    "unknown_key_message",
+    "validate",
+    "zero_stage",
+]

@@ -1,0 +1,123 @@
+"""From a Hydra configuration (or a plain dictionary) to the typed one, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from moepp.config.schema import Config
+from moepp.errors import ConfigError
+
+
+def from_hydra(cfg: Any) -> Config:
+    """Turn Hydra's DictConfig into a :class:`Config`.
+
+    Raises:
+        ConfigError: an unknown, missing or wrongly typed key, or a value out of range.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"configuration does not resolve: {_one_line(error)}") from error
+    return from_dict(tree)
+
+
+def from_dict(tree: Any) -> Config:
+    """Turn nested dictionaries into a :class:`Config`; errors as in :func:`from_hydra`."""
+    return build(Config, tree, "")
+
+
+def build(cls: type, tree: Any, path: str) -> Any:
+    """Build dataclass ``cls`` from mapping ``tree``; ``path`` is the key's prefix in messages."""
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{path or 'configuration'}={tree!r} must be a mapping of keys; see configs/")
+    fields = {f.metadata.get("key", f.name): f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key in tree:
+        if key not in fields:
+            raise ConfigError(unknown_key_message(_join(path, str(key)), _join_all(path, fields)))
+    values = {}
+    for key, f in fields.items():
+        if key in tree:
+            values[f.name] = _convert(tree[key], hints[f.name], _join(path, key))
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{_join(path, key)} is missing and has no default; set it")
+    return cls(**values)
+
+
+def unknown_key_message(key: str, known: list[str]) -> str:
+    """One line for a mistyped key, with the nearest known ones."""
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known keys: {', '.join(sorted(known))}"
+    return f"unknown configuration key {key}; {hint}"
+
+
+def known_keys(cls: type = Config, path: str = "") -> list[str]:
+    """Every dotted key of the configuration."""
+    keys = []
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        key = _join(path, f.metadata.get("key", f.name))
+        if dataclasses.is_dataclass(hints[f.name]):
+            keys += known_keys(typing.cast(type, hints[f.name]), key)
+        else:
+            keys.append(key)
+    return keys
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dictionaries (YAML and JSON friendly), the inverse of :func:`from_dict`."""
+    out = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            value = to_dict(value)
+        elif isinstance(value, tuple):
+            value = list(value)
+        out[f.metadata.get("key", f.name)] = value
+    return out
+
+
+def _convert(value: Any, hint: Any, path: str) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None:
+        if type(None) in options:
+            return None
+        raise ConfigError(f"{path}=null is not allowed; give {_describe(options)}")
+    for option in options:
+        if dataclasses.is_dataclass(option):
+            return build(typing.cast(type, option), value, path)
+        if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
+            item_hint = typing.get_args(option)[0]
+            return tuple(_convert(item, item_hint, f"{path}[{i}]") for i, item in enumerate(value))
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if option is str and isinstance(value, int | float) and not isinstance(value, bool):
+            return str(value)
+        if isinstance(option, type) and type(value) is option:
+            return value
+    raise ConfigError(f"{path}={value!r} has the wrong type {type(value).__name__}; give {_describe(options)}")
+
+
+def _describe(options: tuple[Any, ...]) -> str:
+    names = {int: "an integer", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    return " or ".join(names.get(o, "a list" if typing.get_origin(o) is tuple else "a mapping") for o in options)
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _join_all(path: str, keys: Any) -> list[str]:
+    return [_join(path, key) for key in keys]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

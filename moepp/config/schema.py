@@ -1,0 +1,352 @@
+"""The typed, frozen configuration: one dataclass per section of ``configs/``.
+
+Every key is a field here and nothing else is accepted. Ranges that need no other section are
+checked in ``__post_init__``; rules between sections are in :mod:`moepp.config.validate`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from moepp.errors import ConfigError
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise :class:`ConfigError` with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise :class:`ConfigError` unless ``value`` is one of ``choices``."""
+    require(value in choices, f"{key}={value!r} is not one of {', '.join(choices)}; choose one of them")
+
+
+def require_at_least(key: str, value: float, minimum: float) -> None:
+    """Raise :class:`ConfigError` unless ``value >= minimum`` (NaN is refused too)."""
+    require(value >= minimum, f"{key}={value} is below its minimum {minimum}; raise it")
+
+
+def require_above(key: str, value: float, bound: float) -> None:
+    """Raise :class:`ConfigError` unless ``value > bound`` (NaN is refused too)."""
+    require(value > bound, f"{key}={value} must be greater than {bound}; raise it")
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """One mixture-of-experts layer (MoE++, arXiv 2410.07348). Expert order: FFN, constant, copy, zero.
+
+    Vanilla MoE is the same configuration with no zero-computation experts.
+    """
+
+    num_ffn_experts: int
+    ffn_hidden_size: int  # F, width of one FFN expert
+    num_zero_experts: int = 0  # E(x) = 0
+    num_copy_experts: int = 0  # E(x) = x
+    num_constant_experts: int = 0  # E(x) = a1 x + a2 v, [a1, a2] = softmax(W_c x)
+    top_k: int = 2  # experts selected per token
+    router: str = "linear"  # "linear" (paper) or "mlp" (D -> 8N, tanh, 8N -> N; released code)
+    gating_residual: bool = True  # add W_g times the previous MoE layer's router logits
+    logits_norm_std: float | None = None  # scale each token's logits to this standard deviation; None: off
+    gate_normalization: str = "zero_masked"  # "zero_masked", "none", "topk_softmax"
+    scale_input_by_top_k: bool = False  # multiply the experts' input by top_k (released code)
+    tau: float = 0.75  # weight of zero-computation experts in Eq. 7, of FFN capacity in Eq. 8
+    capacity_factor: float | None = 1.1  # gamma of Eq. 8; None: dropless. Only while training
+    drop_policy: str = "weight"  # which overflowing slots go: lowest "weight" or latest "position"
+    balance_loss_weight: float = 0.01  # beta
+    balance_loss_scope: str = "micro_batch"  # tokens that f_i counts: "micro_batch", "data_parallel", "global_batch"
+    balance_loss_switch_scale: bool = False  # multiply Eq. 7 by N/K as Switch Transformer does; the paper does not
+    z_loss_weight: float = 0.0  # weight of mean(logsumexp(logits)^2) (ST-MoE, arXiv 2202.08906 Eq. 5)
+
+    def __post_init__(self) -> None:
+        for name in ("num_ffn_experts", "num_zero_experts", "num_copy_experts", "num_constant_experts"):
+            require_at_least(f"model.moe.{name}", getattr(self, name), 0)
+        require_at_least("model.moe.ffn_hidden_size", self.ffn_hidden_size, 1)
+        require(
+            self.num_experts > 0,
+            "model.moe has 0 experts of every kind; an MoE layer needs at least one: raise num_ffn_experts",
+        )
+        require(
+            1 <= self.top_k <= self.num_experts,
+            f"model.moe.top_k={self.top_k} must lie between 1 and the {self.num_experts} experts of the layer; "
+            "lower top_k or add experts",
+        )
+        require_choice("model.moe.router", self.router, ("linear", "mlp"))
+        require_choice(
+            "model.moe.gate_normalization", self.gate_normalization, ("zero_masked", "none", "topk_softmax")
+        )
+        require_choice("model.moe.drop_policy", self.drop_policy, ("weight", "position"))
+        require_choice(
+            "model.moe.balance_loss_scope",
+            self.balance_loss_scope,
+            ("micro_batch", "data_parallel", "global_batch"),
+        )
+        require_above("model.moe.tau", self.tau, 0)
+        for name in ("logits_norm_std", "capacity_factor"):
+            value = getattr(self, name)
+            if value is not None:
+                require_above(f"model.moe.{name}", value, 0)
+        require_at_least("model.moe.balance_loss_weight", self.balance_loss_weight, 0)
+        require_at_least("model.moe.z_loss_weight", self.z_loss_weight, 0)
+        require(
+            self.logits_norm_std is None or self.num_experts > 1,
+            "model.moe.logits_norm_std needs at least 2 experts (a standard deviation of one logit is undefined); "
+            "set it to null",
+        )
+
+    @property
+    def num_zero_computation_experts(self) -> int:
+        return self.num_zero_experts + self.num_copy_experts + self.num_constant_experts
+
+    @property
+    def num_experts(self) -> int:
+        """N: all experts of every kind."""
+        return self.num_ffn_experts + self.num_zero_computation_experts
+
+    @property
+    def kind_slices(self) -> dict[str, slice]:
+        """Index range of each expert kind in the order FFN, constant, copy, zero."""
+        slices, start = {}, 0
+        for kind in ("ffn", "constant", "copy", "zero"):
+            count = getattr(self, f"num_{kind}_experts")
+            slices[kind] = slice(start, start + count)
+            start += count
+        return slices
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-style decoder with MoE++ layers."""
+
+    vocab_size: int
+    hidden_size: int  # D
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    max_seq_len: int  # longest sequence of positions the model is meant for, tokens
+    moe: MoEConfig
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+    tie_embeddings: bool = False
+    moe_layer_interval: int = 1  # layer i is an MoE layer iff (i + 1) % interval == 0, dense SwiGLU otherwise
+    dense_ffn_hidden_size: int | None = None  # width of the dense SwiGLU; needed when the interval is above 1
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "max_seq_len"):
+            require_at_least(f"model.{name}", getattr(self, name), 1)
+        require_at_least("model.moe_layer_interval", self.moe_layer_interval, 1)
+        for name in ("rope_theta", "norm_eps", "init_std"):
+            require_above(f"model.{name}", getattr(self, name), 0)
+        require(
+            self.hidden_size % self.num_heads == 0,
+            f"model.hidden_size={self.hidden_size} is not divisible by model.num_heads={self.num_heads}; "
+            "change one of them",
+        )
+        require(
+            self.head_dim % 2 == 0,
+            f"model.hidden_size={self.hidden_size} / model.num_heads={self.num_heads} gives an odd head size "
+            f"{self.head_dim}, and rotary embeddings need an even one; change one of them",
+        )
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.num_heads={self.num_heads} is not divisible by model.num_kv_heads={self.num_kv_heads}; "
+            "change one of them",
+        )
+        require(
+            self.moe_layer_interval == 1 or self.dense_ffn_hidden_size is not None,
+            f"model.moe_layer_interval={self.moe_layer_interval} leaves dense layers without a width; "
+            "set model.dense_ffn_hidden_size",
+        )
+        if self.dense_ffn_hidden_size is not None:
+            require_at_least("model.dense_ffn_hidden_size", self.dense_ffn_hidden_size, 1)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that hold an MoE layer."""
+        return tuple(i for i in range(self.num_layers) if (i + 1) % self.moe_layer_interval == 0)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Megatron indexed datasets (``moepp prepare`` writes them)."""
+
+    paths: tuple[str, ...]  # prefixes: each names PREFIX.bin and PREFIX.idx
+    seq_len: int  # tokens per training sequence
+    weights: tuple[float, ...] | None = None  # share of each path in a batch; None: by number of tokens
+    split: str = "96,3,1"  # train, validation, test shares of the documents
+    tokenizer: str | None = None  # tokenizer.json; needed for samples and for the check of the vocabulary
+    cache_dir: str | None = None  # where dataset indices are kept; None: <run.dir>/data-cache
+
+    def __post_init__(self) -> None:
+        require(len(self.paths) > 0, "data.paths is empty; name at least one prefix written by `moepp prepare`")
+        require_at_least("data.seq_len", self.seq_len, 1)
+        if self.weights is not None:
+            require(
+                len(self.weights) == len(self.paths),
+                f"data.weights has {len(self.weights)} entries and data.paths {len(self.paths)}; give one per path",
+            )
+            for weight in self.weights:
+                require_above("data.weights entry", weight, 0)
+        try:
+            shares = [float(part) for part in self.split.split(",")]
+        except ValueError:
+            shares = []
+        require(
+            len(shares) == 3 and all(s >= 0 for s in shares) and shares[0] > 0,
+            f"data.split={self.split!r} is not three shares of train, validation and test; write for example '96,3,1'",
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and learning-rate schedule."""
+
+    name: str = "adamw"  # "adamw" or "sgd"
+    lr: float = 5e-4  # peak learning rate
+    min_lr: float = 5e-5  # learning rate at the end of the schedule
+    warmup_steps: int = 2000  # linear warm-up
+    schedule: str = "cosine"  # "cosine", "linear" or "constant" after the warm-up
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices; not on norms and constant vectors
+    grad_clip: float | None = 1.0  # largest global gradient norm; None: off
+
+    def __post_init__(self) -> None:
+        require_choice("optim.name", self.name, ("adamw", "sgd"))
+        require_choice("optim.schedule", self.schedule, ("cosine", "linear", "constant"))
+        require_above("optim.lr", self.lr, 0)
+        require(
+            0 <= self.min_lr <= self.lr,
+            f"optim.min_lr={self.min_lr} must lie between 0 and optim.lr={self.lr}; lower it",
+        )
+        require_at_least("optim.warmup_steps", self.warmup_steps, 0)
+        require_above("optim.eps", self.eps, 0)
+        require_at_least("optim.weight_decay", self.weight_decay, 0)
+        require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            f"optim.betas={list(self.betas)} must be two numbers in [0, 1); for example [0.9, 0.95]",
+        )
+        if self.grad_clip is not None:
+            require_above("optim.grad_clip", self.grad_clip, 0)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model is spread over ranks."""
+
+    expert: int = 1  # P: ranks that share one set of FFN experts
+    zero_stage: int | None = None  # deepspeed: 0, 1 or 2 (None: 1); native: 0
+
+    def __post_init__(self) -> None:
+        require_at_least("parallel.expert", self.expert, 1)
+        require(
+            self.zero_stage in (None, 0, 1, 2),
+            f"parallel.zero_stage={self.zero_stage} is not one of 0, 1, 2; choose one of them",
+        )
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Which engine updates the parameters."""
+
+    name: str = "deepspeed"  # "deepspeed" or "native"
+
+    def __post_init__(self) -> None:
+        require_choice("engine.name", self.name, ("deepspeed", "native"))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch and precision of the run."""
+
+    steps: int  # optimizer steps
+    global_batch_size: int  # sequences per optimizer step over all ranks
+    micro_batch_size: int | None = None  # sequences per rank and forward; None: global_batch_size / ranks
+    precision: str = "bf16"  # "bf16" (fp32 masters and reduction) or "fp32"
+    recompute: bool = False  # recompute each layer's forward in backward instead of storing it
+    eval_interval: int = 0  # optimizer steps between evaluations; 0: only at the end
+    eval_batches: int = 8  # global batches per evaluation; 0: never evaluate
+    log_interval: int = 10  # optimizer steps between metric records
+
+    def __post_init__(self) -> None:
+        require_at_least("train.steps", self.steps, 1)
+        require_at_least("train.global_batch_size", self.global_batch_size, 1)
+        if self.micro_batch_size is not None:
+            require_at_least("train.micro_batch_size", self.micro_batch_size, 1)
+        require_choice("train.precision", self.precision, ("bf16", "fp32"))
+        require_at_least("train.eval_interval", self.eval_interval, 0)
+        require_at_least("train.eval_batches", self.eval_batches, 0)
+        require_at_least("train.log_interval", self.log_interval, 1)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept."""
+
+    interval: int = 0  # optimizer steps between checkpoints; 0: only at the end
+    keep: int = 2  # newest checkpoints kept; 0: all
+    async_: bool = field(default=False, metadata={"key": "async"})  # write in the background
+
+    def __post_init__(self) -> None:
+        require_at_least("checkpoint.interval", self.interval, 0)
+        require_at_least("checkpoint.keep", self.keep, 0)
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases."""
+
+    mode: str = "offline"  # "offline", "online" or "disabled"
+    project: str = "moepp"
+
+    def __post_init__(self) -> None:
+        require_choice("logging.wandb.mode", self.mode, ("offline", "online", "disabled"))
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Where progress and metrics go, besides metrics.jsonl."""
+
+    wandb: WandbConfig = WandbConfig()
+    progress: bool = True  # progress bar on rank 0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Identity and place of the run."""
+
+    name: str = "run"
+    dir: str | None = None  # None: runs/<name>
+    seed: int = 1234
+    resume: str = "auto"  # "auto", "never", or the path of a checkpoint
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.name) and "/" not in self.name and self.name not in (".", ".."),
+            f"run.name={self.name!r} must be a plain folder name; remove slashes, or set run.dir",
+        )
+        require_at_least("run.seed", self.seed, 0)
+
+    @property
+    def path(self) -> str:
+        return self.dir if self.dir is not None else f"runs/{self.name}"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a training run needs to know."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    parallel: ParallelConfig
+    engine: EngineConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig

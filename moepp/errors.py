@@ -1,0 +1,25 @@
+"""Errors that a user can cause. Each message is one line: the value, the rule it breaks, the remedy."""
+
+
+class MoeppError(Exception):
+    """Base of every error that a user can cause; printed as one line, without a traceback."""
+
+
+class ConfigError(MoeppError, ValueError):
+    """A configuration value, or a combination of values, that cannot work."""
+
+
+class DataError(MoeppError):
+    """Missing, corrupt, empty or unsuitable training data, tokenizer or corpus."""
+
+
+class RunError(MoeppError):
+    """A run directory that cannot be used: occupied, not writable, or not a run."""
+
+
+class CheckpointError(MoeppError):
+    """A checkpoint that is missing, damaged, or does not fit the run."""
+
+
+class PeerError(MoeppError):
+    """Another rank failed; this rank stops with it."""

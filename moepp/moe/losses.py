@@ -1,0 +1,41 @@
+"""Auxiliary losses of the router, as pure functions.
+
+Shapes: T tokens, E = N experts of every kind (order FFN, constant, copy, zero), K experts per token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moepp.config import MoEConfig
+
+
+def balance_loss(*, probs_TE: Tensor, selection_share_E: Tensor, cfg: MoEConfig) -> Tensor:
+    """Heterogeneous load-balance loss (MoE++, arXiv 2410.07348, Eq. 7): ``Σ_i η_i f_i P_i``.
+
+    η_i is 1 for FFN experts and τ for zero-computation experts; ``P_i`` is the mean of ``probs_TE`` over the local
+    tokens (differentiable). Eq. 7 has no factor N; with ``cfg.balance_loss_switch_scale`` the sum is multiplied by
+    N/K, as in Switch Transformer (arXiv 2101.03961, Eq. 4), so that perfect balance gives about 1 whatever N.
+
+    Args:
+        probs_TE: softmax of the router logits, local tokens.
+        selection_share_E: f_i, choices of expert i (before capacity drops) per token of the chosen scope; it sums to
+            K and carries no gradient.
+
+    Returns:
+        Scalar, not multiplied by β; 0 for T = 0.
+    """
+    num_tokens = max(probs_TE.shape[0], 1)
+    eta_E = torch.ones_like(selection_share_E)
+    eta_E[cfg.num_ffn_experts :] = cfg.tau
+    loss = (eta_E * selection_share_E.detach() * (probs_TE.sum(dim=0) / num_tokens)).sum()
+    return loss * (cfg.num_experts / cfg.top_k) if cfg.balance_loss_switch_scale else loss
+
+
+def router_z_loss(*, logits_TE: Tensor) -> Tensor:
+    """Router z-loss (ST-MoE, arXiv 2202.08906, Eq. 5): mean over tokens of ``logsumexp(logits)²``.
+
+    Taken on the logits before any normalisation, whose growth it limits. Scalar; 0 for T = 0.
+    """
+    return torch.logsumexp(logits_TE, dim=-1).square().sum() / max(logits_TE.shape[0], 1)
