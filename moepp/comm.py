@@ -51,6 +51,7 @@ class PendingExchange:
     receive_splits: list[int]
     work: Any = None
     keep_alive: list[Tensor] = field(default_factory=list)
+    grad_in_flight: Tensor | None = None
 
     def launch(self, rows: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
         """Start the all-to-all of ``rows`` [N, D]; returns the buffer [R, D] it fills."""
@@ -79,9 +80,12 @@ class _StartExchange(torch.autograd.Function):
         return pending.launch(rows_ND, pending.send_splits, pending.receive_splits)
 
     @staticmethod
-    def backward(ctx: Any, grad_in_flight_ND: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.pending.wait()
-        return grad_in_flight_ND, None
+    def backward(ctx: Any, token_RD: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # What autograd hands over is only a token shaped like the forward's output; the rows are in the buffer.
+        pending = ctx.pending
+        pending.wait()
+        grad_ND, pending.grad_in_flight = pending.grad_in_flight, None
+        return grad_ND, None
 
 
 class _FinishExchange(torch.autograd.Function):
@@ -94,8 +98,8 @@ class _FinishExchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         pending = ctx.pending
-        # The buffer is still being filled; the only consumer is _StartExchange.backward, which waits.
-        return pending.launch(grad_RD, pending.receive_splits, pending.send_splits), None
+        pending.grad_in_flight = pending.launch(grad_RD, pending.receive_splits, pending.send_splits)
+        return grad_RD, None
 
 
 def start_exchange(

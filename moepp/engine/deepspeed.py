@@ -1,0 +1,187 @@
+"""The DeepSpeed engine: ZeRO 0, 1, 2 with expert parallelism.
+
+DeepSpeed sees our expert layer as plain parameters marked with their expert-parallel group; its own MoE layer is
+never used. Where it goes wrong (ZeRO-0 with expert parallelism and clipping), the norm and the clipping are ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moepp import comm
+from moepp.config import OptimConfig
+from moepp.engine.engine import StepResult, make_optimizer
+from moepp.errors import ConfigError
+from moepp.parallel.groups import ParallelGroups
+from moepp.parallel.parameters import group_parameters, is_expert_parameter
+
+
+def _import_deepspeed(groups: ParallelGroups) -> Any:
+    """Import DeepSpeed and let it adopt the process group that exists already."""
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    # Its shared-memory collectives are compiled at first use; a build that is killed leaves a lock on which every
+    # later run hangs. gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.setdefault("LOCAL_RANK", str(groups.device.index or 0))  # it refuses to start without
+    deepspeed.init_distributed(verbose=False)
+    return deepspeed
+
+
+def _mark_experts(model: nn.Module, groups: ParallelGroups) -> None:
+    """Tell DeepSpeed which parameters are sharded over the EP group, by the attributes its own layer would set."""
+    from deepspeed.moe.layer import MoE
+    from deepspeed.utils import groups as deepspeed_groups
+
+    deepspeed_groups._create_expert_and_data_parallel(groups.ep_size)
+    group_name = f"ep_size_{groups.ep_size}"
+    for name, parameter in model.named_parameters():
+        if is_expert_parameter(name):
+            parameter.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
+            parameter.group_name = group_name  # pyright: ignore[reportAttributeAccessIssue]
+
+    class Marker(MoE):
+        """No parameters; makes the engine see a model with MoE layers."""
+
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.num_experts = groups.ep_size
+            self.num_local_experts = 1
+            self.ep_size = groups.ep_size
+            self.expert_group_name = group_name
+
+        def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
+            """The groups exist already."""
+
+    model.add_module("deepspeed_marker", Marker())
+
+
+class DeepSpeedEngine:
+    """ZeRO over the data-parallel ranks (dense) and expert-data-parallel ranks (FFN experts)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: ParallelGroups,
+        optim: OptimConfig,
+        accumulation_steps: int,
+        micro_batch_size: int,
+        zero_stage: int,
+    ) -> None:
+        if zero_stage not in (0, 1, 2):
+            raise ConfigError(f"parallel.zero_stage={zero_stage} is not one of 0, 1, 2; choose one of them")
+        deepspeed = _import_deepspeed(groups)
+        self.model = model
+        self._groups = groups
+        self._optim = optim
+        self._zero_stage = zero_stage
+        is_bf16 = next(model.parameters()).dtype == torch.bfloat16
+        parameter_groups = [
+            {
+                "params": list(group.parameters.values()),
+                "name": group.name,
+                "weight_decay": optim.weight_decay if group.decay else 0.0,
+            }
+            for group in group_parameters(model.named_parameters())
+        ]
+        if groups.ep_size > 1:
+            from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+            _mark_experts(model, groups)
+            parameter_groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups)
+        config = _config(optim, accumulation_steps, micro_batch_size, zero_stage, is_bf16)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use whatever the log level
+            self._engine, *_ = deepspeed.initialize(
+                model=model, optimizer=make_optimizer(parameter_groups, optim), config=config, dist_init_required=False
+            )
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # counts the micro-batch; nothing is reduced or updated before the boundary
+
+    def step(self, lr: float, update: bool = True) -> StepResult:
+        optimizer = self._engine.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if self._zero_stage == 0:
+            return self._step_without_zero(update)
+        if not update:
+            self._make_gradient_infinite()
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        skipped = bool(optimizer.overflow) or not math.isfinite(norm)
+        return StepResult(norm if not skipped else math.inf, skipped)
+
+    def _make_gradient_infinite(self) -> None:
+        """DeepSpeed discards a gradient that is not finite; that is how an update is skipped on request."""
+        optimizer = self._engine.optimizer
+        if hasattr(optimizer, "fp32_groups_gradients_flat"):
+            optimizer.fp32_groups_gradients_flat[0].fill_(math.inf)
+        else:
+            for partition in optimizer.averaged_gradients[0]:
+                partition.fill_(math.inf)
+
+    def _step_without_zero(self, update: bool) -> StepResult:
+        """ZeRO-0: the gradients are in ``.grad``, already averaged; norm and clipping over all experts are ours."""
+        dense, expert = self._squared_norms()
+        comm.all_reduce_sum(expert, self._groups.ep)
+        norm = float((dense + expert).sqrt())
+        skipped = not update or not math.isfinite(norm)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        if skipped:
+            for parameter in parameters:
+                parameter.grad = None
+        elif self._optim.grad_clip is not None and norm > self._optim.grad_clip:
+            for parameter in parameters:
+                parameter.grad.mul_(self._optim.grad_clip / (norm + 1e-6))
+        self._engine.step()
+        return StepResult(norm, skipped)
+
+    def _squared_norms(self) -> tuple[Tensor, Tensor]:
+        squares = {kind: torch.zeros((), dtype=torch.float64, device=self._groups.device) for kind in (False, True)}
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None:
+                norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float64)
+                squares[is_expert_parameter(name)] += norm.square()
+        return squares[False], squares[True]
+
+    def export_state(self) -> dict[str, dict[str, Any]]:
+        from moepp.engine.deepspeed_state import export_state
+
+        return export_state(self._engine, self._optim)
+
+    def import_state(self, state: dict[str, dict[str, Any]]) -> None:
+        from moepp.engine.deepspeed_state import import_state
+
+        import_state(self._engine, self._optim, state)
+
+
+def _config(
+    optim: OptimConfig, accumulation_steps: int, micro_batch_size: int, zero_stage: int, is_bf16: bool
+) -> dict[str, Any]:
+    clip = optim.grad_clip if optim.grad_clip is not None and zero_stage > 0 else 0.0
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": clip,
+        "zero_optimization": {"stage": zero_stage},
+        "zero_allow_untested_optimizer": True,
+        # immediate_grad_update: move each gradient to the fp32 buffer at once. Without it, micro-batches after the
+        # first are counted twice when the loss is computed outside the engine's own forward.
+        "bf16": {"enabled": is_bf16, "check_grad_overflow": is_bf16, "immediate_grad_update": is_bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "steps_per_print": None,
+    }

@@ -1,0 +1,133 @@
+"""The plain-torch engine: manual gradient reduction, fp32 masters. The oracle for the other engines."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moepp import comm
+from moepp.config import OptimConfig
+from moepp.engine.engine import StepResult, make_optimizer, state_keys
+from moepp.parallel.groups import ParallelGroups
+from moepp.parallel.parameters import ParameterGroup, group_parameters
+
+
+class _FlatGroup:
+    """Parameters of one group with their gradients in one flat fp32 buffer, so that one collective reduces them."""
+
+    def __init__(self, group: ParameterGroup, model_is_fp32: bool) -> None:
+        self.group = group
+        parameters = list(group.parameters.values())
+        # In fp32 the parameters are their own masters; in bf16 the masters are fp32 copies.
+        self.masters = parameters if model_is_fp32 else [nn.Parameter(p.detach().float()) for p in parameters]
+        self.parameters = parameters
+        self.grad = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+        self.grad_views: list[Tensor] = []
+        offset = 0
+        for parameter, master in zip(parameters, self.masters, strict=True):
+            view = self.grad[offset : offset + parameter.numel()].view_as(parameter)
+            offset += parameter.numel()
+            self.grad_views.append(view)
+            master.grad = view
+            if not model_is_fp32:
+                parameter.register_post_accumulate_grad_hook(_accumulate_into(view))
+
+    def write_back(self) -> None:
+        """Round the fp32 masters into the model's parameters."""
+        if self.masters is not self.parameters:
+            torch._foreach_copy_([p.data for p in self.parameters], [m.data for m in self.masters])
+
+
+def _accumulate_into(grad_fp32: Tensor) -> Any:
+    def hook(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        grad_fp32.add_(parameter.grad)
+        parameter.grad = None
+
+    return hook
+
+
+class NativeEngine:
+    """Gradients are summed in fp32: dense parameters over all ranks, FFN experts over the ranks that hold them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: ParallelGroups,
+        optim: OptimConfig,
+        accumulation_steps: int,
+    ) -> None:
+        self.model = model
+        self._groups = groups
+        self._optim = optim
+        # The same divisor for every parameter: all micro-batches of all ranks.
+        self._loss_scale = 1.0 / (accumulation_steps * groups.world_size)
+        is_fp32 = next(model.parameters()).dtype == torch.float32
+        self._flat = [_FlatGroup(group, is_fp32) for group in group_parameters(model.named_parameters())]
+        self._optimizer = make_optimizer(
+            [
+                {"params": flat.masters, "weight_decay": optim.weight_decay if flat.group.decay else 0.0}
+                for flat in self._flat
+            ],
+            optim,
+        )
+
+    def backward(self, loss: Tensor) -> None:
+        (loss * self._loss_scale).backward()
+
+    def step(self, lr: float, update: bool = True) -> StepResult:
+        for flat in self._flat:
+            comm.all_reduce_sum(flat.grad, self._groups.edp if flat.group.expert else self._groups.world)
+        grad_norm = self._grad_norm()
+        skipped = not update or not math.isfinite(grad_norm)
+        if not skipped:
+            self._clip(grad_norm)
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+            for flat in self._flat:
+                flat.write_back()
+        for flat in self._flat:
+            flat.grad.zero_()
+        return StepResult(grad_norm, skipped)
+
+    def _grad_norm(self) -> float:
+        """Global norm: dense gradients are equal on all ranks, expert gradients are summed over the EP group."""
+        device = self._flat[0].grad.device
+        squares = {kind: torch.zeros((), dtype=torch.float64, device=device) for kind in (False, True)}
+        for flat in self._flat:
+            squares[flat.group.expert] += torch.linalg.vector_norm(flat.grad, dtype=torch.float64).square()
+        comm.all_reduce_sum(squares[True], self._groups.ep)
+        return float((squares[False] + squares[True]).sqrt())
+
+    def _clip(self, grad_norm: float) -> None:
+        limit = self._optim.grad_clip
+        if limit is not None and grad_norm > limit:
+            for flat in self._flat:
+                flat.grad.mul_(limit / (grad_norm + 1e-6))
+
+    def export_state(self) -> dict[str, dict[str, Any]]:
+        state: dict[str, dict[str, Any]] = {}
+        for flat in self._flat:
+            for name, master in zip(flat.group.parameters, flat.masters, strict=True):
+                entry = self._optimizer.state.get(master, {})
+                state[name] = {"fp32": master.detach()}
+                for key in state_keys(self._optim):
+                    state[name][key] = entry[key] if key in entry else torch.zeros_like(master)
+                state[name]["step"] = int(entry["step"]) if "step" in entry else 0
+        return state
+
+    @torch.no_grad()
+    def import_state(self, state: dict[str, dict[str, Any]]) -> None:
+        for flat in self._flat:
+            for name, master in zip(flat.group.parameters, flat.masters, strict=True):
+                master.copy_(state[name]["fp32"])
+                if state_keys(self._optim):
+                    entry = self._optimizer.state[master]
+                    for key in state_keys(self._optim):
+                        entry[key] = state[name][key].to(master.device, torch.float32).clone()
+                    entry["step"] = torch.tensor(float(state[name]["step"]), device=master.device)
+            flat.write_back()

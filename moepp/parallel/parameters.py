@@ -1,0 +1,42 @@
+"""Which parameters are sharded over experts, and which decay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters with the same reduction and the same weight decay, by name."""
+
+    name: str
+    expert: bool
+    decay: bool
+    parameters: dict[str, nn.Parameter]
+
+
+def is_expert_parameter(name: str) -> bool:
+    """Whether the parameter is stacked over FFN experts (dimension 0) and so sharded over the EP group."""
+    return ".experts." in f".{name}"
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Weight decay applies to matrices; norms and the constant experts' vectors are left alone."""
+    return parameter.dim() >= 2 and not name.endswith("zero_computation.value")
+
+
+def group_parameters(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[ParameterGroup]:
+    """Split into dense/expert x decay/no-decay; every parameter is in exactly one group, empty groups are left out."""
+    groups = [
+        ParameterGroup(f"{kind}_{'decay' if decay else 'no_decay'}", kind == "expert", decay, {})
+        for kind in ("dense", "expert")
+        for decay in (True, False)
+    ]
+    for name, parameter in named_parameters:
+        for group in groups:
+            if group.expert == is_expert_parameter(name) and group.decay == decays(name, parameter):
+                group.parameters[name] = parameter
+    return [group for group in groups if group.parameters]
