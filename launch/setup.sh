@@ -99,8 +99,11 @@ _clear_if_stale() {
 }
 
 _find_python() {
-    local candidate found=""
-    for candidate in ${PYTHON:-python3 python3.11 python3.12 python3.13 python3.14}; do
+    local candidate found="" candidates=(python3 python3.11 python3.12 python3.13 python3.14)
+    if [[ -n "${PYTHON:-}" ]]; then
+        candidates=("$PYTHON")
+    fi
+    for candidate in "${candidates[@]}"; do
         "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue
         found="$candidate"
         if "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
@@ -108,7 +111,7 @@ _find_python() {
             return
         fi
     done
-    [[ -n "$found" ]] || die "no Python 3.11 or newer among: ${PYTHON:-python3 python3.11 ... python3.14};" \
+    [[ -n "$found" ]] || die "no Python 3.11 or newer among: ${candidates[*]};" \
         "install one (apt-get install python3 python3-venv) or set PYTHON"
     local package
     package="$("$found" -c 'import sys; print(f"python{sys.version_info[0]}.{sys.version_info[1]}-venv")')"
