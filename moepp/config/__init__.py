@@ -1,6 +1,6 @@
 """Typed configuration: schema, loading from Hydra, and validation."""
 
-from moepp.config.load import from_dict, from_hydra, known_keys, to_dict, unknown_key_message
+from moepp.config.load import explain_hydra_error, from_dict, from_hydra, known_keys, to_dict, unknown_key_message
 from moepp.config.schema import (
     CheckpointConfig,
     Config,
@@ -31,6 +31,7 @@ __all__ = [
     "TrainConfig",
     "WandbConfig",
     "accumulation_steps",
+    "explain_hydra_error",
     "from_dict",
     "from_hydra",
     "known_keys",

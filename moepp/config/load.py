@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -121,3 +122,15 @@ def _join_all(path: str, keys: Any) -> list[str]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def explain_hydra_error(error: Exception) -> str:
+    """One line for what Hydra or OmegaConf refused before the typed configuration was reached."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = _one_line(error)
+    match = re.match(r"Could not override '([^']+)'", text)
+    if match and ("not in struct" in text or "not in struct" in str(cause)):
+        return unknown_key_message(match.group(1), known_keys())
+    return text

@@ -241,6 +241,7 @@ class ParallelConfig:
 
     expert: int = 1  # P: ranks that share one set of FFN experts
     zero_stage: int | None = None  # deepspeed: 0, 1 or 2 (None: 1); native: 0
+    timeout_seconds: float = 600.0  # longest wait for another rank before the run stops
 
     def __post_init__(self) -> None:
         require_at_least("parallel.expert", self.expert, 1)
@@ -248,6 +249,7 @@ class ParallelConfig:
             self.zero_stage in (None, 0, 1, 2),
             f"parallel.zero_stage={self.zero_stage} is not one of 0, 1, 2; choose one of them",
         )
+        require_above("parallel.timeout_seconds", self.timeout_seconds, 0)
 
 
 @dataclass(frozen=True)
@@ -272,6 +274,7 @@ class TrainConfig:
     eval_interval: int = 0  # optimizer steps between evaluations; 0: only at the end
     eval_batches: int = 8  # global batches per evaluation; 0: never evaluate
     log_interval: int = 10  # optimizer steps between metric records
+    samples: int = 0  # continuations of held-out text drawn after the last step; 0: none
 
     def __post_init__(self) -> None:
         require_at_least("train.steps", self.steps, 1)
@@ -282,6 +285,7 @@ class TrainConfig:
         require_at_least("train.eval_interval", self.eval_interval, 0)
         require_at_least("train.eval_batches", self.eval_batches, 0)
         require_at_least("train.log_interval", self.log_interval, 1)
+        require_at_least("train.samples", self.samples, 0)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,64 @@
+"""From a configuration to the parts of a run, in the order that finds mistakes before anything expensive."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+from moepp import comm
+from moepp.config import Config, accumulation_steps, micro_batch_size, zero_stage
+from moepp.data import build_data
+from moepp.engine.engine import Engine
+from moepp.metrics.sinks import SinkGroup, open_sinks
+from moepp.metrics.throughput import Throughput, peak_flops_per_second
+from moepp.model.init import init_parameters
+from moepp.model.transformer import Transformer
+from moepp.parallel.groups import ParallelGroups
+from moepp.trainer import Parts
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's name as its vendor gives it, or the processor's architecture."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {platform.machine()}"
+
+
+def build_model(cfg: Config, groups: ParallelGroups, traffic: comm.Traffic) -> Transformer:
+    """The model on this rank's device, with weights that depend on the seed and the names alone."""
+    with torch.device("meta"):
+        model = Transformer(cfg.model, ep_group=groups.ep, balance_group=groups.world, traffic=traffic)
+    model.to_empty(device=groups.device)
+    model.to(DTYPES[cfg.train.precision])
+    init_parameters(model, cfg.run.seed, groups.ep_rank, groups.ep_size)
+    model.set_recompute(cfg.train.recompute)
+    return model
+
+
+def build_engine(cfg: Config, model: Transformer, groups: ParallelGroups) -> Engine:
+    """The engine that ``engine.name`` asks for."""
+    accumulation = accumulation_steps(cfg, groups.world_size)
+    if cfg.engine.name == "native":
+        from moepp.engine.native import NativeEngine
+
+        return NativeEngine(model, groups, cfg.optim, accumulation)
+    from moepp.engine.deepspeed import DeepSpeedEngine
+
+    micro_batch = micro_batch_size(cfg, groups.world_size)
+    return DeepSpeedEngine(model, groups, cfg.optim, accumulation, micro_batch, zero_stage(cfg))
+
+
+def build_parts(cfg: Config, groups: ParallelGroups, run_path: Path, start_step: int) -> Parts:
+    """Everything that :class:`moepp.trainer.Trainer` needs; collective."""
+    cache_dir = cfg.data.cache_dir or str(run_path / "data-cache")
+    data = build_data(cfg, groups.world_size, groups.rank, cache_dir)
+    traffic = comm.Traffic()
+    model = build_model(cfg, groups, traffic)
+    engine = build_engine(cfg, model, groups)
+    peak = peak_flops_per_second(device_name(groups.device), cfg.train.precision)
+    sinks = comm.run_together(lambda: open_sinks(run_path, cfg, start_step) if groups.rank == 0 else SinkGroup())
+    return Parts(cfg, groups, model, engine, data, traffic, sinks, Throughput(groups.world_size, peak))

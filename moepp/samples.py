@@ -1,0 +1,44 @@
+"""Continuations of held-out text, drawn after training so that a person can read what the model learnt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from moepp.data import Tokenizer
+from moepp.model.generate import generate
+from moepp.trainer import Parts
+
+PROMPT_TOKENS = 16
+NEW_TOKENS = 48
+TEMPERATURE = 0.8
+TOP_K = 40
+
+
+def write_samples(parts: Parts, run_path: Path) -> None:
+    """Write ``samples.json`` in the run directory: a list of {"prompt", "continuation"}; every rank calls it.
+
+    Nothing is written where the configuration names no tokenizer: there is no text to show.
+    """
+    cfg, groups = parts.cfg, parts.groups
+    if cfg.data.tokenizer is None:
+        return
+    tokenizer = Tokenizer(cfg.data.tokenizer)
+    generator = torch.Generator(device=groups.device).manual_seed(cfg.run.seed)
+    samples = []
+    for index in range(cfg.train.samples):
+        ids = parts.data.sequence("valid", index)[:PROMPT_TOKENS].to(groups.device)
+        out = generate(
+            parts.model,
+            ids.unsqueeze(0),
+            min(NEW_TOKENS, cfg.model.max_seq_len - len(ids)),
+            temperature=TEMPERATURE,
+            top_k=TOP_K,
+            generator=generator,
+        )
+        text = tokenizer.decode(out[0, len(ids) :].tolist())
+        samples.append({"prompt": tokenizer.decode(ids.tolist()), "continuation": text})
+    if groups.rank == 0:
+        (run_path / "samples.json").write_text(json.dumps(samples, indent=2, ensure_ascii=False), encoding="utf-8")

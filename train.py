@@ -1,0 +1,50 @@
+"""Pretrain a MoE++ language model: `python train.py`, `torchrun ... train.py`, `deepspeed train.py`.
+
+Every key of configs/ can be overridden on the command line, e.g. `parallel.expert=2 train.steps=1000`;
+`-m` sweeps over comma-separated values.
+"""
+
+import os
+import sys
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from moepp.config import explain_hydra_error, from_hydra
+from moepp.errors import MoeppError
+from moepp.run import run_training
+
+EXIT_BAD_INPUT = 2
+
+
+@hydra.main(version_base=None, config_path="configs", config_name="config")
+def main(cfg: DictConfig) -> None:
+    """One run: from Hydra's configuration to the typed one, and on."""
+    job = HydraConfig.get()
+    if job.mode == RunMode.MULTIRUN and not any(o.startswith("run.") for o in job.overrides.task):
+        with open_dict(cfg):
+            cfg.run.name = f"{cfg.run.name}-{job.job.num}"
+    run_training(from_hydra(cfg))
+
+
+def cli() -> None:
+    """Print what a user can cause as one line, on the first rank only, and exit with 2 on every rank."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra's errors reach the handler below
+    # The deepspeed launcher adds this option; the rank is read from the environment.
+    sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if not a.startswith("--local_rank"))]
+    try:
+        main()
+    except (MoeppError, HydraException, OmegaConfBaseException) as error:
+        message = str(error) if isinstance(error, MoeppError) else explain_hydra_error(error)
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(EXIT_BAD_INPUT)  # libraries' exit handlers may wait for ranks that have left
+
+
+if __name__ == "__main__":
+    cli()
