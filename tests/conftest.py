@@ -1,0 +1,46 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests are tiny and may run side by side
+
+import pytest
+import torch
+
+from tests.dist import WorkerPool
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def pools() -> Iterator[Callable[[int], WorkerPool]]:
+    """``pools(n)``: the module's pool of n gloo ranks, started on first use (see tests/dist.py)."""
+    started: dict[int, WorkerPool] = {}
+
+    def get(world_size: int) -> WorkerPool:
+        return started.setdefault(world_size, WorkerPool(world_size))
+
+    yield get
+    for pool in started.values():
+        pool.close()
+
+
+@pytest.fixture(scope="module")
+def pool_1(pools: Callable[[int], WorkerPool]) -> WorkerPool:
+    """One gloo rank."""
+    return pools(1)
+
+
+@pytest.fixture(scope="module")
+def pool_2(pools: Callable[[int], WorkerPool]) -> WorkerPool:
+    """Two gloo ranks."""
+    return pools(2)
+
+
+@pytest.fixture(scope="module")
+def pool_4(pools: Callable[[int], WorkerPool]) -> WorkerPool:
+    """Four gloo ranks."""
+    return pools(4)

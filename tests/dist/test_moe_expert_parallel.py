@@ -1,0 +1,207 @@
+"""The MoE layer on 1, 2 and 4 gloo ranks agrees with the oracle, and sends exactly the rows that it must."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moepp import MoEConfig, MoELayer
+from moepp.comm import Traffic
+from moepp.errors import ConfigError
+from tests.dist import subgroups
+from tests.moe_cases import Case, Observed, assert_agrees, build_layer, draw_case, expect, make_inputs, run_layer
+
+DTYPES = (torch.float64, torch.float32)
+LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 4), (4, 2)]  # ranks, expert-parallel size
+
+
+def config(ffn: int = 4, constant: int = 2, copy: int = 1, zero: int = 1, **fields: Any) -> MoEConfig:
+    defaults: dict[str, Any] = {"ffn_hidden_size": 4, "balance_loss_weight": 0.3, "z_loss_weight": 0.05, "tau": 0.6}
+    counts = {
+        "num_ffn_experts": ffn,
+        "num_constant_experts": constant,
+        "num_copy_experts": copy,
+        "num_zero_experts": zero,
+    }
+    return MoEConfig(**(defaults | counts | fields))
+
+
+def _groups(case: Case) -> dict[str, Any]:
+    return {"ep_group": subgroups(case.ep_size), "balance_group": dist.group.WORLD}
+
+
+def _run_cases(rank: int, cases: list[Case]) -> list[Observed]:
+    return [run_layer(case, rank, **_groups(case)) for case in cases]
+
+
+def check(pool: Any, cases: list[Case]) -> list[list[Observed]]:
+    """Run the cases on all ranks and compare each rank with the oracle; results as [case][rank]."""
+    by_case = [list(ranks) for ranks in zip(*pool.run(_run_cases, cases), strict=True)]
+    for case, observed in zip(cases, by_case, strict=True):
+        for rank, expected in enumerate(expect(case)):
+            assert_agrees(case, observed[rank], expected, rank)
+        check_traffic(case, observed)
+    return by_case
+
+
+def check_traffic(case: Case, observed: list[Observed]) -> None:
+    """Rows cross twice forward (dispatch, combine) and twice backward; nothing else is sent as rows."""
+    row = case.hidden_size * torch.finfo(case.dtype).bits // 8
+    for start in range(0, len(observed), case.ep_size):
+        group = observed[start : start + case.ep_size]
+        remote_slots = sum(int(rank.stats["remote_slots"]) for rank in group)
+        assert sum(rank.traffic.row_bytes for rank in group) == 4 * remote_slots * row, case
+        for rank in group:
+            assert rank.traffic.row_bytes >= 2 * int(rank.stats["remote_slots"]) * row
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("ranks", "ep_size"), LAYOUTS)
+def test_random_configurations_agree_with_the_oracle_on_every_rank(pools, ranks, ep_size, dtype):
+    check(pools(ranks), [draw_case(1000 + seed, dtype, ranks, ep_size) for seed in range(40)])
+
+
+# FFN experts 0..3 (EP=2: 0, 1 on the first rank; EP=4: one each), constant 4 and 5, copy 6, zero 7.
+SPREAD = ((0, 5), (1, 2), (2, 7), (3, 6), (4, 6), (1, 0), (3, 4))
+LOCAL_ONLY = ((4, 6), (7, 5), (6, 7), (5, 4))
+ROUTINGS = {
+    "a rank that receives no row": (((0, 5), (0, 6), (0, 7)), ((0, 4), (0, 6))),
+    "the first rank receives no row": (((3, 5), (3, 6), (3, 7)), ((3, 4), (3, 6))),
+    "all tokens on zero-computation experts": (LOCAL_ONLY, LOCAL_ONLY),
+    "one rank's tokens all on zero-computation experts": (SPREAD, LOCAL_ONLY),
+    "all tokens on one FFN expert and the copy": (((2, 6),) * 5, ((2, 6),) * 3),
+    "all rows cross": (((2, 3), (3, 2)), ((0, 1), (1, 0))),
+    "no row crosses": (((0, 1), (1, 5)), ((2, 3), (3, 7))),
+    "a rank without tokens": (SPREAD, ()),
+    "the first rank without tokens": ((), SPREAD),
+    "no tokens anywhere": ((), ()),
+    "one token in all": ((), ((1, 2),)),
+    "one token per rank": (((3, 4),), ((0, 7),)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("ranks", "ep_size"), [(2, 2), (4, 4), (4, 2)])
+def test_forced_routings_agree_with_the_oracle_on_every_rank(pools, ranks, ep_size, dtype):
+    cases = []
+    for capacity in (None, 0.9):
+        for scope in ("micro_batch", "data_parallel"):
+            cfg = config(capacity_factor=capacity, balance_loss_scope=scope)
+            for choices in ROUTINGS.values():
+                choices = choices if ranks == 2 else (*choices, SPREAD[1:3], *choices[:1])
+                tokens = tuple(len(rank) for rank in choices)
+                cases.append(Case(cfg, tokens, hidden_size=9, ep_size=ep_size, dtype=dtype, choices=choices))
+    check(pools(ranks), cases)
+
+
+def test_row_bytes_of_a_routing_counted_by_hand(pool_2):
+    # Rank 0 sends its slots on experts 2 and 3, rank 1 those on 0 and 1: 2 + 3 rows, there and back, twice; fp64, D=9.
+    choices = (((0, 2), (1, 6), (3, 5)), ((0, 1), (2, 1), (7, 4)))
+    case = Case(config(capacity_factor=None), (3, 3), hidden_size=9, ep_size=2, choices=choices)
+    [observed] = check(pool_2, [case])
+    assert [int(rank.stats["remote_slots"]) for rank in observed] == [2, 3]
+    row = 9 * 8
+    # A rank sends its own remote rows twice (dispatch; combine's gradient), and its peer's twice (outputs; gradients).
+    assert [rank.traffic.row_bytes for rank in observed] == [(2 * 2 + 2 * 3) * row, (2 * 3 + 2 * 2) * row]
+    assert [rank.traffic.row_exchanges for rank in observed] == [4, 4]
+
+
+def test_dropped_and_zero_computation_slots_are_never_sent(pool_2):
+    choices = (((3, 6),) * 10, ((0, 6),) * 10)
+    kept = {}
+    for capacity in (None, 0.5):
+        case = Case(config(capacity_factor=capacity), (10, 10), hidden_size=8, ep_size=2, choices=choices)
+        [observed] = check(pool_2, [case])
+        kept[capacity] = int(observed[0].stats["remote_slots"])
+    # γ τ K T / (τ N_FFN + N_ZC) = 0.5·0.6·20 / 6.4, rounded up
+    assert kept == {None: 10, 0.5: 1}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_vanilla_moe_agrees_with_the_oracle_on_every_rank(pools, ranks, top_k):
+    cfg = config(4, 0, 0, 0, top_k=top_k)
+    check(pools(ranks), [Case(cfg, (5, 9, 0, 2)[:ranks], ep_size=ranks, seed=seed) for seed in range(3)])
+
+
+def test_layer_without_ffn_experts_works_under_expert_parallelism(pool_2):
+    [observed] = check(pool_2, [Case(config(0), (5, 3), ep_size=2)])
+    assert [rank.traffic.row_bytes for rank in observed] == [0, 0]
+
+
+def test_evaluation_is_dropless_under_expert_parallelism(pool_2):
+    cfg = config(capacity_factor=0.2, balance_loss_scope="data_parallel")
+    [observed] = check(pool_2, [Case(cfg, (9, 4), ep_size=2, training=False)])
+    assert [float(rank.stats["drop_fraction"]) for rank in observed] == [0, 0]
+
+
+def _forward_without_gradients(rank: int, case: Case) -> tuple[torch.Tensor, int]:
+    traffic = Traffic()
+    inputs = make_inputs(case)
+    with torch.no_grad():
+        out = build_layer(case, inputs, rank, traffic=traffic, **_groups(case))(inputs.x[rank], inputs.prev[rank])
+    return out.hidden, traffic.row_bytes
+
+
+def test_forward_without_gradients_sends_half_of_the_rows(pool_2):
+    case = Case(config(), (9, 4), ep_size=2)
+    expected = expect(case)
+    results = pool_2.run(_forward_without_gradients, case)
+    for rank, (hidden, _) in enumerate(results):
+        torch.testing.assert_close(hidden, expected[rank].reference.hidden_TD.detach(), rtol=1e-10, atol=1e-10)
+    remote_slots = sum(rank.reference.stats["remote_slots"] for rank in expected)
+    assert sum(row_bytes for _, row_bytes in results) == 2 * remote_slots * case.hidden_size * 8 > 0
+
+
+def _stack_gradients(rank: int, cases: list[Case], recompute: bool, sharded: bool) -> dict[str, torch.Tensor]:
+    """Three layers with gating residuals and residual connections, on one rank's tokens."""
+    inputs = [make_inputs(case) for case in cases]
+    groups = _groups(cases[0]) if sharded else {}
+    cases = cases if sharded else [dataclasses.replace(case, ep_size=1) for case in cases]
+    layers = [build_layer(case, given, rank, **groups) for case, given in zip(cases, inputs, strict=True)]
+    x_TD = inputs[0].x[rank].clone().requires_grad_()
+    hidden, logits, loss = x_TD, None, torch.zeros(())
+    for layer, given in zip(layers, inputs, strict=True):
+
+        def block(hidden: torch.Tensor, logits: torch.Tensor | None, layer: MoELayer = layer) -> Any:
+            out = layer(hidden, logits)
+            return hidden + out.hidden, out.router_logits, out.aux_loss
+
+        arguments = (hidden, logits)
+        if recompute:
+            hidden, logits, aux = torch.utils.checkpoint.checkpoint(block, *arguments, use_reentrant=False)
+        else:
+            hidden, logits, aux = block(*arguments)
+        loss = loss + given.grad_aux[rank] * aux
+    (loss + (hidden * inputs[0].grad_hidden[rank]).sum()).backward()
+    parameters = [(f"{i}.{name}", p.grad) for i, layer in enumerate(layers) for name, p in layer.named_parameters()]
+    return dict(parameters) | {"x": x_TD.grad, "hidden": hidden.detach()}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("ranks", "tokens"), [(2, (9, 0)), (2, (4, 7)), (4, (3, 0, 8, 1))])
+def test_stacked_layers_give_the_gradients_of_unsharded_ones(pools, ranks, tokens, recompute):
+    cases = [Case(config(), tokens, ep_size=2, seed=seed) for seed in range(3)]
+    sharded = pools(ranks).run(_stack_gradients, cases, recompute, True)
+    alone = [_stack_gradients(rank, cases, False, False) for rank in range(ranks)]
+    for rank, grads in enumerate(sharded):
+        group = range(rank - rank % 2, rank - rank % 2 + 2)
+        for name, grad in grads.items():
+            expected = alone[rank][name]
+            if ".experts." in name:
+                total = torch.stack([alone[peer][name] for peer in group]).sum(dim=0)
+                expected = total.chunk(2)[rank % 2]
+            torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def _build_indivisible(rank: int) -> None:
+    MoELayer(config(3), hidden_size=4, ep_group=dist.group.WORLD)
+
+
+def test_expert_parallelism_that_does_not_divide_the_ffn_experts_is_refused(pool_2):
+    for message in pool_2.run(_build_indivisible, raises=ConfigError):
+        assert "2" in message and "num_ffn_experts=3" in message and "\n" not in message
