@@ -1,0 +1,72 @@
+"""What a run's results may depend on besides its configuration; never the process environment."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = (
+    "moepp",
+    "torch",
+    "deepspeed",
+    "megatron-core",
+    "numpy",
+    "wandb",
+    "hydra-core",
+    "tokenizers",
+    "transformers",
+    "pyarrow",
+)
+
+
+def describe_environment(device_name: str, world_size: int) -> dict[str, Any]:
+    """Versions, commit and hardware, for environment.json.
+
+    Args:
+        device_name: of rank 0's device, for example ``torch.cuda.get_device_name()`` or "cpu".
+        world_size: ranks of the run.
+    """
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "cuda": torch.version.cuda,
+        "git": _git(Path(__file__).resolve().parent.parent),
+        "device": device_name,
+        "cpu_count": os.cpu_count(),
+        "hostname": socket.gethostname(),
+        "world_size": world_size,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(root: Path) -> dict[str, Any] | None:
+    """Commit of the checkout that the code runs from; None if it is installed, or there is no git."""
+    top = _run_git(root, "rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != root:  # some other repository around the installed package
+        return None
+    commit = _run_git(root, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return {"commit": commit, "dirty": bool(_run_git(root, "status", "--porcelain", "--untracked-files=no"))}
+
+
+def _run_git(root: Path, *args: str) -> str | None:
+    try:
+        result = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None

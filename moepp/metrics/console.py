@@ -1,0 +1,88 @@
+"""Progress on the console: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import TextIO
+
+logger = logging.getLogger(__name__)
+
+# metric -> how it is shown; the order of the line
+_SHOWN = {
+    "train/loss": "loss {:.4f}",
+    "eval/loss": "eval loss {:.4f}",
+    "train/grad_norm": "grad norm {:.3g}",
+    "optim/lr": "lr {:.2e}",
+    "routing/ffn_per_token": "FFN/token {:.3f}",
+    "throughput/tokens_per_second": "{:,.0f} tokens/s",
+    "throughput/mfu": "MFU {:.1%}",
+}
+_BAR_SHOWS = ("train/loss", "eval/loss", "throughput/tokens_per_second", "routing/ffn_per_token")
+
+
+class LineSink:
+    """Logs one line per record through the logger ``moepp.metrics.console``."""
+
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int = 0,
+        to_console: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``to_console=False`` keeps the lines to the log file, for when a bar shows the progress."""
+        self._total_steps = total_steps
+        self._start_step = start_step
+        self._extra = {"to_console": to_console}
+        self._clock = clock
+        self._start = clock()
+
+    def log(self, record: Mapping[str, float], step: int, tokens: int) -> None:
+        parts = [f"step {step}/{self._total_steps}", f"{tokens:,} tokens", *_format(record, _SHOWN)]
+        # Estimated over the whole run so far, so that evaluations and checkpoints are counted in.
+        if step > self._start_step and step < self._total_steps:
+            seconds_per_step = (self._clock() - self._start) / (step - self._start_step)
+            parts.append(f"ETA {_duration(seconds_per_step * (self._total_steps - step))}")
+        logger.info(" | ".join(parts), extra=self._extra)
+
+    def close(self) -> None:
+        """Nothing to write out."""
+
+
+class BarSink:
+    """A progress bar over the optimizer steps with loss, tokens/s, FFN experts per token and the time left."""
+
+    def __init__(self, total_steps: int, start_step: int = 0, stream: TextIO | None = None) -> None:
+        """``stream``: where to draw; None: stderr."""
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=total_steps,
+            initial=start_step,
+            file=stream if stream is not None else sys.stderr,
+            desc="training",
+            unit="step",
+            dynamic_ncols=True,
+        )
+        self._shown: dict[str, float] = {}
+
+    def log(self, record: Mapping[str, float], step: int, tokens: int) -> None:
+        self._shown |= {name: record[name] for name in _BAR_SHOWS if name in record}
+        self._bar.set_postfix_str(", ".join(_format(self._shown, _BAR_SHOWS)), refresh=False)
+        self._bar.update(step - self._bar.n)
+        self._bar.refresh()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _format(record: Mapping[str, float], names: Mapping[str, str] | tuple[str, ...]) -> list[str]:
+    return [_SHOWN[name].format(record[name]) for name in names if name in record]
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"

@@ -1,0 +1,161 @@
+"""Training statistics from the forward passes to one record per log interval.
+
+L MoE layers, E experts of all kinds (FFN first), C columns of layer statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moepp.metrics.values import Reduce, Value, reduce_values
+
+KINDS = ("ffn", "constant", "copy", "zero")
+_SHARES = tuple(f"share_{kind}" for kind in KINDS)
+_FRACTIONS = ("drop_fraction", *_SHARES)  # of K x tokens
+_COUNTS = ("num_tokens", "ffn_slots", "remote_slots", "balance_loss")
+_COLUMNS = (*_COUNTS, *_FRACTIONS)
+
+
+class RoutingStats(Protocol):
+    """What one MoE layer reports of one forward pass on this rank; detached tensors, 0-dim unless noted."""
+
+    @property
+    def num_tokens(self) -> Tensor: ...
+    @property
+    def ffn_slots(self) -> Tensor: ...
+    @property
+    def remote_slots(self) -> Tensor: ...
+    @property
+    def balance_loss(self) -> Tensor: ...
+    @property
+    def drop_fraction(self) -> Tensor: ...
+    @property
+    def share_ffn(self) -> Tensor: ...
+    @property
+    def share_constant(self) -> Tensor: ...
+    @property
+    def share_copy(self) -> Tensor: ...
+    @property
+    def share_zero(self) -> Tensor: ...
+    @property
+    def load_E(self) -> Tensor: ...
+
+
+class StepStats:
+    """Adds up losses and routing statistics on the device and reduces them over ranks once per log interval.
+
+    Feed it the outputs of training forward passes only: evaluation and recomputed forwards are never passed in, so
+    nothing is counted twice.
+
+        stats.add_micro_batch(...)      # each micro-batch; no host synchronisation
+        stats.commit(dispatch_bytes)    # each optimizer step
+        stats.reduce(...)               # each log interval; starts the next interval
+    """
+
+    def __init__(self, moe_layers: Sequence[int], num_ffn_experts: int, top_k: int) -> None:
+        """``moe_layers``: transformer layer index of each MoE layer, in the order of the stats passed later."""
+        self.moe_layers = tuple(moe_layers)
+        self.num_ffn_experts = num_ffn_experts
+        self.top_k = top_k
+        self._pending: dict[str, Tensor] = {}
+        self._interval: dict[str, Tensor] = {}
+
+    def add_micro_batch(self, stats: Sequence[RoutingStats], loss_sum: Tensor, num_loss_tokens: Tensor | int) -> None:
+        """Add one training forward pass of this rank.
+
+        Args:
+            stats: one per MoE layer.
+            loss_sum: cross-entropy summed over this rank's predicted tokens, nats.
+            num_loss_tokens: how many tokens that sum covers.
+        """
+        if len(stats) != len(self.moe_layers):
+            raise ValueError(f"got statistics of {len(stats)} MoE layers, expected {len(self.moe_layers)}")
+        loss_sum = loss_sum.detach().to(torch.float64)
+        new = {
+            "loss_sum": loss_sum,
+            "loss_tokens": loss_sum.new_zeros(()) + num_loss_tokens,
+            "micro_batches": loss_sum.new_ones(()),
+        }
+        if stats:
+            columns = torch.stack([getattr(layer, name).detach() for layer in stats for name in _COLUMNS])
+            columns_LC = columns.to(torch.float64).view(len(stats), len(_COLUMNS))
+            # Fractions are means over this rank's tokens: weigh them, so that ranks with more tokens count more.
+            columns_LC[:, len(_COUNTS) :] *= columns_LC[:, :1]
+            new["layers"] = columns_LC
+            new["load"] = torch.stack([layer.load_E.detach() for layer in stats]).to(torch.float64)
+        _accumulate(self._pending, new)
+
+    def commit(self, dispatch_bytes: int = 0) -> None:
+        """Close an optimizer step in which this rank sent ``dispatch_bytes`` of rows to other ranks."""
+        if not self._pending:
+            raise ValueError("commit() without a micro-batch since the last commit")
+        zero = self._pending["loss_sum"].new_zeros(())
+        self._pending["dispatch_bytes"] = zero + dispatch_bytes
+        self._pending["steps"] = zero + 1
+        _accumulate(self._interval, self._pending)
+        self._pending = {}
+
+    def discard(self) -> None:
+        """Forget the micro-batches of a step that was not taken."""
+        self._pending = {}
+
+    def reduce(self, sum_reduce: Reduce, max_reduce: Reduce) -> dict[str, float]:
+        """Metrics over all ranks and all steps committed since the last call; every rank calls it.
+
+        - ``train/loss``: mean over tokens, nats.
+        - ``train/balance_loss``: sum over layers of L_b (Eq. 7, without its weight), mean over micro-batches and ranks.
+        - ``routing/ffn_per_token``, ``routing/drop_fraction``: mean over MoE layers, each a mean over tokens.
+        - ``routing/layer_<i>/share_<kind>``: of the router's choices, before drops; the four sum to 1.
+        - ``routing/layer_<i>/max_over_mean``: busiest FFN expert over the mean; absent if no FFN expert was chosen.
+        - ``comm/dispatch_bytes``: rows sent to other ranks, per step, over all ranks.
+        - ``comm/dispatch_bytes_vanilla``: the same if all K slots of each token were FFN slots, with each layer's
+          observed remote share: ``bytes * sum_l(K T remote_l / ffn_l) / sum_l(remote_l)``.
+        """
+        if not self._interval:
+            raise ValueError("reduce() without a committed step since the last call")
+        sums, self._interval = self._interval, {}
+        values = {"train/loss": Value.mean(sums["loss_sum"], sums["loss_tokens"])}
+        values["comm/dispatch_bytes"] = Value.sum(sums["dispatch_bytes"])
+        # Every rank takes the same number of steps, so the maximum over ranks is that number.
+        values["steps"] = Value.max(sums["steps"])
+        if self.moe_layers:
+            columns_LC = sums["layers"]
+            balance_loss = columns_LC[:, _COLUMNS.index("balance_loss")].sum()
+            values["train/balance_loss"] = Value.mean(balance_loss, sums["micro_batches"])
+            values["layers"] = Value.sum(columns_LC)
+            values["load"] = Value.sum(sums["load"])
+        reduced = reduce_values(values, sum_reduce, max_reduce)
+
+        metrics = {name: float(reduced[name]) for name in values if "/" in name and name in reduced}
+        metrics["comm/dispatch_bytes"] /= float(reduced["steps"])
+        metrics["comm/dispatch_bytes_vanilla"] = 0.0
+        if self.moe_layers:
+            self._add_routing(metrics, reduced["layers"], reduced["load"])
+        return metrics
+
+    def _add_routing(self, metrics: dict[str, float], layers_LC: Tensor, load_LE: Tensor) -> None:
+        column = {name: layers_LC[:, c] for c, name in enumerate(_COLUMNS)}
+        tokens_L, ffn_L, remote_L = column["num_tokens"], column["ffn_slots"], column["remote_slots"]
+        per_token = tokens_L.clamp(min=1)  # a layer without tokens has zeros to divide
+        metrics["routing/ffn_per_token"] = float((ffn_L / per_token).mean())
+        metrics["routing/drop_fraction"] = float((column["drop_fraction"] / per_token).mean())
+        for row, index in enumerate(self.moe_layers):
+            prefix = f"routing/layer_{index}"
+            for share in _SHARES:
+                metrics[f"{prefix}/{share}"] = float(column[share][row] / per_token[row])
+            load_E = load_LE[row, : self.num_ffn_experts]
+            if load_E.sum() > 0:
+                metrics[f"{prefix}/max_over_mean"] = float(load_E.max() / load_E.mean())
+        if remote_L.sum() > 0:
+            vanilla_L = self.top_k * tokens_L * remote_L / ffn_L.clamp(min=1)
+            growth = float(vanilla_L.sum() / remote_L.sum())
+            metrics["comm/dispatch_bytes_vanilla"] = metrics["comm/dispatch_bytes"] * growth
+
+
+def _accumulate(into: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+    for name, tensor in new.items():
+        into[name] = into[name] + tensor if name in into else tensor

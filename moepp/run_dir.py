@@ -1,0 +1,260 @@
+"""The run directory: its layout, who may write in it, and what must agree when a run is continued.
+
+config.yaml            resolved configuration; config.<n>.yaml: those of earlier starts that differed
+environment.json       versions, commit, device (never the process environment); environment.<n>.json likewise
+metrics.jsonl          one record per line; metrics.jsonl.<n>: of earlier starts that left no checkpoint
+checkpoints/step-*/    written by moepp.checkpoint
+wandb/  log/           W&B's files; console output, one file per rank
+.lock                  held by the run that writes here
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moepp.errors import RunError
+from moepp.run_lock import RunLock
+
+_CHECKPOINT = re.compile(r"step-\d{8}")
+# What a start that failed early can leave behind; nothing of it makes a run.
+_LEFTOVERS = {".lock", "log", "wandb", "data-cache", "environment.json", "environment.json.tmp", "config.yaml.tmp"}
+_SHOWN_DIFFERENCES = 5
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths in a run directory; making one touches nothing. Use :meth:`claim` to write in it."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def environment_file(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def wandb(self) -> Path:
+        return self.path / "wandb"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log"
+
+    @classmethod
+    def claim(
+        cls, path: str | Path, config: Mapping[str, Any], environment: Mapping[str, Any], resume: str = "auto"
+    ) -> RunClaim:
+        """Create or reopen a run directory and hold it until :meth:`RunClaim.release`; rank 0 only.
+
+        Args:
+            path: run.dir; made absolute.
+            config: the resolved configuration as plain nested dictionaries.
+            environment: what :func:`moepp.environment.describe_environment` returns.
+            resume: "auto" continues a run whose model, data, seed, optimizer and global batch are the same; "never"
+                wants a directory without a run; the path of a checkpoint wants either such a directory, or the one
+                that holds the checkpoint.
+
+        Raises:
+            RunError: not a directory, not writable, used by a running process, or holding another run or other files.
+        """
+        run_dir = cls(Path(os.path.abspath(os.path.expanduser(path))))
+        config = json.loads(json.dumps(config))  # plain lists and numbers, as they come back from YAML
+        try:
+            _refuse_foreign_files(run_dir)
+            run_dir.path.mkdir(parents=True, exist_ok=True)
+            lock = RunLock.acquire(run_dir.path / ".lock")
+            try:
+                _refuse_other_run(run_dir, config, resume)
+                has_checkpoints = _has_checkpoints(run_dir)
+                _write_files(run_dir, config, environment, keep_metrics=has_checkpoints)
+            except BaseException:
+                lock.release()
+                raise
+        except OSError as error:
+            raise RunError(_unwritable_message(run_dir.path, error)) from error
+        return RunClaim(run_dir, has_checkpoints, lock)
+
+
+@dataclass(frozen=True)
+class RunClaim:
+    """A run directory that this process holds."""
+
+    run_dir: RunDir
+    has_checkpoints: bool  # of this run: there is something to resume from
+    lock: RunLock
+
+    def release(self) -> None:
+        """Let another run have the directory."""
+        self.lock.release()
+
+    def __enter__(self) -> RunClaim:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.release()
+
+
+def _refuse_foreign_files(run_dir: RunDir) -> None:
+    """Refuse a file, or a folder of somebody else's, before anything is written."""
+    if not run_dir.path.is_dir():
+        return  # mkdir says what is wrong, if anything
+    names = {entry.name for entry in run_dir.path.iterdir()}
+    if names - _LEFTOVERS and not _run_files(run_dir):
+        example = sorted(names - _LEFTOVERS)[0]
+        raise RunError(
+            f"run.dir={run_dir.path} is not a run but holds other files ({example!r}); set run.dir to a new folder"
+        )
+
+
+def _refuse_other_run(run_dir: RunDir, config: Mapping[str, Any], resume: str) -> None:
+    if not _run_files(run_dir) or _was_never_trained(run_dir):
+        return
+    if resume == "never":
+        raise RunError(
+            f"run.dir={run_dir.path} already holds a run and run.resume=never; "
+            "choose another run.name or run.dir, or continue it with run.resume=auto"
+        )
+    if resume != "auto" and run_dir.checkpoints.resolve() not in Path(resume).expanduser().resolve().parents:
+        raise RunError(
+            f"run.dir={run_dir.path} already holds a run and run.resume={resume} is not one of its checkpoints; "
+            "choose another run.name or run.dir"
+        )
+    differences = _differences(_read_config(run_dir), config)
+    if differences:
+        more = len(differences) - _SHOWN_DIFFERENCES
+        shown = ", ".join(differences[:_SHOWN_DIFFERENCES]) + (f" and {more} more" if more > 0 else "")
+        raise RunError(
+            f"run.dir={run_dir.path} already holds another run, which differs in {shown}; "
+            "choose another run.name or run.dir"
+        )
+
+
+def _run_files(run_dir: RunDir) -> list[Path]:
+    return [p for p in (run_dir.config_file, run_dir.metrics_file, run_dir.checkpoints) if p.exists()]
+
+
+def _was_never_trained(run_dir: RunDir) -> bool:
+    """True for a start that failed before its first record, which another configuration may take over."""
+    return (
+        run_dir.environment_file.exists()
+        and run_dir.metrics_file.exists()
+        and run_dir.metrics_file.stat().st_size == 0
+        and not _numbered(run_dir.metrics_file)
+        and run_dir.checkpoints.is_dir()
+        and not any(run_dir.checkpoints.iterdir())
+    )
+
+
+def _has_checkpoints(run_dir: RunDir) -> bool:
+    return run_dir.checkpoints.is_dir() and any(
+        _CHECKPOINT.fullmatch(entry.name) and entry.is_dir() for entry in run_dir.checkpoints.iterdir()
+    )
+
+
+def _read_config(run_dir: RunDir) -> dict[str, Any]:
+    import yaml
+
+    try:
+        config = yaml.safe_load(run_dir.config_file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        config = None
+    if not isinstance(config, dict):
+        raise RunError(
+            f"run.dir={run_dir.path} holds a run without a readable config.yaml, so it cannot be continued; "
+            "restore that file, or choose another run.name or run.dir"
+        )
+    return config
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """One "key: old -> new" for every key that must stay the same over the life of a run and does not."""
+    flat_old, flat_new = _flatten(old), _flatten(new)
+    keys = [key for key in dict.fromkeys([*flat_new, *flat_old]) if _must_agree(key)]
+    absent = "absent"
+    return [
+        f"{key}: {flat_old.get(key, absent)} -> {flat_new.get(key, absent)}"
+        for key in keys
+        if flat_old.get(key, absent) != flat_new.get(key, absent)
+    ]
+
+
+def _must_agree(key: str) -> bool:
+    if key == "data.cache_dir":  # a place, not what is trained on
+        return False
+    return key.startswith(("model.", "data.")) or key in ("run.seed", "optim.name", "train.global_batch_size")
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _write_files(
+    run_dir: RunDir, config: Mapping[str, Any], environment: Mapping[str, Any], keep_metrics: bool
+) -> None:
+    import yaml
+
+    _write_keeping_previous(run_dir.environment_file, json.dumps(environment, indent=2) + "\n")
+    _write_keeping_previous(run_dir.config_file, yaml.safe_dump(dict(config), sort_keys=False))
+    for folder in (run_dir.checkpoints, run_dir.log, run_dir.wandb):
+        folder.mkdir(exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    if not keep_metrics and run_dir.metrics_file.exists() and run_dir.metrics_file.stat().st_size > 0:
+        run_dir.metrics_file.rename(_next_numbered(run_dir.metrics_file, "{name}.{n}"))
+    with run_dir.metrics_file.open("a"):
+        pass
+
+
+def _write_keeping_previous(path: Path, text: str) -> None:
+    """Write ``path`` in one go; a different previous version becomes ``<stem>.<n><suffix>``."""
+    if path.exists() and path.read_bytes() != text.encode():
+        shutil.copyfile(path, _next_numbered(path, "{stem}.{n}{suffix}"))
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _next_numbered(path: Path, pattern: str) -> Path:
+    n = 1
+    while True:
+        candidate = path.with_name(pattern.format(name=path.name, stem=path.stem, suffix=path.suffix, n=n))
+        if not candidate.exists():
+            return candidate
+        n += 1
+
+
+def _numbered(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{path.name}.[0-9]*"))
+
+
+def _unwritable_message(path: Path, error: OSError) -> str:
+    place = error.filename if error.filename is not None else path
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        blocker = next((p for p in (path, *path.parents) if p.exists() and not p.is_dir()), path)
+        return f"run.dir={path} cannot be a folder because {blocker} is a file; set another run.dir or run.name"
+    return f"run.dir={path} is not writable ({place}: {error.strerror}); fix its permissions or set another run.dir"

@@ -1,0 +1,169 @@
+"""metrics.jsonl, console, progress bar and log files."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moepp.errors import RunError
+from moepp.metrics import SinkGroup, close_logging, setup_logging
+from moepp.metrics.console import BarSink, LineSink
+from moepp.metrics.jsonl import JsonlSink, read_records
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    yield
+    close_logging()
+
+
+def write(path: Path, steps: list[int], start_step: int = 0) -> None:
+    sink = JsonlSink(path, start_step)
+    for step in steps:
+        sink.log({"train/loss": step + 0.5}, step, step * 100)
+    sink.close()
+
+
+def test_each_record_is_one_flushed_line_with_step_and_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    sink.log({"train/loss": 2.5, "comm/dispatch_bytes": 2**53}, 10, 5120)
+    assert json.loads(path.read_text()) == {
+        "step": 10, "tokens": 5120, "train/loss": 2.5, "comm/dispatch_bytes": 2**53,
+    }  # fmt: skip
+    sink.close()
+
+
+def test_values_that_json_cannot_hold_become_null(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    sink.log({"a": math.nan, "b": math.inf, "c": 1.0}, 1, 2)
+    sink.close()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    record = json.loads(path.read_text(), parse_constant=refuse)
+    assert record == {"step": 1, "tokens": 2, "a": None, "b": None, "c": 1.0}
+
+
+def test_resuming_drops_later_records_and_the_torn_line_and_keeps_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, [10, 20, 30, 40])
+    with path.open("a") as file:
+        file.write('{"step": 50, "tok')
+    write(path, [30], start_step=20)
+    records = read_records(path)
+    assert [record["step"] for record in records] == [10, 20, 30]
+    assert [record["train/loss"] for record in records] == [10.5, 20.5, 30.5]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_interrupted_truncation_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, [10, 20, 30])
+    before = path.read_bytes()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moepp.metrics.jsonl.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        JsonlSink(path, start_step=10)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("line", ["[1, 2]", "hello", '{"tokens": 1}', '{"step": "1", "tokens": 1}'])
+def test_file_of_something_else_is_refused_and_kept(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(RunError, match=r"line 1 is not a JSON object with step and tokens"):
+        JsonlSink(path, start_step=5)
+    assert path.read_text() == line + "\n"
+
+
+def test_unwritable_place_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(RunError) as caught:
+        JsonlSink(tmp_path / "metrics.jsonl")
+    assert "\n" not in str(caught.value)
+
+
+class Recorder:
+    def __init__(self, fails: bool = False) -> None:
+        self.fails = fails
+        self.seen: list[tuple[dict, int, int]] = []
+        self.closed = 0
+
+    def log(self, record: dict, step: int, tokens: int) -> None:
+        self.seen.append((dict(record), step, tokens))
+
+    def close(self) -> None:
+        self.closed += 1
+        if self.fails:
+            raise OSError("disk full")
+
+
+def test_group_passes_records_to_all_and_closes_all_even_after_a_failure() -> None:
+    sinks = [Recorder(), Recorder(fails=True), Recorder()]
+    group = SinkGroup(sinks)
+    group.log({"a": 1.0}, 3, 30)
+    with pytest.raises(OSError, match="disk full"):
+        group.close()
+    assert [sink.seen for sink in sinks] == [[({"a": 1.0}, 3, 30)]] * 3
+    assert [sink.closed for sink in sinks] == [1, 1, 1]
+
+
+RECORD = {
+    "train/loss": 5.25, "optim/lr": 3e-4, "routing/ffn_per_token": 1.4375, "throughput/tokens_per_second": 12345.6,
+}  # fmt: skip
+
+
+def test_line_shows_progress_and_the_time_left(caplog: pytest.LogCaptureFixture) -> None:
+    now = [0.0]
+    sink = LineSink(total_steps=100, start_step=20, clock=lambda: now[0])
+    now[0] = 120.0
+    with caplog.at_level(logging.INFO, logger="moepp"):
+        sink.log(RECORD, 40, 81920)
+        sink.log({"eval/loss": 5.5}, 40, 81920)
+        sink.log({"train/loss": 1.0}, 100, 204800)
+    assert caplog.messages[0] == (
+        "step 40/100 | 81,920 tokens | loss 5.2500 | lr 3.00e-04 | FFN/token 1.438 | 12,346 tokens/s | ETA 0:06:00"
+    )
+    assert "eval loss 5.5000" in caplog.messages[1]
+    assert "ETA" not in caplog.messages[2]
+
+
+def test_bar_shows_step_loss_speed_and_ffn_experts_per_token() -> None:
+    stream = io.StringIO()
+    sink = BarSink(total_steps=50, start_step=10, stream=stream)
+    sink.log(RECORD, 20, 1000)
+    sink.log({"eval/loss": 5.5}, 20, 1000)
+    sink.close()
+    last = stream.getvalue().split("\r")[-1]
+    for part in ("20/50", "loss 5.2500", "eval loss 5.5000", "12,346 tokens/s", "FFN/token 1.438"):
+        assert part in last
+
+
+def test_every_rank_has_its_log_file_and_rank_0_speaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for rank in (0, 1):
+        setup_logging(tmp_path, rank)
+        logging.getLogger("moepp.trainer").info("info of %d", rank)
+        logging.getLogger("moepp.trainer").warning("warning of %d", rank)
+    logging.getLogger("moepp.trainer").info("file only", extra={"to_console": False})
+    assert capsys.readouterr().err.splitlines() == ["info of 0", "warning of 0", "rank 1: warning of 1"]
+    rank_0, rank_1 = ((tmp_path / "log" / f"rank-{rank}.txt").read_text() for rank in (0, 1))
+    assert "INFO moepp.trainer: info of 0" in rank_0 and "of 1" not in rank_0
+    assert "info of 1" in rank_1 and "file only" in rank_1
+
+
+def test_log_folder_that_is_a_file_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("")
+    with pytest.raises(RunError, match=r"cannot write .*rank-0\.txt"):
+        setup_logging(tmp_path, 0)
