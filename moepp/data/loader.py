@@ -1,0 +1,133 @@
+"""Batches as a pure function of (seed, step), whatever the number of ranks, micro-batches and restarts.
+
+Shape suffixes: B sequences of one micro-batch on one rank, S sequence (tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from moepp.config import Config, accumulation_steps, micro_batch_size
+from moepp.data.indexed import SPLITS, IndexedFile, open_indexed
+from moepp.data.tokenizer import Tokenizer
+from moepp.errors import DataError
+
+
+class Data:
+    """The batches of one rank.
+
+    Sequences ``s * G .. (s + 1) * G - 1`` of the training stream make step ``s`` (steps count from 0, G is
+    ``train.global_batch_size``). Micro-step ``a`` of A takes the a-th of A equal runs of them, and rank ``r`` of W the
+    r-th of W equal runs of that. The loader has no state: resuming is asking for the next step.
+
+    Attributes:
+        num_sequences: whole sequences in one pass over 'train', 'valid' and 'test', all paths together.
+        vocab_size: of the tokenizer that made the data (``model.vocab_size`` where nothing tells it).
+        eod: id of the end-of-document token, or None where nothing tells it.
+    """
+
+    def __init__(
+        self,
+        datasets: Mapping[str, Any | None],
+        cfg: Config,
+        world_size: int,
+        rank: int,
+        *,
+        num_sequences: Mapping[str, int],
+        vocab_size: int,
+        eod: int | None,
+    ) -> None:
+        self._datasets = datasets
+        self._cfg = cfg
+        self._rank = rank
+        self._world_size = world_size
+        self._micro_batch_size = micro_batch_size(cfg, world_size)
+        self.accumulation_steps = accumulation_steps(cfg, world_size)
+        self.num_sequences = num_sequences
+        self.vocab_size = vocab_size
+        self.eod = eod
+
+    def train_batch(self, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and labels of this rank, int64 [B, S] on the CPU; labels are the inputs one position ahead."""
+        return self._batch("train", step, micro_step)
+
+    def eval_batch(self, index: int, micro_step: int, split: str = "valid") -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`train_batch`, for global batch ``index`` below ``train.eval_batches`` of 'valid' or 'test'.
+
+        The same for every evaluation. Where the split has fewer sequences than ``eval_batches`` global batches, it
+        starts over in another order.
+
+        Raises:
+            DataError: the split has no whole sequence.
+        """
+        return self._batch(split, index, micro_step)
+
+    def _batch(self, split: str, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        dataset = self._datasets[split]
+        if dataset is None:
+            raise DataError(
+                f"data.split={self._cfg.data.split} leaves some path without a whole sequence of "
+                f"{self._cfg.data.seq_len} tokens for {split!r}; raise its share, or add documents"
+            )
+        if not (step >= 0 and 0 <= micro_step < self.accumulation_steps):
+            raise IndexError(f"step {step}, micro-step {micro_step} of {self.accumulation_steps}")
+        first = step * self._cfg.train.global_batch_size
+        first += (micro_step * self._world_size + self._rank) * self._micro_batch_size
+        samples = [dataset[first + i] for i in range(self._micro_batch_size)]
+        input_ids_BS = torch.stack([sample["tokens"] for sample in samples])
+        labels_BS = torch.stack([sample["labels"] for sample in samples])
+        return input_ids_BS, labels_BS
+
+
+def build_data(cfg: Config, world_size: int, rank: int, cache_dir: str | None) -> Data:
+    """Datasets and loader of one rank. Call it on all ranks, after :func:`moepp.data.check_data`.
+
+    Args:
+        cache_dir: where rank 0 leaves dataset indices for the other ranks; None: each process builds its own in
+            memory. Without torch.distributed they stay in memory in any case.
+
+    Raises:
+        DataError: missing or corrupt files, or an unusable cache.
+    """
+    from moepp.data.megatron import TokenizerIdentity, build_datasets
+
+    files = [open_indexed(prefix) for prefix in cfg.data.paths]
+    vocab_size, eod = _vocabulary(files, cfg)
+    batch = cfg.train.global_batch_size
+    evaluation = cfg.train.eval_batches * batch
+    datasets = build_datasets(
+        files,
+        weights=cfg.data.weights,
+        split=cfg.data.split,
+        seq_len=cfg.data.seq_len,
+        seed=cfg.run.seed,
+        num_sequences=(cfg.train.steps * batch, evaluation, evaluation),
+        tokenizer=TokenizerIdentity(vocab_size, eod if eod is not None else vocab_size - 1),
+        cache_dir=cache_dir,
+    )
+    tokens = [file.split_tokens(cfg.data.split) for file in files]
+    return Data(
+        dict(zip(SPLITS, datasets, strict=True)),
+        cfg,
+        world_size,
+        rank,
+        num_sequences={
+            split: sum(max(per_file[i] - 1, 0) // cfg.data.seq_len for per_file in tokens)
+            for i, split in enumerate(SPLITS)
+        },
+        vocab_size=vocab_size,
+        eod=eod,
+    )
+
+
+def _vocabulary(files: list[IndexedFile], cfg: Config) -> tuple[int, int | None]:
+    for file in files:
+        if file.manifest is not None:
+            return file.manifest.vocab_size, file.manifest.eod_id
+    if cfg.data.tokenizer is not None:
+        tokenizer = Tokenizer(cfg.data.tokenizer)
+        return tokenizer.vocab_size, tokenizer.eod_id
+    return cfg.model.vocab_size, None
