@@ -1,0 +1,101 @@
+"""Cross-entropy of a large vocabulary in chunks: [T, V] logits are never held.
+
+Letters: T tokens, C tokens of one chunk, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+_MIN_CHUNKS = 4  # so that small batches do not hold all their logits either
+_MIN_CHUNK_TOKENS = 256  # fewer would spend the time on adding up the weight's gradient
+_CHUNK_ELEMENTS_CPU = 2**21  # logits that stay in the cache; measured fastest with V = 8192
+_CHUNK_ELEMENTS = 2**26  # 256 MiB of fp32 logits
+
+
+def chunked_cross_entropy(
+    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, *, chunk_tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum of ``-log softmax(hidden weight^T)[label]`` over the labels that are not -100.
+
+    Logits are computed in the dtype of the inputs (autocast or not), log-softmax in fp32 (fp64 for fp64 inputs).
+    Where gradients are wanted they are computed chunk by chunk already in forward, the one of ``weight_VD``
+    accumulated in fp32, so that backward only scales them.
+
+    Args:
+        hidden_TD: [T, D], after the final norm.
+        weight_VD: [V, D], the output embedding.
+        labels_T: [T], int64; the token to predict at each position, or -100.
+        chunk_tokens: tokens per chunk; None: chosen from T and V.
+
+    Returns:
+        (loss_sum, num_tokens): 0-dim tensors, fp32 (fp64) and int64; the second counts the labels that are not -100.
+    """
+    num_tokens, vocab_size = hidden_TD.shape[0], weight_VD.shape[0]
+    if chunk_tokens is None:
+        chunk_tokens = _default_chunk_tokens(num_tokens, vocab_size, hidden_TD.device)
+    loss_sum = _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, labels_T, chunk_tokens, torch.is_grad_enabled())
+    return loss_sum, (labels_T != IGNORE_INDEX).sum()
+
+
+def _default_chunk_tokens(num_tokens: int, vocab_size: int, device: torch.device) -> int:
+    elements = _CHUNK_ELEMENTS_CPU if device.type == "cpu" else _CHUNK_ELEMENTS
+    return max(1, min(max(elements // vocab_size, _MIN_CHUNK_TOKENS), -(-num_tokens // _MIN_CHUNKS)))
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk_tokens: int, grad_enabled: bool
+    ) -> Tensor:
+        accumulate_dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
+        wants_hidden, wants_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
+        # A Function's forward runs without autograd, but still under autocast: the products must keep their dtype.
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            grad_hidden_TD = torch.empty_like(hidden_TD) if wants_hidden else None
+            grad_weight_VD = torch.zeros_like(weight_VD, dtype=accumulate_dtype) if wants_weight else None
+            loss_sum = hidden_TD.new_zeros((), dtype=accumulate_dtype)
+            for start in range(0, hidden_TD.shape[0], chunk_tokens):
+                rows = slice(start, start + chunk_tokens)
+                hidden_CD = hidden_TD[rows]
+                ignored_C1 = (labels_T[rows] == IGNORE_INDEX).unsqueeze(1)
+                label_C1 = labels_T[rows].unsqueeze(1).masked_fill(ignored_C1, 0)
+                logprob_CV = torch.log_softmax(hidden_CD @ weight_VD.T, dim=-1, dtype=accumulate_dtype)
+                loss_sum -= logprob_CV.gather(1, label_C1).masked_fill(ignored_C1, 0).sum()
+                if grad_hidden_TD is None and grad_weight_VD is None:
+                    continue
+                # d loss / d logits = softmax - one_hot. Ignored rows are blanked in the [C, D] factors below,
+                # which spares a pass over [C, V].
+                probability_CV = logprob_CV.exp_()
+                probability_CV.scatter_add_(1, label_C1, probability_CV.new_full((), -1.0).expand_as(label_C1))
+                grad_logits_CV = probability_CV.to(hidden_TD.dtype)
+                if grad_hidden_TD is not None:
+                    torch.mm(grad_logits_CV, weight_VD, out=grad_hidden_TD[rows])
+                    grad_hidden_TD[rows].masked_fill_(ignored_C1, 0)
+                if grad_weight_VD is not None:
+                    _accumulate_product(grad_weight_VD, grad_logits_CV.T, hidden_CD.masked_fill(ignored_C1, 0))
+        ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
+        ctx.weight_dtype = weight_VD.dtype
+        return loss_sum
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        (grad_loss,) = grad_outputs
+        grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
+        if grad_hidden_TD is not None:
+            grad_hidden_TD = grad_hidden_TD * grad_loss.to(grad_hidden_TD.dtype)
+        if grad_weight_VD is not None:
+            grad_weight_VD = (grad_weight_VD * grad_loss).to(ctx.weight_dtype)
+        return grad_hidden_TD, grad_weight_VD, None, None, None
+
+
+def _accumulate_product(sum_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
+    """``sum += left @ right``; low-precision products are rounded once per chunk and added in fp32."""
+    if sum_VD.dtype == left_VC.dtype:
+        torch.addmm(sum_VD, left_VC, right_CD, out=sum_VD)
+    else:
+        sum_VD += left_VC @ right_CD

@@ -1,0 +1,20 @@
+"""The dense feed-forward block of the layers between MoE layers. Letters: D width, F FFN width."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DenseFFN(nn.Module):
+    """SwiGLU without biases (arXiv 2002.05202): ``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, hidden_size: int, ffn_hidden_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, ffn_hidden_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, ffn_hidden_size, bias=False)
+        self.down_proj = nn.Linear(ffn_hidden_size, hidden_size, bias=False)
+
+    def forward(self, x_D: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return self.down_proj(F.silu(self.gate_proj(x_D)) * self.up_proj(x_D))

@@ -1,0 +1,64 @@
+"""Initialisation by parameter name and logical shape: every layout starts from bitwise the same weights.
+
+Each parameter, and each FFN expert of the stacked expert weights by its global index, has a random stream of its
+own, seeded by (seed, name[, expert]). Neither the order of the parameters nor their device, dtype or sharding matters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from moepp.errors import ConfigError
+from moepp.model.transformer import Transformer
+
+_STACKED_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")  # first dimension: the experts of this rank
+
+
+@torch.no_grad()
+def init_parameters(model: Transformer, seed: int, ep_rank: int = 0, ep_size: int = 1) -> None:
+    """Draw every parameter of ``model`` in place: in fp32 on the CPU, then cast and copied.
+
+    Matrices, embeddings and routers: N(0, ``cfg.init_std``). Constant experts' vectors: N(0, 1). Norms: 1.
+
+    Args:
+        model: any dtype and device; rank ``ep_rank`` of ``ep_size`` holds the FFN experts
+            [ep_rank E_local, (ep_rank + 1) E_local).
+        seed: of the run.
+
+    Raises:
+        ConfigError: a parameter on the meta device, or a number of experts that does not fit ``ep_size``.
+    """
+    num_local = model.cfg.moe.num_ffn_experts / ep_size
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ConfigError(f"parameter {name} is on the meta device and has no memory; call model.to_empty() first")
+        std = _std(name, model.cfg.init_std)
+        if std is None:
+            parameter.fill_(1.0)
+        elif name.endswith(_STACKED_EXPERTS):
+            if parameter.shape[0] != num_local:
+                raise ConfigError(
+                    f"{name} holds {parameter.shape[0]} experts, but {model.cfg.moe.num_ffn_experts} over ep_size="
+                    f"{ep_size} ranks are {num_local:g} each; pass the ep_size that the model was built with"
+                )
+            for local, expert_weight in enumerate(parameter):
+                expert = ep_rank * parameter.shape[0] + local
+                expert_weight.copy_(_draw(expert_weight.shape, std, f"{seed}/{name}/{expert}"))
+        else:
+            parameter.copy_(_draw(parameter.shape, std, f"{seed}/{name}"))
+
+
+def _std(name: str, init_std: float) -> float | None:
+    """Standard deviation of a parameter; None: filled with ones."""
+    if name.endswith("norm.weight"):
+        return None
+    return 1.0 if name.endswith("zero_computation.value") else init_std
+
+
+def _draw(shape: torch.Size, std: float, key: str) -> Tensor:
+    digest = hashlib.sha256(key.encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little"))
+    return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)

@@ -1,0 +1,122 @@
+"""Chunked cross-entropy against torch's, its gradients, and the memory that it must not take."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moepp.model import chunked_cross_entropy
+
+TOKENS, WIDTH, VOCAB = 37, 8, 51
+
+
+def make_inputs(dtype: torch.dtype, ignored: tuple[int, ...] = (0, 5, 36)):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, WIDTH, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(VOCAB, WIDTH, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    labels = torch.randint(VOCAB, (TOKENS,), generator=generator)
+    labels[list(ignored)] = -100
+    return hidden, weight, labels
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 10, 37, 100, None])
+@pytest.mark.parametrize("ignored", [(), (0, 5, 36), tuple(range(10, 20)), tuple(range(TOKENS))], ids=len)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)], ids=str)
+def test_sum_and_gradients_equal_torch(dtype, tolerance, ignored, chunk_tokens):
+    hidden, weight, labels = make_inputs(dtype, ignored)
+    loss, count = chunked_cross_entropy(hidden, weight, labels, chunk_tokens=chunk_tokens)
+    expected = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
+    assert int(count) == TOKENS - len(ignored)
+    torch.testing.assert_close(loss, expected, rtol=tolerance, atol=tolerance)
+    scale = -0.37  # upstream gradient
+    grads = torch.autograd.grad(loss * scale, (hidden, weight))
+    for grad, wanted in zip(grads, torch.autograd.grad(expected * scale, (hidden, weight)), strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_second_backward_gives_the_same_gradients():
+    hidden, weight, labels = make_inputs(torch.float32)
+    loss, _ = chunked_cross_entropy(hidden, weight, labels, chunk_tokens=9)
+    first = torch.autograd.grad(loss * 3, (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(loss * 3, (hidden, weight))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("trained", ["hidden", "weight"])
+def test_gradient_of_one_input_alone(trained):
+    hidden, weight, labels = make_inputs(torch.float64)
+    expected = torch.autograd.grad(
+        F.cross_entropy(hidden @ weight.T, labels, reduction="sum"), hidden if trained == "hidden" else weight
+    )
+    (weight if trained == "hidden" else hidden).requires_grad_(False)
+    loss, _ = chunked_cross_entropy(hidden, weight, labels, chunk_tokens=9)
+    loss.backward()
+    torch.testing.assert_close((hidden if trained == "hidden" else weight).grad, expected[0])
+    assert (weight if trained == "hidden" else hidden).grad is None
+
+
+def test_bfloat16_loss_is_fp32_and_weight_gradient_is_summed_in_fp32():
+    hidden, weight, labels = make_inputs(torch.bfloat16)
+    loss, _ = chunked_cross_entropy(hidden, weight, labels, chunk_tokens=1)
+    loss.backward()
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    expected = F.cross_entropy(exact[0] @ exact[1].T, labels, reduction="sum")
+    expected.backward()
+    assert loss.dtype == torch.float32 and hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=2e-3, atol=0)
+    error = (weight.grad.double() - exact[1].grad).norm() / exact[1].grad.norm()
+    assert error < 6e-3  # rounding of the terms; 34 terms summed in bf16 would give about 1e-2
+    assert (hidden.grad.double() - exact[0].grad).norm() / exact[0].grad.norm() < 1e-2
+
+
+def test_no_tokens():
+    hidden, weight, labels = make_inputs(torch.float32)
+    loss, count = chunked_cross_entropy(hidden[:0], weight, labels[:0])
+    loss.backward()
+    assert (loss.item(), int(count)) == (0.0, 0) and weight.grad is not None and not weight.grad.any()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements of any tensor that an operation returned, and how many matrix products ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel, self.products = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("tokens", [40, 2000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_of_all_tokens_are_never_held(tokens, dtype):
+    vocab = 3000
+    hidden = torch.randn(tokens, 4, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocab, 4, dtype=dtype, requires_grad=True)
+    labels = torch.randint(vocab, (tokens,))
+    with LargestTensor() as seen:
+        chunked_cross_entropy(hidden, weight, labels)[0].backward()
+    assert seen.numel <= tokens * vocab / 2
+
+
+def test_under_no_grad_nothing_is_computed_for_backward():
+    hidden, weight, labels = make_inputs(torch.float32)
+    with torch.no_grad(), LargestTensor() as seen:
+        loss, _ = chunked_cross_entropy(hidden, weight, labels, chunk_tokens=10)
+    assert seen.products == 4  # one per chunk
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.T, labels, reduction="sum").detach())
+
+
+def test_logits_keep_their_precision_under_autocast():
+    hidden, weight, labels = make_inputs(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = chunked_cross_entropy(hidden, weight, labels)
+    torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.T, labels, reduction="sum"))
