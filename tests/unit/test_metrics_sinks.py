@@ -15,6 +15,7 @@ from moepp.errors import RunError
 from moepp.metrics import SinkGroup, close_logging, setup_logging
 from moepp.metrics.console import BarSink, LineSink
 from moepp.metrics.jsonl import JsonlSink, read_records
+from moepp.metrics.sinks import Record
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +102,7 @@ class Recorder:
         self.seen: list[tuple[dict, int, int]] = []
         self.closed = 0
 
-    def log(self, record: dict, step: int, tokens: int) -> None:
+    def log(self, record: Record, step: int, tokens: int) -> None:
         self.seen.append((dict(record), step, tokens))
 
     def close(self) -> None:
@@ -128,6 +129,7 @@ RECORD = {
 def test_line_shows_progress_and_the_time_left(caplog: pytest.LogCaptureFixture) -> None:
     now = [0.0]
     sink = LineSink(total_steps=100, start_step=20, clock=lambda: now[0])
+    sink.log({"eval/loss": 6.0}, 20, 40960)  # evaluated before the first step of a resumed run: no speed yet
     now[0] = 120.0
     with caplog.at_level(logging.INFO, logger="moepp"):
         sink.log(RECORD, 40, 81920)
