@@ -36,4 +36,5 @@ for name in PATH TORCH_DISABLE_SHARE_RDZV_TCP_STORE DS_ACCELERATOR OMP_NUM_THREA
 done
 
 # --no_local_rank: train.py reads LOCAL_RANK from its environment and takes nothing but keys.
-deepspeed --no_local_rank "${launcher[@]}" train.py "$@"
+# As a module: the script `deepspeed` does not start from a folder with blanks in its name.
+python -m deepspeed.launcher.runner --no_local_rank "${launcher[@]}" train.py "$@"

@@ -21,6 +21,9 @@ share_cores "$nproc_per_node"
 if ((${NNODES:-1} == 1)); then
     exec torchrun --standalone --nproc_per_node "$nproc_per_node" train.py "$@"
 fi
+if [[ -z "${HEAD:-}" ]]; then
+    echo "[torchrun.sh] error: NNODES=$NNODES, but HEAD is not set; name the host where the processes meet" >&2
+    exit 2
+fi
 exec torchrun --nnodes "$NNODES" --nproc_per_node "$nproc_per_node" --rdzv_id "${JOB:-moepp}" --rdzv_backend c10d \
-    --rdzv_endpoint "${HEAD:?NNODES=$NNODES needs HEAD, the host where the processes meet}:${PORT:-29400}" \
-    train.py "$@"
+    --rdzv_endpoint "$HEAD:${PORT:-29400}" train.py "$@"
