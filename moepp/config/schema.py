@@ -115,6 +115,22 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
+class RopeScalingConfig:
+    """Rotary embeddings for positions beyond those that a model was trained on; Q positions seen, d head size.
+
+    "linear": positions divided by ``factor``. "ntk": theta multiplied by it, at any length. "dynamic": for Q above
+    max_seq_len theta is multiplied by ``(factor Q / max_seq_len - (factor - 1)) ^ (d / (d - 2))``.
+    """
+
+    type: str  # "linear", "ntk" or "dynamic"
+    factor: float  # above 1
+
+    def __post_init__(self) -> None:
+        require_choice("model.rope_scaling.type", self.type, ("linear", "ntk", "dynamic"))
+        require_above("model.rope_scaling.factor", self.factor, 1)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A Llama-style decoder with MoE++ layers."""
 
@@ -126,6 +142,7 @@ class ModelConfig:
     max_seq_len: int  # longest sequence of positions the model is meant for, tokens
     moe: MoEConfig
     rope_theta: float = 10000.0
+    rope_scaling: RopeScalingConfig | None = None  # None: positions as they are
     norm_eps: float = 1e-6
     init_std: float = 0.02
     tie_embeddings: bool = False
@@ -147,6 +164,11 @@ class ModelConfig:
             self.head_dim % 2 == 0,
             f"model.hidden_size={self.hidden_size} / model.num_heads={self.num_heads} gives an odd head size "
             f"{self.head_dim}, and rotary embeddings need an even one; change one of them",
+        )
+        require(
+            self.rope_scaling is None or self.rope_scaling.type != "dynamic" or self.head_dim > 2,
+            f"model.rope_scaling.type=dynamic needs a head size above 2, and model.hidden_size={self.hidden_size} / "
+            f"model.num_heads={self.num_heads} gives {self.head_dim}; change one of them",
         )
         require(
             self.num_heads % self.num_kv_heads == 0,
@@ -294,11 +316,13 @@ class CheckpointConfig:
 
     interval: int = 0  # optimizer steps between checkpoints; 0: only at the end
     keep: int = 2  # newest checkpoints kept; 0: all
+    keep_every: int = 0  # checkpoints at multiples of so many steps are kept for good; 0: none
     async_: bool = field(default=False, metadata={"key": "async"})  # write in the background
 
     def __post_init__(self) -> None:
         require_at_least("checkpoint.interval", self.interval, 0)
         require_at_least("checkpoint.keep", self.keep, 0)
+        require_at_least("checkpoint.keep_every", self.keep_every, 0)
 
 
 @dataclass(frozen=True)

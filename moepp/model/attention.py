@@ -104,14 +104,35 @@ class Attention(nn.Module):
         return x_BSD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
-def rotary_table(position_ids_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of ``position / theta^(2i/d)``, i < d/2 (RoPE, arXiv 2104.09864).
+def rotary_table(
+    position_ids_BS: Tensor, cfg: ModelConfig, num_positions: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of ``position / theta^(2i/d)``, i < d/2 (RoPE, arXiv 2104.09864), scaled as ``cfg`` says.
 
     Angles are computed in fp32 and the results rounded to ``dtype``. Returns two [B, 1, S, d/2].
+
+    Args:
+        num_positions: P; "dynamic" scaling depends on it, and keys that a cache holds keep the angles of their time.
     """
-    exponent_d = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids_BS.device) / head_dim
-    angle_B1Sd = position_ids_BS[:, None, :, None].float() * (1.0 / theta**exponent_d)
+    theta, divisor = _scaled_rope(cfg, num_positions)
+    exponent_d = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device=position_ids_BS.device) / cfg.head_dim
+    angle_B1Sd = position_ids_BS[:, None, :, None].float() / divisor * (1.0 / theta**exponent_d)
     return angle_B1Sd.cos().to(dtype), angle_B1Sd.sin().to(dtype)
+
+
+def _scaled_rope(cfg: ModelConfig, num_positions: int) -> tuple[float, float]:
+    """(theta, what positions are divided by) under :class:`moepp.config.RopeScalingConfig`."""
+    scaling, theta = cfg.rope_scaling, cfg.rope_theta
+    if scaling is None:
+        return theta, 1.0
+    if scaling.type == "linear":
+        return theta, scaling.factor
+    if scaling.type == "ntk":
+        return theta * scaling.factor, 1.0
+    if num_positions <= cfg.max_seq_len:
+        return theta, 1.0
+    stretch = scaling.factor * num_positions / cfg.max_seq_len - (scaling.factor - 1)
+    return theta * stretch ** (cfg.head_dim / (cfg.head_dim - 2)), 1.0
 
 
 def apply_rotary(x_BHSd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

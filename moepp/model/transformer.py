@@ -209,7 +209,7 @@ class Transformer(nn.Module):
             )
         if position_ids_BS is None:
             position_ids_BS = torch.arange(num_past, num_past + num_new, device=device).unsqueeze(0)
-        cos, sin = rotary_table(position_ids_BS, self.cfg.head_dim, self.cfg.rope_theta, dtype)
+        cos, sin = rotary_table(position_ids_BS, self.cfg, num_past + num_new, dtype)
         valid_BP = None if padding_mask_BP is None else padding_mask_BP.bool()
         mask = build_attention_mask(valid_BP, num_new, num_past, dtype, device)
         return AttentionInputs(cos, sin, mask, cache)

@@ -8,7 +8,7 @@ import torch
 from moepp.config import ModelConfig, MoEConfig
 from moepp.errors import ConfigError
 from moepp.model import Transformer, generate, init_parameters
-from moepp.model.generate import sample
+from moepp.model.generate import Sampling, sample
 from tests.dist import subgroups
 
 CFG = ModelConfig(
@@ -107,7 +107,7 @@ def test_sampling_repeats_with_the_seed_and_agrees_with_and_without_cache():
 
 def frequencies(**options) -> torch.Tensor:
     logits = torch.tensor([0.5, 0.05, 0.3, 0.15]).log().expand(20_000, 4)
-    drawn = sample(logits, generator=torch.Generator().manual_seed(0), **options)
+    drawn = sample(logits, Sampling(**options), torch.Generator().manual_seed(0))
     return drawn.flatten().bincount(minlength=4) / len(logits)
 
 
@@ -133,7 +133,7 @@ def test_sample_draws_with_the_given_probabilities(options, expected):
 def test_bad_options_are_refused():
     model = make_model()
     for options, message in [
-        ({"temperature": -1.0}, "temperature=-1.0 is negative"),
+        ({"temperature": -1.0}, "temperature=-1.0 is out of range"),
         ({"temperature": 1.0, "top_k": 0}, "top_k=0 leaves no token"),
         ({"temperature": 1.0, "top_p": 1.5}, r"top_p=1.5 must lie in \(0, 1\]"),
         ({"max_new_tokens": -1}, "max_new_tokens=-1 is negative"),
