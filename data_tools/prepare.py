@@ -111,11 +111,12 @@ def _write(
 ) -> Manifest:
     staged = os.path.join(folder, "text")
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size < LARGEST_UINT16_VOCABULARY else np.int32)
+    encoder_arguments = (tokenizer.to_json(), tokenizer.eod_id, dtype.name)
     builder = _builder(f"{staged}.bin", dtype)
     try:
         if existing is not None:
             _copy_existing(builder, existing)
-        tally = _add_documents(builder, paths, options, tokenizer, dtype)
+        tally = _add_documents(builder, paths, options, encoder_arguments)
         if tally.documents == 0:
             raise DataError(f"the input holds no text: {len(paths)} files, {tally.empty_documents} empty documents")
         builder.finalize(f"{staged}.idx")
@@ -152,7 +153,7 @@ def _copy_existing(builder: Any, existing: IndexedFile) -> None:
 
 
 def _add_documents(
-    builder: Any, paths: list[str], options: PrepareOptions, tokenizer: Tokenizer, dtype: np.dtype
+    builder: Any, paths: list[str], options: PrepareOptions, encoder_arguments: tuple[str, int, str]
 ) -> _Tally:
     from tqdm import tqdm
 
@@ -162,8 +163,7 @@ def _add_documents(
     with tqdm(
         total=total, unit="B", unit_scale=True, desc="tokenising", disable=None if options.progress else True
     ) as bar:
-        arguments = (tokenizer.to_json(), tokenizer.eod_id, dtype.name)
-        for documents, bytes_read in encode_documents(batches, arguments, options.workers):
+        for documents, bytes_read in encode_documents(batches, encoder_arguments, options.workers):
             for tokens_T in documents:
                 builder.add_document(tokens_T, [len(tokens_T)])
                 tally.documents += 1

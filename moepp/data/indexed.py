@@ -76,7 +76,7 @@ class IndexedFile:
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change when anything changes that dataset indices are made from."""
         digest = hashlib.blake2b(str(self.dtype).encode(), digest_size=8)
-        digest.update(memoryview(np.ascontiguousarray(self.lengths_Q)))
+        digest.update(np.ascontiguousarray(self.lengths_Q).data)
         return digest.hexdigest()
 
 

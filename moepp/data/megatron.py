@@ -11,6 +11,7 @@ picks the dataset of sample i greedily from the samples before it.
 from __future__ import annotations
 
 import copy
+import glob
 import logging
 import os
 import warnings
@@ -139,6 +140,8 @@ def build_datasets(
         if any(file.split_tokens(split)[i] <= seq_len for file in files):
             matrix[i] = None
     config.split_matrix = matrix
+    if config.path_to_cache and torch.distributed.get_rank() == 0:
+        _remove_damaged(config.path_to_cache)  # before the barrier at which the other ranks wait for rank 0
     try:
         builder = BlendedMegatronDatasetBuilder(EpochGPTDataset, list(num_sequences), lambda: True, config)
         return tuple(builder.build())
@@ -163,6 +166,15 @@ def _cache_folder(files: Sequence[IndexedFile], cache_dir: str | None) -> str:
     if cache_dir is None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return ""
     return os.path.join(os.path.abspath(cache_dir), "-".join(file.fingerprint() for file in files)[:200])
+
+
+def _remove_damaged(folder: str) -> None:
+    """Remove indices that a killed run left half written: Megatron takes them for whole."""
+    for path in glob.glob(os.path.join(glob.escape(folder), "*.npy")):
+        try:
+            np.load(path, mmap_mode="r")
+        except (ValueError, EOFError):
+            os.remove(path)
 
 
 def _config_of_epoch(config: GPTDatasetConfig, epoch: int) -> GPTDatasetConfig:

@@ -23,24 +23,34 @@ class Tokenizer:
     def __init__(self, path: str, eod_token: str | None = None) -> None:
         """Load ``path``.
 
+        Args:
+            eod_token: the token that ends a document; None: the first of ``EOD_TOKENS`` in the vocabulary.
+
         Raises:
-            DataError: missing, unreadable, not a tokenizer.json, or without an end-of-document token.
+            DataError: missing, unreadable, or not a tokenizer.json.
         """
         self.path = path
         self._tokenizer = _load(path)
-        vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
-        if not vocabulary:
+        self._vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        self._eod_candidates = EOD_TOKENS if eod_token is None else (eod_token,)
+        if not self._vocabulary:
             raise DataError(f"tokenizer {path} has an empty vocabulary; train one with data_tools.train_tokenizer")
-        self.vocab_size = max(vocabulary.values()) + 1
-        candidates = EOD_TOKENS if eod_token is None else (eod_token,)
-        known = [token for token in candidates if token in vocabulary]
-        if not known:
-            raise DataError(
-                f"tokenizer {path} has no end-of-document token ({', '.join(candidates)}); "
-                "name one that it has with --eod-token, or add one"
-            )
-        self.eod_token = known[0]
-        self.eod_id = vocabulary[known[0]]
+        self.vocab_size = max(self._vocabulary.values()) + 1
+
+    @property
+    def eod_id(self) -> int:
+        """Id of the end-of-document token.
+
+        Raises:
+            DataError: the vocabulary has none of the names it goes by.
+        """
+        for token in self._eod_candidates:
+            if token in self._vocabulary:
+                return self._vocabulary[token]
+        raise DataError(
+            f"tokenizer {self.path} has no end-of-document token ({', '.join(self._eod_candidates)}); "
+            "name one that it has with --eod-token, or add one"
+        )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, without special tokens."""
