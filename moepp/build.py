@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import platform
-from pathlib import Path
+from typing import Any
 
 import torch
 
 from moepp import comm
+from moepp.checkpoint import Checkpointer
 from moepp.config import Config, accumulation_steps, micro_batch_size, zero_stage
 from moepp.data import build_data
 from moepp.engine.engine import Engine
@@ -15,7 +16,8 @@ from moepp.metrics.sinks import SinkGroup, open_sinks
 from moepp.metrics.throughput import Throughput, peak_flops_per_second
 from moepp.model.init import init_parameters
 from moepp.model.transformer import Transformer
-from moepp.parallel.groups import ParallelGroups
+from moepp.parallel.groups import ParallelGroups, new_cpu_group
+from moepp.run_dir import RunDir
 from moepp.trainer import Parts
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -52,13 +54,17 @@ def build_engine(cfg: Config, model: Transformer, groups: ParallelGroups) -> Eng
     return DeepSpeedEngine(model, groups, cfg.optim, accumulation, micro_batch, zero_stage(cfg))
 
 
-def build_parts(cfg: Config, groups: ParallelGroups, run_path: Path, start_step: int) -> Parts:
+def build_parts(
+    cfg: Config, groups: ParallelGroups, run_dir: RunDir, start_step: int, versions: dict[str, Any]
+) -> Parts:
     """Everything that :class:`moepp.trainer.Trainer` needs; collective."""
-    cache_dir = cfg.data.cache_dir or str(run_path / "data-cache")
+    cache_dir = cfg.data.cache_dir or str(run_dir.path / "data-cache")
     data = build_data(cfg, groups.world_size, groups.rank, cache_dir)
     traffic = comm.Traffic()
     model = build_model(cfg, groups, traffic)
     engine = build_engine(cfg, model, groups)
     peak = peak_flops_per_second(device_name(groups.device), cfg.train.precision)
-    sinks = comm.run_together(lambda: open_sinks(run_path, cfg, start_step) if groups.rank == 0 else SinkGroup())
-    return Parts(cfg, groups, model, engine, data, traffic, sinks, Throughput(groups.world_size, peak))
+    throughput = Throughput(groups.world_size, peak)
+    checkpointer = Checkpointer(cfg.checkpoint, groups, run_dir.checkpoints, new_cpu_group())
+    sinks = comm.run_together(lambda: open_sinks(run_dir.path, cfg, start_step) if groups.rank == 0 else SinkGroup())
+    return Parts(cfg, groups, model, engine, data, traffic, sinks, throughput, checkpointer, versions)

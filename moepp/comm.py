@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moepp.errors import MoeppError, PeerError
+from moepp.errors import MoeppError
 
 Group = dist.ProcessGroup
 
@@ -61,9 +61,7 @@ class PendingExchange:
         row_size = rows[:1].numel() if rows.dim() == 1 else rows.shape[1:].numel()
         self.traffic.row_bytes += (sum(send_splits) - send_splits[own]) * row_size * rows.element_size()
         self.traffic.row_exchanges += 1
-        self.work = dist.all_to_all_single(
-            received, rows, receive_splits, send_splits, group=self.group, async_op=True
-        )
+        self.work = dist.all_to_all_single(received, rows, receive_splits, send_splits, group=self.group, async_op=True)
         self.keep_alive = [rows]
         return received
 
@@ -146,13 +144,9 @@ def all_reduce_max(tensor: Tensor, group: Group | None) -> Tensor:
     return tensor
 
 
-def all_reduce_sum_async(tensor: Tensor, group: Group | None) -> Callable[[], None]:
-    """Start summing in place over the group; returns the function that waits for it."""
-    if size(group) == 1:
-        return lambda: None
-    work = dist.all_reduce(tensor, group=group, async_op=True)
-    assert work is not None
-    return lambda: work.wait() and None
+def agree_on_flag(flag: bool, group: Group | None) -> bool:
+    """Whether ``flag`` is set on any rank; over gloo, so that no accelerator has to be waited for."""
+    return bool(all_reduce_max(torch.tensor(int(flag)), group))
 
 
 def size(group: Group | None = None) -> int:
@@ -200,9 +194,9 @@ def run_together(action: Callable[[], Any], group: Group | None = None) -> Any:
     except MoeppError as error:
         problem = error
     problems = gather_objects(problem, group)
-    for failed_rank, found in enumerate(problems):
+    for found in problems:
         if found is not None:
             if problem is not None:
                 raise problem
-            raise type(found)(str(found)) if isinstance(found, MoeppError) else PeerError(f"rank {failed_rank}: {found}")
+            raise type(found)(str(found))
     return result

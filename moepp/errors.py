@@ -23,3 +23,11 @@ class CheckpointError(MoeppError):
 
 class PeerError(MoeppError):
     """Another rank failed; this rank stops with it."""
+
+
+class TrainingError(MoeppError):
+    """Training cannot go on: the loss or the gradient stays broken."""
+
+
+class Preempted(MoeppError):
+    """The run was told to stop by a signal; its state is saved."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moepp.config.compare import breaking_differences
 from moepp.errors import RunError
 from moepp.run_lock import RunLock
 
@@ -138,7 +139,7 @@ def _refuse_other_run(run_dir: RunDir, config: Mapping[str, Any], resume: str) -
             f"run.dir={run_dir.path} already holds a run and run.resume={resume} is not one of its checkpoints; "
             "choose another run.name or run.dir"
         )
-    differences = _differences(_read_config(run_dir), config)
+    differences = breaking_differences(_read_config(run_dir), config)
     if differences:
         more = len(differences) - _SHOWN_DIFFERENCES
         shown = ", ".join(differences[:_SHOWN_DIFFERENCES]) + (f" and {more} more" if more > 0 else "")
@@ -183,34 +184,6 @@ def _read_config(run_dir: RunDir) -> dict[str, Any]:
             "restore that file, or choose another run.name or run.dir"
         )
     return config
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """One "key: old -> new" for every key that must stay the same over the life of a run and does not."""
-    flat_old, flat_new = _flatten(old), _flatten(new)
-    keys = [key for key in dict.fromkeys([*flat_new, *flat_old]) if _must_agree(key)]
-    absent = "absent"
-    return [
-        f"{key}: {flat_old.get(key, absent)} -> {flat_new.get(key, absent)}"
-        for key in keys
-        if flat_old.get(key, absent) != flat_new.get(key, absent)
-    ]
-
-
-def _must_agree(key: str) -> bool:
-    if key == "data.cache_dir":  # a place, not what is trained on
-        return False
-    return key.startswith(("model.", "data.")) or key in ("run.seed", "optim.name", "train.global_batch_size")
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _write_files(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from moepp import comm
 from moepp.data import Tokenizer
 from moepp.model.generate import generate
 from moepp.trainer import Parts
@@ -29,7 +30,9 @@ def write_samples(parts: Parts, run_path: Path) -> None:
     generator = torch.Generator(device=groups.device).manual_seed(cfg.run.seed)
     samples = []
     for index in range(cfg.train.samples):
-        ids = parts.data.sequence("valid", index)[:PROMPT_TOKENS].to(groups.device)
+        # With expert parallelism all ranks must continue the same prompt: that of the first.
+        prompt = comm.broadcast_object(parts.data.eval_batch(index, 0)[0][0, :PROMPT_TOKENS].tolist())
+        ids = torch.tensor(prompt, device=groups.device)
         out = generate(
             parts.model,
             ids.unsqueeze(0),

@@ -1,23 +1,28 @@
-"""The training loop: batches in, optimizer steps and metric records out.
+"""The training loop: batches in, optimizer steps, metric records and checkpoints out.
 
 Shapes: B sequences of this rank's micro-batch, S tokens each, L MoE layers, E experts of every kind.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from moepp import comm
-from moepp.config import Config, accumulation_steps
+from moepp.checkpoint import Checkpointer, CheckpointInfo, choose_checkpoint, load_training_state, read_info
+from moepp.config import Config, accumulation_steps, to_dict, zero_stage
 from moepp.engine.engine import Engine, StepResult
 from moepp.engine.schedule import learning_rate
+from moepp.errors import CheckpointError, Preempted, TrainingError
+from moepp.guards import SkippedSteps, SpikeGuard, StopRequest
 from moepp.metrics.sinks import SinkGroup
 from moepp.metrics.step_stats import StepStats
 from moepp.metrics.throughput import Throughput
@@ -25,9 +30,11 @@ from moepp.model.accounting import flops_per_token
 from moepp.model.transformer import LossOutput, Transformer
 from moepp.parallel.groups import ParallelGroups
 
+logger = logging.getLogger(__name__)
+
 
 class Data(Protocol):
-    """Batches of this rank as a pure function of seed and step."""
+    """Batches of this rank as a pure function of seed and index."""
 
     def train_batch(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]: ...
 
@@ -46,24 +53,27 @@ class Parts:
     traffic: comm.Traffic
     sinks: SinkGroup
     throughput: Throughput
+    checkpointer: Checkpointer
+    versions: dict[str, Any]
 
 
 class Trainer:
-    """Runs optimizer steps from ``start_step`` to ``cfg.train.steps``."""
+    """Runs optimizer steps up to ``cfg.train.steps``, from the beginning or from a checkpoint."""
 
-    def __init__(self, parts: Parts, start_step: int = 0) -> None:
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
         self.cfg = parts.cfg
         self.groups = parts.groups
         self.model = parts.model
         self.engine = parts.engine
-        self.data = parts.data
-        self.traffic = parts.traffic
-        self.sinks = parts.sinks
-        self.throughput = parts.throughput
-        self.step = start_step  # optimizer steps done
+        self.step = 0  # optimizer steps done
+        self.skipped_batches = 0  # global batches left out by rewinds: step s trains on batch s + skipped_batches
+        self.rewinds = 0
         self.accumulation_steps = accumulation_steps(parts.cfg, parts.groups.world_size)
         moe = parts.cfg.model.moe
         self.stats = StepStats(parts.cfg.model.moe_layers, moe.num_ffn_experts, moe.top_k)
+        self.skipped_steps = SkippedSteps(parts.cfg.guard)
+        self.spikes = SpikeGuard(parts.cfg.guard)
 
     @property
     def tokens_per_step(self) -> int:
@@ -74,9 +84,24 @@ class Trainer:
         """Training tokens seen so far, over all ranks."""
         return self.step * self.tokens_per_step
 
-    def fit(self) -> None:
-        """Train to the last step, evaluating and logging on the way."""
-        train = self.cfg.train
+    def resume(self, checkpoint: Path) -> None:
+        """Continue from a verified checkpoint of this run, saved in any layout."""
+        info = read_info(checkpoint)
+        load_training_state(checkpoint, self.engine, self.stats, self.groups, info.layout["world_size"])
+        self.step = info.step
+        self.skipped_batches = info.run_state["skipped_batches"]
+        self.rewinds = info.run_state["rewinds"]
+        self.skipped_steps = SkippedSteps(self.cfg.guard, info.run_state["skipped_steps"])
+        self.spikes = SpikeGuard(self.cfg.guard, info.run_state["recent_losses"])
+
+    def fit(self, stop: StopRequest) -> None:
+        """Train to the last step, evaluating, logging and saving on the way.
+
+        Raises:
+            Preempted: a signal asked any rank to stop; the state is saved.
+            TrainingError: a guard gave up.
+        """
+        train, interval = self.cfg.train, self.cfg.checkpoint.interval
         self.model.train()
         while self.step < train.steps:
             result = self.train_step()
@@ -85,36 +110,113 @@ class Trainer:
                 self.log(result)
             if is_last or (train.eval_interval and self.step % train.eval_interval == 0):
                 self.evaluate_and_log()
+            must_stop = self._anyone_must_stop(stop)
+            if is_last or must_stop or (interval and self.step % interval == 0):
+                with self.parts.throughput.paused():
+                    self.save(background=False if must_stop or is_last else None)
+            if must_stop and not is_last:
+                self._log_preemption(stop)
+        self.parts.checkpointer.close()
 
     def train_step(self) -> StepResult:
-        """One optimizer step over the global batch."""
-        sent_before = self.traffic.row_bytes
-        batches = [self._to_device(self.data.train_batch(self.step, a)) for a in range(self.accumulation_steps)]
+        """One optimizer step over the global batch; a rewind may follow, and then :attr:`step` goes back."""
+        traffic = self.parts.traffic
+        sent_before = traffic.row_bytes
+        batch = self.step + self.skipped_batches
+        batches = [self._to_device(self.parts.data.train_batch(batch, a)) for a in range(self.accumulation_steps)]
         share_LE = self._global_selection_share(batches)
+        ce_sum = torch.zeros((), dtype=torch.float64, device=self.groups.device)
         for input_ids_BS, labels_BS in batches:
             out = self.model.loss(input_ids_BS, labels_BS, share_LE)
             self.stats.add_micro_batch(out.stats, out.ce_sum, out.num_tokens)
+            ce_sum += out.ce_sum.detach()
             # Every micro-batch of every rank has the same number of tokens, so a mean of means is the global mean.
             self.engine.backward(out.ce_sum / out.num_tokens + out.aux_loss)
-        result = self.engine.step(self._learning_rate())
+        is_spike = self.spikes.is_on and self.spikes.is_spike(float(self._sum(ce_sum)) / self.tokens_per_step)
+        result = self.engine.step(self._learning_rate(self.step), update=not is_spike)
         self.step += 1
-        self.stats.commit(self.traffic.row_bytes - sent_before)
-        self.throughput.add(self.tokens_per_step)
+        self.parts.throughput.add(self.tokens_per_step)
+        self._settle(result, is_spike, traffic.row_bytes - sent_before)
         return result
+
+    def _settle(self, result: StepResult, is_spike: bool, sent_bytes: int) -> None:
+        """Commit the step's statistics, or say why the step did not count."""
+        if not result.skipped:
+            self.stats.commit(sent_bytes)
+            self.skipped_steps.record(False, self.step)
+            return
+        self.stats.discard()
+        if not is_spike:
+            logger.warning("step %d skipped: the gradient is not finite", self.step)
+            self.skipped_steps.record(True, self.step)
+            return
+        logger.warning("step %d: loss spike, update skipped", self.step)
+        self.skipped_steps.total += 1
+        if self.cfg.guard.spike_action == "rewind":
+            self._rewind()
+
+    def _rewind(self) -> None:
+        """Go back to the newest checkpoint and leave out the batches since, the spike's among them."""
+        self.parts.checkpointer.wait()
+        spike_step, spike_batch, rewinds = self.step, self.step - 1 + self.skipped_batches, self.rewinds + 1
+        checkpoint = choose_checkpoint(self.cfg, self.parts.checkpointer.checkpoints, self.groups)
+        if checkpoint is None:
+            raise CheckpointError(
+                f"loss spike at step {spike_step} and guard.spike_action=rewind, but there is no checkpoint yet; "
+                "set checkpoint.interval, or guard.spike_action=skip"
+            )
+        if rewinds > self.cfg.guard.max_rewinds:
+            raise TrainingError(
+                f"loss spike at step {spike_step} after {self.rewinds} rewinds (guard.max_rewinds); lower optim.lr or "
+                "raise guard.spike_sigma"
+            )
+        self.stats.clear()
+        self.resume(checkpoint)
+        self.rewinds = rewinds
+        self.skipped_batches = spike_batch + 1 - self.step
+        self.parts.sinks.rewind(self.step)
+        logger.warning("rewound to step %d; batches up to %d are left out", self.step, spike_batch)
 
     def log(self, result: StepResult) -> None:
         """Reduce the interval's statistics over ranks and write one record."""
-        record = self.stats.reduce(self._sum, self._max)
+        record = {} if self.stats.is_empty else self.stats.reduce(self._sum, self._max)
         record["train/grad_norm"] = result.grad_norm
-        record["optim/lr"] = self._learning_rate(self.step - 1)
-        flops = flops_per_token(self.cfg.model, self.cfg.data.seq_len, record.get("routing/ffn_per_token"))
-        record |= self.throughput.read(flops.forward_backward)
-        self.sinks.log(record, self.step, self.tokens)
+        record["train/skipped_steps"] = self.skipped_steps.total
+        record["optim/lr"] = self._learning_rate(max(self.step - 1, 0))
+        flops = flops_per_token(self.cfg.model, self.cfg.data.seq_len, record.get("routing/ffn_per_token", 0.0))
+        record |= self.parts.throughput.read(flops.forward_backward)
+        self.parts.sinks.log(record, self.step, self.tokens)
+
+    def save(self, background: bool | None = None) -> None:
+        """Write a checkpoint of the present state."""
+        info = CheckpointInfo(
+            step=self.step,
+            tokens=self.tokens,
+            layout={
+                "world_size": self.groups.world_size,
+                "expert": self.groups.ep_size,
+                "engine": self.cfg.engine.name,
+                "zero_stage": zero_stage(self.cfg),
+                "precision": self.cfg.train.precision,
+            },
+            config=to_dict(self.cfg),
+            versions=self.parts.versions,
+            run_state={
+                "seed": self.cfg.run.seed,
+                "next_batch": self.step + self.skipped_batches,
+                "skipped_batches": self.skipped_batches,
+                "rewinds": self.rewinds,
+                "skipped_steps": self.skipped_steps.total,
+                "recent_losses": self.spikes.history,
+                "wandb_run_id": self.parts.sinks.wandb_run_id,
+            },
+        )
+        self.parts.checkpointer.save(self.engine, self.stats, info, background)
 
     def evaluate_and_log(self) -> None:
         """Evaluate on held-out data if the configuration asks for it."""
         if self.cfg.train.eval_batches:
-            self.sinks.log({"eval/loss": self.evaluate()}, self.step, self.tokens)
+            self.parts.sinks.log({"eval/loss": self.evaluate()}, self.step, self.tokens)
 
     def evaluate(self) -> float:
         """Mean cross-entropy in nats per token over ``train.eval_batches`` held-out global batches."""
@@ -122,7 +224,8 @@ class Trainer:
         with self._evaluation(), torch.no_grad():
             for index in range(self.cfg.train.eval_batches):
                 for micro_step in range(self.accumulation_steps):
-                    out: LossOutput = self.model.loss(*self._to_device(self.data.eval_batch(index, micro_step)))
+                    batch = self._to_device(self.parts.data.eval_batch(index, micro_step))
+                    out: LossOutput = self.model.loss(*batch)
                     ce_and_tokens += torch.stack((out.ce_sum, out.num_tokens)).to(ce_and_tokens)
         ce_sum, num_tokens = self._sum(ce_and_tokens).tolist()
         return ce_sum / num_tokens if num_tokens else math.nan
@@ -132,7 +235,7 @@ class Trainer:
         """Eval mode (dropless routing), outside the measured training time."""
         self.model.eval()
         try:
-            with self.throughput.paused():
+            with self.parts.throughput.paused():
                 yield
         finally:
             self.model.train()
@@ -143,9 +246,8 @@ class Trainer:
         With several micro-batches the choices of the later ones are not known when the first is back-propagated, so
         they are counted in a forward pass of their own.
         """
-        if self.cfg.model.moe.balance_loss_scope != "global_batch" or len(batches) == 1:
-            return None
-        if not self.cfg.model.moe.balance_loss_weight:
+        moe = self.cfg.model.moe
+        if moe.balance_loss_scope != "global_batch" or not moe.balance_loss_weight or len(batches) == 1:
             return None
         counts_LE, num_tokens = torch.zeros((), device=self.groups.device, dtype=torch.float64), 0
         with torch.no_grad():
@@ -155,8 +257,19 @@ class Trainer:
                 num_tokens += input_ids_BS.numel()
         return (self._sum(counts_LE) / (num_tokens * self.groups.world_size)).float()
 
-    def _learning_rate(self, step: int | None = None) -> float:
-        return learning_rate(self.step if step is None else step, self.cfg.train.steps, self.cfg.optim)
+    def _anyone_must_stop(self, stop: StopRequest) -> bool:
+        """Whether any rank got a stop signal; the answer is the same on every rank."""
+        return bool(comm.agree_on_flag(stop.received is not None, self.groups.world))
+
+    def _log_preemption(self, stop: StopRequest) -> None:
+        self.parts.checkpointer.close()
+        problems = self.parts.checkpointer.reports[-1].problems
+        state = "its state could NOT be saved" if problems else "its state is saved"
+        name = stop.received.name if stop.received is not None else "a signal on another rank"
+        raise Preempted(f"stopped by {name} after step {self.step}; {state}; start the same command to continue")
+
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate(step, self.cfg.train.steps, self.cfg.optim)
 
     def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         device = self.groups.device

@@ -72,9 +72,7 @@ class MoEConfig:
             "lower top_k or add experts",
         )
         require_choice("model.moe.router", self.router, ("linear", "mlp"))
-        require_choice(
-            "model.moe.gate_normalization", self.gate_normalization, ("zero_masked", "none", "topk_softmax")
-        )
+        require_choice("model.moe.gate_normalization", self.gate_normalization, ("zero_masked", "none", "topk_softmax"))
         require_choice("model.moe.drop_policy", self.drop_policy, ("weight", "position"))
         require_choice(
             "model.moe.balance_loss_scope",
@@ -311,6 +309,25 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What to do when a step goes wrong."""
+
+    max_skipped_steps: int = 10  # stop after so many steps in a row whose gradient is not finite
+    spike_sigma: float | None = None  # a loss so many standard deviations above the window's mean is a spike; None: off
+    spike_window: int = 64  # optimizer steps that mean and deviation are taken over
+    spike_action: str = "skip"  # "skip" the update, or "rewind" to the newest checkpoint and skip the batches since
+    max_rewinds: int = 3  # stop after so many rewinds
+
+    def __post_init__(self) -> None:
+        require_at_least("guard.max_skipped_steps", self.max_skipped_steps, 1)
+        if self.spike_sigma is not None:
+            require_above("guard.spike_sigma", self.spike_sigma, 0)
+        require_at_least("guard.spike_window", self.spike_window, 2)
+        require_choice("guard.spike_action", self.spike_action, ("skip", "rewind"))
+        require_at_least("guard.max_rewinds", self.max_rewinds, 1)
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """When checkpoints are written and which are kept."""
 
@@ -376,5 +393,6 @@ class Config:
     parallel: ParallelConfig
     engine: EngineConfig
     train: TrainConfig
+    guard: GuardConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig

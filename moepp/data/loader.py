@@ -104,7 +104,7 @@ def build_data(cfg: Config, world_size: int, rank: int, cache_dir: str | None) -
         split=cfg.data.split,
         seq_len=cfg.data.seq_len,
         seed=cfg.run.seed,
-        num_sequences=(cfg.train.steps * batch, evaluation, evaluation),
+        num_sequences=((cfg.train.steps + _spare_steps(cfg)) * batch, evaluation, evaluation),
         tokenizer=TokenizerIdentity(vocab_size, eod if eod is not None else vocab_size - 1),
         cache_dir=cache_dir,
     )
@@ -121,6 +121,14 @@ def build_data(cfg: Config, world_size: int, rank: int, cache_dir: str | None) -
         vocab_size=vocab_size,
         eod=eod,
     )
+
+
+def _spare_steps(cfg: Config) -> int:
+    """Global batches that rewinds may leave out, so that there are still enough for ``train.steps`` steps."""
+    if cfg.guard.spike_sigma is None or cfg.guard.spike_action != "rewind":
+        return 0
+    # A rewind goes back to the newest checkpoint; twice the interval if that one is damaged.
+    return cfg.guard.max_rewinds * 2 * max(cfg.checkpoint.interval, 1)
 
 
 def _vocabulary(files: list[IndexedFile], cfg: Config) -> tuple[int, int | None]:

@@ -11,6 +11,7 @@ import io
 import logging
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from moepp import comm
 from moepp.config import OptimConfig
-from moepp.engine.engine import StepResult, make_optimizer
+from moepp.engine.deepspeed_state import read_zero_state, write_zero_state
+from moepp.engine.engine import Fetch, StepResult, make_optimizer, read_plain_state, write_plain_state
 from moepp.errors import ConfigError
 from moepp.parallel.groups import ParallelGroups
 from moepp.parallel.parameters import group_parameters, is_expert_parameter
@@ -139,13 +141,12 @@ class DeepSpeedEngine:
         comm.all_reduce_sum(expert, self._groups.ep)
         norm = float((dense + expert).sqrt())
         skipped = not update or not math.isfinite(norm)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        if skipped:
-            for parameter in parameters:
+        limit = self._optim.grad_clip
+        for parameter in self.model.parameters():
+            if skipped:
                 parameter.grad = None
-        elif self._optim.grad_clip is not None and norm > self._optim.grad_clip:
-            for parameter in parameters:
-                parameter.grad.mul_(self._optim.grad_clip / (norm + 1e-6))
+            elif parameter.grad is not None and limit is not None and norm > limit:
+                parameter.grad.mul_(limit / (norm + 1e-6))
         self._engine.step()
         return StepResult(norm, skipped)
 
@@ -157,15 +158,21 @@ class DeepSpeedEngine:
                 squares[is_expert_parameter(name)] += norm.square()
         return squares[False], squares[True]
 
-    def export_state(self) -> dict[str, dict[str, Any]]:
-        from moepp.engine.deepspeed_state import export_state
+    def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        optimizer = self._engine.optimizer
+        if self._zero_stage == 0:
+            names, parameters = zip(*self.model.named_parameters(), strict=True)
+            yield from read_plain_state(names, parameters, optimizer, self._optim)
+        else:
+            yield from read_zero_state(self.model, optimizer, self._optim)
 
-        return export_state(self._engine, self._optim)
-
-    def import_state(self, state: dict[str, dict[str, Any]]) -> None:
-        from moepp.engine.deepspeed_state import import_state
-
-        import_state(self._engine, self._optim, state)
+    def write_state(self, fetch: Fetch) -> None:
+        optimizer = self._engine.optimizer
+        if self._zero_stage == 0:
+            names, parameters = zip(*self.model.named_parameters(), strict=True)
+            write_plain_state(names, parameters, optimizer, self._optim, fetch)
+        else:
+            write_zero_state(self.model, optimizer, self._optim, fetch)
 
 
 def _config(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from moepp.config import OptimConfig
+
+Fetch = Callable[[str, dict[str, Tensor]], None]
+"""Takes a parameter's name and buffers by state key, and fills the buffers in place."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,16 @@ class Engine(Protocol):
         """Reduce, clip and update after the last micro-batch; ``update=False`` only measures and discards."""
         ...
 
-    def export_state(self) -> dict[str, dict[str, Any]]:
-        """Local shards by parameter name: ``fp32``, and the optimizer's ``exp_avg``, ``exp_avg_sq``, ``step``."""
+    def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Each parameter's ``fp32`` master and optimizer state, in one fixed order; every rank must exhaust it.
+
+        Tensors are shaped like this rank's parameter (dense ones whole, FFN experts its own); ``step`` is a scalar,
+        the number of updates. They are only valid until the next item.
+        """
         ...
 
-    def import_state(self, state: dict[str, dict[str, Any]]) -> None:
-        """The inverse of :meth:`export_state`: local shards shaped like this rank's parameters."""
+    def write_state(self, fetch: Fetch) -> None:
+        """Replace masters, optimizer state and model weights: ``fetch`` fills buffers like those of ``read_state``."""
         ...
 
 
@@ -53,6 +61,42 @@ def make_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.op
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
 
+ALL_KEYS = ("exp_avg", "exp_avg_sq", "step")
+
+
 def state_keys(optim: OptimConfig) -> tuple[str, ...]:
     """Optimizer state tensors kept per parameter."""
     return ("exp_avg", "exp_avg_sq") if optim.name == "adamw" else ()
+
+
+def read_plain_state(
+    names: Sequence[str], masters: Sequence[Tensor], optimizer: torch.optim.Optimizer, optim: OptimConfig
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """:meth:`Engine.read_state` for a torch optimizer that holds whole parameters."""
+    for name, master in zip(names, masters, strict=True):
+        entry = _plain_entry(master, optimizer, optim)
+        yield name, {"fp32": master.detach(), **{key: entry[key] for key in entry if key in ALL_KEYS}}
+
+
+@torch.no_grad()
+def write_plain_state(
+    names: Sequence[str],
+    masters: Sequence[Tensor],
+    optimizer: torch.optim.Optimizer,
+    optim: OptimConfig,
+    fetch: Fetch,
+) -> None:
+    """:meth:`Engine.write_state` for a torch optimizer that holds whole parameters; fills them in place."""
+    for name, master in zip(names, masters, strict=True):
+        entry = _plain_entry(master, optimizer, optim)
+        fetch(name, {"fp32": master.data, **{key: entry[key] for key in entry if key in ALL_KEYS}})
+
+
+def _plain_entry(master: Tensor, optimizer: torch.optim.Optimizer, optim: OptimConfig) -> dict[str, Tensor]:
+    """The optimizer's state of one parameter, created as the optimizer would where there is none yet."""
+    entry = optimizer.state[master]
+    if state_keys(optim) and not entry:
+        entry["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+        for key in state_keys(optim):
+            entry[key] = torch.zeros_like(master, memory_format=torch.preserve_format)
+    return entry

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from moepp import comm
 from moepp.config import OptimConfig
-from moepp.engine.engine import StepResult, make_optimizer, state_keys
+from moepp.engine.engine import Fetch, StepResult, make_optimizer, read_plain_state, write_plain_state
 from moepp.parallel.groups import ParallelGroups
 from moepp.parallel.parameters import ParameterGroup, group_parameters
 
@@ -38,7 +39,8 @@ class _FlatGroup:
     def write_back(self) -> None:
         """Round the fp32 masters into the model's parameters."""
         if self.masters is not self.parameters:
-            torch._foreach_copy_([p.data for p in self.parameters], [m.data for m in self.masters])
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                parameter.data.copy_(master.data)
 
 
 def _accumulate_into(grad_fp32: Tensor) -> Any:
@@ -109,25 +111,14 @@ class NativeEngine:
             for flat in self._flat:
                 flat.grad.mul_(limit / (grad_norm + 1e-6))
 
-    def export_state(self) -> dict[str, dict[str, Any]]:
-        state: dict[str, dict[str, Any]] = {}
-        for flat in self._flat:
-            for name, master in zip(flat.group.parameters, flat.masters, strict=True):
-                entry = self._optimizer.state.get(master, {})
-                state[name] = {"fp32": master.detach()}
-                for key in state_keys(self._optim):
-                    state[name][key] = entry[key] if key in entry else torch.zeros_like(master)
-                state[name]["step"] = int(entry["step"]) if "step" in entry else 0
-        return state
+    def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        yield from read_plain_state(*self._names_and_masters(), self._optimizer, self._optim)
 
-    @torch.no_grad()
-    def import_state(self, state: dict[str, dict[str, Any]]) -> None:
+    def write_state(self, fetch: Fetch) -> None:
+        write_plain_state(*self._names_and_masters(), self._optimizer, self._optim, fetch)
         for flat in self._flat:
-            for name, master in zip(flat.group.parameters, flat.masters, strict=True):
-                master.copy_(state[name]["fp32"])
-                if state_keys(self._optim):
-                    entry = self._optimizer.state[master]
-                    for key in state_keys(self._optim):
-                        entry[key] = state[name][key].to(master.device, torch.float32).clone()
-                    entry["step"] = torch.tensor(float(state[name]["step"]), device=master.device)
             flat.write_back()
+
+    def _names_and_masters(self) -> tuple[list[str], list[nn.Parameter]]:
+        names = [name for flat in self._flat for name in flat.group.parameters]
+        return names, [master for flat in self._flat for master in flat.masters]

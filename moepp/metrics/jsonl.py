@@ -21,11 +21,22 @@ class JsonlSink:
         Raises:
             RunError: the file cannot be written, or holds something else than records.
         """
+        self._path = path
+        self._open(start_step)
+
+    def _open(self, start_step: int) -> None:
         try:
-            _drop_records_after(path, start_step)
-            self._file = path.open("a", encoding="utf-8")
+            _drop_records_after(self._path, start_step)
+            self._file = self._path.open("a", encoding="utf-8")
         except OSError as error:
-            raise RunError(f"cannot write {path}: {error.strerror}; free the path or set another run.dir") from error
+            raise RunError(
+                f"cannot write {self._path}: {error.strerror}; free the path or set another run.dir"
+            ) from error
+
+    def rewind(self, step: int) -> None:
+        """Drop the records of steps after ``step``; the next record goes behind what is left."""
+        self._file.close()
+        self._open(step)
 
     def log(self, record: Mapping[str, float], step: int, tokens: int) -> None:
         """Append one line. JSON knows no NaN and no infinity: such values become null."""

@@ -39,6 +39,17 @@ class SinkGroup:
         for sink in self._sinks:
             sink.log(record, step, tokens)
 
+    def rewind(self, step: int) -> None:
+        """Training goes back to ``step``: drop the later records of metrics.jsonl, which will be written again."""
+        for sink in self._sinks:
+            if isinstance(sink, JsonlSink):
+                sink.rewind(step)
+
+    @property
+    def wandb_run_id(self) -> str | None:
+        """Id of the W&B run, where there is one on this rank."""
+        return next((sink.run_id for sink in self._sinks if isinstance(sink, WandbSink)), None)
+
     def close(self) -> None:
         """Close every sink, even if one of them fails; then raise the first failure."""
         failure: BaseException | None = None

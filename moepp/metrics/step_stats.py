@@ -5,7 +5,7 @@ L MoE layers, E experts of all kinds (FFN first), C columns of layer statistics.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -102,6 +102,23 @@ class StepStats:
     def discard(self) -> None:
         """Forget the micro-batches of a step that was not taken."""
         self._pending = {}
+
+    def clear(self) -> None:
+        """Forget everything since the last :meth:`reduce`."""
+        self._pending, self._interval = {}, {}
+
+    @property
+    def is_empty(self) -> bool:
+        """No step was committed since the last :meth:`reduce`."""
+        return not self._interval
+
+    def state(self) -> dict[str, Tensor]:
+        """This rank's sums since the last :meth:`reduce`, by name; call it between steps."""
+        return {f"stats.{name}": tensor for name, tensor in self._interval.items()}
+
+    def add_state(self, state: Mapping[str, Tensor]) -> None:
+        """Add sums that :meth:`state` returned, of this rank or, in another layout, of several."""
+        _accumulate(self._interval, {name.removeprefix("stats."): tensor for name, tensor in state.items()})
 
     def reduce(self, sum_reduce: Reduce, max_reduce: Reduce) -> dict[str, float]:
         """Metrics over all ranks and all steps committed since the last call; every rank calls it.

@@ -79,6 +79,10 @@ class WandbSink:
         self._run.define_metric("*", step_metric="tokens")
         self._has_failed = False
 
+    @property
+    def run_id(self) -> str:
+        return self._run.id
+
     def log(self, record: Mapping[str, float], step: int, tokens: int) -> None:
         """Send one record. A failing W&B ends W&B, not the training: metrics.jsonl has every record."""
         if self._has_failed:

@@ -81,9 +81,7 @@ def read_launch_environment(environ: Mapping[str, str] = os.environ) -> LaunchEn
             f"srun started {tasks} tasks but MASTER_ADDR and MASTER_PORT are not set, so they cannot find each other; "
             "export both, or let srun start torchrun"
         )
-    return LaunchEnvironment(
-        _integer(environ, "SLURM_PROCID"), tasks, int(environ.get("SLURM_LOCALID", "0"))
-    )
+    return LaunchEnvironment(_integer(environ, "SLURM_PROCID"), tasks, int(environ.get("SLURM_LOCALID", "0")))
 
 
 def _integer(environ: Mapping[str, str], name: str) -> int:
@@ -141,3 +139,8 @@ def build_groups(ep_size: int, device: torch.device) -> ParallelGroups:
         edp = group if rank in ranks else edp
     assert dist.group.WORLD is not None and ep is not None and edp is not None
     return ParallelGroups(rank, world_size, ep_size, device, dist.group.WORLD, ep, edp)
+
+
+def new_cpu_group() -> dist.ProcessGroup:
+    """A gloo group of all ranks of its own, for work beside the training loop (collective)."""
+    return dist.new_group(backend="gloo")

@@ -1,0 +1,17 @@
+"""Checkpoints on torch.distributed.checkpoint: atomic, verified, asynchronous, loadable in any layout."""
+
+from moepp.checkpoint.format import CheckpointInfo, list_checkpoints, read_info, verify
+from moepp.checkpoint.resume import choose_checkpoint
+from moepp.checkpoint.saver import Checkpointer
+from moepp.checkpoint.state import load_model, load_training_state
+
+__all__ = [
+    "CheckpointInfo",
+    "Checkpointer",
+    "choose_checkpoint",
+    "list_checkpoints",
+    "load_model",
+    "load_training_state",
+    "read_info",
+    "verify",
+]

@@ -1,0 +1,128 @@
+"""What a checkpoint holds, and how it comes out of and back into the engines.
+
+One key per global parameter and state: ``<name>/fp32``, ``<name>/exp_avg``, ...; FFN experts, stacked in memory, get
+a key each: ``<name>.<global expert>/fp32``. So nothing in it depends on the layout. Each key is written by one rank:
+dense parameters are dealt out over all ranks, experts over the ranks that hold them; no rank gathers the model.
+
+``rank-<r>/...`` holds what belongs to one rank: random number generators and statistics not yet logged.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from moepp.checkpoint.storage import TensorReader
+from moepp.engine.engine import Engine
+from moepp.metrics.step_stats import StepStats
+from moepp.parallel.groups import ParallelGroups
+from moepp.parallel.parameters import is_expert_parameter
+
+
+def stage(engine: Engine, stats: StepStats, groups: ParallelGroups) -> dict[str, Tensor]:
+    """Copy this rank's share of the training state to host memory; collective.
+
+    Extra memory: the share itself and, while ZeRO partitions are assembled, one parameter.
+    """
+    staged: dict[str, Tensor] = {}
+    dense_load, expert_load = [0] * groups.world_size, [0] * groups.edp_size
+    for name, state in engine.read_state():
+        is_expert = is_expert_parameter(name)
+        load, own = (expert_load, groups.rank // groups.ep_size) if is_expert else (dense_load, groups.rank)
+        owner = load.index(min(load))
+        load[owner] += state["fp32"].numel()
+        if owner == own:
+            for key, tensor in _keys(name, state, groups.ep_rank).items():
+                staged[key] = tensor.detach().to("cpu", copy=True)
+    for key, tensor in (stats.state() | _rng_state(groups.device)).items():
+        staged[f"rank-{groups.rank}/{key}"] = tensor.to("cpu", copy=True)
+    return staged
+
+
+def load_training_state(path: Path, engine: Engine, stats: StepStats, groups: ParallelGroups, saved_ranks: int) -> None:
+    """Restore parameters, optimizer state, statistics and, in an unchanged number of ranks, random generators.
+
+    Args:
+        path: a verified checkpoint.
+        saved_ranks: number of ranks that wrote it.
+
+    Raises:
+        CheckpointError: it does not fit the model or the optimizer.
+    """
+    reader = TensorReader(path)
+    engine.write_state(lambda name, buffers: _fill(reader, name, buffers, groups.ep_rank))
+    _load_stats(reader, stats, groups, saved_ranks)
+    if saved_ranks == groups.world_size:
+        rng = {key: torch.empty_like(tensor) for key, tensor in _rng_state(groups.device).items()}
+        prefix = f"rank-{groups.rank}/"
+        if all(prefix + key in reader.shapes for key in rng):  # absent when the kind of device changed
+            reader.fill({prefix + key: tensor for key, tensor in rng.items()})
+            _set_rng_state(rng, groups.device)
+
+
+@torch.no_grad()
+def load_model(path: Path, model: nn.Module, ep_rank: int = 0) -> None:
+    """Fill a model's weights (an EP shard of it reads its own experts only) for evaluation, generation or export.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit the model.
+    """
+    reader = TensorReader(path)
+    for name, parameter in model.named_parameters():
+        _fill(reader, name, {"fp32": parameter.data}, ep_rank)
+
+
+def _keys(name: str, state: dict[str, Tensor], ep_rank: int) -> dict[str, Tensor]:
+    """Checkpoint keys of one parameter's state; scalars become one-element tensors."""
+    out: dict[str, Tensor] = {}
+    num_local = state["fp32"].shape[0] if is_expert_parameter(name) else 0
+    for key, tensor in state.items():
+        if key == "step":
+            out[f"{name}/step" if not num_local else f"{name}.{ep_rank * num_local}/step"] = tensor.reshape(1)
+        elif num_local:
+            for local in range(num_local):
+                out[f"{name}.{ep_rank * num_local + local}/{key}"] = tensor[local]
+        else:
+            out[f"{name}/{key}"] = tensor
+    return out
+
+
+def _fill(reader: TensorReader, name: str, buffers: dict[str, Tensor], ep_rank: int) -> None:
+    targets = _keys(name, buffers, ep_rank)
+    if "step" in buffers and is_expert_parameter(name):
+        # Written by whichever rank held the first expert of its shard; expert 0 is always the first of one.
+        own = next(key for key in targets if key.endswith("/step"))
+        targets[f"{name}.0/step"] = targets.pop(own)
+    reader.fill(targets)
+
+
+def _load_stats(reader: TensorReader, stats: StepStats, groups: ParallelGroups, saved_ranks: int) -> None:
+    """Each rank takes its own statistics back; in another layout the first rank takes the sum of all."""
+    if saved_ranks == groups.world_size:
+        sources = [groups.rank]
+    else:
+        sources = list(range(saved_ranks)) if groups.rank == 0 else []
+    for rank in sources:
+        prefix = f"rank-{rank}/stats."
+        saved = {key: shape for key, shape in reader.shapes.items() if key.startswith(prefix)}
+        tensors = {key: torch.empty(shape, dtype=torch.float64, device=groups.device) for key, shape in saved.items()}
+        reader.fill(tensors)
+        sums = {key.removeprefix(f"rank-{rank}/"): tensor for key, tensor in tensors.items()}
+        if rank != sources[0]:
+            sums.pop("stats.steps", None)  # all ranks took the same steps: they do not add up
+        stats.add_state(sums)
+
+
+def _rng_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"rng.cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        state[f"rng.{device.type}"] = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def _set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["rng.cpu"])
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(state[f"rng.{device.type}"], device)
