@@ -24,6 +24,8 @@ A task must end within ``time_limit`` seconds on every rank. If a rank raises, d
 names it and carries its traceback (for a hang: the stacks of its threads) and the end of its output; all workers are
 then killed, and the next ``run`` starts fresh ones, so one failure never spoils later tests. ``run(..., raises=E)``
 instead expects every rank to raise ``E`` and returns the messages.
+
+The folder ``tests/dist/`` must not get an ``__init__.py``: it would hide this module.
 """
 
 from __future__ import annotations
@@ -50,10 +52,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-THREAD_ENVIRONMENT = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+THREAD_ENVIRONMENT: dict[str, str] = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 START_LIMIT_SECONDS = 120.0  # four processes on a busy two-core machine
 GRACE_SECONDS = 3.0  # after one rank failed, for the others to report what they saw
 OUTPUT_TAIL_CHARACTERS = 4000
+STACK_MARK = "(most recent call first)"  # in what faulthandler writes
 
 
 class WorkerFailure(RuntimeError):
@@ -107,7 +110,7 @@ def _set_up_worker(rank: int, world_size: int, folder: str, log: str, time_limit
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        store=dist.FileStore(os.path.join(folder, "store"), world_size),
+        init_method=f"file://{folder}/store",
         rank=rank,
         world_size=world_size,
         timeout=datetime.timedelta(seconds=time_limit),
@@ -256,12 +259,16 @@ class WorkerPool:
         for rank in silent:
             with contextlib.suppress(OSError):
                 os.kill(self._workers[rank].process.pid or 0, signal.SIGUSR1)  # faulthandler writes the stacks
-        time.sleep(0.5 if silent else 0.0)
+        patience = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < patience and not all(STACK_MARK in self._output(rank) for rank in silent):
+            time.sleep(0.1)
         why = f"gave no answer within {GRACE_SECONDS} s of the first failure" if failed_first else ""
         silence = why or f"gave no answer within the limit of {limit} s"
         for rank, reason in dead.items() | {(rank, silence) for rank in silent}:
-            log = self._workers[rank].log
-            tail = log.read_text(errors="replace")[-OUTPUT_TAIL_CHARACTERS:] if log.exists() else ""
-            reports[rank] = f"{reason}; end of its output:\n{tail}"
+            reports[rank] = f"{reason}; end of its output:\n{self._output(rank)[-OUTPUT_TAIL_CHARACTERS:]}"
         self.close(kill=True)
         return WorkerFailure(task, reports)
+
+    def _output(self, rank: int) -> str:
+        log = self._workers[rank].log
+        return log.read_text(errors="replace") if log.exists() else ""

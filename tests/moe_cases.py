@@ -21,10 +21,11 @@ from tests.oracle import Reference, moe_reference
 
 Tensor = torch.Tensor
 
-# Relative to the largest expected entry. fp32: about 100 roundings of 6e-8, measured 5e-6 at worst.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-5}
+# Relative to the largest expected entry, by the dtype of what is compared. Measured over 200 random cases: 3e-15,
+# 2.3e-6, 2.4e-2 at worst.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 # Routing decided by less than this may differ by rounding alone: such a case compares nothing.
-LEAST_MARGIN = {torch.float64: 1e-9, torch.float32: 1e-4}
+LEAST_MARGIN = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 1e-4}
 
 Choices = tuple[tuple[int, ...], ...]  # experts of each token, best first
 
@@ -136,9 +137,7 @@ def local_slice(name: str, value: Tensor, ep_rank: int, ep_size: int) -> Tensor:
 def build_layer(case: Case, inputs: Inputs, rank: int = 0, **groups: Any) -> MoELayer:
     """The layer of one rank with the case's parameters; names and shapes must be exactly the documented ones."""
     layer = MoELayer(case.cfg, case.hidden_size, layer_index=1, **groups)
-    state = {
-        name: local_slice(name, value, rank % case.ep_size, case.ep_size) for name, value in inputs.params.items()
-    }
+    state = {name: local_slice(name, value, rank % case.ep_size, case.ep_size) for name, value in inputs.params.items()}
     layer.load_state_dict(state, strict=True)
     layer.to(case.dtype).load_state_dict(state, strict=True)
     return layer.train(case.training)
@@ -182,8 +181,9 @@ def expect(case: Case, selection_share: list[float] | None = None) -> list[Expec
         loss = (reference.hidden_TD * inputs.grad_hidden[rank]).sum()
         loss = loss + (reference.router_logits_TN * inputs.grad_logits[rank]).sum()
         loss = loss + inputs.grad_aux[rank] * reference.aux_loss
-        wanted = params | {"x": x[rank]} | ({} if prev[rank] is None else {"prev": prev[rank]})
-        values = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True, materialize_grads=True)
+        given = {"x": x[rank], "prev": prev[rank]}
+        wanted = params | {name: value for name, value in given.items() if value is not None}
+        values = torch.autograd.grad(loss, tuple(wanted.values()), allow_unused=True, materialize_grads=True)
         grads_by_rank.append(dict(zip(wanted, values, strict=True)))
     expected = []
     for rank, reference in enumerate(references):
@@ -234,7 +234,7 @@ def _assert_close(case: Case, name: str, observed: Tensor, wanted: Tensor) -> No
     wanted = wanted.detach()
     assert observed.shape == wanted.shape, f"{name} has shape {list(observed.shape)}, not {list(wanted.shape)}: {case}"
     scale = max(1.0, float(wanted.abs().max())) if wanted.numel() else 1.0
-    atol = TOLERANCE[case.dtype] * scale
+    atol = TOLERANCE[observed.dtype] * scale
     torch.testing.assert_close(observed.double(), wanted, rtol=0, atol=atol, msg=_message(case, name))
 
 
@@ -268,7 +268,7 @@ def draw_case(seed: int, dtype: torch.dtype, ranks: int = 1, ep_size: int = 1) -
         capacity_factor=pick.choice((None, 0.4, 0.8, 1.1)),
         drop_policy=pick.choice(("weight", "position")),
         balance_loss_weight=pick.choice((0.0, 0.3, 1.0)),
-        balance_loss_scope=pick.choice(("micro_batch", "data_parallel")),
+        balance_loss_scope=pick.choice(("micro_batch", "data_parallel", "global_batch")),
         balance_loss_switch_scale=pick.random() < 0.3,
         z_loss_weight=pick.choice((0.0, 0.05)),
     )

@@ -71,8 +71,8 @@ def _route_token(cfg: Any, params: Mapping[str, Tensor], x_D: Tensor, prev_N: Te
     n = len(logits)
     z = logits
     if cfg.logits_norm_std is not None:
-        mean = sum(logits[i] for i in range(n)) / n
-        variance = sum((logits[i] - mean) ** 2 for i in range(n)) / (n - 1)
+        mean = torch.stack([logits[i] for i in range(n)]).sum() / n
+        variance = torch.stack([(logits[i] - mean) ** 2 for i in range(n)]).sum() / (n - 1)
         z = logits * cfg.logits_norm_std / torch.sqrt(variance)
     exponentials = torch.exp(z - z.max().detach())
     p = exponentials / exponentials.sum()
@@ -174,8 +174,9 @@ def moe_reference(
 ) -> list[Reference]:
     """The layer on every rank: ``x_by_rank`` holds each rank's own tokens [T_rank, D], float64.
 
-    Capacities and P are per rank of origin. f of the balance loss counts the rank's own tokens, all ranks' tokens
-    (divided by all tokens) when training with ``cfg.balance_loss_scope`` "data_parallel", or is ``selection_share`` [N].
+    Capacities and P are per rank of origin. f of the balance loss counts the rank's own tokens; all ranks' tokens
+    (divided by all tokens) when training unless ``cfg.balance_loss_scope`` is "micro_batch"; or it is
+    ``selection_share`` [N], if given.
     EP groups are consecutive ranks. ``params`` are the full layer's; gradients flow into them and the inputs.
     """
     prev_by_rank = prev_by_rank or [None] * len(x_by_rank)
@@ -194,7 +195,7 @@ def moe_reference(
                 if (t, expert) in kept:
                     row = row + gate * _expert_output(cfg, params, expert, x_TD[t])
             rows.append(row)
-        counted = everyone if training and cfg.balance_loss_scope == "data_parallel" else routed
+        counted = everyone if training and cfg.balance_loss_scope != "micro_batch" else routed
         shares = [sum(e in r.gates for r in counted) / max(1, len(counted)) for e in range(_num_experts(cfg))]
         balance_loss = _balance_loss(cfg, routed, shares if selection_share is None else selection_share)
         z_terms = [torch.log(torch.exp(r.logits_N - r.logits_N.max()).sum()) + r.logits_N.max() for r in routed]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from moepp import MoEConfig, MoELayer
 from moepp.comm import Traffic
@@ -21,7 +22,7 @@ LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 4), (4, 2)]  # ranks, expert-parallel siz
 
 def config(ffn: int = 4, constant: int = 2, copy: int = 1, zero: int = 1, **fields: Any) -> MoEConfig:
     defaults: dict[str, Any] = {"ffn_hidden_size": 4, "balance_loss_weight": 0.3, "z_loss_weight": 0.05, "tau": 0.6}
-    counts = {
+    counts: dict[str, Any] = {
         "num_ffn_experts": ffn,
         "num_constant_experts": constant,
         "num_copy_experts": copy,
@@ -117,8 +118,14 @@ def test_dropped_and_zero_computation_slots_are_never_sent(pool_2):
         case = Case(config(capacity_factor=capacity), (10, 10), hidden_size=8, ep_size=2, choices=choices)
         [observed] = check(pool_2, [case])
         kept[capacity] = int(observed[0].stats["remote_slots"])
-    # γ τ K T / (τ N_FFN + N_ZC) = 0.5·0.6·20 / 6.4, rounded up
+    # gamma tau K T / (tau N_FFN + N_ZC) = 0.5·0.6·20 / 6.4, rounded up
     assert kept == {None: 10, 0.5: 1}
+
+
+def test_bf16_rows_are_sent_in_two_bytes_per_element(pool_2):
+    cases = [Case(config(), (9, 4), ep_size=2, dtype=torch.bfloat16, seed=seed) for seed in range(4)]
+    observed = check(pool_2, cases)
+    assert all(rank.traffic.row_bytes > 0 for ranks in observed for rank in ranks)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -157,7 +164,7 @@ def test_forward_without_gradients_sends_half_of_the_rows(pool_2):
     assert sum(row_bytes for _, row_bytes in results) == 2 * remote_slots * case.hidden_size * 8 > 0
 
 
-def _stack_gradients(rank: int, cases: list[Case], recompute: bool, sharded: bool) -> dict[str, torch.Tensor]:
+def _stack_gradients(rank: int, cases: list[Case], recompute: bool, sharded: bool) -> dict[str, Any]:
     """Three layers with gating residuals and residual connections, on one rank's tokens."""
     inputs = [make_inputs(case) for case in cases]
     groups = _groups(cases[0]) if sharded else {}
@@ -173,7 +180,7 @@ def _stack_gradients(rank: int, cases: list[Case], recompute: bool, sharded: boo
 
         arguments = (hidden, logits)
         if recompute:
-            hidden, logits, aux = torch.utils.checkpoint.checkpoint(block, *arguments, use_reentrant=False)
+            hidden, logits, aux = checkpoint(block, *arguments, use_reentrant=False)
         else:
             hidden, logits, aux = block(*arguments)
         loss = loss + given.grad_aux[rank] * aux

@@ -10,7 +10,7 @@ import torch
 from moepp import MoEConfig
 from tests.moe_cases import Case, assert_agrees, draw_case, expect, run_layer
 
-DTYPES = (torch.float64, torch.float32)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
 def config(ffn: int, constant: int = 0, copy: int = 0, zero: int = 0, **fields: Any) -> MoEConfig:
