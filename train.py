@@ -15,15 +15,21 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from moepp.config import explain_hydra_error, from_hydra
-from moepp.errors import MoeppError
+from moepp.errors import MoeppError, PeerError
 from moepp.run import run_training
-
-EXIT_BAD_INPUT = 2
 
 
 @hydra.main(version_base=None, config_path="configs", config_name="config")
 def main(cfg: DictConfig) -> None:
     """One run: from Hydra's configuration to the typed one, and on."""
+    try:
+        run(cfg)
+    except MoeppError as error:
+        leave(error)
+
+
+def run(cfg: DictConfig) -> None:
+    """Train; the runs of a sweep get a directory each."""
     job = HydraConfig.get()
     if job.mode == RunMode.MULTIRUN and not any(o.startswith("run.") for o in job.overrides.task):
         with open_dict(cfg):
@@ -31,19 +37,25 @@ def main(cfg: DictConfig) -> None:
     run_training(from_hydra(cfg))
 
 
+def leave(error: Exception) -> None:
+    """Print what a user can cause as one line, on the first rank only, and exit with the same code on every rank."""
+    message = str(error) if isinstance(error, MoeppError) else explain_hydra_error(error)
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    if rank == "0" or isinstance(error, PeerError):  # the first rank may be the one that failed
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(getattr(error, "exit_code", MoeppError.exit_code))  # exit handlers may wait for ranks that have left
+
+
 def cli() -> None:
-    """Print what a user can cause as one line, on the first rank only, and exit with 2 on every rank."""
+    """Run Hydra, and catch what it refuses itself."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra's errors reach the handler below
     # The deepspeed launcher adds this option; the rank is read from the environment.
     sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if not a.startswith("--local_rank"))]
     try:
         main()
-    except (MoeppError, HydraException, OmegaConfBaseException) as error:
-        message = str(error) if isinstance(error, MoeppError) else explain_hydra_error(error)
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            print(f"error: {message}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(EXIT_BAD_INPUT)  # libraries' exit handlers may wait for ranks that have left
+    except (HydraException, OmegaConfBaseException) as error:
+        leave(error)
 
 
 if __name__ == "__main__":

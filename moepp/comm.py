@@ -14,8 +14,10 @@ Shapes: N rows sent, R rows received, D width, P ranks of the group, L local exp
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -181,6 +183,29 @@ def broadcast_object(value: Any, group: Group | None = None) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
+
+
+def is_communication_error(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone or does not answer in time."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "nccl", "connection reset"))
+
+
+def find_lost_ranks(group: Group, timeout_seconds: float) -> str:
+    """After a failed collective: which ranks do not answer any more, in words.
+
+    Args:
+        group: a gloo group that nothing else has used, so that it is intact between the ranks that are left.
+        timeout_seconds: how long a rank may take to notice the failure too.
+    """
+    try:
+        dist.monitored_barrier(group, timedelta(seconds=timeout_seconds), wait_all_ranks=True)
+    except RuntimeError as error:
+        lost = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
+        if lost:
+            return f"rank {lost.group(1).strip()} does not answer"
+        return "rank 0 does not answer" if rank(group) else "another rank does not answer"
+    return "all ranks still answer"
 
 
 def run_together(action: Callable[[], Any], group: Group | None = None) -> Any:

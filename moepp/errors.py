@@ -2,7 +2,12 @@
 
 
 class MoeppError(Exception):
-    """Base of every error that a user can cause; printed as one line, without a traceback."""
+    """Base of every error that a user can cause; printed as one line, without a traceback.
+
+    ``exit_code`` is what train.py exits with.
+    """
+
+    exit_code = 2
 
 
 class ConfigError(MoeppError, ValueError):
@@ -24,10 +29,16 @@ class CheckpointError(MoeppError):
 class PeerError(MoeppError):
     """Another rank failed; this rank stops with it."""
 
+    exit_code = 5
+
 
 class TrainingError(MoeppError):
     """Training cannot go on: the loss or the gradient stays broken."""
 
+    exit_code = 4
+
 
 class Preempted(MoeppError):
-    """The run was told to stop by a signal; its state is saved."""
+    """The run was told to stop by a signal and saved its state; schedulers requeue it on this exit code."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later

@@ -75,7 +75,7 @@ class SpikeGuard:
         return list(self._window)
 
     def is_spike(self, loss: float) -> bool:
-        """Judge the mean loss of one step; only losses that are no spikes join the window, and none is before it is full."""
+        """Judge the mean loss of one step. Spikes do not join the window; before it is full nothing is a spike."""
         assert self._sigma is not None and self._window.maxlen is not None
         if not math.isfinite(loss):
             return False  # the gradient is not finite either, and that has a rule of its own

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from moepp.checkpoint import choose_checkpoint, read_info
 from moepp.config import Config, to_dict, validate
 from moepp.data import check_data
 from moepp.environment import describe_environment
+from moepp.errors import MoeppError, PeerError
 from moepp.guards import StopRequest
 from moepp.metrics.logs import close_logging, setup_logging
 from moepp.metrics.wandb import require_wandb_login
@@ -21,6 +24,7 @@ from moepp.parallel.groups import (
     ParallelGroups,
     build_groups,
     init_process_group,
+    new_cpu_group,
     pick_device,
     read_launch_environment,
 )
@@ -29,6 +33,8 @@ from moepp.samples import write_samples
 from moepp.trainer import Trainer
 
 logger = logging.getLogger("moepp.run")
+
+FIND_LOST_RANKS_SECONDS = 10.0  # ranks notice a lost connection at once, a hang all at the same time limit
 
 
 def run_training(cfg: Config) -> None:
@@ -50,13 +56,38 @@ def run_training(cfg: Config) -> None:
         try:
             run_dir = RunDir(Path(comm.broadcast_object(str(claim.run_dir.path) if claim else None)))
             comm.run_together(lambda: setup_logging(run_dir.path, groups.rank))
-            _train(cfg, groups, run_dir, environment)
+            control = new_cpu_group()  # kept for one use: finding out who is gone
+            try:
+                _train(cfg, groups, run_dir, environment)
+            except RuntimeError as error:
+                if not comm.is_communication_error(error):
+                    raise
+                raise _peer_error(error, control, groups) from error
         finally:
             if claim is not None:
                 claim.release()
     finally:
         close_logging()
         dist.destroy_process_group()
+
+
+def _peer_error(error: RuntimeError, control: comm.Group, groups: ParallelGroups) -> PeerError:
+    """Name the rank that is gone, and what this rank was doing when it noticed."""
+    logger.debug("failed collective", exc_info=error)
+    lost = comm.find_lost_ranks(control, FIND_LOST_RANKS_SECONDS)
+    reason = " ".join(str(error).split())[:200]
+    return PeerError(
+        f"rank {groups.rank} stops: {lost} (noticed in {_collective_in(error)}: {reason}); look for that rank's own "
+        "error, then start again: the run continues from its newest checkpoint"
+    )
+
+
+def _collective_in(error: RuntimeError) -> str:
+    """The innermost function of this project, or else of torch.distributed, that was waiting."""
+    names = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name != "wrapper"]
+    own = [frame for frame in names if f"{os.sep}moepp{os.sep}" in frame.filename]
+    innermost = names[-1].name if names else "a collective"
+    return f"{own[-1].name} ({innermost})" if own and own[-1].name != innermost else innermost
 
 
 def _claim(cfg: Config, environment: dict[str, Any]) -> RunClaim:
@@ -74,7 +105,11 @@ def _train(cfg: Config, groups: ParallelGroups, run_dir: RunDir, environment: di
         trainer = Trainer(parts)
         if checkpoint is not None:
             trainer.resume(checkpoint)
-        trainer.fit(stop)
+        try:
+            trainer.fit(stop)
+        except MoeppError:
+            parts.checkpointer.close()  # a save in flight is finished before the run ends
+            raise
     if cfg.train.samples:
         write_samples(parts, run_dir.path)
     logger.info("finished step %d; everything is in %s", trainer.step, run_dir.path)

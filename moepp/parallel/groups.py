@@ -143,4 +143,6 @@ def build_groups(ep_size: int, device: torch.device) -> ParallelGroups:
 
 def new_cpu_group() -> dist.ProcessGroup:
     """A gloo group of all ranks of its own, for work beside the training loop (collective)."""
-    return dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
