@@ -15,9 +15,9 @@ from moepp.metrics.values import Reduce, Value, reduce_values
 
 KINDS = ("ffn", "constant", "copy", "zero")
 _SHARES = tuple(f"share_{kind}" for kind in KINDS)
-_FRACTIONS = ("drop_fraction", *_SHARES)  # of K x tokens
-_COUNTS = ("num_tokens", "ffn_slots", "remote_slots", "balance_loss")
-_COLUMNS = (*_COUNTS, *_FRACTIONS)
+_MEANS = ("balance_loss", "drop_fraction", *_SHARES)  # over this rank's tokens
+_COUNTS = ("num_tokens", "ffn_slots", "remote_slots")
+_COLUMNS = (*_COUNTS, *_MEANS)
 
 
 class RoutingStats(Protocol):
@@ -78,12 +78,11 @@ class StepStats:
         new = {
             "loss_sum": loss_sum,
             "loss_tokens": loss_sum.new_zeros(()) + num_loss_tokens,
-            "micro_batches": loss_sum.new_ones(()),
         }
         if stats:
             columns = torch.stack([getattr(layer, name).detach() for layer in stats for name in _COLUMNS])
             columns_LC = columns.to(torch.float64).view(len(stats), len(_COLUMNS))
-            # Fractions are means over this rank's tokens: weigh them, so that ranks with more tokens count more.
+            # Weighed by the tokens behind them, means add up over micro-batches and ranks of any size.
             columns_LC[:, len(_COUNTS) :] *= columns_LC[:, :1]
             new["layers"] = columns_LC
             new["load"] = torch.stack([layer.load_E.detach() for layer in stats]).to(torch.float64)
@@ -124,7 +123,7 @@ class StepStats:
         """Metrics over all ranks and all steps committed since the last call; every rank calls it.
 
         - ``train/loss``: mean over tokens, nats.
-        - ``train/balance_loss``: sum over layers of L_b (Eq. 7, without its weight), mean over micro-batches and ranks.
+        - ``train/balance_loss``: sum over layers of L_b (Eq. 7, without its weight), mean over tokens.
         - ``routing/ffn_per_token``, ``routing/drop_fraction``: mean over MoE layers, each a mean over tokens.
         - ``routing/layer_<i>/share_<kind>``: of the router's choices, before drops; the four sum to 1.
         - ``routing/layer_<i>/max_over_mean``: busiest FFN expert over the mean; absent if no FFN expert was chosen.
@@ -142,7 +141,7 @@ class StepStats:
         if self.moe_layers:
             columns_LC = sums["layers"]
             balance_loss = columns_LC[:, _COLUMNS.index("balance_loss")].sum()
-            values["train/balance_loss"] = Value.mean(balance_loss, sums["micro_batches"])
+            values["train/balance_loss"] = Value.mean(balance_loss, columns_LC[0, 0])
             values["layers"] = Value.sum(columns_LC)
             values["load"] = Value.sum(sums["load"])
         reduced = reduce_values(values, sum_reduce, max_reduce)

@@ -132,7 +132,8 @@ def test_metrics_cover_all_tokens_of_all_ranks_and_steps() -> None:
     passes = [entry for rank in PASSES for entry in rank]
     expected = {
         "train/loss": sum(p[0] for p in passes) / sum(p[1] for p in passes),
-        "train/balance_loss": sum(float(layer.balance_loss) for p in passes for layer in p[2]) / len(passes),
+        "train/balance_loss": sum(float(layer.balance_loss * layer.num_tokens) for p in passes for layer in p[2])
+        / sum(float(p[2][0].num_tokens) for p in passes),
         "comm/dispatch_bytes": (1000 + 300 + 5000 + 77) / 2,
     }
     ffn_per_token, dropped, vanilla_slots, remote_slots = [], [], 0.0, 0.0
