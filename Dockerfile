@@ -3,9 +3,11 @@
 # Run:    docker run --rm -it moepp ./launch/demo.sh
 #         docker run --gpus all --network host --shm-size 8g -v "$PWD/data:/opt/moepp/data" \
 #             -v "$PWD/runs:/opt/moepp/runs" moepp ./launch/torchrun.sh experiment=moepp_0.6b
+# Tested: the CPU image, on a Debian 12 base with its Python 3.11 (--build-arg BASE=...). Not yet: TORCH=cuda on a GPU.
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE}
 
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends build-essential git \
     && rm -rf /var/lib/apt/lists/*
