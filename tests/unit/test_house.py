@@ -22,10 +22,13 @@ LAYERS = (
     ("comm",),
     ("moe",),
     ("model",),
+    ("weights",),
+    ("official",),
     ("parallel",),
     ("data",),
-    ("metrics", "checkpoint", "run_dir", "run_lock", "environment"),  # leaves: they call neither engine nor trainer
+    ("metrics", "guards", "run_dir", "run_lock", "environment"),  # leaves: they call neither engine nor trainer
     ("engine",),
+    ("checkpoint",),  # reads and writes state through the engine protocol; only what is below calls it
     ("trainer",),
     ("build",),
     ("samples",),
@@ -34,7 +37,7 @@ LAYERS = (
     ("cli",),
 )
 # Parts of one layer that may import one another; elsewhere only a part's own modules do.
-LEAVES = {"metrics", "checkpoint", "run_dir", "run_lock", "environment"}
+LEAVES = {"metrics", "guards", "run_dir", "run_lock", "environment"}
 LAYER_OF = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
 COLLECTIVES = {
