@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import struct
@@ -59,7 +60,7 @@ def write_word_tokenizer(path: Path, num_words: int = 20, eod: str | None = "<|e
 
 def make_config(paths: Sequence[str], **changes: Any) -> Config:
     """A tiny configuration; ``changes`` are dotted keys with two underscores: ``train__steps=3``."""
-    tree: dict[str, Any] = {
+    tree: dict[str, Any] = {field.name: {} for field in dataclasses.fields(Config)} | {
         "run": {"seed": 7},
         "model": {
             "vocab_size": 60_000,
@@ -71,12 +72,7 @@ def make_config(paths: Sequence[str], **changes: Any) -> Config:
             "moe": {"num_ffn_experts": 2, "ffn_hidden_size": 8},
         },
         "data": {"paths": list(paths), "seq_len": 8, "split": "80,15,5"},
-        "optim": {},
-        "parallel": {},
-        "engine": {},
         "train": {"steps": 4, "global_batch_size": 8, "eval_batches": 2},
-        "checkpoint": {},
-        "logging": {},
     }
     for key, value in changes.items():
         section, _, name = key.partition("__")

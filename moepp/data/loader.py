@@ -100,9 +100,7 @@ def build_data(cfg: Config, world_size: int, rank: int, cache_dir: str | None) -
     evaluation = cfg.train.eval_batches * batch
     datasets = build_datasets(
         files,
-        weights=cfg.data.weights,
-        split=cfg.data.split,
-        seq_len=cfg.data.seq_len,
+        cfg.data,
         seed=cfg.run.seed,
         num_sequences=((cfg.train.steps + _spare_steps(cfg)) * batch, evaluation, evaluation),
         tokenizer=TokenizerIdentity(vocab_size, eod if eod is not None else vocab_size - 1),

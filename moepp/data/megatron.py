@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moepp.config import DataConfig
 from moepp.data.indexed import SPLITS, IndexedFile
 from moepp.errors import DataError
 
@@ -68,8 +69,9 @@ class EpochGPTDataset(MegatronDataset):
         super().__init__(indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config)
         tokens = int(indexed_dataset.sequence_lengths[indexed_indices].sum(dtype=np.int64))
         self.sequences_per_epoch = (tokens - 1) // config.sequence_length
-        # The blend may take one sample more from a path than its share of them, rounded up.
-        num_epochs = -(-((num_samples or 0) + 1) // self.sequences_per_epoch)
+        # Megatron rounds each path's share up, and its greedy blend then takes up to one sample more than the share.
+        margin = len(config.blend[0]) + 1 if config.blend else 1
+        num_epochs = -(-((num_samples or 0) + margin) // self.sequences_per_epoch)
         self.epochs = [
             GPTDataset(
                 indexed_dataset, dataset_path, indexed_indices, None, index_split, _config_of_epoch(config, epoch)
@@ -96,10 +98,8 @@ class EpochGPTDataset(MegatronDataset):
 
 def build_datasets(
     files: Sequence[IndexedFile],
+    data: DataConfig,
     *,
-    weights: Sequence[float] | None,
-    split: str,
-    seq_len: int,
     seed: int,
     num_sequences: tuple[int, int, int],
     tokenizer: TokenizerIdentity,
@@ -112,7 +112,7 @@ def build_datasets(
 
     Args:
         files: one per path; the splits of each are disjoint ranges of its documents.
-        weights: share of each path among the sequences of every split; None: by number of training tokens.
+        data: weights (None: by number of training tokens; the same in every split), split and sequence length.
         num_sequences: how many sequences of each split can be asked for.
 
     Returns:
@@ -124,9 +124,9 @@ def build_datasets(
     """
     config = GPTDatasetConfig(
         random_seed=seed,
-        sequence_length=seq_len,
-        blend=_blend(files, weights, split),
-        split=",".join(f"{float(share):.12f}" for share in split.split(",")),  # Megatron does not read exponents
+        sequence_length=data.seq_len,
+        blend=_blend(files, data),
+        split=",".join(f"{float(share):.12f}" for share in data.split.split(",")),  # Megatron does not read exponents
         path_to_cache=_cache_folder(files, cache_dir),
         tokenizer=tokenizer,  # pyright: ignore[reportArgumentType]  # duck-typed
         reset_position_ids=False,
@@ -137,7 +137,7 @@ def build_datasets(
     assert config.split_matrix is not None  # follows from the blend
     matrix: list[Any] = list(config.split_matrix)
     for i in range(len(SPLITS)):
-        if any(file.split_tokens(split)[i] <= seq_len for file in files):
+        if any(file.split_tokens(data.split)[i] <= data.seq_len for file in files):
             matrix[i] = None
     config.split_matrix = matrix
     if config.path_to_cache and torch.distributed.get_rank() == 0:
@@ -151,13 +151,13 @@ def build_datasets(
         raise DataError(f"cannot use the dataset indices cached in {folder} ({reason}); delete that folder") from error
 
 
-def _blend(files: Sequence[IndexedFile], weights: Sequence[float] | None, split: str) -> tuple[list[str], Any]:
+def _blend(files: Sequence[IndexedFile], data: DataConfig) -> tuple[list[str], list[float] | None]:
     prefixes = [os.path.abspath(file.prefix) for file in files]
     if len(files) == 1:
         return prefixes, None
-    if weights is None:
-        weights = [float(file.split_tokens(split)[0]) for file in files]
-    return prefixes, list(weights)
+    if data.weights is not None:
+        return prefixes, list(data.weights)
+    return prefixes, [float(file.split_tokens(data.split)[0]) for file in files]
 
 
 def _cache_folder(files: Sequence[IndexedFile], cache_dir: str | None) -> str:

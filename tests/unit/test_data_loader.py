@@ -152,6 +152,15 @@ def test_a_small_path_repeats_only_after_all_of_it_was_seen(paths: tuple[str, st
         assert len(set(tokens)) == len(tokens) == 52 * S
 
 
+def test_many_paths_never_run_out_of_sequences(tmp_path: Path) -> None:
+    one_sequence_each = [write_indexed(tmp_path / f"{i}", numbered_documents([S + 1], 100 * i)) for i in range(12)]
+    changes = {"data__split": "1,0,0", "data__weights": [0.945] + [0.005] * 11, "train__eval_batches": 0}
+    for batch in range(1, 40):
+        data = _build(one_sequence_each, train__steps=1, train__global_batch_size=batch, **changes)
+        rows = data.train_batch(0, 0)[0].tolist()
+        assert abs(sum(row[0] == 0 for row in rows) - 0.945 * batch) <= 3
+
+
 def test_a_split_without_a_sequence_is_refused_when_asked_for(paths: tuple[str, str]) -> None:
     data = _build(paths, data__split="99,0,1", train__eval_batches=0)
     assert (data.num_sequences["valid"], len(data.train_batch(0, 0)[0])) == (0, G)

@@ -260,29 +260,44 @@ def _run_and_die(run: Callable[[], Any], renames_before_death: int) -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
+OTHER_TOKENS_SAME_SIZE = ["w9 w8 w7", "w6"]  # as TEXTS[:2], so that only the content tells them apart
+
+
 @pytest.mark.parametrize("renames", [0, 1, 2])
-@pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"append": True}], ids=["new", "overwrite", "append"])
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        ({}, TEXTS[2:]),
+        ({"overwrite": True}, TEXTS[2:]),
+        ({"overwrite": True}, OTHER_TOKENS_SAME_SIZE),
+        ({"append": True}, TEXTS[2:]),
+    ],
+    ids=["new", "overwrite", "overwrite_same_size", "append"],
+)
 def test_killed_run_leaves_nothing_that_looks_whole_and_can_be_repeated(
-    tmp_path: Path, run: Callable[..., Manifest], options: dict[str, bool], renames: int
+    tmp_path: Path, run: Callable[..., Manifest], options: dict[str, bool], texts: list[str], renames: int
 ) -> None:
     _write_jsonl(tmp_path / "a.jsonl", TEXTS[:2])
-    _write_jsonl(tmp_path / "b.jsonl", TEXTS[2:])
+    _write_jsonl(tmp_path / "b.jsonl", texts)
+    expected = run(tmp_path / "b.jsonl", output=str(tmp_path / "expected"))
     before = run(tmp_path / "a.jsonl") if options else None
     _run_and_die(lambda: run(tmp_path / "b.jsonl", **options), renames)
     try:
         left = open_indexed(str(tmp_path / "out"))
     except DataError:
         left = None
-    if left is not None:  # then it is what was there before
-        assert before is not None and left.manifest == before
-        assert verify(str(tmp_path / "out")) == before
-    if renames > 0:
+    if renames > 0 or "overwrite" in options or before is None:
         assert left is None
+    else:
+        assert left is not None and left.manifest == before == verify(str(tmp_path / "out"))
     again = run(tmp_path / "b.jsonl", **(options or {"overwrite": renames > 0}))
-    assert _documents(tmp_path / "out") == _with_eod(TOKENS if "append" in options else TOKENS[2:])
-    assert verify(str(tmp_path / "out")) == again
-    assert len(again.sources) == (2 if "append" in options else 1)
+    assert again == verify(str(tmp_path / "out"))
     assert _files(tmp_path) == {"out.bin", "out.idx", "out.json"}
+    if "append" in options:
+        assert _documents(tmp_path / "out") == _with_eod(TOKENS)
+        assert len(again.sources) == 2
+    else:
+        assert again == expected
 
 
 def test_two_runs_cannot_write_one_output(tmp_path: Path, run: Callable[..., Manifest]) -> None:
