@@ -46,19 +46,25 @@ def write_report(run_dir: RunDir, inputs: ReportInputs) -> str:
 
 
 def read_inputs(run_dir: RunDir) -> ReportInputs:
-    """What the last :func:`write_report` of this run was given; empty if there was none.
+    """The entropy that the last :func:`write_report` was given, and the samples that training drew (samples.json).
 
     Raises:
-        RunError: ``report.json`` is damaged.
+        RunError: ``report.json`` or ``samples.json`` is damaged.
     """
-    path = run_dir.path / "report.json"
-    if not path.exists():
-        return ReportInputs()
+    stored = _read_json(run_dir.path / "report.json") or {"unigram_entropy": None, "samples": []}
+    drawn = _read_json(run_dir.path / "samples.json")
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        return ReportInputs(stored["unigram_entropy"], tuple(stored["samples"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is not readable as the inputs of a report; remove it") from error
+        samples = [f"{s['prompt']} [...] {s['continuation']}" for s in drawn] if drawn else stored["samples"]
+        return ReportInputs(stored["unigram_entropy"], tuple(samples))
+    except (KeyError, TypeError) as error:
+        raise RunError(f"report.json or samples.json in {run_dir.path} is damaged ({error}); remove it") from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is damaged ({error}); remove it") from error
 
 
 def summary_text(records: Records, inputs: ReportInputs, run_dir: RunDir) -> str:

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from moepp.errors import RunError
+from moepp.errors import DataError, RunError
 from moepp.report import read_inputs, write_report
 from moepp.run_dir import RunDir
 
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--unigram-entropy",
         type=float,
         metavar="NATS",
-        help="entropy of the corpus's token frequencies, drawn as a line; default: what the run's last report used",
+        help="entropy of the corpus's token frequencies, drawn as a line; default: counted from the validation tokens",
     )
 
 
@@ -29,7 +29,20 @@ def run(args: argparse.Namespace) -> int:
         raise RunError(f"{path} is not a directory; name the directory of a run")
     run_dir = RunDir(path.resolve())
     inputs = read_inputs(run_dir)
-    if args.unigram_entropy is not None:
-        inputs = replace(inputs, unigram_entropy=args.unigram_entropy)
+    entropy = args.unigram_entropy if args.unigram_entropy is not None else inputs.unigram_entropy
+    inputs = replace(inputs, unigram_entropy=entropy if entropy is not None else _entropy_of_data(run_dir))
     print(write_report(run_dir, inputs), end="")
     return 0
+
+
+def _entropy_of_data(run_dir: RunDir) -> float | None:
+    """Entropy of the validation tokens; ``None`` for a blend of several corpora, or where the data is gone."""
+    import yaml
+
+    from data_tools.inspect import unigram_entropy
+
+    try:
+        data = yaml.safe_load(run_dir.config_file.read_text(encoding="utf-8"))["data"]
+        return unigram_entropy(data["paths"][0], data["split"], "valid") if len(data["paths"]) == 1 else None
+    except (OSError, KeyError, TypeError, yaml.YAMLError, DataError):
+        return None
