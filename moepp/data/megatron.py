@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import glob
+import hashlib
 import logging
 import os
 import warnings
@@ -165,7 +166,8 @@ def _cache_folder(files: Sequence[IndexedFile], cache_dir: str | None) -> str:
     # read through stale indices: hence a folder per content. Empty means in memory (None: beside the data).
     if cache_dir is None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return ""
-    return os.path.join(os.path.abspath(cache_dir), "-".join(file.fingerprint() for file in files)[:200])
+    content = hashlib.blake2b("".join(file.fingerprint() for file in files).encode(), digest_size=8).hexdigest()
+    return os.path.join(os.path.abspath(cache_dir), content)
 
 
 def _remove_damaged(folder: str) -> None:

@@ -14,6 +14,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import HashStore
 
 from moepp.errors import ConfigError
 
@@ -109,7 +110,7 @@ def init_process_group(launch: LaunchEnvironment, device: torch.device, timeout_
     backend = "gloo"
     if device.type != "cpu":
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
-    store = dist.HashStore() if launch.world_size == 1 else None
+    store = HashStore() if launch.world_size == 1 else None
     dist.init_process_group(
         backend,
         store=store,
@@ -128,17 +129,17 @@ def build_groups(ep_size: int, device: torch.device) -> ParallelGroups:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size % ep_size:
         raise ConfigError(f"parallel.expert={ep_size} does not divide the {world_size} processes; change one of them")
-    ep = edp = None
-    for start in range(0, world_size, ep_size):
-        ranks = list(range(start, start + ep_size))
-        group = dist.new_group(ranks)
-        ep = group if rank in ranks else ep
-    for ep_rank in range(ep_size):
-        ranks = list(range(ep_rank, world_size, ep_size))
-        group = dist.new_group(ranks)
-        edp = group if rank in ranks else edp
-    assert dist.group.WORLD is not None and ep is not None and edp is not None
+    ep = _own_group([list(range(start, start + ep_size)) for start in range(0, world_size, ep_size)])
+    edp = _own_group([list(range(ep_rank, world_size, ep_size)) for ep_rank in range(ep_size)])
+    assert dist.group.WORLD is not None
     return ParallelGroups(rank, world_size, ep_size, device, dist.group.WORLD, ep, edp)
+
+
+def _own_group(partition: list[list[int]]) -> dist.ProcessGroup:
+    """Create a group for each part (all ranks take part in each) and return the one that holds this rank."""
+    own, _ = dist.new_subgroups_by_enumeration(partition)
+    assert isinstance(own, dist.ProcessGroup)
+    return own
 
 
 def new_cpu_group() -> dist.ProcessGroup:
