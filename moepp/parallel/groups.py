@@ -14,7 +14,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import HashStore
 
 from moepp.errors import ConfigError
 
@@ -110,7 +109,7 @@ def init_process_group(launch: LaunchEnvironment, device: torch.device, timeout_
     backend = "gloo"
     if device.type != "cpu":
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
-    store = HashStore() if launch.world_size == 1 else None
+    store = dist.HashStore() if launch.world_size == 1 else None  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group(
         backend,
         store=store,
