@@ -24,6 +24,8 @@ LAYERS = (
     ("model",),
     ("weights",),
     ("official",),
+    ("hf",),
+    ("upcycle",),
     ("parallel",),
     ("data",),
     ("metrics", "guards", "run_dir", "run_lock", "environment"),  # leaves: they call neither engine nor trainer

@@ -1,0 +1,16 @@
+"""The released MoE++ checkpoint format, both ways: import into this project's model and export from it."""
+
+from moepp.official.config import TokenIds, read_config
+from moepp.official.load import load_into, load_pretrained
+from moepp.official.model import OfficialModel, OfficialOutput
+from moepp.official.save import save_pretrained
+
+__all__ = [
+    "OfficialModel",
+    "OfficialOutput",
+    "TokenIds",
+    "load_into",
+    "load_pretrained",
+    "read_config",
+    "save_pretrained",
+]

@@ -1,0 +1,49 @@
+"""Whether a run's model is the one that a folder's weights were made for."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+from moepp.config import ModelConfig, MoEConfig, to_dict
+from moepp.errors import CheckpointError
+
+# What training may choose freely: it changes neither shapes nor the function that the weights compute.
+_FREE = {"init_std", "max_seq_len", "moe"}
+_FREE_MOE = {
+    *("tau", "capacity_factor", "drop_policy", "balance_loss_weight", "balance_loss_scope"),
+    *("balance_loss_switch_scale", "z_loss_weight"),
+}
+
+
+def differences(cfg: ModelConfig, source: ModelConfig) -> list[str]:
+    """``key=value (the weights have other)`` for everything that must agree and does not."""
+    pairs = [(f"model.{f.name}", f.name, cfg, source) for f in fields(ModelConfig) if f.name not in _FREE]
+    pairs += [
+        (f"model.moe.{f.name}", f.name, cfg.moe, source.moe) for f in fields(MoEConfig) if f.name not in _FREE_MOE
+    ]
+    found = []
+    for key, name, own_section, other_section in pairs:
+        own, other = getattr(own_section, name), getattr(other_section, name)
+        if name == "dense_ffn_hidden_size" and cfg.moe_layer_interval == 1:
+            continue  # no layer has it
+        if own != other:
+            found.append(f"{key}={_shown(own)} (the weights have {_shown(other)})")
+    is_dynamic = cfg.rope_scaling is not None and cfg.rope_scaling.type == "dynamic"
+    if is_dynamic and cfg.max_seq_len != source.max_seq_len:
+        found.append(f"model.max_seq_len={cfg.max_seq_len} (the weights have {source.max_seq_len})")
+    return found
+
+
+def require_agreement(cfg: ModelConfig, source: ModelConfig, folder: str | Path) -> None:
+    """Raise :class:`CheckpointError` listing what differs, if anything does."""
+    found = differences(cfg, source)
+    if found:
+        raise CheckpointError(
+            f"the weights in {folder} do not fit the model of this run: {'; '.join(found)}; "
+            "set these keys to the weights' values, or choose other weights"
+        )
+
+
+def _shown(value: object) -> object:
+    return value if value is None or isinstance(value, int | float | str) else to_dict(value)
