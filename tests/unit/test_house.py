@@ -31,6 +31,7 @@ LAYERS = (
     ("metrics", "guards", "run_dir", "run_lock", "environment"),  # leaves: they call neither engine nor trainer
     ("engine",),
     ("checkpoint",),  # reads and writes state through the engine protocol; only what is below calls it
+    ("evaluation",),
     ("trainer",),
     ("build",),
     ("samples",),

@@ -1,0 +1,192 @@
+"""What an evaluation found: per-benchmark numbers, the table, the file in the run directory."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from moepp.errors import RunError
+from moepp.evaluation.names import TITLES
+
+# Metrics that are 1 or 0 for each document, and how the table heads them. The first of these is a benchmark's score.
+ACCURACIES = {"acc": "accuracy", "exact_match": "exact match", "acc_norm": "accuracy, length-normalised"}
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """One line of the table.
+
+    Attributes:
+        name: the harness's task or group.
+        metrics: name -> value; accuracies are fractions.
+        stderr: of the accuracies.
+        chance: accuracy of guessing at random; None where there is no accuracy.
+        shots: examples in the prompt.
+        documents: evaluated documents.
+        requests: sequences that were scored or continued.
+        truncated: requests whose beginning did not fit the model.
+        origin, notes: of the documents.
+        tasks: metrics of each task, where there are several.
+    """
+
+    name: str
+    metrics: dict[str, float]
+    stderr: dict[str, float]
+    chance: float | None
+    shots: int
+    documents: int
+    requests: int
+    truncated: int
+    origin: str
+    notes: tuple[str, ...] = ()
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        return TITLES.get(self.name, self.name)
+
+    @property
+    def score(self) -> str | None:
+        """The metric that stands for this benchmark."""
+        return next((name for name in ACCURACIES if name in self.metrics), None)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What was evaluated.
+
+    Attributes:
+        source: run directory, checkpoint or folder, as named by the user.
+        step, tokens: of the checkpoint; None for folders in another format.
+    """
+
+    source: str
+    step: int | None = None
+    tokens: int | None = None
+
+
+def flat_metrics(results: Sequence[BenchmarkResult]) -> dict[str, float]:
+    """``eval/<task>/<metric>`` -> value, for metric records."""
+    return {f"eval/{r.name}/{metric}": value for r in results for metric, value in r.metrics.items()}
+
+
+def accuracy_stderr(accuracies: Sequence[float], sizes: Sequence[int]) -> float:
+    """Standard error of an accuracy over all documents of one or more tasks; NaN for a single document per task.
+
+    With one task the sample standard deviation of zeros and ones over sqrt(n); with several the pooled one, as the
+    harness's groups have it.
+    """
+    free = sum(sizes) - len(sizes)
+    if free == 0:
+        return math.nan
+    squares = sum(size * p * (1 - p) for p, size in zip(accuracies, sizes, strict=True))
+    return math.sqrt(squares / free / sum(sizes))
+
+
+def table_text(results: Sequence[BenchmarkResult], subject: Subject) -> str:
+    """The results as aligned text: percent, standard error, chance, and what the numbers rest on."""
+    header = ["benchmark", "score", "±", "norm.", "chance", "shots", "documents", "data"]
+    lines = [[_name(r), *_numbers(r), str(r.shots), f"{r.documents:,}", r.origin] for r in results]
+    scored = [r for r in results if r.score is not None]
+    if len(scored) > 1:
+        mean = sum(r.metrics[r.score or ""] for r in scored) / len(scored)
+        chance = sum(r.chance or 0.0 for r in scored) / len(scored)
+        lines.append(["average", _percent(mean), "", "", _percent(chance), "", "", ""])
+    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+    rows = [_aligned(line, widths) for line in [header, *lines]]
+    rule = "-" * max(map(len, rows))
+    if len(scored) > 1:
+        rows.insert(-1, rule)
+    rows.insert(1, rule)
+    return "\n".join([_headline(subject), "", *rows, "", *_footnotes(results)])
+
+
+def _headline(subject: Subject) -> str:
+    step = "" if subject.step is None else f", step {subject.step:,}"
+    tokens = "" if subject.tokens is None else f", {subject.tokens:,} training tokens"
+    return f"{subject.source}{step}{tokens}"
+
+
+def _name(result: BenchmarkResult) -> str:
+    marks = ("*" if result.notes else "") + ("†" if result.truncated else "")
+    return result.title + marks
+
+
+def _numbers(result: BenchmarkResult) -> list[str]:
+    score = result.score
+    if score is None:
+        name, value = next(iter(result.metrics.items()), ("", math.nan))
+        return [f"{name} {value:.4g}", "", "", ""]
+    normalised = result.metrics.get("acc_norm") if score != "acc_norm" else None
+    return [
+        _percent(result.metrics[score]),
+        _percent(result.stderr[score]),
+        "" if normalised is None else _percent(normalised),
+        "" if result.chance is None else _percent(result.chance),
+    ]
+
+
+def _percent(fraction: float) -> str:
+    return "–" if math.isnan(fraction) else f"{100 * fraction:.1f}"
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first, *middle, last = (
+        cell.ljust(width) if i in (0, len(cells) - 1) else cell.rjust(width)
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    )
+    return "  ".join([first, *middle, last]).rstrip()
+
+
+def _footnotes(results: Sequence[BenchmarkResult]) -> list[str]:
+    lines = ["score: accuracy in percent (NQ-open: exact match); norm.: answers compared per byte; ±: standard error"]
+    lines += [f"* {r.title}: {'; '.join(r.notes)}" for r in results if r.notes]
+    lines += [
+        f"† {r.title}: the beginning of {100 * r.truncated / r.requests:.0f}% of the prompts did not fit the model"
+        for r in results
+        if r.truncated
+    ]
+    return lines
+
+
+def write_results(path: Path, results: Sequence[BenchmarkResult], subject: Subject, settings: dict[str, Any]) -> None:
+    """Write everything as JSON.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    import importlib.metadata
+
+    content = {
+        "subject": asdict(subject),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": settings,
+        "results": [asdict(result) for result in results],
+        "versions": {name: importlib.metadata.version(name) for name in ("lm-eval", "datasets", "torch")},
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(_without_nan(content), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}; fix its permissions or name another file") from error
+
+
+def results_file(run_dir: Path, step: int | None) -> Path:
+    """``<run directory>/eval/<step>-<UTC time>.json``."""
+    name = "none" if step is None else f"{step:08d}"
+    time = re.sub(r"\W", "", datetime.now(UTC).strftime("%Y%m%dT%H%M%S"))
+    return run_dir / "eval" / f"{name}-{time}.json"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return [_without_nan(item) for item in value] if isinstance(value, list | tuple) else value
