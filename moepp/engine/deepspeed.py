@@ -11,6 +11,7 @@ import io
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,11 +29,15 @@ from moepp.parallel.parameters import group_parameters, is_expert_parameter
 
 def _import_deepspeed(groups: ParallelGroups) -> Any:
     """Import DeepSpeed and let it adopt the process group that exists already."""
+    os.environ.setdefault("DS_ACCELERATOR", groups.device.type)  # otherwise it probes for devices, and may differ
+
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger
 
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(logging.ERROR)  # it warns of every optimizer but its own
+    # DeepSpeed calls collectives under names that torch is about to retire.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated")
     # Its shared-memory collectives are compiled at first use; a build that is killed leaves a lock on which every
     # later run hangs. gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
