@@ -51,6 +51,8 @@ def run_training(cfg: Config) -> None:
         groups = build_groups(cfg.parallel.expert, device)
         comm.run_together(lambda: check_data(cfg))
         comm.run_together(lambda: require_wandb_login(cfg.logging.wandb.mode) if groups.rank == 0 else None)
+        if cfg.eval.tasks:
+            _check_tasks(cfg, groups)
         environment = describe_environment(device_name(device), groups.world_size)
         claim = comm.run_together(lambda: _claim(cfg, environment) if groups.rank == 0 else None)
         try:
@@ -69,6 +71,15 @@ def run_training(cfg: Config) -> None:
     finally:
         close_logging()
         dist.destroy_process_group()
+
+
+def _check_tasks(cfg: Config, groups: ParallelGroups) -> None:
+    from moepp.evaluation.names import harness_tasks_folder
+
+    comm.run_together(harness_tasks_folder)  # is lm-evaluation-harness installed?
+    from moepp.evaluation.evaluate import check_tasks
+
+    check_tasks(cfg.eval.tasks, cfg.eval.data, groups)
 
 
 def _peer_error(error: RuntimeError, control: comm.Group, groups: ParallelGroups) -> PeerError:

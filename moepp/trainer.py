@@ -101,17 +101,19 @@ class Trainer:
             Preempted: a signal asked any rank to stop; the state is saved.
             TrainingError: a guard gave up.
         """
-        train, interval = self.cfg.train, self.cfg.checkpoint.interval
+        train = self.cfg.train
         self.model.train()
         while self.step < train.steps:
             result = self.train_step()
             is_last = self.step == train.steps
-            if self.step % train.log_interval == 0 or is_last:
+            if is_last or _is_due(self.step, train.log_interval):
                 self.log(result)
-            if is_last or (train.eval_interval and self.step % train.eval_interval == 0):
+            if is_last or _is_due(self.step, train.eval_interval):
                 self.evaluate_and_log()
+            if self.cfg.eval.tasks and (is_last or _is_due(self.step, self.cfg.eval.interval)):
+                self.evaluate_tasks_and_log()
             must_stop = self._anyone_must_stop(stop)
-            if is_last or must_stop or (interval and self.step % interval == 0):
+            if is_last or must_stop or _is_due(self.step, self.cfg.checkpoint.interval):
                 with self.parts.throughput.paused():
                     self.save(background=False if must_stop or is_last else None)
             if must_stop and not is_last:
@@ -230,6 +232,18 @@ class Trainer:
         ce_sum, num_tokens = self._sum(ce_and_tokens).tolist()
         return ce_sum / num_tokens if num_tokens else math.nan
 
+    def evaluate_tasks_and_log(self) -> None:
+        """Run the benchmarks of ``eval.tasks`` on the sharded model."""
+        from moepp.data import Tokenizer
+        from moepp.evaluation.evaluate import evaluate_tasks  # imports lm-evaluation-harness
+
+        cfg = self.cfg.eval
+        assert self.cfg.data.tokenizer is not None  # validated
+        tokenizer = Tokenizer(self.cfg.data.tokenizer)
+        with self._evaluation():
+            record = evaluate_tasks(self.model, tokenizer, cfg.tasks, self.groups, cfg.data, cfg.limit, cfg.batch_size)
+        self.parts.sinks.log(record, self.step, self.tokens)
+
     @contextmanager
     def _evaluation(self) -> Iterator[None]:
         """Eval mode (dropless routing), outside the measured training time."""
@@ -280,3 +294,8 @@ class Trainer:
 
     def _max(self, tensor: Tensor) -> Tensor:
         return comm.all_reduce_max(tensor, self.groups.world)
+
+
+def _is_due(step: int, interval: int) -> bool:
+    """Whether something that happens every ``interval`` steps (0: never) happens after ``step``."""
+    return interval > 0 and step % interval == 0

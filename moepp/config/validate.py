@@ -33,6 +33,10 @@ def validate(cfg: Config, world_size: int) -> None:
     _validate_parallel(cfg, world_size)
     _validate_batch(cfg, world_size)
     require(
+        not cfg.eval.tasks or cfg.data.tokenizer is not None,
+        f"eval.tasks={list(cfg.eval.tasks)} needs a tokenizer and data.tokenizer is null; set data.tokenizer",
+    )
+    require(
         cfg.data.seq_len <= cfg.model.max_seq_len,
         f"data.seq_len={cfg.data.seq_len} is longer than model.max_seq_len={cfg.model.max_seq_len}; "
         "lower data.seq_len or raise model.max_seq_len",
