@@ -1,0 +1,248 @@
+"""The layers of MoE++ language models (arXiv 2410.07348); plain torch.
+
+Letters: B batch, S new positions, P positions seen (cached + new), T = B·S tokens, D width, H query heads, G key/value
+heads, d head size, F FFN width, E FFN experts, C constant experts, Z zero-computation experts, N experts of every kind
+(order FFN, constant, copy, zero), K experts per token, R rows of one expert, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from .configuration_moepp import MoeppConfig
+
+
+class MoeppRMSNorm(nn.Module):
+    """``weight * (x / sqrt(mean(x^2) + eps))``: the quotient in fp32, then rounded to the dtype of ``x``."""
+
+    def __init__(self, config: MoeppConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.eps = config.rms_norm_eps
+
+    def forward(self, x_D: Tensor) -> Tensor:
+        return self.weight * F.rms_norm(x_D.float(), x_D.shape[-1:], eps=self.eps).to(x_D.dtype)
+
+
+class MoeppAttention(nn.Module):
+    """Causal self-attention with rotary embeddings; query head j reads key/value head ``j // (H / G)``."""
+
+    def __init__(self, config: MoeppConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        kv_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Returns the output and the keys and values of all positions."""
+        query_BHSd = _rotate(self._heads(self.q_proj(x_BSD)), rotation)
+        key_BGPd = _rotate(self._heads(self.k_proj(x_BSD)), rotation)
+        value_BGPd = self._heads(self.v_proj(x_BSD))
+        if cache is not None:
+            key_BGPd, value_BGPd = cache.update(key_BGPd, value_BGPd, self.layer_idx)
+        is_causal = mask is None and query_BHSd.shape[2] == key_BGPd.shape[2]
+        group = query_BHSd.shape[1] // key_BGPd.shape[1]
+        out_BHSd = F.scaled_dot_product_attention(
+            query_BHSd,
+            key_BGPd.repeat_interleave(group, dim=1),
+            value_BGPd.repeat_interleave(group, dim=1),
+            attn_mask=mask,
+            is_causal=is_causal,
+        )
+        return self.o_proj(out_BHSd.transpose(1, 2).reshape(x_BSD.shape)), (key_BGPd, value_BGPd)
+
+    def _heads(self, x_BSD: Tensor) -> Tensor:
+        return x_BSD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class MoeppDenseFFN(nn.Module):
+    """SwiGLU of the layers between MoE layers."""
+
+    def __init__(self, config: MoeppConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.dense_ffn_hidden_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.dense_ffn_hidden_size, bias=False)
+        self.down_proj = nn.Linear(config.dense_ffn_hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x_D: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_D)) * self.up_proj(x_D))
+
+
+class MoeppRouter(nn.Module):
+    """Logits with gating residual, in fp32: ``R(x) + W_g · previous logits``."""
+
+    def __init__(self, config: MoeppConfig) -> None:
+        super().__init__()
+        n = config.num_experts
+        if config.router == "linear":
+            self.weight = nn.Parameter(torch.empty(n, config.hidden_size))
+        else:
+            self.fc1 = nn.Linear(config.hidden_size, 8 * n, bias=False)
+            self.fc2 = nn.Linear(8 * n, n, bias=False)
+        self.gate_map = nn.Linear(n, n, bias=False) if config.gating_residual else None
+        self.is_linear = config.router == "linear"
+
+    def forward(self, x_TD: Tensor, previous_TN: Tensor | None) -> Tensor:
+        with torch.autocast(x_TD.device.type, enabled=False):
+            if self.is_linear:
+                logits_TN = _linear_fp32(x_TD, self.weight)
+            else:
+                logits_TN = _linear_fp32(torch.tanh(_linear_fp32(x_TD, self.fc1.weight)), self.fc2.weight)
+            if self.gate_map is not None and previous_TN is not None:
+                logits_TN = logits_TN + _linear_fp32(previous_TN, self.gate_map.weight)
+        return logits_TN
+
+
+class MoeppExperts(nn.Module):
+    """FFN experts, stacked: rows 0..F-1 of ``gate_up_proj`` are the gate, the others the linear half."""
+
+    def __init__(self, config: MoeppConfig) -> None:
+        super().__init__()
+        experts, ffn, width = config.num_ffn_experts, config.ffn_hidden_size, config.hidden_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * ffn, width))
+        self.down_proj = nn.Parameter(torch.empty(experts, width, ffn))
+
+    def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        out_TD = torch.zeros_like(x_TD)
+        for expert in range(self.gate_up_proj.shape[0]):
+            tokens_R, slots_R = torch.where(ids_TK == expert)
+            gate_RF, up_RF = F.linear(x_TD[tokens_R], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            rows_RD = F.linear(F.silu(gate_RF) * up_RF, self.down_proj[expert])
+            weighted_RD = (rows_RD * weights_TK[tokens_R, slots_R, None]).to(x_TD.dtype)
+            out_TD = out_TD.index_add(0, tokens_R, weighted_RD)
+        return out_TD
+
+
+class MoeppZeroComputation(nn.Module):
+    """Constant ``a x + b v`` with [a, b] = softmax(W x), copy ``x`` and zero experts as one expression."""
+
+    def __init__(self, config: MoeppConfig) -> None:
+        super().__init__()
+        self.num_constant, self.num_copy = config.num_constant_experts, config.num_copy_experts
+        if self.num_constant:
+            self.alpha_proj = nn.Parameter(torch.empty(self.num_constant, 2, config.hidden_size))
+            self.value = nn.Parameter(torch.empty(self.num_constant, config.hidden_size))
+
+    def forward(self, x_TD: Tensor, gates_TZ: Tensor) -> Tensor:
+        """``gates_TZ``: weight of every zero-computation expert, 0 where it was not chosen."""
+        scale_T1 = gates_TZ[:, self.num_constant : self.num_constant + self.num_copy].sum(dim=-1, keepdim=True)
+        if not self.num_constant:
+            return x_TD * scale_T1.to(x_TD.dtype)
+        gates_TC = gates_TZ[:, : self.num_constant]
+        alpha_TC2 = F.linear(x_TD, self.alpha_proj.flatten(0, 1)).unflatten(-1, (-1, 2)).float().softmax(dim=-1)
+        scale_T1 = scale_T1 + (gates_TC * alpha_TC2[..., 0]).sum(dim=-1, keepdim=True)
+        value_weights_TC = (gates_TC * alpha_TC2[..., 1]).to(x_TD.dtype)
+        return x_TD * scale_T1.to(x_TD.dtype) + value_weights_TC @ self.value
+
+
+class MoeppSparseFFN(nn.Module):
+    """One MoE++ layer; dropless, so that a token's output does not depend on the other tokens."""
+
+    def __init__(self, config: MoeppConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.router = MoeppRouter(config)
+        self.zero_computation = MoeppZeroComputation(config)
+        self.experts = MoeppExperts(config)
+
+    def forward(self, x_BSD: Tensor, previous_TN: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns the output and the router logits."""
+        x_TD = x_BSD.flatten(0, 1)
+        logits_TN = self.router(x_TD, previous_TN)
+        ids_TK, weights_TK = self.gates(logits_TN)
+        if self.config.scale_input_by_top_k:
+            x_TD = x_TD * self.config.num_experts_per_tok
+        gates_TN = torch.zeros_like(logits_TN).scatter(1, ids_TK, weights_TK)
+        out_TD = self.experts(x_TD, ids_TK, weights_TK)
+        out_TD = out_TD + self.zero_computation(x_TD, gates_TN[:, self.config.num_ffn_experts :])
+        return out_TD.view_as(x_BSD), logits_TN
+
+    def gates(self, logits_TN: Tensor) -> tuple[Tensor, Tensor]:
+        """Chosen experts and their weights, both [T, K]."""
+        config = self.config
+        if config.logits_norm_std is not None:
+            logits_TN = logits_TN / (logits_TN.std(dim=-1, keepdim=True) / config.logits_norm_std)
+        if config.gate_normalization == "topk_softmax":
+            chosen_TK, ids_TK = torch.topk(logits_TN, config.num_experts_per_tok, dim=-1)
+            return ids_TK, torch.softmax(chosen_TK, dim=-1)
+        weights_TK, ids_TK = torch.topk(torch.softmax(logits_TN, dim=-1), config.num_experts_per_tok, dim=-1)
+        if config.gate_normalization == "zero_masked":
+            first_zero = config.num_experts - config.num_zero_experts
+            weights_TK = weights_TK.masked_fill(ids_TK >= first_zero, 0.0)
+            total_T1 = weights_TK.sum(dim=-1, keepdim=True)
+            # A token that chose zero experts alone keeps weights of 0.
+            weights_TK = weights_TK / torch.where(total_T1 > 0, total_T1, 1.0)
+        return ids_TK, weights_TK
+
+
+class MoeppDecoderLayer(nn.Module):
+    """``h += attention(norm(h)); h += moe_or_mlp(norm(h))``."""
+
+    def __init__(self, config: MoeppConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = MoeppRMSNorm(config)
+        self.self_attn = MoeppAttention(config, layer_idx)
+        self.post_attention_layernorm = MoeppRMSNorm(config)
+        self.is_moe = (layer_idx + 1) % config.moe_layer_interval == 0
+        if self.is_moe:
+            self.moe = MoeppSparseFFN(config)
+        else:
+            self.mlp = MoeppDenseFFN(config)
+
+
+def _linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x.float(), weight.float())
+
+
+def rotation_table(
+    config: MoeppConfig, position_ids_BS: Tensor, num_positions: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, [B, 1, S, d/2]; computed anew each time, so that there is no buffer to lose."""
+    head_dim = config.hidden_size // config.num_attention_heads
+    theta, divisor, factor = config.rotary_theta, 1.0, config.rotary_scaling_factor
+    if config.rotary_scaling_type == "linear":
+        divisor = factor
+    elif config.rotary_scaling_type == "ntk":
+        theta *= factor
+    elif config.rotary_scaling_type == "dynamic" and num_positions > config.max_position_embeddings:
+        stretch = factor * num_positions / config.max_position_embeddings - (factor - 1)
+        theta *= stretch ** (head_dim / (head_dim - 2))
+    exponent_d = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids_BS.device) / head_dim
+    angle_B1Sd = position_ids_BS[:, None, :, None].float() / divisor * (1.0 / theta**exponent_d)
+    return angle_B1Sd.cos().to(dtype), angle_B1Sd.sin().to(dtype)
+
+
+def _rotate(x_BHSd: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the pairs (i, i + d/2) of every head."""
+    cos, sin = rotation
+    first, second = x_BHSd.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def attention_mask_table(mask_BP: Tensor | None, sizes: tuple[int, int, int], like: Tensor) -> Tensor | None:
+    """[1 or B, 1, S, P], the lowest number in the future and on padding; None where attention needs no mask."""
+    batch, num_new, num_past = sizes
+    if mask_BP is None and (num_past == 0 or num_new == 1):
+        return None
+    lowest = torch.finfo(like.dtype).min
+    shape = (num_new, num_past + num_new)
+    mask_SP = torch.full(shape, lowest, dtype=like.dtype, device=like.device).triu(num_past + 1)
+    if mask_BP is None:
+        return mask_SP[None, None]
+    if tuple(mask_BP.shape) != (batch, num_past + num_new):
+        raise ValueError(
+            f"attention_mask has shape {list(mask_BP.shape)}, expected {[batch, num_past + num_new]} "
+            "(batch, cached + new positions)"
+        )
+    padding_BP = torch.zeros(mask_BP.shape, dtype=like.dtype, device=like.device)
+    padding_BP = padding_BP.masked_fill(~mask_BP.bool().to(like.device), lowest)
+    return mask_SP[None, None] + padding_BP[:, None, None, :]

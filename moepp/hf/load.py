@@ -1,0 +1,38 @@
+"""Reading the project's own Hugging Face format. Letters: E FFN experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moepp.config import ModelConfig
+from moepp.hf.config import read_config
+from moepp.model import Transformer
+from moepp.weights import Piece, TensorFolder, check_keys, copy_pieces, require_agreement, whole_parameters
+from moepp.weights.pieces import is_stacked
+
+
+def pieces_of(name: str, shape: tuple[int, ...]) -> list[Piece]:
+    """The same names as in training below ``model.``; experts stay stacked, and are read one by one."""
+    key = name if name.startswith("lm_head") else f"model.{name}"
+    if is_stacked(name):
+        return [Piece(key, shape, (expert,), expert) for expert in range(shape[0])]
+    return [Piece(key, shape)]
+
+
+def load_into(model: Transformer, folder: str | Path, ep_rank: int = 0, ep_size: int = 1) -> None:
+    """Copy an exported model into one that may be sharded; no rank reads other ranks' experts.
+
+    Raises:
+        CheckpointError: another format, damaged files, missing, unexpected or mis-shaped tensors, or a model of
+            another shape.
+    """
+    cfg = read_config(folder)
+    require_agreement(model.cfg, cfg, folder)
+    copy_pieces(model, open_tensors(folder, cfg), pieces_of, ep_rank, ep_size)
+
+
+def open_tensors(folder: str | Path, cfg: ModelConfig) -> TensorFolder:
+    """The folder's tensors, after comparing their names and shapes with the configuration."""
+    tensors = TensorFolder(folder)
+    check_keys(tensors, [piece for name, shape in whole_parameters(cfg).items() for piece in pieces_of(name, shape)])
+    return tensors

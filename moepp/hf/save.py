@@ -1,0 +1,64 @@
+"""Writing the project's own Hugging Face format: code, configuration and weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moepp.config import ModelConfig
+from moepp.hf.config import hf_config
+from moepp.hf.load import pieces_of
+from moepp.model import Transformer
+from moepp.official import TokenIds
+from moepp.official.save import DTYPE_NAMES, ReadParameter, generation_config, read_from
+from moepp.weights import whole_parameters, write_tensors
+from moepp.weights.pieces import is_stacked
+from moepp.weights.write import MAX_SHARD_BYTES, prepare_folder, write_json, write_text
+
+CODE = Path(__file__).parent / "code"
+CODE_FILES = ("configuration_moepp.py", "layers_moepp.py", "modeling_moepp.py")
+
+
+def save_pretrained(model: Transformer, folder: str | Path, token_ids: TokenIds) -> list[str]:
+    """Write a whole model, in the dtype of its embedding, so that ``from_pretrained(folder,
+    trust_remote_code=True)`` runs it.
+
+    Returns:
+        names of the files written.
+
+    Raises:
+        CheckpointError: the folder cannot be written to.
+    """
+    dtype = model.embed_tokens.weight.dtype
+    return write_hf(read_from(model), model.cfg, Path(folder), token_ids=token_ids, dtype=dtype)
+
+
+def write_hf(
+    read: ReadParameter,
+    cfg: ModelConfig,
+    folder: Path,
+    *,
+    token_ids: TokenIds,
+    dtype: torch.dtype,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> list[str]:
+    """As :func:`save_pretrained`, from wherever ``read`` takes the parameters, one shard in memory at a time."""
+    parameters = whole_parameters(cfg)
+    names = {piece.key: name for name, shape in parameters.items() for piece in pieces_of(name, shape)}
+
+    def read_key(key: str) -> Tensor:
+        name = names[key]
+        if not is_stacked(name):
+            return read(name, None)
+        return torch.stack([read(name, expert) for expert in range(parameters[name][0])])
+
+    prepare_folder(folder)
+    write_json(folder / "config.json", hf_config(cfg, token_ids, DTYPE_NAMES[dtype]))
+    write_json(folder / "generation_config.json", generation_config(token_ids))
+    for name in CODE_FILES:
+        write_text(folder / name, (CODE / name).read_text(encoding="utf-8"))
+    shapes = {key: parameters[name] for key, name in names.items()}
+    weights = write_tensors(folder, shapes, read_key, dtype, max_shard_bytes)
+    return ["config.json", "generation_config.json", *CODE_FILES, *weights]
