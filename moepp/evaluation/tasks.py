@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -181,7 +182,11 @@ def plan_splits(name: str, config: dict[str, Any], data: TaskData, shots: int) -
 
 @contextlib.contextmanager
 def quiet_harness() -> Iterator[None]:
-    """Without the harness's and datasets' progress bars and notices (its warnings state what it was asked to do)."""
+    """Without progress bars and notices (the harness's warnings state what it was asked to do).
+
+    Python's global random numbers, from which the harness draws names, go on as if nothing had happened: training may
+    be under way.
+    """
     import datasets
     import lm_eval.api.task
 
@@ -190,9 +195,11 @@ def quiet_harness() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     lm_eval.api.task.tqdm = lambda items, **_: items
+    random_state = random.getstate()
     try:
         yield
     finally:
+        random.setstate(random_state)
         logger.setLevel(level)
         if bars:
             datasets.enable_progress_bars()
