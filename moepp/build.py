@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moepp import comm
+from moepp import comm, hf, official, upcycle
 from moepp.checkpoint import Checkpointer
 from moepp.config import Config, accumulation_steps, micro_batch_size, zero_stage
 from moepp.data import build_data
@@ -41,6 +41,28 @@ def build_model(cfg: Config, groups: ParallelGroups, traffic: comm.Traffic) -> T
     return model
 
 
+def check_initial_weights(cfg: Config) -> None:
+    """Refuse ``init.path`` if it is not what ``init.format`` says or does not fit the model; reads no weights.
+
+    Raises:
+        CheckpointError: lists what is wrong.
+    """
+    if cfg.init.path is not None:
+        checks = {"official": official.check_folder, "moepp": hf.check_folder, "dense": upcycle.check_folder}
+        checks[cfg.init.format](cfg.init.path, cfg.model)
+
+
+def load_initial_weights(cfg: Config, model: Transformer, groups: ParallelGroups) -> None:
+    """Replace fresh weights by those of ``init.path``, if there is one; each rank reads its own experts only."""
+    if cfg.init.path is None:
+        return
+    if cfg.init.format == "dense":
+        upcycle.load_into(model, cfg.init.path, cfg.init, cfg.run.seed, groups.ep_rank, groups.ep_size)
+    else:
+        source = official if cfg.init.format == "official" else hf
+        source.load_into(model, cfg.init.path, groups.ep_rank, groups.ep_size)
+
+
 def build_engine(cfg: Config, model: Transformer, groups: ParallelGroups) -> Engine:
     """The engine that ``engine.name`` asks for."""
     accumulation = accumulation_steps(cfg, groups.world_size)
@@ -58,10 +80,15 @@ def build_parts(
     cfg: Config, groups: ParallelGroups, run_dir: RunDir, start_step: int, versions: dict[str, Any]
 ) -> Parts:
     """Everything that :class:`moepp.trainer.Trainer` needs; collective."""
+    starts_fresh = start_step == 0
+    if starts_fresh:
+        comm.run_together(lambda: check_initial_weights(cfg))
     cache_dir = cfg.data.cache_dir or str(run_dir.path / "data-cache")
     data = build_data(cfg, groups.world_size, groups.rank, cache_dir)
     traffic = comm.Traffic()
     model = build_model(cfg, groups, traffic)
+    if starts_fresh:
+        comm.run_together(lambda: load_initial_weights(cfg, model, groups))
     engine = build_engine(cfg, model, groups)
     peak = peak_flops_per_second(device_name(groups.device), cfg.train.precision)
     throughput = Throughput(groups.world_size, peak)

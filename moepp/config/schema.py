@@ -36,6 +36,7 @@ class MoEConfig:
     balance_loss_scope: str = "micro_batch"  # tokens that f_i counts: "micro_batch", "data_parallel", "global_batch"
     balance_loss_switch_scale: bool = False  # multiply Eq. 7 by N/K as Switch Transformer does; the paper does not
     z_loss_weight: float = 0.0  # weight of mean(logsumexp(logits)^2) (ST-MoE, arXiv 2202.08906 Eq. 5)
+    expert_chunk_rows: int | None = None  # compute experts in chunks of so many rows, again in backward; None: at once
 
     def __post_init__(self) -> None:
         for name in ("num_ffn_experts", "num_zero_experts", "num_copy_experts", "num_constant_experts"):
@@ -65,6 +66,8 @@ class MoEConfig:
                 require_above(f"model.moe.{name}", value, 0)
         require_at_least("model.moe.balance_loss_weight", self.balance_loss_weight, 0)
         require_at_least("model.moe.z_loss_weight", self.z_loss_weight, 0)
+        if self.expert_chunk_rows is not None:
+            require_at_least("model.moe.expert_chunk_rows", self.expert_chunk_rows, 1)
         require(
             self.logits_norm_std is None or self.num_experts > 1,
             "model.moe.logits_norm_std needs at least 2 experts (a standard deviation of one logit is undefined); "
@@ -168,6 +171,30 @@ class ModelConfig:
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the layers that hold an MoE layer."""
         return tuple(i for i in range(self.num_layers) if (i + 1) % self.moe_layer_interval == 0)
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Weights that a run starts from; a run that continues from a checkpoint does not read them."""
+
+    path: str | None = None  # folder in Hugging Face's layout; None: random weights
+    format: str = "official"  # of the folder: "official" (released MoE++), "moepp" (`moepp export --format moepp`),
+    # or "dense" (Llama: its FFN is copied into each expert; router and zero-computation experts are random)
+    noise_std: float = 0.0  # dense: noise on each expert's copy, as a share of the matrix's standard deviation
+    reinit_fraction: float = 0.0  # dense: share of each expert's hidden units that is drawn anew
+
+    def __post_init__(self) -> None:
+        require_choice("init.format", self.format, ("official", "moepp", "dense"))
+        require_at_least("init.noise_std", self.noise_std, 0)
+        require(
+            0 <= self.reinit_fraction <= 1,
+            f"init.reinit_fraction={self.reinit_fraction} is not a share between 0 and 1; correct it",
+        )
+        require(
+            self.format == "dense" or (self.noise_std == 0 and self.reinit_fraction == 0),
+            f"init.noise_std={self.noise_std} and init.reinit_fraction={self.reinit_fraction} need init.format=dense, "
+            f"and it is {self.format}; set both to 0",
+        )
 
 
 @dataclass(frozen=True)
@@ -393,3 +420,4 @@ class Config:
     checkpoint: CheckpointConfig
     logging: LoggingConfig
     eval: EvalConfig = EvalConfig()
+    init: InitConfig = InitConfig()

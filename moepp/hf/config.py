@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moepp.config import ModelConfig, MoEConfig, RopeScalingConfig
+from moepp.config import ModelConfig
 from moepp.errors import CheckpointError, ConfigError
 from moepp.official import TokenIds
 from moepp.weights.files import read_json

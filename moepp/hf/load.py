@@ -26,9 +26,15 @@ def load_into(model: Transformer, folder: str | Path, ep_rank: int = 0, ep_size:
         CheckpointError: another format, damaged files, missing, unexpected or mis-shaped tensors, or a model of
             another shape.
     """
-    cfg = read_config(folder)
-    require_agreement(model.cfg, cfg, folder)
-    copy_pieces(model, open_tensors(folder, cfg), pieces_of, ep_rank, ep_size)
+    tensors = check_folder(folder, model.cfg)
+    copy_pieces(model, tensors, pieces_of, ep_rank, ep_size)
+
+
+def check_folder(folder: str | Path, cfg: ModelConfig) -> TensorFolder:
+    """Open a folder whose weights fit a run's model; errors as for :func:`load_into`."""
+    source = read_config(folder)
+    require_agreement(cfg, source, folder)
+    return open_tensors(folder, source)
 
 
 def open_tensors(folder: str | Path, cfg: ModelConfig) -> TensorFolder:

@@ -58,7 +58,11 @@ def _std(name: str, init_std: float) -> float | None:
     return 1.0 if name.endswith("zero_computation.value") else init_std
 
 
-def _draw(shape: torch.Size, std: float, key: str) -> Tensor:
+def random_stream(key: str) -> torch.Generator:
+    """A generator on the CPU whose numbers depend on ``key`` alone."""
     digest = hashlib.sha256(key.encode()).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little"))
-    return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+def _draw(shape: torch.Size, std: float, key: str) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=random_stream(key))

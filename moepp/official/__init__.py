@@ -1,7 +1,7 @@
 """The released MoE++ checkpoint format, both ways: import into this project's model and export from it."""
 
 from moepp.official.config import TokenIds, read_config
-from moepp.official.load import load_into, load_pretrained
+from moepp.official.load import check_folder, load_into, load_pretrained
 from moepp.official.model import OfficialModel, OfficialOutput
 from moepp.official.save import save_pretrained
 
@@ -9,6 +9,7 @@ __all__ = [
     "OfficialModel",
     "OfficialOutput",
     "TokenIds",
+    "check_folder",
     "load_into",
     "load_pretrained",
     "read_config",

@@ -216,7 +216,7 @@ def _require_model_type(path: Path, tree: dict[str, Any]) -> None:
 def _value(path: Path, tree: dict[str, Any], key: str) -> Any:
     types, default = _KEYS[key]
     value = tree.get(key, default)
-    if value is None and key in _NULLABLE or key not in tree:
+    if key not in tree or (value is None and key in _NULLABLE):
         return value
     if type(value) not in types:
         wanted = " or ".join(t.__name__ for t in types)

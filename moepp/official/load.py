@@ -49,9 +49,15 @@ def load_into(model: Transformer, folder: str | Path, ep_rank: int = 0, ep_size:
     Raises:
         CheckpointError: as for :func:`load_pretrained`, or a model of another shape.
     """
-    cfg = read_config(folder)
-    require_agreement(model.cfg, cfg, folder)
-    copy_pieces(model, open_tensors(folder, cfg), partial(pieces_of, cfg=cfg), ep_rank, ep_size)
+    tensors = check_folder(folder, model.cfg)
+    copy_pieces(model, tensors, partial(pieces_of, cfg=model.cfg), ep_rank, ep_size)
+
+
+def check_folder(folder: str | Path, cfg: ModelConfig) -> TensorFolder:
+    """Open a folder whose weights fit a run's model; errors as for :func:`load_into`."""
+    source = read_config(folder)
+    require_agreement(cfg, source, folder)
+    return open_tensors(folder, source)
 
 
 def open_tensors(folder: str | Path, cfg: ModelConfig) -> TensorFolder:
@@ -59,11 +65,11 @@ def open_tensors(folder: str | Path, cfg: ModelConfig) -> TensorFolder:
     tensors = TensorFolder(folder)
     pieces = [piece for name, shape in whole_parameters(cfg).items() for piece in pieces_of(name, shape, cfg)]
     check_keys(tensors, pieces, lambda key: cfg.tie_embeddings and key == _LM_HEAD)
-    if cfg.tie_embeddings and _LM_HEAD in tensors.shapes:
-        # Pickled checkpoints of tied models name the one matrix twice.
-        if not torch.equal(tensors.read(_LM_HEAD), tensors.read(_EMBEDDING)):
-            raise CheckpointError(
-                f"{folder}: config.json says tie_word_embeddings=true but {_LM_HEAD} differs from {_EMBEDDING}; "
-                "set tie_word_embeddings=false"
-            )
+    # Pickled checkpoints of tied models name the one matrix twice.
+    is_stored_twice = cfg.tie_embeddings and _LM_HEAD in tensors.shapes
+    if is_stored_twice and not torch.equal(tensors.read(_LM_HEAD), tensors.read(_EMBEDDING)):
+        raise CheckpointError(
+            f"{folder}: config.json says tie_word_embeddings=true but {_LM_HEAD} differs from {_EMBEDDING}; "
+            "set tie_word_embeddings=false"
+        )
     return tensors

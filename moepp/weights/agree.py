@@ -37,7 +37,11 @@ def differences(cfg: ModelConfig, source: ModelConfig) -> list[str]:
 
 def require_agreement(cfg: ModelConfig, source: ModelConfig, folder: str | Path) -> None:
     """Raise :class:`CheckpointError` listing what differs, if anything does."""
-    found = differences(cfg, source)
+    require_none(differences(cfg, source), folder)
+
+
+def require_none(found: list[str], folder: str | Path) -> None:
+    """Raise :class:`CheckpointError` listing ``found``, if there is anything in it."""
     if found:
         raise CheckpointError(
             f"the weights in {folder} do not fit the model of this run: {'; '.join(found)}; "

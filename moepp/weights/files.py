@@ -63,7 +63,8 @@ class _SafetensorsFile:
         self.path = path
         self._file = safe_open(path, "pt")
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for key in self._file.keys():  # noqa: SIM118: not a dictionary
+        names = self._file.keys()
+        for key in names:
             view = self._file.get_slice(key)
             _require_floats(path, key, view.get_dtype() in _DTYPES, view.get_dtype())
             self.shapes[key] = tuple(view.get_shape())
@@ -128,10 +129,11 @@ def _find(folder: Path) -> tuple[list[str], dict[str, str]]:
 
 def _read_index(folder: Path, name: str) -> tuple[list[str], dict[str, str]]:
     weight_map = read_json(folder / name).get("weight_map")
+    weight_map = weight_map if isinstance(weight_map, dict) else {}
     suffix = ".safetensors" if name.startswith(SAFETENSORS) else ".bin"
-    files = sorted(set(weight_map.values())) if isinstance(weight_map, dict) and weight_map else []
+    files = sorted({str(file) for file in weight_map.values()})
     if not files or any(file != os.path.basename(file) or not file.endswith(suffix) for file in files):
-        raise CheckpointError(f"{folder / name} has no weight_map from tensors to {suffix} files; copy the folder again")
+        raise CheckpointError(f"{folder / name} has no weight_map to {suffix} files; copy the folder again")
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise CheckpointError(
@@ -155,7 +157,9 @@ def _explain(path: Path, action: Callable[[], Any]) -> Any:
         raise
     except Exception as error:  # safetensors, pickle and zip raise a dozen unrelated types for damaged bytes
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"cannot read {path}, it is damaged or not a weight file ({reason}); copy it again") from error
+        raise CheckpointError(
+            f"cannot read {path}, it is damaged or not a weight file ({reason}); copy it again"
+        ) from error
 
 
 def _few(names: list[str], limit: int = 5) -> str:

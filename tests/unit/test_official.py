@@ -39,7 +39,7 @@ def make(tmp_path, layout="safetensors", **flags):
 
 
 def check_against_reference(model, reference, ids_BS, **inputs):
-    out = model(ids_BS, **{key: value for key, value in inputs.items()})
+    out = model(ids_BS, **inputs)
     num_layers, length = len(out.topk_ids), ids_BS.shape[1]
     positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
     for b, ids in enumerate(ids_BS.tolist()):
@@ -68,9 +68,7 @@ def test_logits_and_routing_follow_the_format_text(tmp_path, flags):
     transformer = Transformer(official.read_config(folder))
     official.load_into(transformer, folder)
     transformer.eval()
-    torch.testing.assert_close(
-        transformer.logits(transformer(IDS).hidden), model(IDS).logits, rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(transformer.logits(transformer(IDS).hidden), model(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -103,7 +101,9 @@ def test_every_layout_of_files_gives_the_same_tensors(tmp_path, layout):
     expected = official.load_pretrained(whole).state_dict()
     assert len(state) == len(expected) and all(torch.equal(state[key], expected[key]) for key in expected)
     key = "layers.1.moe.experts.down_proj"
-    assert torch.equal(state[f"transformer.{key}"][2], tensors["model.layers.1.mlp.moe.experts.experts.2.down_proj.weight"])
+    assert torch.equal(
+        state[f"transformer.{key}"][2], tensors["model.layers.1.mlp.moe.experts.experts.2.down_proj.weight"]
+    )
 
 
 def test_code_prefixes_bf16_and_fp32_routers_are_read(tmp_path):
@@ -295,7 +295,7 @@ def test_a_tied_matrix_stored_twice_must_be_the_same(tmp_path):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     official.load_pretrained(write_released(folder, config, tensors))
     tensors["lm_head.weight"][0, 0] += 1
-    with pytest.raises(CheckpointError, match="differs from model.embed_tokens.weight"):
+    with pytest.raises(CheckpointError, match=r"differs from model\.embed_tokens"):
         official.load_pretrained(write_released(folder, config, tensors))
 
 

@@ -69,6 +69,7 @@ class MoeppDenseFFN(nn.Module):
 
     def __init__(self, config: MoeppConfig) -> None:
         super().__init__()
+        assert config.dense_ffn_hidden_size is not None
         self.gate_proj = nn.Linear(config.hidden_size, config.dense_ffn_hidden_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.dense_ffn_hidden_size, bias=False)
         self.down_proj = nn.Linear(config.dense_ffn_hidden_size, config.hidden_size, bias=False)

@@ -4,9 +4,12 @@ Letters: B batch, S new positions, P positions seen (cached + new), D width, G k
 of every kind, T = B·S tokens, V vocabulary.
 """
 
+# What the base classes declare differs between versions.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
+
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +35,7 @@ class MoeppPreTrainedModel(PreTrainedModel):
 
     config_class = MoeppConfig
     base_model_prefix = "model"
-    _no_split_modules = ["MoeppDecoderLayer"]  # noqa: RUF012: the base class's name and type
+    _no_split_modules: ClassVar = ["MoeppDecoderLayer"]
     _supports_sdpa = True
     _supports_cache_class = True
     _skip_keys_device_placement = "past_key_values"
@@ -117,7 +120,7 @@ class MoeppForCausalLM(MoeppPreTrainedModel, GenerationMixin):
     """The decoder with its output matrix."""
 
     _auto_class = "AutoModelForCausalLM"
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012: the base class's name and type
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: MoeppConfig) -> None:
         super().__init__(config)

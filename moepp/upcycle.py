@@ -1,0 +1,165 @@
+"""Starting from a dense Llama-format checkpoint: its FFN in every expert (arXiv 2212.05055).
+
+Router and zero-computation experts keep their fresh weights. Without noise all FFN experts start equal and the router
+alone tells them apart; two options make them differ:
+
+- ``noise_std``: adds N(0, noise_std · std(W)) to each of an expert's three matrices W.
+- ``reinit_fraction``: draws that share of an expert's hidden units anew, from the mean and the standard deviation of
+  each matrix (drop-upcycling, arXiv 2502.19261).
+
+Random numbers depend on the seed, the parameter's name and the expert alone, so every layout starts the same.
+
+Letters: D width, F expert width, E FFN experts, U hidden units drawn anew.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moepp.config import InitConfig, ModelConfig, RopeScalingConfig
+from moepp.errors import CheckpointError, ConfigError
+from moepp.model import Transformer
+from moepp.model.init import random_stream
+from moepp.weights import Piece, TensorFolder, check_keys, copy_pieces, whole_parameters
+from moepp.weights.agree import require_none
+from moepp.weights.files import read_json
+
+MODEL_TYPES = ("llama", "mistral")
+_MATRICES = ("gate_proj", "up_proj", "down_proj")
+_GATE_UP, _DOWN = ".moe.experts.gate_up_proj", ".moe.experts.down_proj"
+
+
+def check_folder(folder: str | Path, cfg: ModelConfig) -> TensorFolder:
+    """Open a dense checkpoint whose shapes fit the model.
+
+    Raises:
+        CheckpointError: another format, damaged files, or shapes that differ (all of them are listed).
+    """
+    _require_fit(folder, cfg)
+    tensors = TensorFolder(folder)
+    pieces = [piece for name, shape in whole_parameters(cfg).items() for piece in _pieces_of(name, shape)]
+    for layer in cfg.moe_layers:
+        shapes = _ffn_shapes(cfg)
+        pieces += [Piece(_ffn_key(layer, matrix), shapes[matrix]) for matrix in _MATRICES]
+    check_keys(tensors, pieces, _is_unused if not cfg.tie_embeddings else _is_unused_when_tied)
+    return tensors
+
+
+@torch.no_grad()
+def load_into(
+    model: Transformer, folder: str | Path, init: InitConfig, seed: int, ep_rank: int = 0, ep_size: int = 1
+) -> None:
+    """Replace everything but routers and zero-computation experts; errors as for :func:`check_folder`.
+
+    Args:
+        model: initialised; rank ``ep_rank`` of ``ep_size``.
+        seed: of the run.
+    """
+    tensors = check_folder(folder, model.cfg)
+    copy_pieces(model, tensors, _pieces_of, ep_rank, ep_size)
+    parameters = dict(model.named_parameters())
+    for layer in model.cfg.moe_layers:
+        dense = {matrix: tensors.read(_ffn_key(layer, matrix)).float() for matrix in _MATRICES}
+        gate_up_EGD, down_EDF = (parameters[f"layers.{layer}{suffix}"] for suffix in (_GATE_UP, _DOWN))
+        num_local = gate_up_EGD.shape[0]
+        for local in range(num_local):
+            key = f"{seed}/upcycle/layers.{layer}/{ep_rank * num_local + local}"
+            expert = _diversified(dense, init, key)
+            gate_up_EGD[local].copy_(torch.cat((expert["gate_proj"], expert["up_proj"])))
+            down_EDF[local].copy_(expert["down_proj"])
+
+
+def _diversified(dense: dict[str, Tensor], init: InitConfig, key: str) -> dict[str, Tensor]:
+    """One expert's matrices: gate and up [F, D], down [D, F]."""
+    num_units = dense["gate_proj"].shape[0]
+    num_new = round(init.reinit_fraction * num_units)
+    units_U = torch.randperm(num_units, generator=random_stream(f"{key}/units"))[:num_new]
+    expert = {}
+    for name, matrix in dense.items():
+        std, mean = matrix.std(), matrix.mean()
+        weight = matrix.clone()
+        if init.noise_std:
+            weight += init.noise_std * std * torch.randn(matrix.shape, generator=random_stream(f"{key}/{name}/noise"))
+        if num_new:
+            rows = weight if name != "down_proj" else weight.t()  # a view: one row per hidden unit
+            fresh = torch.randn((num_new, rows.shape[1]), generator=random_stream(f"{key}/{name}/reinit"))
+            rows[units_U] = mean + std * fresh
+        expert[name] = weight
+    return expert
+
+
+def _pieces_of(name: str, shape: tuple[int, ...]) -> list[Piece]:
+    """Everything but the MoE layers has the same name and shape there."""
+    if ".moe." in name:
+        return []
+    return [Piece(name if name.startswith("lm_head") else f"model.{name}", shape)]
+
+
+def _ffn_key(layer: int, matrix: str) -> str:
+    return f"model.layers.{layer}.mlp.{matrix}.weight"
+
+
+def _ffn_shapes(cfg: ModelConfig) -> dict[str, tuple[int, int]]:
+    width, ffn = cfg.hidden_size, cfg.moe.ffn_hidden_size
+    return {"gate_proj": (ffn, width), "up_proj": (ffn, width), "down_proj": (width, ffn)}
+
+
+def _is_unused(key: str) -> bool:
+    return key.endswith("rotary_emb.inv_freq")  # old transformers saved this table, which follows from the config
+
+
+def _is_unused_when_tied(key: str) -> bool:
+    return _is_unused(key) or key == "lm_head.weight"
+
+
+def _require_fit(folder: str | Path, cfg: ModelConfig) -> None:
+    path = Path(folder) / "config.json"
+    tree = read_json(path)
+    if tree.get("model_type") not in MODEL_TYPES:
+        raise CheckpointError(
+            f"{path} describes a model of type {tree.get('model_type')!r}, not a dense one in Llama format "
+            f"({', '.join(MODEL_TYPES)}); name another folder, or set init.format to what it is"
+        )
+    if tree.get("attention_bias") or tree.get("mlp_bias") or tree.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"{path} has biases or an activation other than silu, which this model does not have")
+    require_none(_differences(path, tree, cfg), folder)
+
+
+def _differences(path: Path, tree: dict, cfg: ModelConfig) -> list[str]:
+    heads = tree.get("num_attention_heads", 32)
+    width, ffn = tree.get("hidden_size", 4096), tree.get("intermediate_size", 11008)
+    rope = tree.get("rope_parameters") or {}  # transformers 5 keeps theta and scaling here
+    wanted = [
+        ("model.vocab_size", cfg.vocab_size, tree.get("vocab_size", 32000)),
+        ("model.hidden_size", cfg.hidden_size, width),
+        ("model.num_layers", cfg.num_layers, tree.get("num_hidden_layers", 32)),
+        ("model.num_heads", cfg.num_heads, heads),
+        ("model.num_kv_heads", cfg.num_kv_heads, tree.get("num_key_value_heads") or heads),
+        ("the head size", cfg.head_dim, tree.get("head_dim") or width // heads),
+        ("model.rope_theta", cfg.rope_theta, float(rope.get("rope_theta", tree.get("rope_theta", 1e4)))),
+        ("model.rope_scaling", cfg.rope_scaling, _rope_scaling(path, rope or tree.get("rope_scaling"))),
+        ("model.norm_eps", cfg.norm_eps, tree.get("rms_norm_eps", 1e-6)),
+        ("model.tie_embeddings", cfg.tie_embeddings, tree.get("tie_word_embeddings", False)),
+    ]
+    if cfg.moe_layer_interval > 1:
+        wanted.append(("model.dense_ffn_hidden_size", cfg.dense_ffn_hidden_size, ffn))
+    found = [f"{key}={own} (the weights have {other})" for key, own, other in wanted if own != other]
+    if cfg.moe.ffn_hidden_size != ffn:
+        found.append(
+            f"model.moe.ffn_hidden_size={cfg.moe.ffn_hidden_size} (the weights have {ffn}: the dense FFN is copied "
+            "whole into each expert, neither cut nor widened)"
+        )
+    return found
+
+
+def _rope_scaling(path: Path, tree: dict | None) -> RopeScalingConfig | None:
+    kind = None if tree is None else tree.get("rope_type", tree.get("type"))
+    if tree is None or kind in (None, "default"):
+        return None
+    try:
+        return RopeScalingConfig(str(kind), float(tree.get("factor", 1.0)))
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: rope_scaling cannot be expressed here: {error}") from error
