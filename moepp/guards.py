@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import statistics
 from collections import deque
@@ -36,26 +35,36 @@ class StopRequest:
 
 
 class SkippedSteps:
-    """Counts steps without an update and gives up after too many in a row."""
+    """Counts steps without an update and gives up after too many broken ones in a row.
 
-    def __init__(self, cfg: GuardConfig, total: int = 0) -> None:
+    Attributes:
+        total: steps skipped over the whole run, loss spikes included.
+        in_a_row: steps since the last one whose loss and gradient were finite.
+    """
+
+    def __init__(self, cfg: GuardConfig, total: int = 0, in_a_row: int = 0) -> None:
         self.total = total
+        self.in_a_row = in_a_row
         self._limit = cfg.max_skipped_steps
-        self._in_a_row = 0
 
     def record(self, skipped: bool, step: int) -> None:
         """Count one optimizer step.
 
         Raises:
-            TrainingError: ``guard.max_skipped_steps`` steps in a row had a gradient that is not finite.
+            TrainingError: ``guard.max_skipped_steps`` steps in a row had a loss or a gradient that is not finite.
         """
-        self._in_a_row = self._in_a_row + 1 if skipped else 0
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
         self.total += skipped
-        if self._in_a_row >= self._limit:
+        if self.in_a_row >= self._limit:
             raise TrainingError(
-                f"the gradient was not finite for {self._in_a_row} steps in a row (guard.max_skipped_steps), up to "
+                f"loss or gradient were not finite for {self.in_a_row} steps in a row (guard.max_skipped_steps), up to "
                 f"step {step}; lower optim.lr, or continue from an earlier checkpoint with run.resume=PATH"
             )
+
+    def count_spike(self) -> None:
+        """Count a step whose update was left out because of its loss, which was finite."""
+        self.total += 1
+        self.in_a_row = 0
 
 
 class SpikeGuard:
@@ -75,10 +84,8 @@ class SpikeGuard:
         return list(self._window)
 
     def is_spike(self, loss: float) -> bool:
-        """Judge the mean loss of one step. Spikes do not join the window; before it is full nothing is a spike."""
+        """Judge the mean loss of one step, finite. Spikes do not join the window; until it is full there are none."""
         assert self._sigma is not None and self._window.maxlen is not None
-        if not math.isfinite(loss):
-            return False  # the gradient is not finite either, and that has a rule of its own
         if len(self._window) == self._window.maxlen:
             mean, deviation = statistics.fmean(self._window), statistics.stdev(self._window)
             if loss > mean + self._sigma * deviation:

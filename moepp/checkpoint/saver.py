@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from moepp import comm
 from moepp.checkpoint import format as fmt
-from moepp.checkpoint.format import CheckpointInfo
+from moepp.checkpoint.format import CheckpointInfo, FileEntry
 from moepp.checkpoint.state import stage
-from moepp.checkpoint.storage import write_tensors
+from moepp.checkpoint.storage import cause, write_tensors
 from moepp.config import CheckpointConfig
 from moepp.engine.engine import Engine
+from moepp.errors import CheckpointError
 from moepp.metrics.step_stats import StepStats
 from moepp.parallel.groups import ParallelGroups
 
@@ -32,8 +32,9 @@ class SaveReport:
     """What one save cost and whether it succeeded.
 
     Attributes:
-        blocked_seconds: how long training stood still.
+        blocked_seconds: how long training stood still, waiting for an earlier save included.
         total_seconds: until the checkpoint was verified and in its place (or had failed).
+        size: bytes of all files.
         problems: a line per failure; empty when the checkpoint is whole.
     """
 
@@ -62,135 +63,169 @@ class Checkpointer:
         self.group = group
         self.reports: list[SaveReport] = []
         self._thread: threading.Thread | None = None
+        self._thread_error: BaseException | None = None
         if groups.rank == 0:
-            remove_remains(checkpoints)
+            fmt.remove_remains(checkpoints)
 
     def save(self, engine: Engine, stats: StepStats, info: CheckpointInfo, background: bool | None = None) -> None:
-        """Save the state after ``info.step`` steps; ``background`` overrides ``checkpoint.async``."""
-        self.wait()
+        """Save the state after ``info.step`` steps; ``background`` overrides ``checkpoint.async``.
+
+        Raises:
+            RuntimeError: another rank is gone. Whatever else goes wrong is in :attr:`reports` and in the log.
+        """
         start = time.perf_counter()
+        self.wait()
         staged = stage(engine, stats, self.groups)
         in_background = self.cfg.async_ if background is None else background
         if not in_background:
             self._publish(staged, info, start, None)
             return
         blocked = time.perf_counter() - start
-        self._thread = threading.Thread(target=self._publish, args=(staged, info, start, blocked), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(staged, info, start, blocked), daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Until the save in flight, if any, has finished."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Until the save in flight, if any, has finished.
+
+        Raises:
+            RuntimeError: it could not, because another rank is gone.
+        """
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        error, self._thread_error = self._thread_error, None
+        if error is not None:
+            raise error
 
     close = wait
 
+    def leave_behind(self, step: int) -> None:
+        """Set aside every checkpoint after ``step``, because the run now goes on from there; collective.
+
+        They would otherwise pass for the newest ones of the run that takes another way from here.
+        """
+        comm.run_together(lambda: self._set_aside_after(step) if self.groups.rank == 0 else None)
+
+    def _set_aside_after(self, step: int) -> None:
+        for path in fmt.list_checkpoints(self.checkpoints):
+            if fmt.step_of(path) > step:
+                try:
+                    place = fmt.set_aside(path)
+                except OSError as error:
+                    raise CheckpointError(
+                        f"{path} lies after step {step}, from which the run continues, and cannot be renamed "
+                        f"({error.strerror}); make {self.checkpoints} writable"
+                    ) from error
+                logger.warning("%s lies after step %d: set aside as %s", path.name, step, place.name)
+
+    def _run(self, staged: dict[str, Tensor], info: CheckpointInfo, start: float, blocked: float) -> None:
+        try:
+            self._publish(staged, info, start, blocked)
+        except BaseException as error:  # handed to the training thread by wait()
+            self._thread_error = error
+
     def _publish(self, staged: dict[str, Tensor], info: CheckpointInfo, start: float, blocked: float | None) -> None:
         final = self.checkpoints / fmt.checkpoint_name(info.step)
-        temporary = self.checkpoints / f".{final.name}.tmp"
-        problems = self._write(staged, info, temporary, final)
+        files: dict[str, FileEntry] = {}
+        problems = self._write(staged, info, final, files)
         total = time.perf_counter() - start
-        size = fmt.total_size(final) if not problems else 0
+        size = sum(entry.size for entry in files.values())
         report = SaveReport(info.step, total if blocked is None else blocked, total, size, problems)
         self.reports.append(report)
         if self.groups.rank == 0:
-            self._log(report, final)
+            _log(report, final)
 
-    def _write(self, staged: dict[str, Tensor], info: CheckpointInfo, temporary: Path, final: Path) -> list[str]:
-        """The steps of a save; after each of them all ranks agree whether to go on."""
-        files: dict[str, Any] = {}
-        stages: list[Callable[[], None]] = [
-            lambda: self._on_first_rank(lambda: _prepare(temporary, info)),
-            lambda: write_tensors(temporary, staged, self.group),
-            lambda: files.update(self._checksums(temporary)),
-            lambda: self._on_first_rank(lambda: _publish_folder(temporary, final, files)),
+    def _write(
+        self, staged: dict[str, Tensor], info: CheckpointInfo, final: Path, files: dict[str, FileEntry]
+    ) -> list[str]:
+        """The steps of a save; after each of them all ranks agree whether to go on. Fills ``files``."""
+        temporary = final.with_name(f".{final.name}.tmp")
+        steps: list[Callable[[], None]] = [
+            lambda: self._on_first_rank(lambda: files.update(_prepare(temporary, info))),
+            lambda: self._write_tensors(temporary, staged, files),
+            lambda: self._write_manifest(temporary, files),
+            lambda: self._verify(temporary),
+            lambda: self._on_first_rank(lambda: _rename(temporary, final)),
         ]
-        for action in stages:
-            problems = self._attempt(action)
+        for step in steps:
+            problems = self._attempt(step)
             if problems:
-                self._attempt(lambda: self._on_first_rank(lambda: shutil.rmtree(temporary, ignore_errors=True)))
+                self._attempt(lambda: self._on_first_rank(lambda: fmt.remove_remains(self.checkpoints)))
                 return problems
-        self._attempt(lambda: self._on_first_rank(self._prune))
+        for problem in self._attempt(lambda: self._on_first_rank(self._prune)):
+            logger.warning("old checkpoints could not be removed: %s", problem)
         return []
 
     def _attempt(self, action: Callable[[], None]) -> list[str]:
-        """Run ``action`` here and tell every rank what went wrong anywhere."""
+        """Run ``action`` here and tell every rank what went wrong anywhere.
+
+        Raises:
+            RuntimeError: a rank is gone, so nothing can be agreed on.
+        """
         problem = None
         try:
             action()
+        except CheckpointException as error:  # DCP has told all ranks already
+            problem = cause(error)
         except Exception as error:  # whatever the storage raises must not end the run
-            problem = f"rank {self.groups.rank}: {_first_line(error)}"
-        return [found for found in comm.gather_objects(problem, self.group) if found is not None]
+            if comm.is_communication_error(error):
+                raise
+            problem = f"rank {self.groups.rank}: {cause(error)}"
+        found = comm.gather_objects(problem, self.group)
+        return list(dict.fromkeys(problem for problem in found if problem is not None))
 
     def _on_first_rank(self, action: Callable[[], None]) -> None:
         if self.groups.rank == 0:
             action()
 
-    def _checksums(self, temporary: Path) -> dict[str, Any]:
-        """Size and checksum of every file, each read back by the rank that wrote it."""
-        pattern = f"__{self.groups.rank}_*"
-        own = {file.name: fmt.checksum(file) for file in temporary.glob(pattern)}
-        if self.groups.rank == 0:
-            own |= {name: fmt.checksum(temporary / name) for name in (".metadata", fmt.INFO)}
-        return {name: entry for part in comm.gather_objects(own, self.group) for name, entry in part.items()}
+    def _write_tensors(self, temporary: Path, staged: dict[str, Tensor], files: dict[str, FileEntry]) -> None:
+        files.update(write_tensors(temporary, staged, self.group))
+        staged.clear()  # what is on the disk need not stay in memory while it is verified
+
+    def _write_manifest(self, temporary: Path, files: dict[str, FileEntry]) -> None:
+        """Bring together what each rank meant to write."""
+        for part in comm.gather_objects(dict(files), self.group):
+            files.update(part)
+        self._on_first_rank(lambda: fmt.write_manifest(temporary, files))
+
+    def _verify(self, temporary: Path) -> None:
+        """Read everything back, each file on another rank than its writer where there is one."""
+        problems = fmt.verify(temporary, (self.groups.rank, self.groups.world_size), from_disk=True)
+        if problems:
+            raise CheckpointError("; ".join(problems))
 
     def _prune(self) -> None:
         for path in fmt.prunable(self.checkpoints, self.cfg.keep, self.cfg.keep_every):
-            shutil.rmtree(path)
+            fmt.remove(path)
             logger.info("removed old checkpoint %s (checkpoint.keep=%d)", path.name, self.cfg.keep)
 
-    def _log(self, report: SaveReport, final: Path) -> None:
-        if report.problems:
-            logger.error(
-                "checkpoint at step %d FAILED, training goes on and earlier checkpoints are untouched: %s",
-                report.step,
-                "; ".join(report.problems),
-            )
-            return
-        logger.info(
-            "saved %s: %.1f MB, training stood still for %.2f s, finished after %.2f s",
-            final,
-            report.size / 1e6,
-            report.blocked_seconds,
-            report.total_seconds,
-        )
 
-
-def remove_remains(checkpoints: Path) -> None:
-    """Delete what interrupted saves left behind; the run directory's lock is held, so nobody is writing them."""
-    if checkpoints.is_dir():
-        for path in checkpoints.glob(".step-*.tmp"):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _prepare(temporary: Path, info: CheckpointInfo) -> None:
-    if temporary.exists():
-        shutil.rmtree(temporary)
+def _prepare(temporary: Path, info: CheckpointInfo) -> dict[str, FileEntry]:
+    fmt.remove_remains(temporary.parent)
     temporary.mkdir(parents=True)
-    fmt.write_durably(temporary / fmt.INFO, json.dumps(asdict(info), indent=2) + "\n")
+    return {fmt.INFO: fmt.write_durably(temporary / fmt.INFO, json.dumps(asdict(info), indent=2) + "\n")}
 
 
-def _publish_folder(temporary: Path, final: Path, files: dict[str, Any]) -> None:
-    fmt.write_durably(temporary / fmt.MANIFEST, json.dumps({"format": fmt.FORMAT, "files": files}, indent=2) + "\n")
-    fmt.sync_folder(temporary)
+def _rename(temporary: Path, final: Path) -> None:
     if final.exists():
-        # A run that resumed from an earlier checkpoint reaches this step again; what was there is kept aside.
-        final.rename(_free_name(final))
+        fmt.set_aside(final)
     temporary.rename(final)
     fmt.sync_folder(final.parent)
 
 
-def _free_name(final: Path) -> Path:
-    n = 1
-    while (candidate := final.with_name(f"{final.name}.replaced-{n}")).exists():
-        n += 1
-    return candidate
-
-
-def _first_line(error: Exception) -> str:
-    """The cause in one line; DCP wraps each rank's exception in one with a traceback."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        error = next(iter(failures.values()))[0]
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+def _log(report: SaveReport, final: Path) -> None:
+    if report.problems:
+        logger.error(
+            "checkpoint at step %d FAILED, training goes on and earlier checkpoints are untouched: %s",
+            report.step,
+            "; ".join(report.problems),
+        )
+        return
+    logger.info(
+        "saved %s: %.1f MB, training stood still for %.2f s, finished after %.2f s",
+        final,
+        report.size / 1e6,
+        report.blocked_seconds,
+        report.total_seconds,
+    )

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from moepp import comm
+from moepp.checkpoint.format import INDEX, FileEntry
 from moepp.errors import CheckpointError
 
-# DCP pickles its index. These are all the names that it needs; anything else is refused.
+# DCP pickles its index. These are all the names that it needs for tensors; anything else is refused, entries that are
+# not tensors (BytesStorageMetadata) above all: DCP would unpickle what they refer to.
 _ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
         "Metadata",
         "TensorStorageMetadata",
-        "BytesStorageMetadata",
         "ChunkStorageMetadata",
         "TensorProperties",
         "MetadataIndex",
@@ -55,35 +61,55 @@ class TensorReader:
         """
         self.path = path
         try:
-            with (path / ".metadata").open("rb") as stream:
+            with (path / INDEX).open("rb") as stream:
                 index = _IndexUnpickler(io.BytesIO(stream.read())).load()
+            _require_plain_tensors(index)
         except Exception as error:  # unpickling damaged bytes can raise almost anything
-            raise CheckpointError(f"{path}: .metadata cannot be read ({error}); use another checkpoint") from error
-        if not isinstance(index, Metadata):
-            raise CheckpointError(f"{path}: .metadata is not a checkpoint index; use another checkpoint")
+            raise CheckpointError(f"{path}: {INDEX} cannot be read ({error}); use another checkpoint") from error
         self._index = index
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+        self.shapes = {key: tuple(entry.size) for key, entry in index.state_dict_metadata.items()}
         """Key -> shape of everything stored."""
-        return {key: tuple(getattr(entry, "size", ())) for key, entry in self._index.state_dict_metadata.items()}
 
     def fill(self, targets: dict[str, Tensor]) -> None:
         """Copy the stored tensors into ``targets`` in place, converting dtype and device.
 
         Raises:
-            CheckpointError: a key is missing or has another shape.
+            CheckpointError: a key is missing or has another shape, or its file cannot be read.
         """
-        shapes = self.shapes
         for key, target in targets.items():
-            if key not in shapes:
+            if key not in self.shapes:
                 raise CheckpointError(f"{self.path} has no {key}; it was saved by another model or optimizer")
-            if shapes[key] != tuple(target.shape):
+            if self.shapes[key] != tuple(target.shape):
                 raise CheckpointError(
-                    f"{self.path}: {key} has shape {list(shapes[key])}, expected {list(target.shape)}; "
+                    f"{self.path}: {key} has shape {list(self.shapes[key])}, expected {list(target.shape)}; "
                     "use the configuration that it was saved with"
                 )
-        load(dict(targets), storage_reader=_Reader(self.path, self._index), no_dist=True)
+        try:
+            load(dict(targets), storage_reader=_Reader(self.path, self._index), no_dist=True)
+        except (Exception, CheckpointException) as error:  # DCP's own is no Exception; tensors are read weights-only
+            raise CheckpointError(f"{self.path} cannot be read: {cause(error)}; use another checkpoint") from error
+
+
+def _require_plain_tensors(index: Any) -> None:
+    """Raise ValueError unless the index holds tensors in files of the checkpoint's own folder, and nothing else."""
+    if not isinstance(index, Metadata):
+        raise ValueError("it is not a checkpoint index")
+    for key, entry in index.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            raise ValueError(f"{key} is not a tensor")
+    for place in index.storage_data.values():
+        name = place.relative_path
+        if Path(name).name != name or getattr(place, "transform_descriptors", None):
+            raise ValueError(f"it refers to {name!r}, which is not a plain file of the checkpoint")
+
+
+def cause(error: BaseException) -> str:
+    """What went wrong, in one line; DCP wraps each rank's exception in one with a traceback."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        rank, (error, _) = next(iter(failures.items()))
+        return f"rank {rank}: {cause(error)}"
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
 class _Reader(FileSystemReader):
@@ -99,11 +125,56 @@ class _Reader(FileSystemReader):
         return self._index
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], group: comm.Group | None) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], group: comm.Group | None) -> dict[str, FileEntry]:
     """Write every rank's ``tensors`` (no key on two ranks) into the existing folder ``path``; collective.
 
+    Returns:
+        Size and checksum of the files that this rank has written, of the bytes as they left memory.
+
     Raises:
-        Exception: whatever DCP raises, on every rank, when any rank fails.
+        Exception: what failed on this rank.
+        CheckpointException: what failed on another one (or, on rank 0, here).
     """
+    files = _HashingFileSystem()
     writer = FileSystemWriter(path, sync_files=True, overwrite=False)
+    writer.fs = files
     save(tensors, storage_writer=writer, process_group=group, no_dist=not torch.distributed.is_initialized())
+    return files.entries
+
+
+class _HashingStream:
+    """A file being written, as DCP uses one, that keeps the checksum of everything on its way to the disk."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._digest = hashlib.sha256()
+        self._size = 0
+        self.tell, self.flush = stream.tell, stream.flush
+        self.fileno, self.close = stream.fileno, stream.close
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        self._size += memoryview(data).nbytes
+        return self._stream.write(data)
+
+    @property
+    def entry(self) -> FileEntry:
+        return FileEntry(self._size, self._digest.hexdigest())
+
+
+class _HashingFileSystem(FileSystem):
+    """DCP's access to files, with a record of what was written."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, FileEntry] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:  # pyright: ignore
+        with super().create_stream(path, mode) as stream:
+            hashing = _HashingStream(cast(BinaryIO, stream))
+            yield cast(io.IOBase, hashing)
+        self.entries[Path(path).name] = hashing.entry
+
+    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+        super().rename(path, new_path)
+        self.entries[Path(new_path).name] = self.entries.pop(Path(path).name)
