@@ -187,6 +187,8 @@ def broadcast_object(value: Any, group: Group | None = None) -> Any:
 
 def is_communication_error(error: BaseException) -> bool:
     """Whether a collective failed because another rank is gone or does not answer in time."""
+    if not isinstance(error, RuntimeError):
+        return False  # an OSError, say, of a file whose path happens to hold one of the words
     text = str(error).lower()
     return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "nccl", "connection reset"))
 

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from moepp import comm
-from moepp.checkpoint import Checkpointer, CheckpointInfo, choose_checkpoint, load_training_state, read_info
+from moepp.checkpoint import (
+    Checkpointer,
+    CheckpointInfo,
+    identify_data,
+    load_training_state,
+    newest_checkpoint,
+    read_info,
+)
 from moepp.config import Config, accumulation_steps, to_dict, zero_stage
 from moepp.engine.engine import Engine, StepResult
 from moepp.engine.schedule import learning_rate
@@ -74,6 +81,7 @@ class Trainer:
         self.stats = StepStats(parts.cfg.model.moe_layers, moe.num_ffn_experts, moe.top_k)
         self.skipped_steps = SkippedSteps(parts.cfg.guard)
         self.spikes = SpikeGuard(parts.cfg.guard)
+        self.data_identity = identify_data(parts.cfg)
 
     @property
     def tokens_per_step(self) -> int:
@@ -85,14 +93,16 @@ class Trainer:
         return self.step * self.tokens_per_step
 
     def resume(self, checkpoint: Path) -> None:
-        """Continue from a verified checkpoint of this run, saved in any layout."""
+        """Continue from a verified checkpoint of this run, saved in any layout; later ones are set aside."""
         info = read_info(checkpoint)
         load_training_state(checkpoint, self.engine, self.stats, self.groups, info.layout["world_size"])
         self.step = info.step
         self.skipped_batches = info.run_state["skipped_batches"]
         self.rewinds = info.run_state["rewinds"]
-        self.skipped_steps = SkippedSteps(self.cfg.guard, info.run_state["skipped_steps"])
+        skipped, in_a_row = info.run_state["skipped_steps"], info.run_state["skipped_in_a_row"]
+        self.skipped_steps = SkippedSteps(self.cfg.guard, skipped, in_a_row)
         self.spikes = SpikeGuard(self.cfg.guard, info.run_state["recent_losses"])
+        self.parts.checkpointer.leave_behind(self.step)
 
     def fit(self, stop: StopRequest) -> None:
         """Train to the last step, evaluating, logging and saving on the way.
@@ -100,11 +110,15 @@ class Trainer:
         Raises:
             Preempted: a signal asked any rank to stop; the state is saved.
             TrainingError: a guard gave up.
+            CheckpointError: training is done, but its last state could not be saved.
         """
         train = self.cfg.train
         self.model.train()
         while self.step < train.steps:
+            step = self.step
             result = self.train_step()
+            if self.step <= step:
+                continue  # rewound to a step whose records and checkpoint exist already
             is_last = self.step == train.steps
             if is_last or _is_due(self.step, train.log_interval):
                 self.log(result)
@@ -119,6 +133,12 @@ class Trainer:
             if must_stop and not is_last:
                 self._log_preemption(stop)
         self.parts.checkpointer.close()
+        problems = self.parts.checkpointer.reports[-1].problems
+        if problems:
+            raise CheckpointError(
+                f"training is done, but its last state could not be saved: {'; '.join(problems)}; remove the cause and "
+                "start the same command again: it continues from the newest checkpoint"
+            )
 
     def train_step(self) -> StepResult:
         """One optimizer step over the global batch; a rewind may follow, and then :attr:`step` goes back."""
@@ -127,21 +147,24 @@ class Trainer:
         batch = self.step + self.skipped_batches
         batches = [self._to_device(self.parts.data.train_batch(batch, a)) for a in range(self.accumulation_steps)]
         share_LE = self._global_selection_share(batches)
-        ce_sum = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        loss_sums = torch.zeros(2, dtype=torch.float64, device=self.groups.device)  # cross-entropy; auxiliary
         for input_ids_BS, labels_BS in batches:
             out = self.model.loss(input_ids_BS, labels_BS, share_LE)
             self.stats.add_micro_batch(out.stats, out.ce_sum, out.num_tokens)
-            ce_sum += out.ce_sum.detach()
+            loss_sums += torch.stack((out.ce_sum.detach(), out.aux_loss.detach())).to(loss_sums)
             # Every micro-batch of every rank has the same number of tokens, so a mean of means is the global mean.
             self.engine.backward(out.ce_sum / out.num_tokens + out.aux_loss)
-        is_spike = self.spikes.is_on and self.spikes.is_spike(float(self._sum(ce_sum)) / self.tokens_per_step)
-        result = self.engine.step(self._learning_rate(self.step), update=not is_spike)
+        ce_sum, aux_sum = self._sum(loss_sums).tolist()
+        is_finite = math.isfinite(ce_sum + aux_sum)
+        is_spike = is_finite and self.spikes.is_on and self.spikes.is_spike(ce_sum / self.tokens_per_step)
+        result = self.engine.step(self._learning_rate(self.step), update=is_finite and not is_spike)
         self.step += 1
         self.parts.throughput.add(self.tokens_per_step)
-        self._settle(result, is_spike, traffic.row_bytes - sent_before)
+        broken = "loss" if not is_finite else "gradient"
+        self._settle(result, is_spike, broken, traffic.row_bytes - sent_before)
         return result
 
-    def _settle(self, result: StepResult, is_spike: bool, sent_bytes: int) -> None:
+    def _settle(self, result: StepResult, is_spike: bool, broken: str, sent_bytes: int) -> None:
         """Commit the step's statistics, or say why the step did not count."""
         if not result.skipped:
             self.stats.commit(sent_bytes)
@@ -149,11 +172,11 @@ class Trainer:
             return
         self.stats.discard()
         if not is_spike:
-            logger.warning("step %d skipped: the gradient is not finite", self.step)
+            logger.warning("step %d skipped: the %s is not finite", self.step, broken)
             self.skipped_steps.record(True, self.step)
             return
         logger.warning("step %d: loss spike, update skipped", self.step)
-        self.skipped_steps.total += 1
+        self.skipped_steps.count_spike()
         if self.cfg.guard.spike_action == "rewind":
             self._rewind()
 
@@ -161,7 +184,7 @@ class Trainer:
         """Go back to the newest checkpoint and leave out the batches since, the spike's among them."""
         self.parts.checkpointer.wait()
         spike_step, spike_batch, rewinds = self.step, self.step - 1 + self.skipped_batches, self.rewinds + 1
-        checkpoint = choose_checkpoint(self.cfg, self.parts.checkpointer.checkpoints, self.groups)
+        checkpoint = newest_checkpoint(self.parts.checkpointer.checkpoints, self.groups)
         if checkpoint is None:
             raise CheckpointError(
                 f"loss spike at step {spike_step} and guard.spike_action=rewind, but there is no checkpoint yet; "
@@ -209,7 +232,9 @@ class Trainer:
                 "skipped_batches": self.skipped_batches,
                 "rewinds": self.rewinds,
                 "skipped_steps": self.skipped_steps.total,
+                "skipped_in_a_row": self.skipped_steps.in_a_row,
                 "recent_losses": self.spikes.history,
+                "data": self.data_identity,
                 "wandb_run_id": self.parts.sinks.wandb_run_id,
             },
         )
@@ -280,7 +305,7 @@ class Trainer:
         problems = self.parts.checkpointer.reports[-1].problems
         state = "its state could NOT be saved" if problems else "its state is saved"
         name = stop.received.name if stop.received is not None else "a signal on another rank"
-        raise Preempted(f"stopped by {name} after step {self.step}; {state}; start the same command to continue")
+        raise Preempted(f"stopped by {name} after step {self.step}; {state}; run.resume=auto continues it")
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate(step, self.cfg.train.steps, self.cfg.optim)
