@@ -1,4 +1,4 @@
-"""The model to evaluate: a run directory, one of its checkpoints, or a folder in the released format."""
+"""The model to evaluate: a run directory, one of its checkpoints, or a folder of exported or released weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from moepp import comm
+from moepp import comm, hf, official
 from moepp.checkpoint import list_checkpoints, load_model, read_info
 from moepp.checkpoint.resume import verify_together
 from moepp.config import Config, ModelConfig, from_dict
@@ -18,6 +18,7 @@ from moepp.evaluation.results import Subject
 from moepp.model.transformer import Transformer
 from moepp.parallel.groups import ParallelGroups
 from moepp.run_dir import RunDir
+from moepp.weights.files import read_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -134,14 +135,15 @@ def _find_checkpoint(checkpoint: Path, place: str) -> FoundModel:
 
 
 def _find_folder(folder: Path, place: str) -> FoundModel:
-    from moepp import official
+    """The released format or the project's own, whichever config.json names; the released one where it is another."""
+    form = hf if read_json(folder / "config.json").get("model_type") == hf.MODEL_TYPE else official
 
     def fill(model: Transformer, groups: ParallelGroups) -> None:
-        comm.run_together(lambda: official.load_into(model, folder, groups.ep_rank, groups.ep_size), groups.world)
+        comm.run_together(lambda: form.load_into(model, folder, groups.ep_rank, groups.ep_size), groups.world)
 
     tokenizer = folder / "tokenizer.json"
     return FoundModel(
-        cfg=official.read_config(folder),
+        cfg=form.read_config(folder),
         precision="fp32",
         subject=Subject(place),
         tokenizer=tokenizer if tokenizer.is_file() else None,
