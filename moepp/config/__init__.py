@@ -1,6 +1,7 @@
 """Typed configuration: schema, loading from Hydra, and validation."""
 
 from moepp.config.load import explain_hydra_error, from_dict, from_hydra, known_keys, to_dict, unknown_key_message
+from moepp.config.model import ModelConfig, MoEConfig, RopeScalingConfig
 from moepp.config.schema import (
     CheckpointConfig,
     Config,
@@ -10,11 +11,8 @@ from moepp.config.schema import (
     GuardConfig,
     InitConfig,
     LoggingConfig,
-    ModelConfig,
-    MoEConfig,
     OptimConfig,
     ParallelConfig,
-    RopeScalingConfig,
     RunConfig,
     TrainConfig,
     WandbConfig,
