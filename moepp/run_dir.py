@@ -139,7 +139,7 @@ def _refuse_other_run(run_dir: RunDir, config: Mapping[str, Any], resume: str) -
             f"run.dir={run_dir.path} already holds a run and run.resume={resume} is not one of its checkpoints; "
             "choose another run.name or run.dir"
         )
-    differences = breaking_differences(_read_config(run_dir), config)
+    differences = breaking_differences(_read_config(run_dir), config, untrained=_is_untrained(run_dir))
     if differences:
         more = len(differences) - _SHOWN_DIFFERENCES
         shown = ", ".join(differences[:_SHOWN_DIFFERENCES]) + (f" and {more} more" if more > 0 else "")
@@ -163,6 +163,13 @@ def _was_never_trained(run_dir: RunDir) -> bool:
         and run_dir.checkpoints.is_dir()
         and not any(run_dir.checkpoints.iterdir())
     )
+
+
+def _is_untrained(run_dir: RunDir) -> bool:
+    """True for imported weights that no step was taken from: a checkpoint at step 0 and no record."""
+    checkpoints = [entry.name for entry in run_dir.checkpoints.iterdir()] if run_dir.checkpoints.is_dir() else []
+    has_records = run_dir.metrics_file.exists() and run_dir.metrics_file.stat().st_size > 0
+    return checkpoints == ["step-00000000"] and not has_records
 
 
 def _has_checkpoints(run_dir: RunDir) -> bool:

@@ -106,12 +106,13 @@ def _data_differences(old: dict[str, dict[str, Any]], new: dict[str, dict[str, A
 def _check_same_run(cfg: Config, path: Path) -> None:
     info = read_info(path)
     old, new = info.config, to_dict(cfg)
-    breaking = breaking_differences(old, new) + _data_differences(info.run_state["data"], identify_data(cfg))
+    untrained = info.step == 0
+    breaking = breaking_differences(old, new, untrained=untrained) + _data_differences(info.run_state["data"], identify_data(cfg))
     if breaking:
         raise CheckpointError(
             f"checkpoint {path} belongs to another run; undo these changes or start a new run:\n  "
             + "\n  ".join(breaking)
         )
     logger.info("continuing from %s (step %d, %s tokens)", path, step_of(path), f"{info.tokens:,}")
-    for difference in other_differences(old, new):
+    for difference in other_differences(old, new, untrained=untrained):
         logger.info("changed since the checkpoint: %s", difference)

@@ -6,21 +6,33 @@ from collections.abc import Mapping
 from typing import Any
 
 _ABSENT = "absent"
+# Keys of the model that change neither its shapes nor the function that its weights compute.
+TRAINING_ONLY = {"model.init_std", "model.max_seq_len"} | {
+    f"model.moe.{key}"
+    for key in (
+        *("tau", "capacity_factor", "drop_policy", "expert_chunk_rows", "balance_loss_weight", "balance_loss_scope"),
+        *("balance_loss_switch_scale", "z_loss_weight"),
+    )
+}
 
 
-def breaking_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """ "key: old -> new" for every key that must stay the same over the life of a run."""
-    return _differences(old, new, must_agree=True)
+def breaking_differences(old: Mapping[str, Any], new: Mapping[str, Any], *, untrained: bool = False) -> list[str]:
+    """ "key: old -> new" for every key that must stay the same over the life of a run.
+
+    Args:
+        untrained: no step was taken yet (imported weights): only what the weights were made for must stay.
+    """
+    return _differences(old, new, untrained, must_agree=True)
 
 
-def other_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def other_differences(old: Mapping[str, Any], new: Mapping[str, Any], *, untrained: bool = False) -> list[str]:
     """ "key: old -> new" for every other key that changed."""
-    return _differences(old, new, must_agree=False)
+    return _differences(old, new, untrained, must_agree=False)
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], must_agree: bool) -> list[str]:
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], untrained: bool, must_agree: bool) -> list[str]:
     flat_old, flat_new = _flatten(old), _flatten(new)
-    keys = [key for key in dict.fromkeys([*flat_new, *flat_old]) if _must_agree(key) == must_agree]
+    keys = [key for key in dict.fromkeys([*flat_new, *flat_old]) if _must_agree(key, untrained) == must_agree]
     return [
         f"{key}: {flat_old.get(key, _ABSENT)} -> {flat_new.get(key, _ABSENT)}"
         for key in keys
@@ -28,8 +40,10 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], must_agree: boo
     ]
 
 
-def _must_agree(key: str) -> bool:
+def _must_agree(key: str, untrained: bool) -> bool:
     """Model, data, seed and batch decide what the run computes; a place such as the data cache does not."""
+    if untrained:
+        return key.startswith("model.") and key not in TRAINING_ONLY
     if key == "data.cache_dir":
         return False
     return key.startswith(("model.", "data.")) or key in ("run.seed", "optim.name", "train.global_batch_size")

@@ -6,24 +6,18 @@ from dataclasses import fields
 from pathlib import Path
 
 from moepp.config import ModelConfig, MoEConfig, to_dict
+from moepp.config.compare import TRAINING_ONLY
 from moepp.errors import CheckpointError
-
-# What training may choose freely: it changes neither shapes nor the function that the weights compute.
-_FREE = {"init_std", "max_seq_len", "moe"}
-_FREE_MOE = {
-    *("tau", "capacity_factor", "drop_policy", "balance_loss_weight", "balance_loss_scope"),
-    *("balance_loss_switch_scale", "z_loss_weight"),
-}
 
 
 def differences(cfg: ModelConfig, source: ModelConfig) -> list[str]:
     """``key=value (the weights have other)`` for everything that must agree and does not."""
-    pairs = [(f"model.{f.name}", f.name, cfg, source) for f in fields(ModelConfig) if f.name not in _FREE]
-    pairs += [
-        (f"model.moe.{f.name}", f.name, cfg.moe, source.moe) for f in fields(MoEConfig) if f.name not in _FREE_MOE
-    ]
+    pairs = [(f"model.{f.name}", f.name, cfg, source) for f in fields(ModelConfig) if f.name != "moe"]
+    pairs += [(f"model.moe.{f.name}", f.name, cfg.moe, source.moe) for f in fields(MoEConfig)]
     found = []
     for key, name, own_section, other_section in pairs:
+        if key in TRAINING_ONLY:
+            continue
         own, other = getattr(own_section, name), getattr(other_section, name)
         if name == "dense_ffn_hidden_size" and cfg.moe_layer_interval == 1:
             continue  # no layer has it

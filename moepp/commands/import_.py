@@ -1,0 +1,180 @@
+"""Make a run directory from released or exported weights, to be trained further, evaluated or sampled from.
+
+Several processes share the experts: `torchrun --nproc_per_node 4 -m moepp.cli import FOLDER RUN_DIR parallel.expert=4`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moepp import comm, hf, official
+from moepp.build import build_model, check_initial_weights, device_name, load_initial_weights
+from moepp.checkpoint import Checkpointer, CheckpointInfo
+from moepp.config import Config, ModelConfig, explain_hydra_error, from_hydra, to_dict, validate, zero_stage
+from moepp.environment import describe_environment
+from moepp.errors import CheckpointError, ConfigError
+from moepp.metrics.step_stats import StepStats
+from moepp.parallel.groups import (
+    ParallelGroups,
+    build_groups,
+    init_process_group,
+    new_cpu_group,
+    pick_device,
+    read_launch_environment,
+)
+from moepp.run_dir import RunDir
+from moepp.weights.files import read_json
+from moepp.weights.write import prepare_folder, write_text
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+MODEL_NAME = "imported"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("folder", metavar="FOLDER", help="released MoE++ weights, or a `moepp export`")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="directory to make")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="configuration of the run, as for train.py, e.g. data.paths=[x]"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write config.yaml, model/imported.yaml and a checkpoint at step 0."""
+    source_format = _format_of(Path(args.folder))
+    cfg = _configuration(args, source_format)
+    launch = read_launch_environment()
+    validate(cfg, launch.world_size)
+    init_process_group(launch, device := pick_device(launch.local_rank), cfg.parallel.timeout_seconds)
+    try:
+        groups = build_groups(cfg.parallel.expert, device)
+        _import(cfg, replace(cfg, init=replace(cfg.init, path=args.folder, format=source_format)), groups)
+    finally:
+        dist.destroy_process_group()
+    if launch.rank == 0:
+        print(
+            f"imported {args.folder} into {args.run_dir}; train it further with\n"
+            f"  python train.py --config-dir {args.run_dir} model={MODEL_NAME} run.dir={args.run_dir} data.paths=[...]"
+        )
+    return 0
+
+
+def _format_of(folder: Path) -> str:
+    return "moepp" if read_json(folder / "config.json").get("model_type") == hf.MODEL_TYPE else "official"
+
+
+def _read_config(folder: str, source_format: str) -> ModelConfig:
+    return (hf if source_format == "moepp" else official).read_config(folder)
+
+
+def _configuration(args: argparse.Namespace, source_format: str) -> Config:
+    """What train.py would run with these overrides and the folder's model.
+
+    Raises:
+        CheckpointError: not a folder that can be imported.
+        ConfigError: an override that cannot be.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    model = _read_config(args.folder, source_format)
+    if not CONFIGS.is_dir():
+        raise ConfigError(f"{CONFIGS} does not exist; run `moepp import` from a checkout of the project")
+    run_dir = Path(args.run_dir)
+    tokenizer = Path(args.folder, "tokenizer.json")
+    defaults = [
+        f"run.name={run_dir.resolve().name}",
+        f"run.dir={run_dir}",
+        f"data.seq_len={min(model.max_seq_len, 2048)}",
+        f"data.tokenizer={tokenizer.resolve() if tokenizer.is_file() else 'null'}",
+    ]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            _write_model(Path(folder), model)
+            with initialize_config_dir(str(CONFIGS), version_base=None):
+                search = [f"hydra.searchpath=[file://{folder}]", f"model={MODEL_NAME}"]
+                return from_hydra(compose("config", [*search, *defaults, *args.overrides]))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain_hydra_error(error)) from error
+
+
+def _write_model(folder: Path, model: ModelConfig) -> None:
+    import yaml
+
+    prepare_folder(folder / "model")
+    write_text(folder / "model" / f"{MODEL_NAME}.yaml", yaml.safe_dump(to_dict(model), sort_keys=False))
+
+
+def _import(cfg: Config, cfg_with_source: Config, groups: ParallelGroups) -> None:
+    comm.run_together(lambda: check_initial_weights(cfg_with_source))
+    environment = describe_environment(device_name(groups.device), groups.world_size)
+    claim = comm.run_together(
+        lambda: RunDir.claim(cfg.run.path, to_dict(cfg), environment, "never") if groups.rank == 0 else None
+    )
+    try:
+        run_dir = RunDir(Path(comm.broadcast_object(str(claim.run_dir.path) if claim else None)))
+        if claim is not None:
+            _write_model(run_dir.path, cfg.model)
+        # The checkpoint holds the masters, which are fp32 whatever the run computes in.
+        in_fp32 = replace(cfg_with_source, train=replace(cfg.train, precision="fp32"))
+        model = build_model(in_fp32, groups, comm.Traffic())
+        comm.run_together(lambda: load_initial_weights(in_fp32, model, groups))
+        _save(cfg, model, groups, run_dir, environment["packages"])
+    finally:
+        if claim is not None:
+            claim.release()
+
+
+def _save(cfg: Config, model: nn.Module, groups: ParallelGroups, run_dir: RunDir, versions: dict) -> None:
+    checkpointer = Checkpointer(cfg.checkpoint, groups, run_dir.checkpoints, new_cpu_group())
+    moe = cfg.model.moe
+    info = CheckpointInfo(
+        step=0,
+        tokens=0,
+        layout={
+            "world_size": groups.world_size,
+            "expert": groups.ep_size,
+            "engine": cfg.engine.name,
+            "zero_stage": zero_stage(cfg),
+            "precision": cfg.train.precision,
+        },
+        config=to_dict(cfg),
+        versions=versions,
+        run_state={
+            "seed": cfg.run.seed,
+            "next_batch": 0,
+            "skipped_batches": 0,
+            "rewinds": 0,
+            "skipped_steps": 0,
+            "skipped_in_a_row": 0,
+            "recent_losses": [],
+            "data": {},  # none was seen: any may follow
+            "wandb_run_id": None,
+        },
+    )
+    stats = StepStats(cfg.model.moe_layers, moe.num_ffn_experts, moe.top_k)
+    checkpointer.save(_Untrained(model), stats, info, background=False)
+    problems = checkpointer.reports[-1].problems
+    if problems:
+        raise CheckpointError(f"cannot write {run_dir.checkpoints}: {'; '.join(problems)}; free space or choose another")
+
+
+class _Untrained:
+    """An engine before its first step, as far as a checkpoint is concerned."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for name, parameter in self.model.named_parameters():
+            zeros = torch.zeros_like(parameter, dtype=torch.float32)
+            yield name, {"fp32": parameter.detach(), "exp_avg": zeros, "exp_avg_sq": zeros, "step": torch.zeros(())}
