@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from moepp import comm
+from moepp.moe.kernels import Affine, RowOrder, combine_rows, gather_rows
 
 
 @dataclass(frozen=True)
@@ -31,23 +32,24 @@ class FFNSlots:
     Attributes:
         order_S: slot numbers (token·K + k) sorted by expert; the FFN slots come first, the rest is unused.
         counts_E: FFN slots per expert, int64; N is their sum.
-        weights_S: gate weight of every slot in slot order, differentiable.
-        top_k: K.
+        weights_TK: gate weight of every slot, differentiable.
     """
 
     order_S: Tensor
     counts_E: Tensor
-    weights_S: Tensor
-    top_k: int
+    weights_TK: Tensor
+
+    def row_order(self, num_slots: int) -> RowOrder:
+        """The slots of the rows to compute, in expert order; ``num_slots`` = N, known to the host."""
+        return RowOrder(self.order_S[:num_slots], *self.weights_TK.shape)
 
 
 @dataclass(frozen=True)
 class Receipt:
     """What :meth:`combine` needs to bring the outputs home."""
 
-    token_ids_N: Tensor
-    weights_N: Tensor
-    num_tokens: int
+    order: RowOrder  # of this rank's own FFN slots
+    weights_TK: Tensor
     rows_per_expert: list[int]  # rows of each local expert, summing to R
     remote_slots: int  # of this rank's FFN slots, those whose expert lives on another rank
     send_splits: list[int]
@@ -56,37 +58,25 @@ class Receipt:
     pending: comm.PendingExchange | None = None
 
 
-def _take_rows(x_TD: Tensor, slots: FFNSlots, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    order_N = slots.order_S[:num_slots]
-    token_ids_N = order_N // slots.top_k
-    return x_TD.index_select(0, token_ids_N), token_ids_N, slots.weights_S.index_select(0, order_N)
-
-
-def _sum_by_token(rows_ND: Tensor, receipt: Receipt) -> Tensor:
-    # Weights are fp32; each product is rounded to the rows' dtype once.
-    weighted_ND = (rows_ND * receipt.weights_N.unsqueeze(-1)).to(rows_ND.dtype)
-    out_TD = rows_ND.new_zeros(receipt.num_tokens, rows_ND.shape[-1])
-    return out_TD.index_add(0, receipt.token_ids_N, weighted_ND)
-
-
 class LocalDispatcher:
     """All FFN experts live on this rank: a gather and a scatter."""
 
     num_ranks = 1
 
-    def dispatch(self, x_TD: Tensor, slots: FFNSlots) -> tuple[Receipt, Tensor]:
-        """Gather the rows [N, D] in expert order."""
+    def dispatch(self, x_TD: Tensor, slots: FFNSlots) -> tuple[Receipt, Tensor, Tensor]:
+        """Gather the rows [N, D] in expert order; x comes back for its next use."""
         counts = slots.counts_E.tolist()
-        rows_ND, token_ids_N, weights_N = _take_rows(x_TD, slots, sum(counts))
-        return Receipt(token_ids_N, weights_N, x_TD.shape[0], counts, 0, [], [], None), rows_ND
+        order = slots.row_order(sum(counts))
+        rows_ND, x_TD = gather_rows(x_TD, order)
+        return Receipt(order, slots.weights_TK, counts, 0, [], [], None), rows_ND, x_TD
 
     def receive(self, rows_ND: Tensor, receipt: Receipt) -> Tensor:
         """The rows to compute, [R, D] ordered by local expert."""
         return rows_ND
 
-    def combine(self, rows_RD: Tensor, receipt: Receipt) -> Tensor:
-        """Sum of weighted expert outputs per token, [T, D]."""
-        return _sum_by_token(rows_RD, receipt)
+    def combine(self, rows_RD: Tensor, receipt: Receipt, affine: Affine | None) -> Tensor:
+        """Sum of weighted expert outputs per token and of the zero-computation experts' affine part, [T, D]."""
+        return combine_rows(rows_RD, receipt.order, receipt.weights_TK, affine)
 
 
 class AllToAllDispatcher:
@@ -98,19 +88,19 @@ class AllToAllDispatcher:
         self.num_ranks = comm.size(group)
         self.rank = comm.rank(group)
 
-    def dispatch(self, x_TD: Tensor, slots: FFNSlots) -> tuple[Receipt, Tensor]:
-        """Start the exchange; the returned rows are in flight until :meth:`receive`."""
+    def dispatch(self, x_TD: Tensor, slots: FFNSlots) -> tuple[Receipt, Tensor, Tensor]:
+        """Start the exchange; the rows are in flight until :meth:`receive`; x comes back for its next use."""
         counts_PL = slots.counts_E.view(self.num_ranks, -1)
         received_PL = comm.exchange_counts(counts_PL, self.group, self.traffic)
         # The one host synchronisation of the layer: split sizes must be known here.
         sent, received = torch.stack((counts_PL, received_PL)).tolist()
         send_splits, receive_splits = [sum(row) for row in sent], [sum(row) for row in received]
-        rows_ND, token_ids_N, weights_N = _take_rows(x_TD, slots, sum(send_splits))
+        order = slots.row_order(sum(send_splits))
+        rows_ND, x_TD = gather_rows(x_TD, order)
         pending, in_flight_RD = comm.start_exchange(rows_ND, send_splits, receive_splits, self.group, self.traffic)
         receipt = Receipt(
-            token_ids_N,
-            weights_N,
-            x_TD.shape[0],
+            order,
+            slots.weights_TK,
             rows_per_expert=[sum(column) for column in zip(*received, strict=True)],
             remote_slots=sum(send_splits) - send_splits[self.rank],
             send_splits=send_splits,
@@ -118,7 +108,7 @@ class AllToAllDispatcher:
             regroup_R=_regroup(received_PL, sum(receive_splits)),
             pending=pending,
         )
-        return receipt, in_flight_RD
+        return receipt, in_flight_RD, x_TD
 
     def receive(self, rows_RD: Tensor, receipt: Receipt) -> Tensor:
         """Wait for the exchange; the rows to compute, [R, D] ordered by local expert."""
@@ -126,14 +116,15 @@ class AllToAllDispatcher:
         rows_RD = comm.finish_exchange(rows_RD, receipt.pending)
         return rows_RD if receipt.regroup_R is None else rows_RD.index_select(0, receipt.regroup_R)
 
-    def combine(self, rows_RD: Tensor, receipt: Receipt) -> Tensor:
-        """Send outputs back to their tokens' ranks; sum of weighted outputs per token, [T, D]."""
+    def combine(self, rows_RD: Tensor, receipt: Receipt, affine: Affine | None) -> Tensor:
+        """Send outputs back to their tokens' ranks; their weighted sum per token plus the affine part, [T, D]."""
         if receipt.regroup_R is not None:
             rows_RD = rows_RD.index_select(0, torch.argsort(receipt.regroup_R))
         pending, in_flight_ND = comm.start_exchange(
             rows_RD, receipt.receive_splits, receipt.send_splits, self.group, self.traffic
         )
-        return _sum_by_token(comm.finish_exchange(in_flight_ND, pending), receipt)
+        rows_ND = comm.finish_exchange(in_flight_ND, pending)
+        return combine_rows(rows_ND, receipt.order, receipt.weights_TK, affine)
 
 
 def _regroup(received_PL: Tensor, num_rows: int) -> Tensor | None:

@@ -17,6 +17,7 @@ from moepp.errors import ConfigError
 from moepp.moe.capacity import count_choices, keep_within_capacity
 from moepp.moe.dispatch import AllToAllDispatcher, FFNSlots, LocalDispatcher
 from moepp.moe.ffn_experts import FFNExperts
+from moepp.moe.kernels import project
 from moepp.moe.losses import balance_loss, router_z_loss
 from moepp.moe.router import Gates, Router, compute_gates
 from moepp.moe.zero_computation import ZeroComputation
@@ -141,20 +142,32 @@ class MoELayer(nn.Module):
         """
         self._check_input(x, prev_logits_TE)
         x_TD = x.reshape(-1, self.hidden_size)
-        logits_TE = self.router(x_TD, prev_logits_TE)
+        router_input_TP, alpha_logits_TC2, x_TD = self._project(x_TD)  # x goes from use to use: see kernels.project
+        logits_TE = self.router(router_input_TP, prev_logits_TE)
         gates = compute_gates(logits_TE, self.cfg)
         routing = self.select(gates)
         if self.cfg.scale_input_by_top_k:
-            x_TD = x_TD * self.cfg.top_k
-        receipt, rows_RD = self.dispatcher.dispatch(x_TD, routing.ffn)  # starts the all-to-all: FFN slots only
-        local_TD = self.zero_computation(x_TD, routing.gates_TZ)  # meanwhile, no communication
-        rows_RD = self.dispatcher.receive(rows_RD, receipt)
-        out_TD = self.dispatcher.combine(self.experts(rows_RD, receipt.rows_per_expert), receipt)
-        if local_TD is not None:
-            out_TD = out_TD + local_TD
+            x_TD, alpha_logits_TC2 = x_TD * self.cfg.top_k, alpha_logits_TC2 * self.cfg.top_k
+        receipt, rows_RD, x_TD = self.dispatcher.dispatch(x_TD, routing.ffn)  # starts the all-to-all: FFN slots only
+        affine = self.zero_computation(x_TD, alpha_logits_TC2, routing.gates_TZ)  # meanwhile, no communication
         balance, z_loss, aux_loss = self._aux_losses(logits_TE, gates, routing.load_E, selection_share_E)
         stats = self._stats(gates, routing, receipt.remote_slots, balance, z_loss)
+        rows_RD = self.dispatcher.receive(rows_RD, receipt)
+        rows_RD = self.experts(rows_RD, receipt.rows_per_expert)
+        out_TD = self.dispatcher.combine(rows_RD, receipt, affine)  # the all-to-all back, weighted sum plus affine part
         return MoEOutput(out_TD.view(x.shape), logits_TE, aux_loss, stats)
+
+    def _project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x through the router's input weight and the constant experts' alpha weights, in one pass and fp32.
+
+        Returns [T, P], [T, C, 2] and x for its next use.
+        """
+        weight_PD, num_constant = self.router.input_weight, self.cfg.num_constant_experts
+        if num_constant:
+            weight_PD = torch.cat((weight_PD, self.zero_computation.alpha_proj.flatten(0, 1)))
+        projected, x_TD = project(x_TD, weight_PD)
+        router_input_TP, alpha_logits = projected.tensor_split((weight_PD.shape[0] - 2 * num_constant,), dim=1)
+        return router_input_TP, alpha_logits.unflatten(1, (num_constant, 2)), x_TD
 
     def select(self, gates: Gates) -> Routing:
         """Apply the capacity and split the slots into FFN slots and zero-computation gates."""
@@ -173,8 +186,7 @@ class MoELayer(nn.Module):
         slots = FFNSlots(
             order_S=torch.argsort(expert_S, stable=True),
             counts_E=count_choices(expert_S, cfg.num_ffn_experts),
-            weights_S=weights_TK.flatten(),
-            top_k=cfg.top_k,
+            weights_TK=weights_TK,
         )
         gates_TE = weights_TK.new_zeros(ids_TK.shape[0], cfg.num_experts).scatter(1, ids_TK, weights_TK)
         return Routing(slots, gates_TE[:, cfg.num_ffn_experts :], load_E, num_dropped)

@@ -4,7 +4,9 @@ Each of them is affine in x, so with gates g (0 where not selected or dropped)
 
     y_t = (g_copy + Σ_j g_const_j α1_j) x_t  +  Σ_j (g_const_j α2_j) v_j,   [α1_j, α2_j] = softmax(W_j x_t)
 
-One row scaling and one [T, C] x [C, D] product; the zero experts cost nothing, nothing is gathered or sent.
+One row scaling and one [T, C] x [C, D] product; the zero experts cost nothing, nothing is gathered or sent. The two
+numbers per token and constant expert are computed here, the pass over [T, D] is left to whoever sums the FFN experts'
+outputs and would make it anyway. ``W_j x_t`` comes in with the router's own projection of x.
 
 Shapes: T tokens, D width, C constant experts, Z zero-computation experts (order constant, copy, zero).
 """
@@ -12,10 +14,10 @@ Shapes: T tokens, D width, C constant experts, Z zero-computation experts (order
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moepp.config import MoEConfig
+from moepp.moe.kernels import Affine
 
 
 class ZeroComputation(nn.Module):
@@ -25,24 +27,24 @@ class ZeroComputation(nn.Module):
         super().__init__()
         self.num_constant = cfg.num_constant_experts
         self.num_copy = cfg.num_copy_experts
+        self.hidden_size = hidden_size
         if self.num_constant:
             self.alpha_proj = nn.Parameter(torch.empty(self.num_constant, 2, hidden_size))
             self.value = nn.Parameter(torch.empty(self.num_constant, hidden_size))
 
-    def forward(self, x_TD: Tensor, gates_TZ: Tensor) -> Tensor | None:
-        """Weighted sum of the zero-computation experts' outputs, [T, D] in x's dtype; coefficients in the gates' fp32.
+    def forward(self, x_TD: Tensor, alpha_logits_TC2: Tensor, gates_TZ: Tensor) -> Affine | None:
+        """The weighted sum of these experts' outputs as an affine function of ``x_TD``; coefficients in float32.
 
         ``None`` when the layer has neither constant nor copy experts: their sum is exactly 0.
         """
         if not self.num_constant and not self.num_copy:
             return None
-        copy_TZ = gates_TZ[:, self.num_constant : self.num_constant + self.num_copy]
-        scale_T1 = copy_TZ.sum(dim=-1, keepdim=True)
+        # Columns first: reductions over a handful of numbers per token are slow.
+        gates_ZT = gates_TZ.t()
+        scale_T = gates_ZT[self.num_constant : self.num_constant + self.num_copy].sum(dim=0)
         if not self.num_constant:
-            return x_TD * scale_T1.to(x_TD.dtype)
-        gates_TC = gates_TZ[:, : self.num_constant]
-        alpha_logits_TC2 = F.linear(x_TD, self.alpha_proj.flatten(0, 1).to(x_TD.dtype)).unflatten(-1, (-1, 2))
-        alpha_TC2 = torch.softmax(alpha_logits_TC2.to(gates_TC.dtype), dim=-1)
-        scale_T1 = scale_T1 + (gates_TC * alpha_TC2[..., 0]).sum(dim=-1, keepdim=True)
-        value_weights_TC = (gates_TC * alpha_TC2[..., 1]).to(x_TD.dtype)
-        return torch.addmm(x_TD * scale_T1.to(x_TD.dtype), value_weights_TC, self.value.to(x_TD.dtype))
+            return Affine(x_TD, scale_T, gates_TZ[:, :0], x_TD.new_empty(0, self.hidden_size))
+        gates_CT = gates_ZT[: self.num_constant]
+        alpha1_CT = torch.sigmoid((alpha_logits_TC2[..., 0] - alpha_logits_TC2[..., 1]).t())
+        scale_T = scale_T + (gates_CT * alpha1_CT).sum(dim=0)
+        return Affine(x_TD, scale_T, (gates_CT * (1 - alpha1_CT)).t(), self.value)

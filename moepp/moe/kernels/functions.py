@@ -1,0 +1,245 @@
+"""The kernels as functions of tensors: compiled for the CPU where possible, else in torch operations.
+
+Shapes: T tokens, D width, K slots of a token, R rows of FFN slots, F expert width, C constant experts, P outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moepp.moe.kernels.build import ELEMENT_BITS, Library, library
+
+_compiled_allowed: ContextVar[bool] = ContextVar("compiled_allowed", default=True)
+
+
+@contextmanager
+def torch_only() -> Iterator[None]:
+    """Within it nothing runs through compiled kernels (to compare with them)."""
+    token = _compiled_allowed.set(False)
+    try:
+        yield
+    finally:
+        _compiled_allowed.reset(token)
+
+
+def describe(device: torch.device, dtype: torch.dtype) -> str:
+    """Which kernels tensors of this device and dtype use, for reports."""
+    return "compiled" if _compiled(torch.empty(0, device=device, dtype=dtype)) else "torch"
+
+
+def _compiled(tensor: Tensor) -> Library | None:
+    if tensor.device.type != "cpu" or tensor.dtype not in ELEMENT_BITS or not _compiled_allowed.get():
+        return None
+    return library(tensor.dtype)
+
+
+def _required(tensor: Tensor) -> Library:
+    kernels = _compiled(tensor)
+    assert kernels is not None
+    return kernels
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def swiglu(gate_up_RG: Tensor, act_RF: Tensor) -> None:
+    """``act = silu(gate) * up``; ``act_RF`` may be the gate half of ``gate_up_RG`` [R, 2F] itself. No autograd."""
+    num_rows, width = act_RF.shape
+    if kernels := _compiled(gate_up_RG):
+        kernels.call("swiglu", gate_up_RG, act_RF, act_RF.stride(0), num_rows, width)
+    else:
+        gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)
+        torch.mul(F.silu(gate_RF), up_RF, out=act_RF)
+
+
+def swiglu_backward(gate_up_RG: Tensor, grad_act_RF: Tensor, grad_gate_up_RG: Tensor, act_RF: Tensor) -> None:
+    """Fill the gradient of ``gate_up_RG`` [R, 2F], and the activation once more. ``act_RF`` may be ``grad_act_RF``."""
+    num_rows, width = act_RF.shape
+    if kernels := _compiled(gate_up_RG):
+        kernels.call("swiglu_backward", gate_up_RG, grad_act_RF, grad_gate_up_RG, act_RF, num_rows, width)
+        return
+    gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)
+    grad_gate_RF, grad_up_RF = grad_gate_up_RG.chunk(2, dim=-1)
+    sigmoid_RF = torch.sigmoid(gate_RF)
+    silu_RF = gate_RF * sigmoid_RF
+    torch.mul(grad_act_RF, silu_RF, out=grad_up_RF)
+    torch.mul(grad_act_RF * up_RF, sigmoid_RF + silu_RF * (1 - sigmoid_RF), out=grad_gate_RF)
+    torch.mul(silu_RF, up_RF, out=act_RF)
+
+
+def matmul_transposed(left_RM: Tensor, right_RN: Tensor, out_MN: Tensor) -> None:
+    """``out = leftᵀ right``. oneDNN's bfloat16 product takes twice as long when it has to transpose by itself."""
+    kernels = _compiled(left_RM) if left_RM.dtype == torch.bfloat16 else None
+    if kernels:
+        left_MR = left_RM.new_empty(left_RM.shape[1], left_RM.shape[0])
+        kernels.call("transpose", left_RM, left_MR, *left_RM.shape)
+    else:
+        left_MR = left_RM.t()
+    torch.mm(left_MR, right_RN, out=out_MN)
+
+
+def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T`` in float32 at least, whatever the dtypes and autocast."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(dtype), weight.to(dtype))
+
+
+def project(x_TD: Tensor, weight_PD: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`linear_fp32` for few outputs, and x again for its next use.
+
+    What uses x afterwards should take the returned one: then the gradient from there comes in here and is added to
+    in the same pass, instead of autograd summing gradients of the size of x.
+    """
+    if _compiled(x_TD):
+        return _Project.apply(x_TD.contiguous(), weight_PD.float().contiguous())
+    return linear_fp32(x_TD, weight_PD), x_TD
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_PD: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x_TD, weight_PD)
+        ctx.set_materialize_grads(False)
+        ctx.sizes = (*x_TD.shape, weight_PD.shape[0])
+        ctx.kernels = _required(x_TD)
+        out_TP = weight_PD.new_empty(x_TD.shape[0], weight_PD.shape[0])
+        ctx.kernels.call("project", x_TD, weight_PD, out_TP, *ctx.sizes)
+        return out_TP, x_TD.view_as(x_TD)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TP: Tensor | None, grad_later_TD: Tensor | None) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if grad_TP is None:
+            return grad_later_TD, None
+        x_TD, weight_PD = ctx.saved_tensors
+        grad_x_TD, grad_weight_PD = torch.empty_like(x_TD), torch.zeros_like(weight_PD)
+        inputs = (x_TD, weight_PD, grad_TP.contiguous(), _dense(grad_later_TD))
+        ctx.kernels.call("project_backward", *inputs, grad_x_TD, grad_weight_PD, *ctx.sizes)
+        return grad_x_TD, grad_weight_PD
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """Which slot each row of [R, D] belongs to; slot t·K + k is the k-th of token t."""
+
+    slots_R: Tensor  # int64
+    num_tokens: int
+    top_k: int
+
+    @cached_property
+    def token_ids_R(self) -> Tensor:
+        """The token of each row."""
+        return self.slots_R // self.top_k
+
+    @cached_property
+    def positions_TK(self) -> Tensor:
+        """The row of each slot, -1 where it has none."""
+        positions_S = self.slots_R.new_full((self.num_tokens * self.top_k,), -1)
+        rows_R = torch.arange(self.slots_R.numel(), device=self.slots_R.device)
+        return positions_S.scatter_(0, self.slots_R, rows_R).view(self.num_tokens, self.top_k)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """An affine function of every token not yet carried out: ``scale · x + coefficients @ values``.
+
+    A scale or coefficient of exactly 0 stands for an expert that was not selected: it may get no gradient.
+    """
+
+    x_TD: Tensor
+    scale_T: Tensor  # float32
+    coefficients_TC: Tensor  # float32
+    values_CD: Tensor
+
+    def value(self) -> Tensor:
+        """[T, D] in x's dtype."""
+        dtype = self.x_TD.dtype
+        scaled_TD = self.x_TD * self.scale_T.to(dtype).unsqueeze(-1)
+        return torch.addmm(scaled_TD, self.coefficients_TC.to(dtype), self.values_CD.to(dtype))
+
+
+def gather_rows(x_TD: Tensor, order: RowOrder) -> tuple[Tensor, Tensor]:
+    """The token of every row, [R, D]; and x again for its next use, as in :func:`project`."""
+    if _compiled(x_TD):
+        return _Gather.apply(x_TD, order.token_ids_R, order.positions_TK)
+    return x_TD.index_select(0, order.token_ids_R), x_TD
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, token_ids_R: Tensor, positions_TK: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(positions_TK)
+        ctx.set_materialize_grads(False)
+        ctx.kernels, ctx.shape = _required(x_TD), x_TD.shape
+        return x_TD.index_select(0, token_ids_R), x_TD.view_as(x_TD)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor | None, grad_later_TD: Tensor | None) -> tuple[Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if grad_RD is None:
+            return grad_later_TD, None, None
+        (positions_TK,) = ctx.saved_tensors
+        grad_RD = grad_RD.contiguous()
+        grad_x_TD = grad_RD.new_empty(ctx.shape)
+        inputs = (grad_RD, positions_TK, None, _dense(grad_later_TD), None, None, None)
+        ctx.kernels.call("combine", *inputs, grad_x_TD, *ctx.shape, positions_TK.shape[1], 0)
+        return grad_x_TD, None, None
+
+
+def combine_rows(rows_RD: Tensor, order: RowOrder, weights_TK: Tensor, affine: Affine | None) -> Tensor:
+    """Each token's weighted rows, plus its affine part if any: [T, D] in the rows' dtype.
+
+    Gate weights are float32; a weighted row is rounded to the rows' dtype once, or only their sum is.
+    """
+    if _compiled(rows_RD):
+        parts = (None, None, None, None)
+        if affine is not None:
+            parts = (affine.x_TD, affine.scale_T, affine.coefficients_TC, affine.values_CD.to(rows_RD.dtype))
+        return _Combine.apply(rows_RD, order.positions_TK, weights_TK, *parts)
+    weights_R = weights_TK.flatten().index_select(0, order.slots_R)
+    weighted_RD = (rows_RD * weights_R.unsqueeze(-1)).to(rows_RD.dtype)
+    start_TD = rows_RD.new_zeros(order.num_tokens, rows_RD.shape[1]) if affine is None else affine.value()
+    return start_TD.index_add(0, order.token_ids_R, weighted_RD)
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor | None) -> Tensor:
+        tensors = tuple(map(_dense, tensors))
+        rows_RD, positions_TK, weights_TK, x_TD, scale_T, coefficients_TC, values_CD = tensors
+        assert rows_RD is not None and positions_TK is not None
+        ctx.save_for_backward(*tensors)
+        ctx.kernels = _required(rows_RD)
+        ctx.sizes = (positions_TK.shape[0], rows_RD.shape[1], positions_TK.shape[1])
+        ctx.sizes += (0 if values_CD is None else values_CD.shape[0],)
+        out_TD = rows_RD.new_empty(ctx.sizes[:2])
+        affine = (x_TD, scale_T, coefficients_TC, values_CD)
+        ctx.kernels.call("combine", rows_RD, positions_TK, weights_TK, *affine, out_TD, *ctx.sizes)
+        return out_TD
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        saved = ctx.saved_tensors
+        grads = [None if tensor is None else torch.empty_like(tensor) for tensor in saved]
+        grad_rows_RD, _, grad_weights_TK, grad_x_TD, grad_scale_T, grad_coefficients_TC, grad_values_CD = grads
+        if grad_values_CD is not None:  # is summed over tokens, in float32
+            grad_values_CD = torch.zeros_like(grad_values_CD, dtype=torch.float32)
+        affine = (grad_x_TD, grad_scale_T, grad_coefficients_TC, grad_values_CD)
+        ctx.kernels.call(
+            "combine_backward", grad_TD.contiguous(), *saved, grad_rows_RD, grad_weights_TK, *affine, *ctx.sizes
+        )
+        if grad_values_CD is not None:
+            grad_values_CD = grad_values_CD.to(grad_TD.dtype)
+        return grad_rows_RD, None, grad_weights_TK, grad_x_TD, grad_scale_T, grad_coefficients_TC, grad_values_CD
