@@ -13,8 +13,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -28,6 +30,7 @@ from moepp.metrics.throughput import Throughput
 from moepp.model.transformer import Transformer
 from moepp.parallel.groups import ParallelGroups, build_groups
 from moepp.trainer import Parts, Trainer
+from tests.data_files import write_indexed
 from tests.dist import WorkerPool
 
 TOLERANCE = 1e-5  # relative, over all steps
@@ -235,13 +238,25 @@ def train(rank: int, setting: Setting, layout: Layout, sabotage: Callable[..., A
         make_one_sided(model)
     history = History()
     _watch(model, history)
-    data = make_data(cfg, groups.world_size, rank)
-    sinks = SinkGroup([history])
-    with sabotage(model, groups) if sabotage is not None else contextlib.nullcontext():
-        engine = build_engine(cfg, model, groups)
-        throughput = Throughput(groups.world_size, None)
-        no_checkpoints = cast(Any, None)  # nothing is saved: the steps are taken one by one
-        parts = Parts(cfg, groups, model, engine, data, traffic, sinks, throughput, no_checkpoints, versions={})
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(sabotage(model, groups) if sabotage is not None else contextlib.nullcontext())
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moepp-parity-")))
+        # The trainer looks at the files for their identity; the batches are those of make_data.
+        cfg = dataclasses.replace(
+            cfg, data=dataclasses.replace(cfg.data, paths=(write_indexed(folder / "data", [[1, 2, 3]]),))
+        )
+        parts = Parts(
+            cfg=cfg,
+            groups=groups,
+            model=model,
+            engine=build_engine(cfg, model, groups),
+            data=make_data(cfg, groups.world_size, rank),
+            traffic=traffic,
+            sinks=SinkGroup([history]),
+            throughput=Throughput(groups.world_size, None),
+            checkpointer=cast(Any, None),  # nothing is saved: the steps are taken one by one
+            versions={},
+        )
         trainer = Trainer(parts)
         for _ in range(cfg.train.steps):
             trainer.log(trainer.train_step())

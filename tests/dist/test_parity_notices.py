@@ -220,7 +220,9 @@ def test_the_same_layouts_pass_when_nothing_is_broken(deviation_under, layout):
 def test_sgd_shows_a_scale_error_in_the_loss_that_adam_nearly_hides(deviation_under):
     # Without clipping Adam's steps do not depend on the gradient's scale: losses of Adam alone would prove little.
     loss = {
-        name: deviation_under(Setting(name, grad_clip=None), Layout(2, 2), expert_gradients_not_divided_by_the_group).loss
+        name: deviation_under(
+            Setting(name, grad_clip=None), Layout(2, 2), expert_gradients_not_divided_by_the_group
+        ).loss
         for name in ("sgd", "adamw")
     }
     assert loss["sgd"] > 10 * loss["adamw"], loss
