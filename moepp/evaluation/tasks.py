@@ -11,7 +11,6 @@ from typing import Any
 
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml
 
 from moepp.errors import ConfigError, DataError, MoeppError
 from moepp.evaluation.data import DataSource, TaskData
@@ -116,7 +115,7 @@ class _Loader:
 
     def _task(self, name: str, shots: int | None) -> tuple[Task, str, tuple[str, ...]]:
         entry = self._entry(name)
-        config = load_yaml(entry.yaml_path, resolve_func=False)
+        config = entry.cfg or {}
         num_shots = int(config.get("num_fewshot") or 0) if shots is None else shots
         data = self.source.load(name)
         plan = SplitPlan({}, ()) if data is None else plan_splits(name, config, data, num_shots)

@@ -69,10 +69,11 @@ def write_run(path: Path, groups: ParallelGroups, tokenizer: Path, model: Transf
         "train": {"steps": 5, "global_batch_size": 1, "precision": "fp32"},
         "guard": {},
         "checkpoint": {},
-        "logging": {"wandb": {"mode": "disabled"}},
+        "logging": {"wandb": {"mode": "offline"}},
     }
     cfg = from_dict(tree)
     (path / "checkpoints").mkdir(parents=True)
+    (path / "wandb").mkdir()
     (path / "config.yaml").write_text(json.dumps(to_dict(cfg)))
     engine = NativeEngine(model, groups, cfg.optim, 1)
     info = CheckpointInfo(5, 40, {}, to_dict(cfg), {}, {})
@@ -124,7 +125,25 @@ def test_run_is_evaluated_and_keeps_the_results(tmp_path: Path, folder: Path, gr
     files = sorted((run / "eval").glob("00000005-*.json"))
     assert results_of(files[0]) == expected
     content = json.loads(files[0].read_text())
+    assert not list((run / "wandb").iterdir())  # the run logged nothing to W&B, so neither does its evaluation
     assert content["subject"]["tokens"] == 40 and content["results"][0]["documents"] == 6
+
+
+def test_results_join_the_runs_own_wandb_files(
+    tmp_path: Path, folder: Path, groups: ParallelGroups, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    write_byte_tokenizer(tmp_path / "tokenizer.json")
+    run = tmp_path / "run"
+    write_run(run, groups, tmp_path / "tokenizer.json", tiny_model(tiny_config()))
+    (run / "wandb" / "run-id").write_text("abcd1234\n")
+    dist.destroy_process_group()
+    try:
+        assert main(["eval", str(run), "--tasks", "sciq", "--data", str(folder), "--limit", "6"]) == 0
+    finally:
+        init_process_group(LaunchEnvironment(0, 1, 0), torch.device("cpu"), 60.0)  # the fixture ends it
+    (file,) = (run / "wandb").glob("offline-run-*-abcd1234/run-abcd1234.wandb")
+    assert b"eval/sciq/acc" in file.read_bytes()
 
 
 @pytest.mark.parametrize(
