@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moepp.config import MoEConfig
+from moepp.moe.kernels import count_experts
 
 
 def capacities(cfg: MoEConfig, num_slots: int) -> tuple[int, int]:
@@ -38,7 +39,7 @@ def keep_within_capacity(topk_ids_TK: Tensor, weights_TK: Tensor, cfg: MoEConfig
         order_S = by_weight_S[torch.argsort(ids_S[by_weight_S], stable=True)]
     else:
         order_S = torch.argsort(ids_S, stable=True)
-    counts_E = count_choices(ids_S, cfg.num_experts)
+    counts_E = count_experts(ids_S, cfg.num_experts)
     first_E = torch.cumsum(counts_E, 0) - counts_E
     sorted_ids_S = ids_S[order_S]
     rank_in_expert_S = torch.arange(ids_S.numel(), device=ids_S.device) - first_E[sorted_ids_S]
@@ -46,10 +47,3 @@ def keep_within_capacity(topk_ids_TK: Tensor, weights_TK: Tensor, cfg: MoEConfig
     kept_S = torch.empty_like(ids_S, dtype=torch.bool)
     kept_S[order_S] = rank_in_expert_S < capacity_S
     return kept_S.view_as(topk_ids_TK)
-
-
-def count_choices(ids_S: Tensor, num_experts: int) -> Tensor:
-    """How often each of the first ``num_experts`` ids occurs: int64 [E]; no host synchronisation."""
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids_S.device)
-    counts.scatter_add_(0, ids_S.clamp(max=num_experts), torch.ones_like(ids_S))
-    return counts[:num_experts]

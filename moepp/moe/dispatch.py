@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from moepp import comm
-from moepp.moe.kernels import Affine, RowOrder, combine_rows, gather_rows
+from moepp.moe.kernels import Affine, RowOrder, SlotOrder, combine_rows, gather_rows
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,16 @@ class FFNSlots:
     """The slots of this rank's tokens that an FFN expert will compute.
 
     Attributes:
-        order_S: slot numbers (token·K + k) sorted by expert; the FFN slots come first, the rest is unused.
-        counts_E: FFN slots per expert, int64; N is their sum.
+        order: these slots sorted by expert; N is the sum of its counts.
         weights_TK: gate weight of every slot, differentiable.
     """
 
-    order_S: Tensor
-    counts_E: Tensor
+    order: SlotOrder
     weights_TK: Tensor
 
-    def row_order(self, num_slots: int) -> RowOrder:
-        """The slots of the rows to compute, in expert order; ``num_slots`` = N, known to the host."""
-        return RowOrder(self.order_S[:num_slots], *self.weights_TK.shape)
+    def rows(self, num_slots: int) -> RowOrder:
+        """The rows to compute in the order of experts; ``num_slots`` = N as the host knows it."""
+        return RowOrder(self.order.slots_S[:num_slots], self.order.positions_TK)
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,8 @@ class LocalDispatcher:
 
     def dispatch(self, x_TD: Tensor, slots: FFNSlots) -> tuple[Receipt, Tensor, Tensor]:
         """Gather the rows [N, D] in expert order; x comes back for its next use."""
-        counts = slots.counts_E.tolist()
-        order = slots.row_order(sum(counts))
+        counts = slots.order.counts_E.tolist()
+        order = slots.rows(sum(counts))
         rows_ND, x_TD = gather_rows(x_TD, order)
         return Receipt(order, slots.weights_TK, counts, 0, [], [], None), rows_ND, x_TD
 
@@ -90,12 +88,12 @@ class AllToAllDispatcher:
 
     def dispatch(self, x_TD: Tensor, slots: FFNSlots) -> tuple[Receipt, Tensor, Tensor]:
         """Start the exchange; the rows are in flight until :meth:`receive`; x comes back for its next use."""
-        counts_PL = slots.counts_E.view(self.num_ranks, -1)
+        counts_PL = slots.order.counts_E.view(self.num_ranks, -1)
         received_PL = comm.exchange_counts(counts_PL, self.group, self.traffic)
         # The one host synchronisation of the layer: split sizes must be known here.
         sent, received = torch.stack((counts_PL, received_PL)).tolist()
         send_splits, receive_splits = [sum(row) for row in sent], [sum(row) for row in received]
-        order = slots.row_order(sum(send_splits))
+        order = slots.rows(sum(send_splits))
         rows_ND, x_TD = gather_rows(x_TD, order)
         pending, in_flight_RD = comm.start_exchange(rows_ND, send_splits, receive_splits, self.group, self.traffic)
         receipt = Receipt(

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from moepp import comm
 from moepp.config import MoEConfig
 from moepp.errors import ConfigError
-from moepp.moe.capacity import count_choices, keep_within_capacity
+from moepp.moe.capacity import keep_within_capacity
 from moepp.moe.dispatch import AllToAllDispatcher, FFNSlots, LocalDispatcher
 from moepp.moe.ffn_experts import FFNExperts
-from moepp.moe.kernels import project
+from moepp.moe.kernels import count_experts, project, sort_slots
 from moepp.moe.losses import balance_loss, router_z_loss
 from moepp.moe.router import Gates, Router, compute_gates
 from moepp.moe.zero_computation import ZeroComputation
@@ -172,7 +172,7 @@ class MoELayer(nn.Module):
     def select(self, gates: Gates) -> Routing:
         """Apply the capacity and split the slots into FFN slots and zero-computation gates."""
         cfg, ids_TK, weights_TK = self.cfg, gates.topk_ids_TK, gates.weights_TK
-        load_E = count_choices(ids_TK.flatten(), cfg.num_experts)
+        load_E = count_experts(ids_TK.flatten(), cfg.num_experts)
         is_ffn_TK = ids_TK < cfg.num_ffn_experts
         if self.training and cfg.capacity_factor is not None:
             kept_TK = keep_within_capacity(ids_TK, weights_TK, cfg)
@@ -181,13 +181,9 @@ class MoELayer(nn.Module):
             num_dropped = (~kept_TK).sum()
         else:
             num_dropped = torch.zeros((), dtype=torch.int64, device=ids_TK.device)
-        # Slots that no FFN expert computes sort behind all FFN experts and are never looked at again.
-        expert_S = torch.where(is_ffn_TK, ids_TK, cfg.num_ffn_experts).flatten()
-        slots = FFNSlots(
-            order_S=torch.argsort(expert_S, stable=True),
-            counts_E=count_choices(expert_S, cfg.num_ffn_experts),
-            weights_TK=weights_TK,
-        )
+        # Slots that no FFN expert computes are not looked at again.
+        expert_TK = torch.where(is_ffn_TK, ids_TK, cfg.num_ffn_experts)
+        slots = FFNSlots(sort_slots(expert_TK, cfg.num_ffn_experts), weights_TK)
         gates_TE = weights_TK.new_zeros(ids_TK.shape[0], cfg.num_experts).scatter(1, ids_TK, weights_TK)
         return Routing(slots, gates_TE[:, cfg.num_ffn_experts :], load_E, num_dropped)
 
@@ -210,7 +206,7 @@ class MoELayer(nn.Module):
         device = routing.load_E.device
         num_slots = max(num_tokens * top_k, 1)
         load_E = routing.load_E.to(torch.float32)
-        ffn_slots = routing.ffn.counts_E.sum().to(torch.float32)
+        ffn_slots = routing.ffn.order.counts_E.sum().to(torch.float32)
         shares = {f"share_{kind}": load_E[i].sum() / num_slots for kind, i in self.cfg.kind_slices.items()}
         return MoEStats(
             ffn_per_token=ffn_slots / max(num_tokens, 1),

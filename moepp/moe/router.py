@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moepp.config import MoEConfig
-from moepp.moe.kernels import linear_fp32
-
-_MAX_SCANS = 4  # up to here K scans for the maximum are faster than a partial sort
+from moepp.moe.kernels import linear_fp32, top_experts
 
 
 class Router(nn.Module):
@@ -53,7 +51,7 @@ class Router(nn.Module):
             logits_TE = linear_fp32(torch.tanh(projected_TP), self.fc2.weight)
         if self.gate_map is not None:
             if prev_logits_TE is None:
-                prev_logits_TE = torch.zeros_like(logits_TE)
+                prev_logits_TE = logits_TE.new_zeros(1, self.num_experts)  # so that W_g gets a gradient: zeros
             logits_TE = logits_TE + linear_fp32(prev_logits_TE, self.gate_map.weight)
         return logits_TE
 
@@ -104,16 +102,3 @@ def _std_over_experts(logits_ET: Tensor) -> Tensor:
     """``logits_ET.std(dim=0)``, unbiased, in whole rows: torch's own takes ten times as long over so few numbers."""
     centered_ET = logits_ET - logits_ET.mean(dim=0)
     return (centered_ET.square().sum(dim=0) / (logits_ET.shape[0] - 1)).sqrt()
-
-
-@torch.no_grad()
-def top_experts(scores_ET: Tensor, top_k: int) -> Tensor:
-    """The ``top_k`` experts with the highest scores, best first, among equals the lower number: int64 [K, T]."""
-    scores_ET = scores_ET.detach()
-    if top_k > _MAX_SCANS:
-        return torch.topk(scores_ET, top_k, dim=0).indices
-    best = []
-    for _ in range(top_k):
-        best.append(scores_ET.max(dim=0, keepdim=True).indices)
-        scores_ET = scores_ET.scatter(0, best[-1], -torch.inf)
-    return torch.cat(best)

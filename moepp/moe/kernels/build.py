@@ -34,6 +34,8 @@ _SIGNATURES = {
     "combine_backward": "tttttttttttttt" + "nnnn",
     "project": "tttnnn",
     "project_backward": "ttttttnnn",
+    "top_experts": "ttnnn",
+    "sort_slots": "ttttnn",
 }
 _FLAGS = ("-O3", "-shared", "-fPIC", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-w")
 _NATIVE = ("-march=native", "-mprefer-vector-width=512")

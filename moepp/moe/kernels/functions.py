@@ -18,6 +18,8 @@ from torch import Tensor
 
 from moepp.moe.kernels.build import ELEMENT_BITS, Library, library
 
+MAX_TOP_K = 8  # of the compiled kernel, which scans K times
+
 _compiled_allowed: ContextVar[bool] = ContextVar("compiled_allowed", default=True)
 
 
@@ -33,13 +35,17 @@ def torch_only() -> Iterator[None]:
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:
     """Which kernels tensors of this device and dtype use, for reports."""
-    return "compiled" if _compiled(torch.empty(0, device=device, dtype=dtype)) else "torch"
+    return "compiled" if _compiled_for(device, dtype) else "torch"
 
 
 def _compiled(tensor: Tensor) -> Library | None:
-    if tensor.device.type != "cpu" or tensor.dtype not in ELEMENT_BITS or not _compiled_allowed.get():
+    return _compiled_for(tensor.device, tensor.dtype)
+
+
+def _compiled_for(device: torch.device, dtype: torch.dtype) -> Library | None:
+    if device.type != "cpu" or dtype not in ELEMENT_BITS or not _compiled_allowed.get():
         return None
-    return library(tensor.dtype)
+    return library(dtype)
 
 
 def _required(tensor: Tensor) -> Library:
@@ -129,25 +135,70 @@ class _Project(torch.autograd.Function):
         return grad_x_TD, grad_weight_PD
 
 
+@torch.no_grad()
+def top_experts(scores_ET: Tensor, top_k: int) -> Tensor:
+    """The ``top_k`` experts with the highest scores, best first, among equals the lower number: int64 [K, T].
+
+    (Among equals torch's own choice, where the compiled kernel does not run.)
+    """
+    kernels = _compiled(scores_ET)
+    if kernels is None or top_k > MAX_TOP_K:
+        return torch.topk(scores_ET, top_k, dim=0).indices
+    num_experts, num_tokens = scores_ET.shape
+    ids_KT = torch.empty(top_k, num_tokens, dtype=torch.int64)
+    kernels.call("top_experts", scores_ET.contiguous(), ids_KT, num_experts, num_tokens, top_k)
+    return ids_KT
+
+
+@dataclass(frozen=True)
+class SlotOrder:
+    """Slots sorted by expert; slot t·K + k is the k-th of token t.
+
+    Attributes:
+        slots_S: slot numbers, those of expert 0 first, in the order of tokens; beyond ``counts_E.sum()`` undefined.
+        counts_E: slots of each expert, int64.
+        positions_TK: where each slot lies in ``slots_S``, or -1 where it has no expert.
+    """
+
+    slots_S: Tensor
+    counts_E: Tensor
+    positions_TK: Tensor
+
+
+@torch.no_grad()
+def sort_slots(experts_TK: Tensor, num_experts: int) -> SlotOrder:
+    """Sort the slots of experts below ``num_experts`` (int64); the others are left out. No host synchronisation."""
+    experts_S = experts_TK.flatten()
+    counts_E = experts_S.new_empty(num_experts)
+    slots_S, positions_S = torch.empty_like(experts_S), torch.empty_like(experts_S)
+    if kernels := _compiled_for(experts_S.device, torch.float32):
+        kernels.call("sort_slots", experts_S, slots_S, counts_E, positions_S, experts_S.numel(), num_experts)
+    else:
+        torch.argsort(experts_S.clamp(max=num_experts), stable=True, out=slots_S)
+        counts_E = count_experts(experts_S, num_experts)
+        positions_S.scatter_(0, slots_S, torch.arange(experts_S.numel(), device=experts_S.device))
+        positions_S.masked_fill_(experts_S >= num_experts, -1)
+    return SlotOrder(slots_S, counts_E, positions_S.view_as(experts_TK))
+
+
+def count_experts(experts_S: Tensor, num_experts: int) -> Tensor:
+    """How often each of the first ``num_experts`` experts occurs: int64 [E]; no host synchronisation."""
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=experts_S.device)
+    counts.scatter_add_(0, experts_S.clamp(max=num_experts), torch.ones_like(experts_S))
+    return counts[:num_experts]
+
+
 @dataclass(frozen=True)
 class RowOrder:
-    """Which slot each row of [R, D] belongs to; slot t·K + k is the k-th of token t."""
+    """Which slot each row of [R, D] belongs to, and the way back: the row of each slot, or -1."""
 
-    slots_R: Tensor  # int64
-    num_tokens: int
-    top_k: int
+    slots_R: Tensor
+    positions_TK: Tensor
 
     @cached_property
     def token_ids_R(self) -> Tensor:
         """The token of each row."""
-        return self.slots_R // self.top_k
-
-    @cached_property
-    def positions_TK(self) -> Tensor:
-        """The row of each slot, -1 where it has none."""
-        positions_S = self.slots_R.new_full((self.num_tokens * self.top_k,), -1)
-        rows_R = torch.arange(self.slots_R.numel(), device=self.slots_R.device)
-        return positions_S.scatter_(0, self.slots_R, rows_R).view(self.num_tokens, self.top_k)
+        return self.slots_R // self.positions_TK.shape[1]
 
 
 @dataclass(frozen=True)
@@ -209,7 +260,7 @@ def combine_rows(rows_RD: Tensor, order: RowOrder, weights_TK: Tensor, affine: A
         return _Combine.apply(rows_RD, order.positions_TK, weights_TK, *parts)
     weights_R = weights_TK.flatten().index_select(0, order.slots_R)
     weighted_RD = (rows_RD * weights_R.unsqueeze(-1)).to(rows_RD.dtype)
-    start_TD = rows_RD.new_zeros(order.num_tokens, rows_RD.shape[1]) if affine is None else affine.value()
+    start_TD = rows_RD.new_zeros(len(weights_TK), rows_RD.shape[1]) if affine is None else affine.value()
     return start_TD.index_add(0, order.token_ids_R, weighted_RD)
 
 
