@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import pickle
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,7 +86,9 @@ class TensorReader:
                     "use the configuration that it was saved with"
                 )
         try:
-            load(dict(targets), storage_reader=_Reader(self.path, self._index), no_dist=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for
+                load(dict(targets), storage_reader=_Reader(self.path, self._index), no_dist=True)
         except (Exception, CheckpointException) as error:  # DCP's own is no Exception; tensors are read weights-only
             raise CheckpointError(f"{self.path} cannot be read: {cause(error)}; use another checkpoint") from error
 

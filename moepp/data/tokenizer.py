@@ -39,14 +39,19 @@ class Tokenizer:
 
     @property
     def eod_id(self) -> int:
-        """Id of the end-of-document token.
+        """Id of the end-of-document token; errors as for :attr:`eod_token`."""
+        return self._vocabulary[self.eod_token]
+
+    @property
+    def eod_token(self) -> str:
+        """The end-of-document token.
 
         Raises:
             DataError: the vocabulary has none of the names it goes by.
         """
         for token in self._eod_candidates:
             if token in self._vocabulary:
-                return self._vocabulary[token]
+                return token
         raise DataError(
             f"tokenizer {self.path} has no end-of-document token ({', '.join(self._eod_candidates)}); "
             "name one that it has with --eod-token, or add one"

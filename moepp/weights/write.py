@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ def write_tensors(
         tensors = {key: read(key).detach().to("cpu", dtype, copy=True).contiguous() for key in keys}
         try:
             save_file(tensors, folder / name, metadata=METADATA)
+            # safetensors makes files that nobody but their owner can read.
+            (folder / name).chmod(0o666 & ~_umask())
         except (OSError, SafetensorError) as error:
             raise _unwritable(folder, error) from error
     if len(shards) > 1:
@@ -88,6 +91,12 @@ def write_text(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise _unwritable(path.parent, error) from error
+
+
+def _umask() -> int:
+    umask = os.umask(0)  # it cannot be read without being set
+    os.umask(umask)
+    return umask
 
 
 def _remove_other_weights(folder: Path, names: list[str]) -> None:

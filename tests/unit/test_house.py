@@ -35,7 +35,7 @@ LAYERS = (
     ("trainer",),
     ("build",),
     ("samples",),
-    ("run", "report"),
+    ("run", "report", "model_card"),
     ("commands",),
     ("cli",),
 )

@@ -1,0 +1,147 @@
+"""Write a checkpoint of any layout as a Hugging Face folder: the released MoE++ format, or the project's own."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moepp import hf, official
+from moepp.checkpoint import list_checkpoints, verify
+from moepp.checkpoint.storage import TensorReader
+from moepp.data.tokenizer import Tokenizer
+from moepp.errors import CheckpointError, ConfigError
+from moepp.evaluation.load import DTYPES, FoundModel, find_model, open_tokenizer
+from moepp.model_card import model_card
+from moepp.official.config import released_config
+from moepp.official.save import DTYPE_NAMES, ReadParameter, write_released
+from moepp.run_dir import RunDir
+from moepp.weights import whole_parameters
+from moepp.weights.write import write_json, write_text
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?")
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("checkpoint", metavar="RUN_DIR_OR_CHECKPOINT", help="a run (its newest checkpoint) or a checkpoint")
+    parser.add_argument("folder", metavar="FOLDER", help="folder to make; an earlier export in it is replaced")
+    parser.add_argument(
+        "--format",
+        choices=("official", "moepp"),
+        default="official",
+        help="official (default): for the released MoE++ code; moepp: any model, with code of its own",
+    )
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights (default: what the run computed in)")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file, e.g. 500MB (default: 5GB)")
+    parser.add_argument(
+        "--code-repo",
+        metavar="REPO",
+        help="official: repository or folder with the released configuration_moe_plus_plus.py and "
+        "modeling_moe_plus_plus.py (default: they will lie beside config.json)",
+    )
+    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json (default: the run's)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write configuration, weights, tokenizer and model card."""
+    max_shard_bytes = _bytes(args.max_shard_size)
+    if args.code_repo is not None and args.format != "official":
+        raise ConfigError("--code-repo names the released code, and --format moepp brings its own; leave it out")
+    checkpoint = _checkpoint(args.checkpoint)
+    found, folder = find_model(str(checkpoint)), Path(args.folder)
+    dtype = DTYPES[args.dtype or found.precision]
+    tokenizer = _tokenizer(found, args.tokenizer)
+    eod = None if tokenizer is None else tokenizer.eod_id
+    token_ids = official.TokenIds(bos=eod, eos=eod, pad=None)
+    write = hf.write_hf
+    if args.format == "official":
+        write = partial(write_released, code_repo=args.code_repo)
+        released_config(found.cfg, token_ids, DTYPE_NAMES[dtype])  # refuses before anything is read or written
+    _refuse_foreign_folder(folder)
+    problems = verify(checkpoint)
+    if problems:
+        raise CheckpointError(f"checkpoint {checkpoint} does not verify: {'; '.join(problems)}; name another checkpoint")
+    files = write(
+        _reader(checkpoint, found),
+        found.cfg,
+        folder,
+        token_ids=token_ids,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+    )
+    files += _write_tokenizer(folder, tokenizer, found.cfg.max_seq_len) if tokenizer is not None else []
+    write_text(folder / "README.md", model_card(found, args.format, dtype))
+    print(f"exported {checkpoint} to {folder}: {', '.join([*files, 'README.md'])}")
+    if tokenizer is None:
+        print("the run names no tokenizer (data.tokenizer), so none was exported; add one with --tokenizer FILE")
+    if args.format == "official" and args.code_repo is None:
+        print("to load it, copy the released configuration_moe_plus_plus.py and modeling_moe_plus_plus.py beside config.json")
+    return 0
+
+
+def _checkpoint(place: str) -> Path:
+    path = Path(place).expanduser()
+    if (path / "info.json").is_file() or not RunDir(path).checkpoints.is_dir():
+        found = find_model(place)  # says what is wrong with anything else
+        if found.run_config is None:
+            raise CheckpointError(f"{place} is a folder of weights, not a run or a checkpoint; `moepp import` it first")
+        return path
+    checkpoints = list_checkpoints(RunDir(path).checkpoints)
+    if not checkpoints:
+        raise CheckpointError(f"run {place} holds no checkpoint yet; train it until it has saved one")
+    return checkpoints[-1]
+
+
+def _reader(checkpoint: Path, found: FoundModel) -> ReadParameter:
+    """Parameters by name from the checkpoint's fp32 masters, one at a time."""
+    reader, shapes = TensorReader(checkpoint), whole_parameters(found.cfg)
+
+    def read(name: str, expert: int | None) -> Tensor:
+        key, shape = (name, shapes[name]) if expert is None else (f"{name}.{expert}", shapes[name][1:])
+        tensor = torch.empty(shape, dtype=torch.float32)
+        reader.fill({f"{key}/fp32": tensor})
+        return tensor
+
+    return read
+
+
+def _tokenizer(found: FoundModel, override: str | None) -> Tokenizer | None:
+    return None if override is None and found.tokenizer is None else open_tokenizer(found, override)
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_seq_len: int) -> list[str]:
+    eod = tokenizer.eod_token
+    write_text(folder / "tokenizer.json", tokenizer.to_json())
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": eod,  # a document starts after the end of another
+            "eos_token": eod,
+            "pad_token": eod,
+            "padding_side": "left",
+            "model_max_length": max_seq_len,
+            "clean_up_tokenization_spaces": False,
+        },
+    )
+    return ["tokenizer.json", "tokenizer_config.json"]
+
+
+def _refuse_foreign_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; name a new folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "generation_config.json").is_file():
+        raise CheckpointError(f"{folder} holds other files and no earlier export; name a new folder")
+
+
+def _bytes(text: str) -> int:
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or float(match.group(1)) <= 0:
+        raise ConfigError(f"--max-shard-size={text} is not a size; write for example 5GB or 500MB")
+    return int(float(match.group(1)) * _UNITS[match.group(2)])

@@ -1,0 +1,1 @@
+"""Copied into exported folders, where transformers runs it; nothing here imports it."""
