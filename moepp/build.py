@@ -93,5 +93,6 @@ def build_parts(
     peak = peak_flops_per_second(device_name(groups.device), cfg.train.precision)
     throughput = Throughput(groups.world_size, peak)
     checkpointer = Checkpointer(cfg.checkpoint, groups, run_dir.checkpoints, new_cpu_group())
+    comm.limit_waits(cfg.parallel.timeout_seconds)
     sinks = comm.run_together(lambda: open_sinks(run_dir.path, cfg, start_step) if groups.rank == 0 else SinkGroup())
     return Parts(cfg, groups, model, engine, data, traffic, sinks, throughput, checkpointer, versions)

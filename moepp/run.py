@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import traceback
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,15 @@ from moepp.parallel.groups import (
     ParallelGroups,
     build_groups,
     init_process_group,
-    new_cpu_group,
     pick_device,
     read_launch_environment,
 )
+from moepp.parallel.peers import PeerWatch
 from moepp.run_dir import RunClaim, RunDir
 from moepp.samples import write_samples
 from moepp.trainer import Trainer
 
 logger = logging.getLogger("moepp.run")
-
-FIND_LOST_RANKS_SECONDS = 10.0  # ranks notice a lost connection at once, a hang all at the same time limit
 
 
 def run_training(cfg: Config) -> None:
@@ -42,35 +41,67 @@ def run_training(cfg: Config) -> None:
 
     Raises:
         MoeppError: anything a user can cause, the same on every rank, before training starts.
+        PeerError: another rank is gone; it is named.
     """
     launch = read_launch_environment()
     validate(cfg, launch.world_size)
     device = pick_device(launch.local_rank)
-    init_process_group(launch, device, cfg.parallel.timeout_seconds)
+    store = init_process_group(launch, device, cfg.parallel.timeout_seconds)
+    watch = PeerWatch(store, launch.rank, launch.world_size, _leave)
     try:
-        groups = build_groups(cfg.parallel.expert, device)
-        comm.run_together(lambda: check_data(cfg))
-        comm.run_together(lambda: require_wandb_login(cfg.logging.wandb.mode) if groups.rank == 0 else None)
-        if cfg.eval.tasks:
-            _check_tasks(cfg, groups)
-        environment = describe_environment(device_name(device), groups.world_size)
-        claim = comm.run_together(lambda: _claim(cfg, environment) if groups.rank == 0 else None)
-        try:
-            run_dir = RunDir(Path(comm.broadcast_object(str(claim.run_dir.path) if claim else None)))
-            comm.run_together(lambda: setup_logging(run_dir.path, groups.rank))
-            control = new_cpu_group()  # kept for one use: finding out who is gone
-            try:
-                _train(cfg, groups, run_dir, environment)
-            except RuntimeError as error:
-                if not comm.is_communication_error(error):
-                    raise
-                raise _peer_error(error, control, groups) from error
-        finally:
-            if claim is not None:
-                claim.release()
+        _run(cfg, build_groups(cfg.parallel.expert, device))
+        watch.stop()
+        with contextlib.suppress(RuntimeError):  # all work is done; a rank that is gone now says itself why
+            comm.barrier()  # rank 0 keeps the store, so it leaves last
+    except Exception as error:
+        if comm.is_communication_error(error):
+            raise _peer_error(watch.explain(error)) from error
+        watch.announce(error)
+        raise
     finally:
         close_logging()
         dist.destroy_process_group()
+
+
+def _run(cfg: Config, groups: ParallelGroups) -> None:
+    """Check what can be checked, then train in the run's directory."""
+    comm.run_together(lambda: check_data(cfg))
+    comm.run_together(lambda: require_wandb_login(cfg.logging.wandb.mode) if groups.rank == 0 else None)
+    if cfg.eval.tasks:
+        _check_tasks(cfg, groups)
+    environment = describe_environment(device_name(groups.device), groups.world_size)
+    claim = comm.run_together(lambda: _claim(cfg, environment) if groups.rank == 0 else None)
+    try:
+        run_dir = RunDir(Path(comm.broadcast_object(str(claim.run_dir.path) if claim else None)))
+        comm.run_together(lambda: setup_logging(run_dir.path, groups.rank))
+        with StopRequest() as stop:
+            _train(cfg, groups, run_dir, environment, stop)
+    except MoeppError as error:
+        _log_to_file(error)
+        raise
+    finally:
+        if claim is not None:
+            claim.release()
+
+
+def _peer_error(explanation: str) -> PeerError:
+    error = PeerError(
+        f"{explanation}; look for that rank's own error, then start again: the run continues from its newest checkpoint"
+    )
+    _log_to_file(error)
+    return error
+
+
+def _leave(explanation: str) -> None:
+    """End a process whose training thread waits for a rank that is gone."""
+    error = _peer_error(explanation)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(error.exit_code)
+
+
+def _log_to_file(error: MoeppError) -> None:
+    """Leave the reason in log/rank-*.txt; train.py prints it."""
+    logger.error("%s", error, extra={"to_console": False})
 
 
 def _check_tasks(cfg: Config, groups: ParallelGroups) -> None:
@@ -82,37 +113,20 @@ def _check_tasks(cfg: Config, groups: ParallelGroups) -> None:
     check_tasks(cfg.eval.tasks, cfg.eval.data, groups)
 
 
-def _peer_error(error: RuntimeError, control: comm.Group, groups: ParallelGroups) -> PeerError:
-    """Name the rank that is gone, and what this rank was doing when it noticed."""
-    logger.debug("failed collective", exc_info=error)
-    lost = comm.find_lost_ranks(control, FIND_LOST_RANKS_SECONDS)
-    reason = " ".join(str(error).split())[:200]
-    return PeerError(
-        f"rank {groups.rank} stops: {lost} (noticed in {_collective_in(error)}: {reason}); look for that rank's own "
-        "error, then start again: the run continues from its newest checkpoint"
-    )
-
-
-def _collective_in(error: RuntimeError) -> str:
-    """The innermost function of this project, or else of torch.distributed, that was waiting."""
-    names = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name != "wrapper"]
-    own = [frame for frame in names if f"{os.sep}moepp{os.sep}" in frame.filename]
-    innermost = names[-1].name if names else "a collective"
-    return f"{own[-1].name} ({innermost})" if own and own[-1].name != innermost else innermost
-
-
 def _claim(cfg: Config, environment: dict[str, Any]) -> RunClaim:
     return RunDir.claim(cfg.run.path, to_dict(cfg), environment, cfg.run.resume)
 
 
-def _train(cfg: Config, groups: ParallelGroups, run_dir: RunDir, environment: dict[str, Any]) -> None:
+def _train(
+    cfg: Config, groups: ParallelGroups, run_dir: RunDir, environment: dict[str, Any], stop: StopRequest
+) -> None:
     checkpoint = choose_checkpoint(cfg, run_dir.checkpoints, groups)
     start_step = read_info(checkpoint).step if checkpoint is not None else 0
     if start_step >= cfg.train.steps:
         logger.info("nothing to do: %s is at step %d; raise train.steps to go on", run_dir.path, start_step)
         return
     parts = build_parts(cfg, groups, run_dir, start_step, environment["packages"])
-    with parts.sinks, StopRequest() as stop:
+    with parts.sinks:
         trainer = Trainer(parts)
         if checkpoint is not None:
             trainer.resume(checkpoint)

@@ -14,6 +14,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore, Store, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
 from moepp.errors import ConfigError
 
@@ -101,22 +102,23 @@ def pick_device(local_rank: int) -> torch.device:
     return device
 
 
-def init_process_group(launch: LaunchEnvironment, device: torch.device, timeout_seconds: float) -> None:
+def init_process_group(launch: LaunchEnvironment, device: torch.device, timeout_seconds: float) -> Store:
     """Join the default process group; one process gets a group of its own without any network.
 
     CPU tensors always travel over gloo, the accelerator's over its own backend.
+
+    Returns:
+        The key-value store that brought the ranks together.
     """
     backend = "gloo"
     if device.type != "cpu":
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
-    store = dist.HashStore() if launch.world_size == 1 else None  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group(
-        backend,
-        store=store,
-        rank=launch.rank,
-        world_size=launch.world_size,
-        timeout=timedelta(seconds=timeout_seconds),
-    )
+    timeout = timedelta(seconds=timeout_seconds)
+    store: Store = HashStore()
+    if launch.world_size > 1:
+        store, _, _ = next(rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
+    dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    return store
 
 
 def build_groups(ep_size: int, device: torch.device) -> ParallelGroups:
