@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from moepp.config import explain_hydra_error, from_hydra
+from moepp.config import explain_hydra_error, from_hydra, refuse_unknown_options
 from moepp.errors import MoeppError, PeerError
 from moepp.run import run_training
 
@@ -53,8 +53,9 @@ def cli() -> None:
     # The deepspeed launcher adds this option; the rank is read from the environment.
     sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if not a.startswith("--local_rank"))]
     try:
+        refuse_unknown_options(sys.argv[1:])
         main()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (MoeppError, HydraException, OmegaConfBaseException) as error:
         leave(error)
 
 

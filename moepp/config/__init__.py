@@ -1,6 +1,14 @@
 """Typed configuration: schema, loading from Hydra, and validation."""
 
-from moepp.config.load import explain_hydra_error, from_dict, from_hydra, known_keys, to_dict, unknown_key_message
+from moepp.config.load import (
+    explain_hydra_error,
+    from_dict,
+    from_hydra,
+    known_keys,
+    refuse_unknown_options,
+    to_dict,
+    unknown_key_message,
+)
 from moepp.config.model import ModelConfig, MoEConfig, RopeScalingConfig
 from moepp.config.schema import (
     CheckpointConfig,
@@ -42,6 +50,7 @@ __all__ = [
     "from_hydra",
     "known_keys",
     "micro_batch_size",
+    "refuse_unknown_options",
     "to_dict",
     "unknown_key_message",
     "validate",

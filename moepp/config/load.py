@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moepp.config.schema import Config
 from moepp.errors import ConfigError
+
+_LISTED_KEYS = 30  # an error names all known keys up to so many
+_QUOTING = "quote a text with commas or brackets, as 'key=\"a,b\"'"
+# Of Hydra 1.3, short and long.
+_HYDRA_OPTIONS = {
+    *("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "--resolve", "-p", "--package", "-r", "--run"),
+    *("-m", "--multirun", "-sc", "--shell-completion", "-cp", "--config-path", "-cn", "--config-name", "-cd"),
+    *("--config-dir", "--experimental-rerun", "-i", "--info"),
+}
+)
 
 
 def from_hydra(cfg: Any) -> Config:
@@ -21,12 +32,15 @@ def from_hydra(cfg: Any) -> Config:
         ConfigError: an unknown, missing or wrongly typed key, or a value out of range.
     """
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     try:
         tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key}=??? has no value; set it") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"configuration does not resolve: {_one_line(error)}") from error
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{error.full_key} does not resolve: {reason}; correct the reference") from error
     return from_dict(tree)
 
 
@@ -56,7 +70,12 @@ def build(cls: type, tree: Any, path: str) -> Any:
 def unknown_key_message(key: str, known: list[str]) -> str:
     """One line for a mistyped key, with the nearest known ones."""
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known keys: {', '.join(sorted(known))}"
+    if near:
+        hint = f"did you mean {' or '.join(near)}?"
+    elif len(known) <= _LISTED_KEYS:
+        hint = f"known keys: {', '.join(sorted(known))}"
+    else:
+        hint = "configs/ lists the known ones"
     return f"unknown configuration key {key}; {hint}"
 
 
@@ -99,6 +118,8 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
             item_hint = typing.get_args(option)[0]
             return tuple(_convert(item, item_hint, f"{path}[{i}]") for i, item in enumerate(value))
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                raise ConfigError(f"{path}={value} is not a finite number; give one")
             return float(value)
         if option is str and isinstance(value, int | float) and not isinstance(value, bool):
             return str(value)
@@ -126,11 +147,32 @@ def _one_line(error: Exception) -> str:
 
 def explain_hydra_error(error: Exception) -> str:
     """One line for what Hydra or OmegaConf refused before the typed configuration was reached."""
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
+    from hydra.errors import OverrideParseException
+
     text = _one_line(error)
-    match = re.match(r"Could not override '([^']+)'", text)
-    if match and ("not in struct" in text or "not in struct" in str(cause)):
-        return unknown_key_message(match.group(1), known_keys())
+    if isinstance(error, OverrideParseException):
+        reason = " ".join(str(error).split("See https://")[0].split())
+        return f"{error.override!r} cannot be read ({reason}); write key=value, a list as key=[a,b], and {_QUOTING}"
+    if match := re.match(r"Ambiguous value for argument '([^']+)'", text):
+        return f"{match[1]} gives several values; write a list as key=[a,b], {_QUOTING}, or add -m to sweep over them"
+    if match := re.search(r"Could not find '([^']+)/([^']+)' Available options in '[^']+': (.*?) Config search", text):
+        group, name, choices = match.groups()
+        return f"{group}={name} does not exist in configs/{group}; choose one of {', '.join(choices.split())}"
+    if (match := re.match(r"Could not override '([^']+)'", text)) and "To append to your config" in text:
+        return unknown_key_message(match[1], known_keys())
     return text
+
+
+def refuse_unknown_options(arguments: Sequence[str]) -> None:
+    """Refuse options that Hydra does not have, such as a setting written with dashes, before it prints its usage.
+
+    Raises:
+        ConfigError: the first such option.
+    """
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if argument.startswith("-") and name not in _HYDRA_OPTIONS:
+            raise ConfigError(
+                f"{argument} is not an option; write settings as key=value without dashes, and see "
+                "`train.py --help` for the options"
+            )
