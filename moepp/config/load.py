@@ -22,7 +22,6 @@ _HYDRA_OPTIONS = {
     *("-m", "--multirun", "-sc", "--shell-completion", "-cp", "--config-path", "-cn", "--config-name", "-cd"),
     *("--config-dir", "--experimental-rerun", "-i", "--info"),
 }
-)
 
 
 def from_hydra(cfg: Any) -> Config:
