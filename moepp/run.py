@@ -35,6 +35,8 @@ from moepp.trainer import Trainer
 
 logger = logging.getLogger("moepp.run")
 
+LOCK_WAIT_SECONDS = 5.0  # a launcher restarts a run when its predecessor is hardly dead
+
 
 def run_training(cfg: Config) -> None:
     """Train as ``cfg`` says, on as many processes as the launcher started.
@@ -114,7 +116,7 @@ def _check_tasks(cfg: Config, groups: ParallelGroups) -> None:
 
 
 def _claim(cfg: Config, environment: dict[str, Any]) -> RunClaim:
-    return RunDir.claim(cfg.run.path, to_dict(cfg), environment, cfg.run.resume)
+    return RunDir.claim(cfg.run.path, to_dict(cfg), environment, cfg.run.resume, LOCK_WAIT_SECONDS)
 
 
 def _train(

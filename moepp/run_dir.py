@@ -27,7 +27,6 @@ from moepp.run_lock import RunLock
 _CHECKPOINT = re.compile(r"step-\d{8}")
 # What a start that failed early can leave behind; nothing of it makes a run.
 _LEFTOVERS = {".lock", "log", "wandb", "data-cache", "environment.json", "environment.json.tmp", "config.yaml.tmp"}
-_SHOWN_DIFFERENCES = 5
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,12 @@ class RunDir:
 
     @classmethod
     def claim(
-        cls, path: str | Path, config: Mapping[str, Any], environment: Mapping[str, Any], resume: str = "auto"
+        cls,
+        path: str | Path,
+        config: Mapping[str, Any],
+        environment: Mapping[str, Any],
+        resume: str = "auto",
+        wait_seconds: float = 0.0,
     ) -> RunClaim:
         """Create or reopen a run directory and hold it until :meth:`RunClaim.release`; rank 0 only.
 
@@ -73,6 +77,7 @@ class RunDir:
             resume: "auto" continues a run whose model, data, seed, optimizer and global batch are the same; "never"
                 wants a directory without a run; the path of a checkpoint wants either such a directory, or the one
                 that holds the checkpoint.
+            wait_seconds: how long a process that still uses the directory may take to end.
 
         Raises:
             RunError: not a directory, not writable, used by a running process, or holding another run or other files.
@@ -82,7 +87,7 @@ class RunDir:
         try:
             _refuse_foreign_files(run_dir)
             run_dir.path.mkdir(parents=True, exist_ok=True)
-            lock = RunLock.acquire(run_dir.path / ".lock")
+            lock = RunLock.acquire(run_dir.path / ".lock", wait_seconds)
             try:
                 _refuse_other_run(run_dir, config, resume)
                 has_checkpoints = _has_checkpoints(run_dir)
@@ -141,11 +146,9 @@ def _refuse_other_run(run_dir: RunDir, config: Mapping[str, Any], resume: str) -
         )
     differences = breaking_differences(_read_config(run_dir), config, untrained=_is_untrained(run_dir))
     if differences:
-        more = len(differences) - _SHOWN_DIFFERENCES
-        shown = ", ".join(differences[:_SHOWN_DIFFERENCES]) + (f" and {more} more" if more > 0 else "")
         raise RunError(
-            f"run.dir={run_dir.path} already holds another run, which differs in {shown}; "
-            "choose another run.name or run.dir"
+            f"run.dir={run_dir.path} already holds another run; choose another run.name or run.dir, or undo:\n  "
+            + "\n  ".join(differences)
         )
 
 

@@ -6,9 +6,13 @@ import errno
 import fcntl
 import os
 import socket
+import sys
+import time
 from pathlib import Path
 
 from moepp.errors import RunError
+
+_RETRY_SECONDS = 0.2
 
 _held: set[int] = set()  # file descriptors of the locks that this process holds
 
@@ -31,22 +35,26 @@ class RunLock:
         _held.add(fd)
 
     @classmethod
-    def acquire(cls, path: Path) -> RunLock:
-        """Lock ``path`` (created if missing) or refuse at once.
+    def acquire(cls, path: Path, wait_seconds: float = 0.0) -> RunLock:
+        """Lock ``path`` (created if missing), if need be after waiting for its holder, who may be about to end.
 
         Raises:
             RunError: another process holds it, or the file system has no locks.
             OSError: the file cannot be created.
         """
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        deadline = time.monotonic() + wait_seconds
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process"
-            os.close(fd)
-            raise RunError(
-                f"run.dir={path.parent} is in use by {holder}; wait for it, stop it, or choose another run.name"
-            ) from None
+            if wait_seconds and not _try_lock(fd):
+                print(f"{path.parent} is in use by {_holder(fd)}; waiting {wait_seconds:g} s for it", file=sys.stderr)
+            while not _try_lock(fd):
+                if time.monotonic() >= deadline:
+                    holder = _holder(fd)
+                    os.close(fd)
+                    raise RunError(
+                        f"run.dir={path.parent} is in use by {holder}; wait for it, stop it, or choose another run.name"
+                    )
+                time.sleep(_RETRY_SECONDS)
         except OSError as error:
             os.close(fd)
             if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
@@ -64,3 +72,15 @@ class RunLock:
         if self._fd in _held:
             _held.remove(self._fd)
             os.close(self._fd)
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _holder(fd: int) -> str:
+    return os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process"

@@ -107,10 +107,11 @@ def _check_same_run(cfg: Config, path: Path) -> None:
     info = read_info(path)
     old, new = info.config, to_dict(cfg)
     untrained = info.step == 0
-    breaking = breaking_differences(old, new, untrained=untrained) + _data_differences(info.run_state["data"], identify_data(cfg))
+    breaking = breaking_differences(old, new, untrained=untrained)
+    breaking += _data_differences(info.run_state["data"], identify_data(cfg))
     if breaking:
         raise CheckpointError(
-            f"checkpoint {path} belongs to another run; undo these changes or start a new run:\n  "
+            f"checkpoint {path} belongs to another run; choose another run.name or run.dir, or undo:\n  "
             + "\n  ".join(breaking)
         )
     logger.info("continuing from %s (step %d, %s tokens)", path, step_of(path), f"{info.tokens:,}")

@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,13 @@ CONFIG: dict[str, Any] = {
     "train": {"steps": 100, "global_batch_size": 8, "log_interval": 10},
     "logging": {"progress": True},
 }
+LEAVES_OF_MODEL = (
+    "model.hidden_size: 64",
+    "model.norm_eps: 1e-06",
+    "model.moe.top_k: 2",
+    "model.moe.tau: 0.75",
+    "model.moe.capacity_factor: None",
+)
 ENVIRONMENT = {"python": "3.11.2", "device": "cpu", "world_size": 2}
 
 
@@ -60,7 +69,9 @@ def refusal(path: Path, config: dict[str, Any] = CONFIG, resume: str = "auto") -
     with pytest.raises(RunError) as caught:
         claim(path, config, resume)
     message = str(caught.value)
-    assert "\n" not in message
+    assert all(
+        line.startswith("  ") and "->" in line for line in message.splitlines()[1:]
+    )  # one line, then differences
     return message
 
 
@@ -131,6 +142,28 @@ def test_forked_child_that_outlives_a_killed_run_does_not_keep_the_directory(tmp
         os.kill(int(child), signal.SIGKILL)
 
 
+def test_claim_waits_for_a_process_that_is_about_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a"
+    process, _ = start_holder(path, "plain")
+    timer = threading.Timer(0.5, process.kill)
+    try:
+        timer.start()
+        RunDir.claim(path, {"run": {}}, ENVIRONMENT, "auto", wait_seconds=20.0).release()
+        assert f"in use by process {process.pid}" in (said := capsys.readouterr().err) and "waiting 20 s" in said
+    finally:
+        timer.cancel()
+        process.kill()
+        process.wait()
+
+
+def test_claim_waits_no_longer_than_told(tmp_path: Path) -> None:
+    held, start = claim(tmp_path / "a"), time.monotonic()
+    with pytest.raises(RunError, match="in use"):
+        RunDir.claim(tmp_path / "a", CONFIG, ENVIRONMENT, "auto", wait_seconds=0.5)
+    assert 0.5 <= time.monotonic() - start < 5
+    held.release()
+
+
 def test_second_claim_in_one_process_is_refused_until_release(tmp_path: Path) -> None:
     held = claim(tmp_path / "a")
     assert "in use" in refusal(tmp_path / "a")
@@ -181,12 +214,14 @@ def test_auto_refuses_a_run_that_differs_in_what_it_trains(tmp_path: Path, chang
     assert (run_dir.config_file.read_bytes(), run_dir.metrics_file.read_bytes()) == before
 
 
-def test_long_list_of_differences_is_cut(tmp_path: Path) -> None:
+def test_every_difference_has_a_line(tmp_path: Path) -> None:
     finished_run(tmp_path / "a")
     config = changed()
     config["model"] = {f"key_{i}": i for i in range(20)}
     message = refusal(tmp_path / "a", config)
-    assert message.count("->") == 5 and "more;" in message
+    lines = message.split("\n  ")[1:]
+    assert lines[:20] == [f"model.key_{i}: absent -> {i}" for i in range(20)]
+    assert lines[20:] == [f"{key} -> absent" for key in LEAVES_OF_MODEL]
 
 
 def test_auto_continues_with_changed_length_and_layout_and_keeps_the_old_config(tmp_path: Path) -> None:
