@@ -29,7 +29,9 @@ _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("checkpoint", metavar="RUN_DIR_OR_CHECKPOINT", help="a run (its newest checkpoint) or a checkpoint")
+    parser.add_argument(
+        "checkpoint", metavar="RUN_DIR_OR_CHECKPOINT", help="a run (its newest checkpoint) or a checkpoint"
+    )
     parser.add_argument("folder", metavar="FOLDER", help="folder to make; an earlier export in it is replaced")
     parser.add_argument(
         "--format",
@@ -38,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="official (default): for the released MoE++ code; moepp: any model, with code of its own",
     )
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights (default: what the run computed in)")
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file, e.g. 500MB (default: 5GB)")
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of one file, e.g. 500MB (default: 5GB)"
+    )
     parser.add_argument(
         "--code-repo",
         metavar="REPO",
@@ -66,7 +70,9 @@ def run(args: argparse.Namespace) -> int:
     _refuse_foreign_folder(folder)
     problems = verify(checkpoint)
     if problems:
-        raise CheckpointError(f"checkpoint {checkpoint} does not verify: {'; '.join(problems)}; name another checkpoint")
+        raise CheckpointError(
+            f"checkpoint {checkpoint} does not verify: {'; '.join(problems)}; name another checkpoint"
+        )
     files = write(
         _reader(checkpoint, found),
         found.cfg,
@@ -81,7 +87,9 @@ def run(args: argparse.Namespace) -> int:
     if tokenizer is None:
         print("the run names no tokenizer (data.tokenizer), so none was exported; add one with --tokenizer FILE")
     if args.format == "official" and args.code_repo is None:
-        print("to load it, copy the released configuration_moe_plus_plus.py and modeling_moe_plus_plus.py beside config.json")
+        print(
+            "to load it, copy the released configuration_moe_plus_plus.py and modeling_moe_plus_plus.py into the folder"
+        )
     return 0
 
 

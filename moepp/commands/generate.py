@@ -55,7 +55,9 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--top-k and --top-p choose among drawn tokens; give a --temperature above 0 with them")
     for name, minimum in (("max_new_tokens", 1), ("expert_parallel", 1), ("seed", 0)):
         if getattr(args, name) < minimum:
-            raise ConfigError(f"--{name.replace('_', '-')}={getattr(args, name)} is below its minimum {minimum}; raise it")
+            raise ConfigError(
+                f"--{name.replace('_', '-')}={getattr(args, name)} is below its minimum {minimum}; raise it"
+            )
     found = find_model(args.model)
     tokenizer = open_tokenizer(found, args.tokenizer)
     with _process_group(args.expert_parallel) as groups:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from moepp import comm, hf, official
 from moepp.build import build_model, check_initial_weights, device_name, load_initial_weights
 from moepp.checkpoint import Checkpointer, CheckpointInfo
 from moepp.config import Config, ModelConfig, explain_hydra_error, from_hydra, to_dict, validate, zero_stage
+from moepp.engine.engine import Engine
 from moepp.environment import describe_environment
 from moepp.errors import CheckpointError, ConfigError
 from moepp.metrics.step_stats import StepStats
@@ -43,7 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="released MoE++ weights, or a `moepp export`")
     parser.add_argument("run_dir", metavar="RUN_DIR", help="directory to make")
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="configuration of the run, as for train.py, e.g. data.paths=[x]"
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="configuration of the run, as for train.py, e.g. data.paths=[x]",
     )
 
 
@@ -162,10 +167,12 @@ def _save(cfg: Config, model: nn.Module, groups: ParallelGroups, run_dir: RunDir
         },
     )
     stats = StepStats(cfg.model.moe_layers, moe.num_ffn_experts, moe.top_k)
-    checkpointer.save(_Untrained(model), stats, info, background=False)
+    checkpointer.save(cast(Engine, _Untrained(model)), stats, info, background=False)
     problems = checkpointer.reports[-1].problems
     if problems:
-        raise CheckpointError(f"cannot write {run_dir.checkpoints}: {'; '.join(problems)}; free space or choose another")
+        raise CheckpointError(
+            f"cannot write {run_dir.checkpoints}: {'; '.join(problems)}; free space or choose another"
+        )
 
 
 class _Untrained:
