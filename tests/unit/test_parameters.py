@@ -1,0 +1,60 @@
+"""Which parameters are sharded over experts, and which decay: every one is in exactly one group."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from moepp.config import ModelConfig, MoEConfig
+from moepp.model import Transformer
+from moepp.parallel.parameters import decays, group_parameters, is_expert_parameter
+
+
+def make_model(**changes: object) -> Transformer:
+    moe = MoEConfig(
+        num_ffn_experts=4, ffn_hidden_size=6, num_zero_experts=1, num_copy_experts=1, num_constant_experts=2
+    )
+    shapes = {"vocab_size": 11, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "max_seq_len": 8}
+    with torch.device("meta"):
+        return Transformer(ModelConfig(moe=moe, **(shapes | changes)))  # type: ignore[arg-type]
+
+
+def test_groups_hold_every_parameter_once():
+    model = make_model(moe_layer_interval=2, dense_ffn_hidden_size=12)
+    groups = group_parameters(model.named_parameters())
+    names = [name for group in groups for name in group.parameters]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    assert sum(p.numel() for g in groups for p in g.parameters.values()) == sum(p.numel() for p in model.parameters())
+    assert len({group.name for group in groups}) == len(groups)
+    for group in groups:
+        for name, parameter in group.parameters.items():
+            assert parameter is model.get_parameter(name)
+            assert (group.expert, group.decay) == (is_expert_parameter(name), decays(name, parameter))
+
+
+def test_only_norms_and_constant_vectors_are_not_decayed():
+    model = make_model()
+    spared = {name for name, parameter in model.named_parameters() if not decays(name, parameter)}
+    assert spared == {
+        "norm.weight",
+        *(f"layers.{i}.{norm}.weight" for i in (0, 1) for norm in ("input_layernorm", "post_attention_layernorm")),
+        *(f"layers.{i}.moe.zero_computation.value" for i in (0, 1)),
+    }
+
+
+def test_only_ffn_experts_of_moe_layers_are_sharded():
+    sharded = {name for name, _ in make_model().named_parameters() if is_expert_parameter(name)}
+    assert sharded == {f"layers.{i}.moe.experts.{p}" for i in (0, 1) for p in ("gate_up_proj", "down_proj")}
+
+
+def test_tied_embeddings_are_listed_once():
+    names = [n for g in group_parameters(make_model(tie_embeddings=True).named_parameters()) for n in g.parameters]
+    assert "embed_tokens.weight" in names and "lm_head.weight" not in names
+
+
+def test_empty_groups_are_left_out():
+    groups = group_parameters(nn.Linear(3, 2).named_parameters())
+    assert [(group.name, list(group.parameters)) for group in groups] == [
+        ("dense_decay", ["weight"]),
+        ("dense_no_decay", ["bias"]),
+    ]
