@@ -145,7 +145,7 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _footnotes(results: Sequence[BenchmarkResult]) -> list[str]:
-    lines = ["score: accuracy in percent (NQ-open: exact match); norm.: answers compared per byte; ±: standard error"]
+    lines = ["score: accuracy in percent (NQ-open: exact match); norm.: answers compared per character; ±: standard error"]
     lines += [f"* {r.title}: {'; '.join(r.notes)}" for r in results if r.notes]
     lines += [
         f"† {r.title}: the beginning of {100 * r.truncated / r.requests:.0f}% of the prompts did not fit the model"

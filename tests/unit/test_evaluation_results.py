@@ -82,8 +82,8 @@ def test_accuracy_equals_a_plain_loop_over_the_documents(
             continuation = tokenizer.encode(f"{context} {choice}")[len(tokenizer.encode(context)) :]
             scores.append(slow_loglikelihood(model, tokenizer.encode(context), continuation)[0])
         correct += scores.index(max(scores)) == 3
-        per_byte = [score / len(choice) for score, choice in zip(scores, choices, strict=True)]
-        correct_normalised += per_byte.index(max(per_byte)) == 3
+        per_character = [score / len(choice) for score, choice in zip(scores, choices, strict=True)]
+        correct_normalised += per_character.index(max(per_character)) == 3
     assert found["eval/sciq/acc"] == pytest.approx(correct / len(documents))
     assert found["eval/sciq/acc_norm"] == pytest.approx(correct_normalised / len(documents))
 
