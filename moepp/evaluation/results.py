@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -145,7 +144,9 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _footnotes(results: Sequence[BenchmarkResult]) -> list[str]:
-    lines = ["score: accuracy in percent (NQ-open: exact match); norm.: answers compared per character; ±: standard error"]
+    lines = [
+        "score: accuracy in percent (NQ-open: exact match); norm.: answers compared per character; ±: standard error"
+    ]
     lines += [f"* {r.title}: {'; '.join(r.notes)}" for r in results if r.notes]
     lines += [
         f"† {r.title}: the beginning of {100 * r.truncated / r.requests:.0f}% of the prompts did not fit the model"
@@ -180,7 +181,7 @@ def write_results(path: Path, results: Sequence[BenchmarkResult], subject: Subje
 def results_file(run_dir: Path, step: int | None) -> Path:
     """``<run directory>/eval/<step>-<UTC time>.json``."""
     name = "none" if step is None else f"{step:08d}"
-    time = re.sub(r"\W", "", datetime.now(UTC).strftime("%Y%m%dT%H%M%S"))
+    time = datetime.now(UTC).strftime("%Y%m%dT%H%M%S-%f")  # to the microsecond: evaluations never replace one another
     return run_dir / "eval" / f"{name}-{time}.json"
 
 

@@ -123,6 +123,7 @@ def test_run_is_evaluated_and_keeps_the_results(tmp_path: Path, folder: Path, gr
     finally:
         init_process_group(LaunchEnvironment(0, 1, 0), torch.device("cpu"), 60.0)  # the fixture ends it
     files = sorted((run / "eval").glob("00000005-*.json"))
+    assert len(files) == 2
     assert results_of(files[0]) == expected
     content = json.loads(files[0].read_text())
     assert not list((run / "wandb").iterdir())  # the run logged nothing to W&B, so neither does its evaluation
