@@ -104,3 +104,22 @@ def test_the_training_model_computes_the_same_logits_loss_and_gradients(case):
             assert own.norm().item() == pytest.approx(norms.pop(piece.key), rel=1e-4, abs=1e-7), piece.key
             compared += 1
     assert compared > 100 and all("layers.0.mlp.moe.gate.gate_map" in name for name in norms)
+
+
+def _sharded_logits(rank: int, case: str) -> tuple[int, Tensor]:
+    with torch.device("meta"):
+        model = Transformer(official.read_config(GOLDEN / case), ep_group=torch.distributed.group.WORLD)
+    model.to_empty(device="cpu")
+    official.load_into(model, GOLDEN / case, rank, torch.distributed.get_world_size())
+    model.eval()
+    with torch.no_grad():
+        logits = model.logits(model(expected(case)["input_ids"]).hidden)
+    return model.layers[0].moe.experts.down_proj.shape[0], logits
+
+
+@pytest.mark.parametrize("case", CASES[:2])
+def test_experts_sharded_over_ranks_give_the_released_logits(case, pool_2):
+    num_experts = official.read_config(GOLDEN / case).moe.num_ffn_experts
+    for held, logits in pool_2.run(_sharded_logits, case):
+        assert held == num_experts // 2
+        torch.testing.assert_close(logits, expected(case)["logits"], rtol=0, atol=2e-5)
