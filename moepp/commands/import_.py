@@ -6,6 +6,7 @@ Several processes share the experts: `torchrun --nproc_per_node 4 -m moepp.cli i
 from __future__ import annotations
 
 import argparse
+import shlex
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -38,6 +39,7 @@ from moepp.weights.write import prepare_folder, write_text
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MODEL_NAME = "imported"
+DEFAULT_SEQ_LEN = 2048  # of the paper; shorter where the model is
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,9 +67,10 @@ def run(args: argparse.Namespace) -> int:
     finally:
         dist.destroy_process_group()
     if launch.rank == 0:
+        place = shlex.quote(args.run_dir)
         print(
             f"imported {args.folder} into {args.run_dir}; train it further with\n"
-            f"  python train.py --config-dir {args.run_dir} model={MODEL_NAME} run.dir={args.run_dir} data.paths=[...]"
+            f"  python train.py --config-dir {place} model={MODEL_NAME} run.dir={place} data.paths=[...]"
         )
     return 0
 
@@ -97,10 +100,10 @@ def _configuration(args: argparse.Namespace, source_format: str) -> Config:
     run_dir = Path(args.run_dir)
     tokenizer = Path(args.folder, "tokenizer.json")
     defaults = [
-        f"run.name={run_dir.resolve().name}",
-        f"run.dir={run_dir}",
-        f"data.seq_len={min(model.max_seq_len, 2048)}",
-        f"data.tokenizer={tokenizer.resolve() if tokenizer.is_file() else 'null'}",
+        f"run.name={_quoted(run_dir.resolve().name)}",
+        f"run.dir={_quoted(str(run_dir))}",
+        f"data.seq_len={min(model.max_seq_len, DEFAULT_SEQ_LEN)}",
+        f"data.tokenizer={_quoted(str(tokenizer.resolve())) if tokenizer.is_file() else 'null'}",
     ]
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -110,6 +113,12 @@ def _configuration(args: argparse.Namespace, source_format: str) -> Config:
                 return from_hydra(compose("config", [*search, *defaults, *args.overrides]))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain_hydra_error(error)) from error
+
+
+def _quoted(text: str) -> str:
+    """A value that Hydra takes as it is, whatever characters a path has."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def _write_model(folder: Path, model: ModelConfig) -> None:

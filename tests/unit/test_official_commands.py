@@ -195,10 +195,11 @@ def test_a_model_that_the_released_code_cannot_express_is_refused_with_a_hint(tm
     model = Transformer(cfg)
     init_parameters(model, 1)
     hf.save_pretrained(model, tmp_path / "own", official.TokenIds(None, None, None))
-    assert main(["import", str(tmp_path / "own"), str(tmp_path / "run")]) == 0
+    run = str(tmp_path / "it's [a], b=c")
+    assert main(["import", str(tmp_path / "own"), run]) == 0
     message = "num_copy_experts=2 (it has 1); model.moe.top_k=3 (it has 2); use --format moepp"
-    refused(["export", str(tmp_path / "run"), str(tmp_path / "x")], message, capsys)
+    refused(["export", run, str(tmp_path / "x")], message, capsys)
     assert not (tmp_path / "x").exists()
-    assert main(["export", str(tmp_path / "run"), str(tmp_path / "x"), "--format", "moepp", "--dtype", "fp32"]) == 0
+    assert main(["export", run, str(tmp_path / "x"), "--format", "moepp", "--dtype", "fp32"]) == 0
     assert same_tensors(tmp_path / "x", tmp_path / "own")
     assert "names no tokenizer" in capsys.readouterr().out
