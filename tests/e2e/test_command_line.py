@@ -1,0 +1,197 @@
+"""The real commands: ``python``, ``torchrun`` and ``deepspeed`` start the same training, a sweep makes a run each."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.data_files import write_indexed, write_word_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+STEPS = 4
+LIMIT_SECONDS = 240.0
+SECRET = "do-not-write-me-anywhere-5187"
+SETTINGS = [
+    "model.hidden_size=16",
+    "model.num_layers=2",
+    "model.num_heads=2",
+    "model.num_kv_heads=1",
+    "model.vocab_size=64",
+    "model.moe.num_ffn_experts=4",
+    "model.moe.ffn_hidden_size=16",
+    "model.init_std=0.2",
+    "data.seq_len=16",
+    "data.split='80,20,0'",
+    f"train.steps={STEPS}",
+    "train.global_batch_size=8",
+    "train.log_interval=1",
+    "train.eval_interval=2",
+    "train.eval_batches=1",
+    "train.samples=1",
+    "train.precision=fp32",
+    "optim.warmup_steps=0",
+]
+STEP_METRICS = {
+    *("train/loss", "train/balance_loss", "train/grad_norm", "optim/lr"),
+    *("throughput/tokens_per_second", "throughput/tokens_per_second_per_device"),
+    *("routing/ffn_per_token", "routing/drop_fraction", "comm/dispatch_bytes", "comm/dispatch_bytes_vanilla"),
+    *(f"routing/layer_{i}/share_{kind}" for i in (0, 1) for kind in ("ffn", "constant", "copy", "zero")),
+    *(f"routing/layer_{i}/max_over_mean" for i in (0, 1)),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Settings that name data of its own: 60 documents of 40 tokens."""
+    folder = tmp_path_factory.mktemp("data")
+    documents = [[(5 * i + j * j) % 62 for j in range(40)] for i in range(60)]
+    write_indexed(folder / "text", documents)
+    write_word_tokenizer(folder / "tokenizer.json", num_words=62)
+    return [f"data.paths=[{folder}/text]", f"data.tokenizer={folder}/tokenizer.json"]
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Start ``command`` in ``folder`` as a user would, without a terminal."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environ = inherited | {
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "MY_API_TOKEN": SECRET,
+    }
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def train(launcher: list[str], folder: Path, *settings: str) -> tuple[list[dict[str, Any]], Path]:
+    """A run that must succeed; its records and its directory, which is runs/tiny below ``folder``."""
+    done = run([*launcher, str(ROOT / "train.py"), *SETTINGS, *settings], folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    run_dir = folder / "runs" / "tiny"
+    return read_records(run_dir), run_dir
+
+
+def read_records(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_run_directory(run_dir: Path, ranks: int) -> None:
+    for name in ("config.yaml", "environment.json", "metrics.jsonl", "samples.json"):
+        assert (run_dir / name).stat().st_size > 0, name
+    assert (run_dir / "wandb").is_dir()
+    assert [path.name for path in sorted((run_dir / "checkpoints").iterdir())] == [f"step-{STEPS:08d}"]
+    assert sorted(path.name for path in (run_dir / "log").iterdir()) == [f"rank-{rank}.txt" for rank in range(ranks)]
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert config["train"]["steps"] == STEPS and config["model"]["moe"]["num_ffn_experts"] == 4
+    environment = json.loads((run_dir / "environment.json").read_text())
+    assert "torch" in str(environment) and "cpu" in str(environment)
+    for path in run_dir.rglob("*"):
+        assert path.is_dir() or SECRET.encode() not in path.read_bytes(), f"{path} holds the process environment"
+
+
+def check_records(records: list[dict[str, Any]]) -> None:
+    steps = [record for record in records if "train/loss" in record]
+    evaluations = [record for record in records if "eval/loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in evaluations] == [2, 4]
+    for record in records:
+        assert record["tokens"] == record["step"] * 8 * 16
+    for record in steps:
+        assert record.keys() >= STEP_METRICS, STEP_METRICS - record.keys()
+        assert "throughput/mfu" not in record  # the peak of this device is unknown
+        for layer in (0, 1):
+            shares = [record[f"routing/layer_{layer}/share_{kind}"] for kind in ("ffn", "constant", "copy", "zero")]
+            assert sum(shares) == pytest.approx(1)
+
+
+NUMBERS = {"train/loss", "train/grad_norm", "train/balance_loss", "eval/loss", "optim/lr", "routing/ffn_per_token"}
+
+
+@pytest.fixture(scope="module")
+def one_process(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
+    return train([sys.executable], tmp_path_factory.mktemp("one"), *data)
+
+
+def test_python_trains_in_one_process_into_a_complete_run_directory(one_process):
+    records, run_dir = one_process
+    check_run_directory(run_dir, ranks=1)
+    check_records(records)
+    assert list((run_dir / "wandb").glob("offline-run-*/*.wandb")), "W&B is offline by default"
+    assert all(record["comm/dispatch_bytes"] == 0 for record in records if "train/loss" in record)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+LAUNCHERS = {
+    "torchrun": lambda: [f"{BIN}/torchrun", "--standalone", "--nproc_per_node", "2"],
+    "deepspeed": lambda: [
+        *(f"{BIN}/deepspeed", "--num_gpus", "2", "--master_addr", "127.0.0.1"),
+        *("--master_port", str(_free_port())),
+    ],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launcher_trains_the_same_on_two_processes_with_expert_parallelism(one_process, data, tmp_path, launcher):
+    wanted, _ = one_process
+    settings = [*data, "parallel.expert=2", "logging.wandb.mode=disabled"]
+    records, run_dir = train(LAUNCHERS[launcher](), tmp_path, *settings)
+    check_run_directory(run_dir, ranks=2)
+    check_records(records)
+    assert all(record["comm/dispatch_bytes"] > 0 for record in records if "train/loss" in record)
+    for record, one in zip(records, wanted, strict=True):
+        assert record.keys() == one.keys() and record["step"] == one["step"]
+        for name in NUMBERS & record.keys():
+            assert record[name] == pytest.approx(one[name], rel=1e-5), (record["step"], name)
+
+
+def test_sweep_makes_one_run_directory_per_value(data, tmp_path):
+    settings = [*SETTINGS, *data, "engine=native", "train.steps=1", "train.samples=0", "logging.wandb.mode=disabled"]
+    done = run([sys.executable, str(ROOT / "train.py"), "-m", *settings, "model.moe.tau=0.25,1.0"], tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["multirun.yaml", "tiny-0", "tiny-1"]
+    runs = [tmp_path / "runs" / "tiny-0", tmp_path / "runs" / "tiny-1"]
+    assert [yaml.safe_load((path / "config.yaml").read_text())["model"]["moe"]["tau"] for path in runs] == [0.25, 1.0]
+    first, second = (read_records(path)[0] for path in runs)
+    assert first["train/loss"] == second["train/loss"] and first["train/balance_loss"] != second["train/balance_loss"]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launcher_shows_bad_input_once_and_fails(data, tmp_path, launcher):
+    done = run([*LAUNCHERS[launcher](), str(ROOT / "train.py"), *SETTINGS, *data, "parallel.expert=3"], tmp_path)
+    assert done.returncode != 0
+    # The launchers add reports of their own about the processes that failed; ours is one line, from one rank.
+    [message] = re.findall(r"error: parallel\.expert.*", done.stdout + done.stderr)
+    assert "parallel.expert=3 does not divide the 2 processes" in message
+    assert "Traceback" not in (done.stdout + done.stderr).split(message)[0]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_plain_command_shows_bad_input_in_one_line(tmp_path):
+    done = run([sys.executable, str(ROOT / "train.py"), "optim.lr=fast"], tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: optim.lr='fast' has the wrong type str; give a number\n"
