@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moepp.config import MoEConfig
-from moepp.moe.kernels import matmul_transposed, swiglu, swiglu_backward
+from moepp.moe.kernels import matmul_transposed, repacks_right_factor, swiglu, swiglu_backward, transpose
+
+_WEIGHTS_LEFT_BELOW = 1024  # rows of one expert; from here on repacking its weights does not show (measured)
 
 
 class FFNExperts(nn.Module):
@@ -65,6 +67,21 @@ def _chunks(counts: list[int], chunk_rows: int | None) -> Iterator[tuple[int, sl
             yield expert, slice(first, min(first + (chunk_rows or count), end))
 
 
+def _swiglu_weights_left(rows_RD: Tensor, rows: slice, gate_up_GD: Tensor, down_DF: Tensor, out_CD: Tensor) -> None:
+    """One expert with few rows: weights as left factors, everything transposed, so that no weight is repacked.
+
+    The rows are padded to a multiple of 32 with whatever follows them; what comes out of those is left out.
+    """
+    num_rows, width = rows.stop - rows.start, down_DF.shape[1]
+    padded = -(-num_rows // 32) * 32
+    x_CD = rows_RD[rows.start : rows.start + padded]
+    if len(x_CD) < padded:
+        x_CD = torch.cat((x_CD, x_CD.new_zeros(padded - len(x_CD), x_CD.shape[1])))
+    hidden_GC = torch.mm(gate_up_GD, x_CD.t())
+    swiglu(hidden_GC[:width], hidden_GC[width:], hidden_GC[:width])
+    transpose(torch.mm(down_DF, hidden_GC[:width])[:, :num_rows], out_CD)
+
+
 class _LoopSwiGLU(torch.autograd.Function):
     """One expert, or chunk of its rows, after the other.
 
@@ -86,11 +103,15 @@ class _LoopSwiGLU(torch.autograd.Function):
         hidden_RG = rows_RD.new_empty(len(rows_RD) if stores else largest, 2 * width)
         act_CF = rows_RD.new_empty(largest, width) if stores else hidden_RG[:, :width]  # else it takes gate's place
         out_RD = torch.empty_like(rows_RD)
+        weights_left = not stores and repacks_right_factor(rows_RD)
         for expert, rows in _chunks(counts, chunk_rows):
             num_rows = rows.stop - rows.start
+            if weights_left and num_rows < _WEIGHTS_LEFT_BELOW:
+                _swiglu_weights_left(rows_RD, rows, gate_up_EGD[expert], down_EDF[expert], out_RD[rows])
+                continue
             gate_up_CG = hidden_RG[rows] if stores else hidden_RG[:num_rows]
             torch.mm(rows_RD[rows], gate_up_EGD[expert].t(), out=gate_up_CG)
-            swiglu(gate_up_CG, act_CF[:num_rows])
+            swiglu(gate_up_CG[:, :width], gate_up_CG[:, width:], act_CF[:num_rows])
             torch.mm(act_CF[:num_rows], down_EDF[expert].t(), out=out_RD[rows])
         ctx.save_for_backward(rows_RD, gate_up_EGD, down_EDF, hidden_RG if stores else None)
         ctx.counts, ctx.chunk_rows, ctx.largest = counts, chunk_rows, largest

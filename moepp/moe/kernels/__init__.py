@@ -15,11 +15,13 @@ from moepp.moe.kernels.functions import (
     linear_fp32,
     matmul_transposed,
     project,
+    repacks_right_factor,
     sort_slots,
     swiglu,
     swiglu_backward,
     top_experts,
     torch_only,
+    transpose,
 )
 
 __all__ = [
@@ -33,9 +35,11 @@ __all__ = [
     "linear_fp32",
     "matmul_transposed",
     "project",
+    "repacks_right_factor",
     "sort_slots",
     "swiglu",
     "swiglu_backward",
     "top_experts",
     "torch_only",
+    "transpose",
 ]

@@ -27,9 +27,9 @@ ELEMENT_BITS = {torch.bfloat16: 16, torch.float32: 32}
 
 # Arguments of each kernel: t tensor (None: null), n number.
 _SIGNATURES = {
-    "swiglu": "ttnnn",
+    "swiglu": "tntntnnn",
     "swiglu_backward": "ttttnn",
-    "transpose": "ttnn",
+    "transpose": "tntnnn",
     "combine": "tttttttt" + "nnnn",
     "combine_backward": "tttttttttttttt" + "nnnn",
     "project": "tttnnn",

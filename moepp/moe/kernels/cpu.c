@@ -129,17 +129,18 @@ INLINE vf sigmoid(vf x) {
 
 /* ---- SwiGLU ---- */
 
-/* act[R, F] = silu(gate) * up of gate_up[R, 2F]. The rows of act lie act_stride elements apart, so that act may take
- * the place of gate: that spares fetching the memory it is written to. */
-void swiglu(const element *gate_up, element *act, i64 act_stride, i64 R, i64 F) {
+/* act[R, F] = silu(gate) * up, rows lying so far apart. act may take the place of gate: that spares fetching the memory
+ * it is written to. */
+void swiglu(const element *gate, i64 gate_stride, const element *up, i64 up_stride, element *act, i64 act_stride, i64 R,
+            i64 F) {
     OMP(omp parallel for schedule(static) if(WORTH_THREADS(R * F)))
     for (i64 row = 0; row < R; row++) {
-        const element *gate = gate_up + row * 2 * F, *up = gate + F;
+        const element *g = gate + row * gate_stride, *u = up + row * up_stride;
         FOR_COLUMNS(f, n, F, {
-            __builtin_prefetch(gate + 2 * F + f);
-            __builtin_prefetch(up + 2 * F + f);
-            vf x = load(gate + f, n);
-            store(act + row * act_stride + f, x * sigmoid(x) * load(up + f, n), n);
+            __builtin_prefetch(g + gate_stride + f);
+            __builtin_prefetch(u + up_stride + f);
+            vf x = load(g + f, n);
+            store(act + row * act_stride + f, x * sigmoid(x) * load(u + f, n), n);
         })
     }
 }
@@ -191,20 +192,21 @@ INLINE void transpose_tile(const element *in, element *out, i64 in_stride, i64 o
 }
 #endif
 
-/* out[columns, rows] = in[rows, columns] transposed. */
-void transpose(const element *in, element *out, i64 rows, i64 columns) {
+/* out[columns, rows] = in[rows, columns] transposed, rows lying so far apart. */
+void transpose(const element *in, i64 in_stride, element *out, i64 out_stride, i64 rows, i64 columns) {
     OMP(omp parallel for schedule(static) if(WORTH_THREADS(rows * columns)))
     for (i64 band = 0; band < rows; band += BAND)
         for (i64 column = 0; column < columns; column += TILE)
             for (i64 row = band; row < rows && row < band + BAND; row += TILE) {
-                const element *from = in + row * columns + column;
-                element *to = out + column * rows + row;
+                const element *from = in + row * in_stride + column;
+                element *to = out + column * out_stride + row;
                 if (row + TILE <= rows && column + TILE <= columns) {
-                    transpose_tile(from, to, columns, rows);
+                    transpose_tile(from, to, in_stride, out_stride);
                     continue;
                 }
                 for (i64 i = 0; i < TILE && row + i < rows; i++)
-                    for (i64 j = 0; j < TILE && column + j < columns; j++) to[j * rows + i] = from[i * columns + j];
+                    for (i64 j = 0; j < TILE && column + j < columns; j++)
+                        to[j * out_stride + i] = from[i * in_stride + j];
             }
 }
 

@@ -58,13 +58,12 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def swiglu(gate_up_RG: Tensor, act_RF: Tensor) -> None:
-    """``act = silu(gate) * up``; ``act_RF`` may be the gate half of ``gate_up_RG`` [R, 2F] itself. No autograd."""
-    num_rows, width = act_RF.shape
-    if kernels := _compiled(gate_up_RG):
-        kernels.call("swiglu", gate_up_RG, act_RF, act_RF.stride(0), num_rows, width)
+def swiglu(gate_RF: Tensor, up_RF: Tensor, act_RF: Tensor) -> None:
+    """``act = silu(gate) * up``; ``act_RF`` may be ``gate_RF`` itself. No autograd."""
+    if kernels := _compiled(gate_RF):
+        operands = (value for tensor in (gate_RF, up_RF, act_RF) for value in (tensor, tensor.stride(0)))
+        kernels.call("swiglu", *operands, *act_RF.shape)
     else:
-        gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)
         torch.mul(F.silu(gate_RF), up_RF, out=act_RF)
 
 
@@ -83,14 +82,27 @@ def swiglu_backward(gate_up_RG: Tensor, grad_act_RF: Tensor, grad_gate_up_RG: Te
     torch.mul(silu_RF, up_RF, out=act_RF)
 
 
-def matmul_transposed(left_RM: Tensor, right_RN: Tensor, out_MN: Tensor) -> None:
-    """``out = leftᵀ right``. oneDNN's bfloat16 product takes twice as long when it has to transpose by itself."""
-    kernels = _compiled(left_RM) if left_RM.dtype == torch.bfloat16 else None
-    if kernels:
-        left_MR = left_RM.new_empty(left_RM.shape[1], left_RM.shape[0])
-        kernels.call("transpose", left_RM, left_MR, *left_RM.shape)
+def transpose(tensor_RM: Tensor, out_MR: Tensor) -> None:
+    """``out = tensor.t()``; both may have rows that lie apart."""
+    if kernels := _compiled(tensor_RM):
+        strided = (tensor_RM, tensor_RM.stride(0), out_MR, out_MR.stride(0))
+        kernels.call("transpose", *strided, *tensor_RM.shape)
     else:
-        left_MR = left_RM.t()
+        out_MR.copy_(tensor_RM.t())
+
+
+def repacks_right_factor(tensor: Tensor) -> bool:
+    """Whether this tensor's matmul copies its right factor into another layout each time, and takes the left one as it
+    lies but slowly where it is transposed: oneDNN's bfloat16 product on the CPU, as measured."""
+    return tensor.dtype == torch.bfloat16 and _compiled(tensor) is not None
+
+
+def matmul_transposed(left_RM: Tensor, right_RN: Tensor, out_MN: Tensor) -> None:
+    """``out = leftᵀ right``."""
+    left_MR = left_RM.t()
+    if repacks_right_factor(left_RM):  # twice as fast this way
+        left_MR = left_RM.new_empty(left_RM.shape[1], left_RM.shape[0])
+        transpose(left_RM, left_MR)
     torch.mm(left_MR, right_RN, out=out_MN)
 
 
