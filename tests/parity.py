@@ -2,7 +2,7 @@
 
 A :class:`Setting` says what is trained, a :class:`Layout` on which ranks and how. :func:`train` runs one pair in a
 worker of ``tests/dist.py`` through the product's own configuration, model, engine, loader and trainer; only the data
-and, for one-sided routing, some initial weights are made here. ``python -m tests.parity`` prints the table of the README.
+and, for one-sided routing, some initial weights are made here. ``python -m tests.parity`` prints the README's table.
 
 Everything is fp32 and dropless, and the balance loss counts the global batch. The numbers compared are the loss and the
 gradient norm of each of 20 steps, the balance loss, and the evaluation loss at the end.
@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -214,15 +214,15 @@ def make_one_sided(model: Transformer) -> None:
     training has moved the router, half of the ranks send none, and with two EP groups one of them exchanges nothing
     at all. Two coordinates of the embedding carry it: the half, and a constant.
     """
-    cfg = model.cfg.moe
-    embedding_VD = model.embed_tokens.weight
+    num_ffn, weights = model.cfg.moe.num_ffn_experts, dict(model.named_parameters())
+    embedding_VD = weights["embed_tokens.weight"]
     embedding_VD[: VOCAB // 2, 0], embedding_VD[VOCAB // 2 :, 0] = 2.0, -2.0
     embedding_VD[:, 1] = 2.0
-    for layer in model.layers:
-        router = layer.moe.router
-        router.weight[:4, 0], router.weight[cfg.num_ffn_experts :, 0] = 4.0, -4.0
-        router.weight[4 : cfg.num_ffn_experts, 1] = -8.0
-        router.gate_map.weight.mul_(0.1)
+    for i in range(model.cfg.num_layers):
+        router_ED = weights[f"layers.{i}.moe.router.weight"]
+        router_ED[:4, 0], router_ED[num_ffn:, 0] = 4.0, -4.0
+        router_ED[4:num_ffn, 1] = -8.0
+        weights[f"layers.{i}.moe.router.gate_map.weight"].mul_(0.1)
 
 
 def train(rank: int, setting: Setting, layout: Layout, sabotage: Callable[..., Any] | None = None) -> History:

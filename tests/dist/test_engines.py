@@ -80,8 +80,8 @@ def _reject_a_step(rank: int, layout: Layout, precision: str, how: str) -> tuple
 @pytest.mark.parametrize("how", ["on request", "for one rank's gradient"])
 @pytest.mark.parametrize("engine", ENGINES, ids=str)
 def test_rejected_step_leaves_no_trace_on_any_rank(pool_2, engine, how):
-    for accumulation in (None, 2):
-        results = pool_2.run(_reject_a_step, Layout(2, 2, *engine, accumulation), "fp32", how)
+    for micro_batch in (None, 2):
+        results = pool_2.run(_reject_a_step, Layout(2, 2, *engine, micro_batch=micro_batch), "fp32", how)
         for rejected, accepted in results:
             assert rejected.skipped and not accepted.skipped and math.isfinite(accepted.grad_norm)
             if how != "on request":
@@ -91,7 +91,7 @@ def test_rejected_step_leaves_no_trace_on_any_rank(pool_2, engine, how):
 @pytest.mark.parametrize("engine", BF16_ENGINES, ids=str)
 def test_rejected_step_leaves_no_trace_in_bf16(pool_2, engine):
     for how in ("on request", "for one rank's gradient"):
-        for rejected, accepted in pool_2.run(_reject_a_step, Layout(2, 2, *engine, 2), "bf16", how):
+        for rejected, accepted in pool_2.run(_reject_a_step, Layout(2, 2, *engine, micro_batch=2), "bf16", how):
             assert rejected.skipped and not accepted.skipped
 
 

@@ -1,4 +1,4 @@
-"""The comparisons of tests/dist/test_parity.py notice mistakes: each test here makes one and expects a clear deviation."""
+"""The comparisons of tests/dist/test_parity.py notice mistakes: each test here makes one and expects it to show."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from moepp import comm
+from moepp import MoELayer, comm
 from moepp.data.loader import Data
 from moepp.engine.native import NativeEngine
 from moepp.model.init import init_parameters
@@ -113,8 +113,9 @@ def auxiliary_loss_not_divided_by_accumulation(model: Transformer, groups: Paral
 
 @contextlib.contextmanager
 def selections_counted_by_each_rank(model: Transformer, groups: ParallelGroups) -> Iterator[None]:
-    for layer in model.layers:
-        layer.moe.cfg = dataclasses.replace(layer.moe.cfg, balance_loss_scope="micro_batch")
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            module.cfg = dataclasses.replace(module.cfg, balance_loss_scope="micro_batch")
     yield
 
 
