@@ -1,9 +1,8 @@
 """Real ``train.py`` processes that start in a fraction of a second: forked from a server that has imported everything.
 
-    with TrainServer() as server:                            # one per module: the fixture ``server``
-        run = server.start(run_dir, ranks=2, overrides=["engine=native"])
-        run.kill(1, signal.SIGKILL)                          # one rank, by number
-        codes = run.wait(60)                                 # exit code of each rank; -9 for SIGKILL, as in subprocess
+    run = server.start(run_dir, ranks=2, overrides=[...])    # server: fixture of tests/e2e, a TrainServer
+    run.kill(1, signal.SIGKILL)                              # one rank, by number
+    codes = run.wait(60)                                     # exit code of each rank; -9 for SIGKILL, as in subprocess
 
 Each rank runs ``train.py`` as ``__main__`` with the environment that torchrun would give it, its output in
 ``run.output(rank)``. No launcher watches over the ranks, so what a rank does when another dies is its own doing.
@@ -14,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import runpy
 import select
 import signal
@@ -28,8 +28,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.data_files import write_indexed
+from tests.faults import inject
+
 ROOT = Path(__file__).resolve().parents[1]
 START_LIMIT_SECONDS = 120.0
+RUN_LIMIT_SECONDS = 120.0
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 # A model and a batch as small as they can be while every part of a MoE++ layer is in use.
@@ -55,6 +59,31 @@ TINY = (
     "logging.wandb.mode=disabled",
     "logging.progress=false",
 )
+
+
+SEQUENCES_PER_EPOCH = 60  # about: 7.5 steps of 8 sequences
+
+
+def write_corpus(prefix: Path, seed: int = 0) -> str:
+    """Text without meaning for :data:`TINY`; returns the override that names it."""
+    draw = random.Random(seed)
+    documents = [[draw.randrange(64) for _ in range(draw.randrange(20, 60))] for _ in range(27)]
+    return f"data.paths=[{write_indexed(prefix, documents)}]"
+
+
+def records(run_dir: Path, after: int = 0) -> list[dict[str, Any]]:
+    """metrics.jsonl of a run from the step after ``after``, without what depends on the clock."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in line.items() if not name.startswith("throughput/")}
+        for line in lines
+        if line["step"] > after
+    ]
+
+
+def checkpoint_names(run_dir: Path) -> list[str]:
+    """Everything in checkpoints/, whole or not."""
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
 
 @dataclass
@@ -136,9 +165,12 @@ class TrainServer:
         assert self._read(START_LIMIT_SECONDS) == "ready"
 
     def start(
-        self, run_dir: Path, ranks: int, overrides: Sequence[str] = (), environ: dict[str, str] | None = None
+        self, run_dir: Path, ranks: int, overrides: Sequence[str] = (), faults: Sequence[Sequence[Any]] = ()
     ) -> TrainRun:
-        """Start ``train.py`` on ``ranks`` processes with :data:`TINY` and ``overrides``."""
+        """Start ``train.py`` on ``ranks`` processes with :data:`TINY` and ``overrides``.
+
+        ``faults`` are calls of :func:`tests.faults.inject`: (name, rank, arguments...).
+        """
         port = _free_port()
         number = len(self._runs)
         logs = [self._folder / f"start-{number}-rank-{rank}.txt" for rank in range(ranks)]
@@ -148,21 +180,29 @@ class TrainServer:
         defaults = [override for override in TINY if override.partition("=")[0] not in given]
         for rank in range(ranks):
             variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-            variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)} | (environ or {})
+            variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             request = {
                 "argv": ["train.py", f"run.dir={run_dir}", *defaults, *overrides],
                 "environ": variables,
                 "log": str(logs[rank]),
+                "faults": [list(fault) for fault in faults],
             }
             run.pids.append(self.ask(request))
         return run
 
-    def train(self, run_dir: Path, ranks: int, overrides: Sequence[str] = (), limit_seconds: float = 120.0) -> TrainRun:
-        """A run that must succeed, to its end."""
-        run = self.start(run_dir, ranks, overrides)
-        codes = run.wait(limit_seconds)
+    def train(
+        self,
+        run_dir: Path,
+        ranks: int,
+        overrides: Sequence[str] = (),
+        faults: Sequence[Sequence[Any]] = (),
+        exit_codes: Sequence[int] | None = None,
+    ) -> TrainRun:
+        """A run to its end, which must be ``exit_codes`` (all 0)."""
+        run = self.start(run_dir, ranks, overrides, faults)
+        codes = run.wait(RUN_LIMIT_SECONDS)
         outputs = "\n".join(f"--- rank {rank}:\n{run.output(rank)[-3000:]}" for rank in range(ranks))
-        assert codes == [0] * ranks, f"exit codes {codes}\n{outputs}"
+        assert codes == list(exit_codes or [0] * ranks), f"exit codes {codes}\n{outputs}"
         return run
 
     def ask(self, request: dict[str, Any]) -> Any:
@@ -247,6 +287,8 @@ def _become_rank(request: dict[str, Any]) -> None:
         os.dup2(descriptor, 2)
         os.environ.update(request["environ"])
         sys.stdout, sys.stderr = os.fdopen(1, "w", 1, closefd=False), os.fdopen(2, "w", 1, closefd=False)
+        for fault in request["faults"]:
+            inject(*fault)
         sys.argv = request["argv"]
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
         code = 0

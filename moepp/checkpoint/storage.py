@@ -139,7 +139,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], group: comm.Group | No
         CheckpointException: what failed on another one (or, on rank 0, here).
     """
     files = _HashingFileSystem()
-    writer = FileSystemWriter(path, sync_files=True, overwrite=False)
+    writer = FileSystemWriter(path, sync_files=False, overwrite=False)
     writer.fs = files
     save(tensors, storage_writer=writer, process_group=group, no_dist=not torch.distributed.is_initialized())
     return files.entries
@@ -153,12 +153,23 @@ class _HashingStream:
         self._digest = hashlib.sha256()
         self._size = 0
         self.tell, self.flush = stream.tell, stream.flush
-        self.fileno, self.close = stream.fileno, stream.close
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self._digest.update(data)
         self._size += memoryview(data).nbytes
-        return self._stream.write(data)
+        try:
+            return self._stream.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def close(self) -> None:
+        """Everything is on the disk afterwards. (DCP's own fsync comes before the last flush.)"""
+        if not self._stream.closed:
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            self._stream.close()
 
     @property
     def entry(self) -> FileEntry:
@@ -175,7 +186,11 @@ class _HashingFileSystem(FileSystem):
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:  # pyright: ignore
         with super().create_stream(path, mode) as stream:
             hashing = _HashingStream(cast(BinaryIO, stream))
-            yield cast(io.IOBase, hashing)
+            try:
+                yield cast(io.IOBase, hashing)
+            except RuntimeError as error:  # torch.save hides what the disk said
+                raise (hashing.error or error) from None
+            hashing.close()
         self.entries[Path(path).name] = hashing.entry
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:

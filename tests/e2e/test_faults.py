@@ -1,0 +1,417 @@
+"""What a run does when something goes wrong: signals, broken steps, lost ranks, full disks, damaged checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moepp.checkpoint import verify
+from tests.faults import ALL
+from tests.train_processes import ROOT, THREADS, TINY, TrainServer, checkpoint_names, records, write_corpus
+
+NATIVE = ["engine=native", "parallel.expert=2"]
+DEEPSPEED = ["engine=deepspeed", "parallel.expert=2"]
+ENDLESS = "train.steps=900"
+SLOW = ("slow_steps", ALL, 0.05)  # makes it last
+
+
+def error_lines(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith("error: ")]
+
+
+def steps(lines: list[dict[str, Any]]) -> list[int]:
+    return [line["step"] for line in lines if "train/grad_norm" in line]
+
+
+# --- signals
+
+
+@pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 1)])
+def test_stop_signal_on_any_rank_saves_on_all_and_exits_for_requeueing(
+    server: TrainServer, corpus: str, tmp_path: Path, number: signal.Signals, rank: int
+) -> None:
+    run = server.start(tmp_path / "run", 2, [corpus, *NATIVE, ENDLESS], [SLOW])
+    run.wait_for("step 5/")
+    run.kill(rank, number)
+    run.kill(rank, number)  # schedulers send it twice
+    assert run.wait(20) == [75, 75]
+    (name,) = checkpoint_names(tmp_path / "run")
+    step = int(name.removeprefix("step-"))
+    assert verify(tmp_path / "run/checkpoints" / name) == []
+    (message,) = error_lines(run.output(0))
+    assert f"after step {step}" in message and "its state is saved" in message
+    assert (number.name if rank == 0 else "a signal on another rank") in message
+    assert steps(records(tmp_path / "run")) == list(range(1, step + 1))
+
+
+# --- broken steps
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision", "fault"),
+    [
+        (["engine=native"], "fp32", ("scale_loss_of_batches", 1, 3, 3, math.nan)),
+        (["engine=native", "parallel.expert=2"], "bf16", ("scale_loss_of_batches", 1, 3, 3, math.inf)),
+        (["engine=native"], "fp32", ("infinite_auxiliary_loss_of_batch", 1, 3)),
+        (
+            ["engine=deepspeed", "parallel.zero_stage=0", "parallel.expert=2"],
+            "fp32",
+            ("scale_loss_of_batches", 1, 3, 3, math.nan),
+        ),
+        (
+            ["engine=deepspeed", "parallel.zero_stage=1", "parallel.expert=2"],
+            "fp32",
+            ("scale_loss_of_batches", 1, 3, 3, math.nan),
+        ),
+        (["engine=deepspeed", "parallel.zero_stage=1"], "bf16", ("infinite_auxiliary_loss_of_batch", 1, 3)),
+        (
+            ["engine=deepspeed", "parallel.zero_stage=2", "parallel.expert=2"],
+            "bf16",
+            ("scale_loss_of_batches", 1, 3, 3, math.nan),
+        ),
+    ],
+)
+def test_broken_step_of_one_rank_is_skipped_on_all_and_leaves_no_trace(
+    server: TrainServer, corpus: str, tmp_path: Path, engine: list[str], precision: str, fault: Any
+) -> None:
+    """The oracle: with a constant learning rate and no bias correction by time, skipping a batch whose update does not
+    happen is the same as a data stream without it; so steps 5... after a skipped 4 equal a run that never saw it."""
+    options = [corpus, *engine, f"train.precision={precision}", "train.steps=7", "optim.schedule=constant"]
+    run = server.train(tmp_path / "run", 2, options, [fault])
+    kind = "loss"
+    assert run.output(0).count(f"step 4 skipped: the {kind} is not finite") == 1
+    server.train(tmp_path / "without", 2, [*options, "train.steps=6"], [("leave_out_batch", ALL, 3)])
+    found, expected = records(tmp_path / "run"), records(tmp_path / "without")
+    skipped = next(line for line in found if line["step"] == 4)
+    assert skipped["train/skipped_steps"] == 1 and "train/loss" not in skipped
+    kept = [line for line in found if line["step"] != 4 and "train/loss" in line]
+    for line, reference in zip(kept, [line for line in expected if "train/loss" in line], strict=True):
+        assert line["train/loss"] == reference["train/loss"]
+        assert line["train/grad_norm"] == reference["train/grad_norm"]
+    assert found[-1]["eval/loss"] == expected[-1]["eval/loss"]
+
+
+def test_gradient_that_overflows_with_a_finite_loss_is_skipped(
+    server: TrainServer, corpus: str, tmp_path: Path
+) -> None:
+    fault = ("break_gradient_at", 1, 4)
+    run = server.train(tmp_path / "run", 2, [corpus, *NATIVE, "train.steps=6"], [fault])
+    assert run.output(0).count("step 4 skipped: the gradient is not finite") == 1
+    assert [line.get("train/skipped_steps") for line in records(tmp_path / "run")][:5] == [0, 0, 0, 1, 1]
+
+
+def test_too_many_broken_steps_in_a_row_stop_the_run_also_across_a_restart(
+    server: TrainServer, corpus: str, tmp_path: Path
+) -> None:
+    options = [corpus, *NATIVE, "train.steps=20", "guard.max_skipped_steps=4", "checkpoint.interval=5"]
+    broken = ("scale_loss_of_batches", 0, 3, 100, math.nan)
+    run = server.train(tmp_path / "run", 2, options, [broken], exit_codes=[4, 4])
+    (message,) = error_lines(run.output(0))
+    assert "4 steps in a row (guard.max_skipped_steps), up to step 7" in message and "optim.lr" in message
+    assert checkpoint_names(tmp_path / "run") == ["step-00000005"]
+    run = server.train(tmp_path / "run", 2, options, [broken], exit_codes=[4, 4])  # steps 4 and 5 are remembered
+    assert "4 steps in a row (guard.max_skipped_steps), up to step 7" in error_lines(run.output(0))[0]
+    server.train(tmp_path / "run", 2, options)  # the cause is gone
+    assert records(tmp_path / "run")[-2]["train/skipped_steps"] == 2
+
+
+SPIKE = ("scale_loss_of_batches", ALL, 12, 12, 1.5)
+SPIKES = ["guard.spike_sigma=6", "guard.spike_window=8", "train.steps=16", "checkpoint.interval=5", "checkpoint.keep=0"]
+
+
+def test_loss_spike_is_skipped_and_counted(server: TrainServer, corpus: str, tmp_path: Path) -> None:
+    run = server.train(tmp_path / "run", 2, [corpus, *NATIVE, *SPIKES], [SPIKE])
+    assert run.output(0).count("loss spike, update skipped") == 1 and "step 13: loss spike" in run.output(0)
+    assert [line.get("train/skipped_steps") for line in records(tmp_path / "run")][11:13] == [0, 1]
+
+
+def test_loss_spike_rewinds_to_the_newest_checkpoint_and_leaves_its_batches_out(
+    server: TrainServer, corpus: str, tmp_path: Path
+) -> None:
+    options = [corpus, *NATIVE, *SPIKES, "guard.spike_action=rewind", "optim.schedule=constant"]
+    run = server.train(tmp_path / "run", 2, [*options, "checkpoint.async=true"], [SPIKE])
+    assert "rewound to step 10; batches up to 12 are left out" in run.output(0)
+    # The oracle never sees batches 10 to 12 at all.
+    server.train(tmp_path / "without", 2, options, [("leave_out_batch", ALL, 10, 13)])
+    found, expected = records(tmp_path / "run"), records(tmp_path / "without")
+    assert [line | {"train/skipped_steps": 0} for line in found if "train/loss" in line] == [
+        line for line in expected if "train/loss" in line
+    ]
+    assert steps(found) == list(range(1, 17))
+    # Continuing from a checkpoint after the rewind leaves them out too.
+    resume = f"run.resume={tmp_path}/run/checkpoints/step-00000015"
+    server.train(tmp_path / "branch", 2, [*options, resume])
+    assert records(tmp_path / "branch") == records(tmp_path / "run", after=15)
+
+
+def test_endless_spikes_stop_the_run(server: TrainServer, corpus: str, tmp_path: Path) -> None:
+    options = [corpus, *NATIVE, *SPIKES, "guard.spike_action=rewind", "guard.max_rewinds=2"]
+    run = server.train(tmp_path / "run", 2, options, [("scale_loss_of_batches", ALL, 12, 100, 1.5)], exit_codes=[4, 4])
+    assert "after 2 rewinds (guard.max_rewinds)" in error_lines(run.output(0))[0]
+
+
+# --- lost ranks
+
+
+def check_lost_rank(
+    server: TrainServer, folder: Path, options: list[str], ranks: int, lost: int, number: signal.Signals
+) -> None:
+    limit = 4
+    run = server.start(folder, ranks, [*options, ENDLESS, f"parallel.timeout_seconds={limit}"], [SLOW])
+    run.wait_for("step 3/")
+    start = time.monotonic()
+    run.kill(lost, number)
+    others = [rank for rank in range(ranks) if rank != lost]
+    assert run.wait(60, others) == [5] * len(others)
+    assert time.monotonic() - start < limit + 10
+    for rank in others:
+        (message,) = error_lines(run.output(rank))
+        assert f"rank {rank} stops: rank {lost} does not answer (last collective: " in message
+        assert "none" not in message
+        assert message in (folder / f"log/rank-{rank}.txt").read_text().replace(
+            "moepp.run: rank", "moepp.run: error: rank"
+        )
+    run.end()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "lost", "number"), [(2, 0, signal.SIGKILL), (2, 1, signal.SIGSTOP), (4, 2, signal.SIGKILL)]
+)
+def test_others_stop_soon_and_name_the_lost_rank(
+    server: TrainServer, corpus: str, tmp_path: Path, ranks: int, lost: int, number: signal.Signals
+) -> None:
+    check_lost_rank(server, tmp_path / "run", [corpus, *NATIVE], ranks, lost, number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [NATIVE, DEEPSPEED], ids=["native", "deepspeed"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(("ranks", "lost"), [(2, 0), (2, 1), (4, 0), (4, 1), (4, 3)])
+def test_others_stop_soon_whichever_rank_is_lost(
+    server: TrainServer, corpus: str, tmp_path: Path, engine: list[str], ranks: int, lost: int, number: signal.Signals
+) -> None:
+    check_lost_rank(server, tmp_path / "run", [corpus, *engine], ranks, lost, number)
+
+
+def test_others_stop_with_the_error_of_a_rank_that_failed(server: TrainServer, corpus: str, tmp_path: Path) -> None:
+    run = server.start(tmp_path / "run", 2, [corpus, *NATIVE, "train.steps=9"], [("raise_at", 1, 4)])
+    assert run.wait(30) == [5, 1]
+    assert "rank 0 stops: rank 1 failed with ValueError: injected error" in error_lines(run.output(0))[0]
+    assert "ValueError: injected error" in run.output(1)
+
+
+def test_slow_rank_within_the_limit_is_waited_for(server: TrainServer, corpus: str, tmp_path: Path) -> None:
+    options = [corpus, *NATIVE, "train.steps=4", "parallel.timeout_seconds=30"]
+    server.train(tmp_path / "run", 2, options, [("hang_at", 1, 3, 6.0)])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_torchrun_recovers_by_itself_from_killed_ranks(corpus: str, tmp_path: Path) -> None:
+    folder, log = tmp_path / "run", (tmp_path / "log").open("w")
+    options = [corpus, *TINY, *NATIVE, "train.steps=400", "checkpoint.interval=10", "checkpoint.async=true"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=4"]
+    environ = os.environ | THREADS | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "DS_ACCELERATOR": "cpu"}
+    process = subprocess.Popen(
+        [*torchrun, "train.py", f"run.dir={folder}", *options], cwd=ROOT, env=environ, stdout=log, stderr=log
+    )
+    try:
+        for lost in (0, 1):
+            wait_until(lambda: has_checkpoint(folder), 120)
+            wait_until(lambda restarts=lost: (tmp_path / "log").read_text().count("continuing from") == restarts, 120)
+            workers = worker_pids(process.pid)
+            os.kill(workers[lost], signal.SIGKILL)
+            wait_until(lambda gone=workers: not set(gone) & set(worker_pids(process.pid)), 60)
+        assert process.wait(240) == 0, (tmp_path / "log").read_text()[-5000:]
+    finally:
+        process.kill()
+        process.wait()
+    assert steps(records(folder)) == list(range(1, 401))
+    assert (tmp_path / "log").read_text().count("continuing from") == 2
+
+
+def has_checkpoint(folder: Path) -> bool:
+    return any((folder / "checkpoints").glob("step-????????"))
+
+
+def worker_pids(parent: int) -> list[int]:
+    """Children of torchrun, in the order of their ranks."""
+    children = Path(f"/proc/{parent}/task").glob("*/children")
+    return sorted({int(pid) for file in children for pid in file.read_text().split()})
+
+
+def wait_until(condition: Callable[[], bool], limit_seconds: float) -> None:
+    deadline = time.monotonic() + limit_seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+# --- saving
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_save_that_fails_is_reported_and_the_run_goes_on(
+    server: TrainServer, corpus: str, tmp_path: Path, background: str
+) -> None:
+    options = [corpus, *NATIVE, "train.steps=9", "checkpoint.interval=3", f"checkpoint.async={background}"]
+    run = server.train(tmp_path / "run", 2, [*options, "checkpoint.keep=0"], [("disk_full_at", 1, 6)])
+    failure = "checkpoint at step 6 FAILED, training goes on and earlier checkpoints are untouched: rank 1: "
+    assert f"{failure}OSError: [Errno 28] No space left on device" in run.output(0)
+    assert checkpoint_names(tmp_path / "run") == ["step-00000003", "step-00000009"]
+
+
+def test_last_save_that_fails_is_an_error(server: TrainServer, corpus: str, tmp_path: Path) -> None:
+    options = [corpus, *NATIVE, "train.steps=4", "checkpoint.interval=2"]
+    run = server.train(tmp_path / "run", 2, options, [("disk_full_at", 0, 4)], exit_codes=[2, 2])
+    assert "its last state could not be saved: rank 0: OSError" in error_lines(run.output(0))[0]
+    assert checkpoint_names(tmp_path / "run") == ["step-00000002"]
+
+
+# --- what a run continues from
+
+
+@pytest.fixture(scope="module")
+def three_checkpoints(server: TrainServer, corpus: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 steps with checkpoints at 2, 4 and 6."""
+    folder = tmp_path_factory.mktemp("three") / "run"
+    server.train(folder, 2, [corpus, *NATIVE, "train.steps=6", "checkpoint.interval=2", "checkpoint.keep=0"])
+    return folder
+
+
+def copy_run(source: Path, target: Path) -> Path:
+    """The same run in another place."""
+    shutil.copytree(source, target)
+    config = target / "config.yaml"
+    config.write_text(config.read_text().replace(str(source), str(target)))
+    return target
+
+
+def flip_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_damaged_checkpoints_are_passed_over_with_a_warning(
+    server: TrainServer, corpus: str, three_checkpoints: Path, tmp_path: Path
+) -> None:
+    folder = copy_run(three_checkpoints, tmp_path / "run")
+    flip_bit(folder / "checkpoints/step-00000006/__1_0.distcp")
+    (folder / "checkpoints/step-00000004/info.json").unlink()
+    run = server.train(folder, 2, [corpus, *NATIVE, "train.steps=8", "checkpoint.keep=0"])
+    output = run.output(0)
+    assert "step-00000006 is damaged and passed over: __1_0.distcp: content changed (SHA-256 differs)" in output
+    assert "step-00000004 is damaged and passed over: info.json: missing" in output
+    assert "continuing from" in output and "step-00000002 (step 2" in output
+    assert "changed since the checkpoint: train.steps: 6 -> 8" in output
+    assert steps(records(folder)) == list(range(1, 9))
+    # What was passed over is kept, but is not part of the run any more.
+    names = ["step-00000002", "step-00000004.replaced-1", "step-00000006.replaced-1", "step-00000008"]
+    assert checkpoint_names(folder) == names
+
+
+def test_going_back_on_purpose_is_not_undone_by_a_restart(
+    server: TrainServer, corpus: str, three_checkpoints: Path, tmp_path: Path
+) -> None:
+    folder = copy_run(three_checkpoints, tmp_path / "run")
+    back = f"run.resume={folder}/checkpoints/step-00000002"
+    options = [corpus, *NATIVE, "train.steps=6", "checkpoint.interval=3", "checkpoint.keep=0"]
+    stop = ("stop_signal_at", 0, 3, int(signal.SIGTERM))
+    server.train(folder, 2, [*options, back], [stop], exit_codes=[75, 75])
+    run = server.train(folder, 2, options)
+    assert "step-00000003 (step 3" in run.output(0)
+    assert records(folder) == records(three_checkpoints)
+
+
+def test_explicit_checkpoint_that_does_not_verify_is_an_error(
+    server: TrainServer, corpus: str, three_checkpoints: Path, tmp_path: Path
+) -> None:
+    folder = copy_run(three_checkpoints, tmp_path / "run")
+    damaged = folder / "checkpoints/step-00000004"
+    with (damaged / "__0_0.distcp").open("r+b") as stream:
+        stream.truncate(100)
+    run = server.train(folder, 2, [corpus, *NATIVE, "train.steps=8", f"run.resume={damaged}"], exit_codes=[2, 2])
+    (message,) = error_lines(run.output(0))
+    assert f"run.resume={damaged} does not verify: __0_0.distcp: 100 bytes, expected " in message
+    assert checkpoint_names(folder) == ["step-00000002", "step-00000004", "step-00000006"]
+
+
+def test_no_whole_checkpoint_at_all_is_an_error(
+    server: TrainServer, corpus: str, three_checkpoints: Path, tmp_path: Path
+) -> None:
+    folder = copy_run(three_checkpoints, tmp_path / "run")
+    for path in (folder / "checkpoints").iterdir():
+        (path / ".metadata").unlink()
+    run = server.train(folder, 2, [corpus, *NATIVE, "train.steps=8"], exit_codes=[2, 2])
+    assert "none of the 3 checkpoints" in error_lines(run.output(0))[0]
+
+
+def test_other_model_is_refused_with_a_line_per_difference(
+    server: TrainServer, corpus: str, three_checkpoints: Path, tmp_path: Path
+) -> None:
+    changes = ["model.hidden_size=32", "model.vocab_size=128", "model.moe.top_k=1", "optim.lr=1e-3"]
+    lines = ["  model.vocab_size: 64 -> 128", "  model.hidden_size: 16 -> 32", "  model.moe.top_k: 2 -> 1"]
+    in_place = server.train(three_checkpoints, 2, [corpus, *NATIVE, *changes], exit_codes=[2, 2])
+    resume = f"run.resume={three_checkpoints}/checkpoints/step-00000006"
+    branch = server.train(tmp_path / "new", 2, [corpus, *NATIVE, *changes, resume], exit_codes=[2, 2])
+    for run in (in_place, branch):
+        output = run.output(0).splitlines()
+        start = next(i for i, line in enumerate(output) if line.startswith("error: "))
+        assert output[start + 1 : start + 4] == lines
+
+
+def test_other_text_under_the_same_name_is_refused(
+    server: TrainServer, three_checkpoints: Path, corpus: str, tmp_path: Path
+) -> None:
+    folder = copy_run(three_checkpoints, tmp_path / "run")
+    prefix = Path(corpus.removeprefix("data.paths=[").removesuffix("]"))
+    saved = {suffix: prefix.with_suffix(suffix).read_bytes() for suffix in (".bin", ".idx")}
+    try:
+        write_corpus(prefix, seed=1)
+        run = server.train(folder, 2, [corpus, *NATIVE, "train.steps=8"], exit_codes=[2, 2])
+    finally:
+        for suffix, data in saved.items():
+            prefix.with_suffix(suffix).write_bytes(data)
+    assert f"  {prefix} content: " in run.output(0) and f"  {prefix} tokens: " in run.output(0)
+
+
+def test_changed_learning_rate_is_allowed_and_logged(
+    server: TrainServer, corpus: str, three_checkpoints: Path, tmp_path: Path
+) -> None:
+    folder = copy_run(three_checkpoints, tmp_path / "run")
+    options = [corpus, *NATIVE, "train.steps=8", "optim.lr=5e-3", "optim.schedule=constant"]
+    run = server.train(folder, 2, options)
+    assert "changed since the checkpoint: optim.lr: 0.01 -> 0.005" in run.output(0)
+    assert [line["optim/lr"] for line in records(folder, after=6) if "optim/lr" in line] == [0.005, 0.005]
+
+
+def test_second_run_on_a_directory_is_refused(server: TrainServer, corpus: str, tmp_path: Path) -> None:
+    first = server.start(tmp_path / "run", 2, [corpus, *NATIVE, ENDLESS], [SLOW])
+    first.wait_for("step 2/")
+    second = server.train(tmp_path / "run", 2, [corpus, *NATIVE, ENDLESS], exit_codes=[2, 2])
+    assert f"is in use by process {first.pids[0]}" in error_lines(second.output(0))[0]
+    assert first.poll() == {}
+    first.kill(0, signal.SIGTERM)
+    assert first.wait(20) == [75, 75]
+    lines = records(tmp_path / "run")
+    assert steps(lines) == list(range(1, len(lines) + 1))
+
+
+def test_information_in_a_checkpoint_is_complete(three_checkpoints: Path) -> None:
+    info = json.loads((three_checkpoints / "checkpoints/step-00000004/info.json").read_text())
+    assert info["step"] == 4 and info["tokens"] == 4 * 8 * 16
+    assert info["layout"] == {"world_size": 2, "expert": 2, "engine": "native", "zero_stage": 0, "precision": "fp32"}
+    assert info["config"]["model"]["hidden_size"] == 16 and info["versions"]["torch"]
+    assert info["run_state"]["next_batch"] == 4 and info["run_state"]["seed"] == info["config"]["run"]["seed"]

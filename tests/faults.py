@@ -1,0 +1,235 @@
+"""Faults to inject into one training process, before ``train.py`` starts; see ``tests/train_processes.py``.
+
+Each is a function of this module whose arguments are plain numbers and strings; the first is the rank that it hits
+(``ALL``: every rank). Steps count from 1, as in the log.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+ALL = -1
+
+
+def inject(name: str, *args: Any) -> None:
+    """Apply one fault if it is meant for this process."""
+    rank, *rest = args
+    if rank in (ALL, int(os.environ["RANK"])):
+        globals()[name](*rest)
+
+
+def raise_at(step: int) -> None:
+    """An error of the program."""
+
+    def act(trainer: Any) -> None:
+        if trainer.step + 1 == step:
+            raise ValueError("injected error")
+
+    _before_each_step(act)
+
+
+def hang_at(step: int, seconds: float) -> None:
+    """A rank that is busy with something else."""
+
+    def act(trainer: Any) -> None:
+        if trainer.step + 1 == step:
+            time.sleep(seconds)
+
+    _before_each_step(act)
+
+
+def stop_signal_at(step: int, number: int) -> None:
+    """What a scheduler sends."""
+
+    def act(trainer: Any) -> None:
+        if trainer.step + 1 == step:
+            os.kill(os.getpid(), signal.Signals(number))
+
+    _before_each_step(act)
+
+
+def slow_steps(seconds: float) -> None:
+    """Time for the test to act."""
+    _before_each_step(lambda trainer: time.sleep(seconds))
+
+
+def scale_loss_of_batches(first: int, last: int, factor: float) -> None:
+    """Batches whose loss is broken (a factor that is not finite) or spikes; batches count from 0."""
+    from moepp.trainer import Trainer
+
+    train_step = Trainer.train_step
+
+    def step(self: Any) -> Any:
+        batch = self.step + self.skipped_batches
+        loss_of_model = self.model.loss
+        if first <= batch <= last:
+
+            def scaled(*args: Any) -> Any:
+                import dataclasses
+
+                out = loss_of_model(*args)
+                return dataclasses.replace(out, ce_sum=out.ce_sum * factor)
+
+            self.model.loss = scaled
+        try:
+            return train_step(self)
+        finally:
+            self.model.loss = loss_of_model
+
+    Trainer.train_step = step  # type: ignore[method-assign]
+
+
+def infinite_auxiliary_loss_of_batch(batch: int) -> None:
+    """A loss that is not finite although its gradient is."""
+    import dataclasses
+
+    from moepp.trainer import Trainer
+
+    train_step = Trainer.train_step
+
+    def step(self: Any) -> Any:
+        loss_of_model = self.model.loss
+        if self.step + self.skipped_batches == batch:
+            self.model.loss = lambda *args: dataclasses.replace(
+                out := loss_of_model(*args), aux_loss=out.aux_loss + math.inf
+            )
+        try:
+            return train_step(self)
+        finally:
+            self.model.loss = loss_of_model
+
+    Trainer.train_step = step  # type: ignore[method-assign]
+
+
+def disk_full_at(step: int) -> None:
+    """Writing this rank's tensor file of this step's checkpoint fails half way."""
+    from moepp.checkpoint import storage
+
+    class FullDisk:
+        def __init__(self, stream: Any) -> None:
+            self._stream, self._left = stream, 1000
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._stream, name)
+
+        def write(self, data: Any) -> int:
+            self._left -= len(data)
+            if self._left < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self._stream.write(data)
+
+    init = storage._HashingStream.__init__
+
+    def limited(self: Any, stream: Any) -> None:
+        path = Path(stream.name)
+        hit = path.parent.name == f".step-{step:08d}.tmp" and path.name == f"__{os.environ['RANK']}_0.distcp"
+        init(self, FullDisk(stream) if hit else stream)
+
+    storage._HashingStream.__init__ = limited  # type: ignore[method-assign]
+
+
+def slow_writing(seconds: float) -> None:
+    """Time for the test to act while a checkpoint is written: a pause before each tensor file and each renaming."""
+    from moepp.checkpoint import format as fmt
+    from moepp.checkpoint import saver
+
+    def slowed(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            time.sleep(seconds)
+            return function(*args, **kwargs)
+
+        return call
+
+    saver.write_tensors = slowed(saver.write_tensors)
+    saver._rename = slowed(saver._rename)
+    fmt.verify = slowed(fmt.verify)
+
+
+def _before_each_step(act: Any) -> None:
+    from moepp.trainer import Trainer
+
+    train_step = Trainer.train_step
+
+    def step(self: Any) -> Any:
+        act(self)
+        return train_step(self)
+
+    Trainer.train_step = step  # type: ignore[method-assign]
+
+
+def record_inputs(folder: str) -> None:
+    """Append to ``folder/rank-<r>.txt`` a line per training step: the batch's digest, and a random number drawn."""
+    import hashlib
+
+    import torch
+
+    from moepp.data.loader import Data
+
+    train_batch = Data.train_batch
+    seen = hashlib.sha256()
+
+    def recorded(self: Any, step: int, micro_step: int) -> Any:
+        batch = train_batch(self, step, micro_step)
+        seen.update(batch[0].numpy().tobytes())
+        return batch
+
+    def act(trainer: Any) -> None:
+        nonlocal seen
+        line = f"{trainer.step} {seen.hexdigest()[:16]} {float(torch.rand(())):.9f}\n"
+        with Path(folder, f"rank-{os.environ['RANK']}.txt").open("a") as stream:
+            stream.write(line)
+        seen = hashlib.sha256()
+
+    Data.train_batch = recorded  # type: ignore[method-assign]
+    _after_each_step(act)
+
+
+def _after_each_step(act: Any) -> None:
+    from moepp.trainer import Trainer
+
+    train_step = Trainer.train_step
+
+    def step(self: Any) -> Any:
+        result = train_step(self)
+        act(self)
+        return result
+
+    Trainer.train_step = step  # type: ignore[method-assign]
+
+
+def leave_out_batch(first: int, end: int | None = None) -> None:
+    """A data stream without batches ``first`` to ``end`` - 1."""
+    from moepp.data.loader import Data
+
+    train_batch = Data.train_batch
+    end = first + 1 if end is None else end
+
+    def shifted(self: Any, step: int, micro_step: int) -> Any:
+        return train_batch(self, step if step < first else step + end - first, micro_step)
+
+    Data.train_batch = shifted  # type: ignore[method-assign]
+
+
+def break_gradient_at(step: int) -> None:
+    """One entry of one gradient becomes infinite in the backward pass; the loss is fine."""
+    import torch
+
+    hooks: list[Any] = []
+
+    def act(trainer: Any) -> None:
+        while hooks:
+            hooks.pop().remove()
+        if trainer.step + 1 == step:
+            first = torch.tensor([0])
+            norm = next(
+                parameter for name, parameter in trainer.model.named_parameters() if name.endswith("norm.weight")
+            )
+            hooks.append(norm.register_hook(lambda grad: grad.index_fill(0, first, math.inf)))
+
+    _before_each_step(act)
