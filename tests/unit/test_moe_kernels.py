@@ -1,0 +1,251 @@
+"""The compiled CPU kernels agree with float64 arithmetic, and the layer is the same with and without them."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moepp import MoEConfig, MoELayer
+from moepp.moe import kernels
+from moepp.moe.kernels import build
+
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")), reason="no C compiler"
+)
+
+Tensor = torch.Tensor
+DTYPES = (torch.float32, torch.bfloat16)
+# Relative to the largest entry: two or three roundings of the dtype, and for float32 sums of some hundred terms.
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2}
+WIDTHS = (1, 15, 16, 33, 96, 130)  # below, at and above the 16 lanes; multiples of the 32-wide tile and not
+
+
+@pytest.fixture(scope="module", params=["native", "portable"])
+def library(request, tmp_path_factory):
+    """The kernels as this machine gets them, and as one without special instructions would."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "portable":
+            patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+            patch.setattr(build, "_ATTEMPTS", (("-fopenmp",), ()))
+        build.library.cache_clear()
+        yield
+    build.library.cache_clear()
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + 1000 * len(shape) + sum(shape))
+    return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+
+def assert_close(observed: Tensor, wanted: Tensor, dtype: torch.dtype, name: str = "") -> None:
+    observed, wanted = observed.detach(), wanted.detach()
+    scale = max(1.0, float(wanted.abs().max())) if wanted.numel() else 1.0
+    error = float((observed.double() - wanted.double()).abs().max()) if wanted.numel() else 0.0
+    assert observed.shape == wanted.shape and error <= TOLERANCE[dtype] * scale, f"{name}: {error:.2e} of {scale:.2e}"
+
+
+def compiled(dtype: torch.dtype) -> None:
+    assert kernels.describe(torch.device("cpu"), dtype) == "compiled"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_swiglu_and_its_gradient(library, dtype, rows, width):
+    compiled(dtype)
+    gate_up, grad = draw(rows, 2 * width, dtype=dtype, scale=4), draw(rows, width, dtype=dtype)
+    wide = gate_up.double().requires_grad_()
+    wanted = F.silu(wide[:, :width]) * wide[:, width:]
+    wanted.backward(grad.double())
+    assert wide.grad is not None
+    act, grad_gate_up = torch.empty_like(grad), torch.empty_like(gate_up)
+    kernels.swiglu(gate_up[:, :width], gate_up[:, width:], act)
+    assert_close(act, wanted, dtype, "act")
+    act.zero_()
+    kernels.swiglu_backward(gate_up, grad, grad_gate_up, act)
+    assert_close(act, wanted, dtype, "act of backward")
+    assert_close(grad_gate_up, wide.grad, dtype, "gradient")
+    in_place = gate_up.clone()
+    kernels.swiglu(in_place[:, :width], in_place[:, width:], in_place[:, :width])
+    assert_close(in_place[:, :width], wanted, dtype, "in place")
+    assert torch.equal(in_place[:, width:], gate_up[:, width:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu_keeps_nan_and_takes_extreme_values(library, dtype):
+    gate = torch.tensor([float("nan"), 200.0, -200.0, 3e38, -3e38, float("inf"), 0.0, -0.0] * 3, dtype=dtype)
+    up = torch.ones_like(gate)
+    act = torch.empty_like(gate).unsqueeze(0)
+    kernels.swiglu(gate.unsqueeze(0), up.unsqueeze(0), act)
+    wanted = torch.tensor([float("nan"), 200.0, 0.0, 3e38, 0.0, float("inf"), 0.0, 0.0] * 3, dtype=dtype)
+    torch.testing.assert_close(act[0], wanted, rtol=1e-2, atol=1e-30, equal_nan=True)
+    assert_nan = draw(2, 64, dtype=dtype)
+    assert_nan[1, 40] = float("nan")
+    act = torch.empty(2, 32, dtype=dtype)
+    kernels.swiglu(assert_nan[:, :32], assert_nan[:, 32:], act)
+    assert act.isnan().sum() == 1 and act[1, 8].isnan()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 31, 64, 100])
+@pytest.mark.parametrize("columns", WIDTHS)
+def test_transpose_also_of_a_part(library, dtype, rows, columns):
+    tensor = draw(rows, columns + 3, dtype=dtype)
+    out = torch.full((columns, rows + 5), 7.0, dtype=dtype)
+    kernels.transpose(tensor[:, :columns], out[:, :rows])
+    assert torch.equal(out[:, :rows], tensor[:, :columns].t()) and (out[:, rows:] == 7).all()
+    product = torch.empty(columns, 9, dtype=dtype)
+    left, right = tensor[:, :columns].contiguous(), draw(rows, 9, dtype=dtype)
+    kernels.matmul_transposed(left, right, product)
+    assert_close(product, left.double().t() @ right.double(), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [0, 1, 7, 18])
+@pytest.mark.parametrize("outputs", [1, 3, 4, 6, 13, 16])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_projection_and_its_gradients_added_to_those_of_later_uses(library, dtype, tokens, outputs, width):
+    x, weight = draw(tokens, width, dtype=dtype), draw(outputs, width, dtype=dtype)
+    grad, later = draw(tokens, outputs, seed=1), draw(tokens, width, dtype=dtype, seed=2)
+    parts = x.double().requires_grad_(), weight.double().requires_grad_()
+    wanted = parts[0] @ parts[1].t()
+    torch.autograd.backward([wanted, parts[0] * 1], [grad.double(), later.double()])
+    ours = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    out, again = kernels.project(*ours)
+    assert out.dtype == torch.float32 and torch.equal(again, x)
+    assert_close(out, wanted, torch.float32, "projection")
+    torch.autograd.backward([out, again], [grad, later])
+    for name, mine, theirs in zip(("x", "weight"), ours, parts, strict=True):
+        assert mine.grad is not None and theirs.grad is not None
+        assert_close(mine.grad, theirs.grad, dtype, name)
+
+
+def test_a_token_has_the_same_logits_whatever_its_neighbours(library):
+    x, weight = draw(13, 70), draw(9, 70)
+    together, _ = kernels.project(x, weight)
+    for token in range(13):
+        assert torch.equal(kernels.project(x[token : token + 1], weight)[0][0], together[token])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("with_affine", [True, False])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_gather_and_combine_with_all_gradients(library, dtype, width, with_affine, top_k):
+    tokens, constants = 11, 2
+    experts = torch.randint(0, 6, (tokens, top_k), generator=torch.Generator().manual_seed(width))
+    order = kernels.sort_slots(experts, 4)  # experts 4 and 5 are none
+    rows = kernels.RowOrder(order.slots_S[: int(order.counts_E.sum())], order.positions_TK)
+    inputs = {
+        "x": draw(tokens, width, dtype=dtype),
+        "weights": draw(tokens, top_k),
+        "scale": draw(tokens, seed=1),
+        "coefficients": draw(tokens, constants),
+        "values": draw(constants, width, dtype=dtype),
+    }
+    inputs["scale"][3] = 0
+    inputs["coefficients"][5] = 0
+    grad, factor = draw(tokens, width, dtype=dtype, seed=3), draw(width, dtype=dtype)
+
+    def run(values: dict[str, Tensor], native: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        leaves = {name: value.requires_grad_() for name, value in values.items()}
+        if native:
+            gathered, x = kernels.gather_rows(leaves["x"], rows)
+        else:
+            gathered, x = leaves["x"][rows.token_ids_R], leaves["x"]
+        outputs = gathered * factor.to(gathered.dtype)
+        affine = kernels.Affine(x, leaves["scale"], leaves["coefficients"], leaves["values"])
+        if native:
+            out = kernels.combine_rows(outputs, rows, leaves["weights"], affine if with_affine else None)
+        else:
+            weights_R = leaves["weights"].flatten()[rows.slots_R]
+            out = torch.zeros(tokens, width, dtype=torch.float64).index_add(
+                0, rows.token_ids_R, outputs * weights_R.unsqueeze(-1)
+            )
+            if with_affine:
+                out = out + x * leaves["scale"].unsqueeze(-1) + leaves["coefficients"] @ leaves["values"]
+        out.backward(grad.to(out.dtype))
+        return out, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+    out, grads = run({name: value.clone() for name, value in inputs.items()}, native=True)
+    wanted, wanted_grads = run({name: value.double() for name, value in inputs.items()}, native=False)
+    assert_close(out, wanted, dtype)
+    assert set(grads) == set(wanted_grads)
+    # What was not selected (a coefficient of 0) has no gradient.
+    for name, index in (("scale", 3), ("coefficients", 5)):
+        if with_affine:
+            wanted_grads[name][index] = 0
+    for name, value in wanted_grads.items():
+        assert_close(grads[name], value, dtype, name)
+
+
+@pytest.mark.parametrize("num_experts", [1, 7, 40])
+@pytest.mark.parametrize("tokens", [1, 16, 45])
+def test_top_experts_and_sorting_agree_with_torch(library, num_experts, tokens):
+    for top_k in {1, min(2, num_experts), min(8, num_experts)}:
+        scores = draw(num_experts, tokens, seed=top_k)
+        ids_KT = kernels.top_experts(scores, top_k)
+        assert torch.equal(ids_KT, torch.topk(scores, top_k, dim=0).indices)
+        ids_TK = ids_KT.t().contiguous()
+        ours = kernels.sort_slots(ids_TK, num_experts - 1)
+        with kernels.torch_only():
+            theirs = kernels.sort_slots(ids_TK, num_experts - 1)
+        count = int(ours.counts_E.sum())
+        assert torch.equal(ours.counts_E, theirs.counts_E) and torch.equal(ours.positions_TK, theirs.positions_TK)
+        assert torch.equal(ours.slots_S[:count], theirs.slots_S[:count])
+
+
+def test_among_equal_scores_the_lower_expert_is_chosen_and_nan_gives_distinct_experts(library):
+    scores = torch.tensor([[1.0, 2.0], [3.0, 2.0], [3.0, 2.0]]).repeat(1, 20)
+    assert kernels.top_experts(scores, 3).t().tolist() == [[1, 2, 0], [0, 1, 2]] * 20
+    broken = kernels.top_experts(torch.full((5, 18), float("nan")), 3)
+    assert all(len(set(column)) == 3 and set(column) <= set(range(5)) for column in broken.t().tolist())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunk_rows", [None, 24])
+def test_the_layer_is_the_same_with_and_without_compiled_kernels(dtype, chunk_rows):
+    cfg = MoEConfig(5, 80, 1, 1, 2, top_k=2, tau=0.5, expert_chunk_rows=chunk_rows, logits_norm_std=1.0)
+    torch.manual_seed(0)
+    layer = MoELayer(cfg, 96).to(dtype)
+    x, prev = draw(300, 96, dtype=dtype), draw(300, cfg.num_experts)
+
+    def run() -> dict[str, Tensor]:
+        layer.zero_grad()
+        x_TD = x.clone().requires_grad_()
+        out = layer(x_TD, prev)
+        ((out.hidden * x.flip(0)).sum() + out.aux_loss).backward()
+        with torch.no_grad():
+            inference = layer(x, prev).hidden
+        grads = {name: parameter.grad for name, parameter in layer.named_parameters()}
+        results = {"hidden": out.hidden, "inference": inference, "aux": out.aux_loss, "x": x_TD.grad, **grads}
+        return {name: value.detach() for name, value in results.items() if value is not None}
+
+    compiled(dtype)
+    ours = run()
+    with kernels.torch_only():
+        theirs = run()
+    assert set(ours) == set(theirs)
+    for name, value in ours.items():
+        error = float((value.double() - theirs[name].double()).abs().max() / theirs[name].double().abs().max())
+        assert error < (2e-2 if dtype == torch.bfloat16 else 1e-5), f"{name}: {error:.1e}"
+    torch.testing.assert_close(ours["inference"], ours["hidden"], rtol=0, atol=TOLERANCE[dtype] * 3)
+
+
+def test_without_a_compiler_torch_takes_over_and_says_so_once(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("CC", str(Path(tmp_path, "no-such-compiler")))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build.library.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING, logger="moepp"):
+            layer = MoELayer(MoEConfig(2, 8, 1, 1, 1), 16)
+            assert layer(draw(9, 16)).hidden.isfinite().all() and layer(draw(5, 16)).hidden.isfinite().all()
+        assert kernels.describe(torch.device("cpu"), torch.float32) == "torch"
+        assert len(caplog.records) == 1 and "no-such-compiler" in caplog.text
+    finally:
+        build.library.cache_clear()
