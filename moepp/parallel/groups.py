@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, Store, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
-from moepp.errors import ConfigError
+from moepp.errors import ConfigError, PeerError
 
 
 @dataclass(frozen=True)
@@ -109,15 +109,26 @@ def init_process_group(launch: LaunchEnvironment, device: torch.device, timeout_
 
     Returns:
         The key-value store that brought the ranks together.
+
+    Raises:
+        PeerError: not all ranks came in time.
     """
     backend = "gloo"
     if device.type != "cpu":
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
     timeout = timedelta(seconds=timeout_seconds)
     store: Store = HashStore()
-    if launch.world_size > 1:
-        store, _, _ = next(rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
-    dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    try:
+        if launch.world_size > 1:
+            store, _, _ = next(rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
+        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    except RuntimeError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = " ".join(str(error).split())[:200]
+        raise PeerError(
+            f"rank {launch.rank} cannot join the other ranks of {launch.world_size} at {place} within "
+            f"parallel.timeout_seconds={timeout_seconds:g} ({reason}); check that all were started"
+        ) from error
     return store
 
 
