@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("list", _list, "step, tokens, size, layout and state of every checkpoint; reads every byte"),
         ("verify", _verify, "check every file of every checkpoint; exit code 1 if one is damaged"),
         ("diff", _diff, "compare two checkpoints: configuration and tensors"),
-        ("prune", _prune, "delete old checkpoints; shows what would go unless --yes is given"),
+        ("prune", _prune, "delete old checkpoints and those set aside; shows what would go unless --yes is given"),
         ("bench", _bench, "time saving of a run's state, in the foreground and in the background"),
     ):
         action = actions.add_parser(name, help=text, description=text)
@@ -146,7 +146,7 @@ def _prune(args: argparse.Namespace, run_dir: RunDir) -> int:
         raise ConfigError(
             f"--keep {args.keep} --keep-every {args.keep_every}: keep at least 1, and every 0 or more steps"
         )
-    doomed = fmt.prunable(run_dir.checkpoints, args.keep, args.keep_every)
+    doomed = fmt.prunable(run_dir.checkpoints, args.keep, args.keep_every) + fmt.list_replaced(run_dir.checkpoints)
     kept = [path for path in fmt.list_checkpoints(run_dir.checkpoints) if path not in doomed]
     if doomed and not any(not fmt.verify(path) for path in kept):
         raise CheckpointError(f"none of the {len(kept)} checkpoints that would stay verifies; raise --keep")

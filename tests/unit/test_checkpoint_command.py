@@ -89,3 +89,16 @@ def test_wrong_places_and_steps_are_refused_in_one_line(run: Path, capsys: pytes
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 3 and all(line.startswith("error: ") for line in errors)
     assert "there are checkpoints after steps 10, 20, 30" in errors[1]
+
+
+def test_prune_takes_what_was_set_aside_too(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoints = run / "checkpoints"
+    fmt.set_aside(checkpoints / "step-00000030")
+    assert main(["checkpoint", "list", str(run)]) == 0
+    assert "(set aside as step-00000030.replaced-1)" in capsys.readouterr().out
+    assert main(["checkpoint", "prune", str(run), "--keep", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "would delete step-00000010\nwould delete step-00000030.replaced-1\n" in shown
+    assert len(list(checkpoints.iterdir())) == 3
+    assert main(["checkpoint", "prune", str(run), "--keep", "1", "--yes"]) == 0
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000020"]

@@ -1,0 +1,76 @@
+"""Stop signals, skipped steps and the spike rule, each by itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+
+import pytest
+
+from moepp.config import GuardConfig
+from moepp.errors import TrainingError
+from moepp.guards import SkippedSteps, SpikeGuard, StopRequest
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_stop_signal_is_remembered_and_the_old_handler_comes_back(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert stop.received is None
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        assert stop.received is number
+    assert signal.getsignal(number) is before
+
+
+def test_skipped_steps_stop_the_run_only_in_a_row() -> None:
+    guard = SkippedSteps(GuardConfig(max_skipped_steps=3))
+    for step, skipped in enumerate([True, True, False, True, True], start=1):
+        guard.record(skipped, step)
+    assert (guard.total, guard.in_a_row) == (4, 2)
+    with pytest.raises(
+        TrainingError, match=r"3 steps in a row \(guard.max_skipped_steps\), up to step 6; lower optim.lr"
+    ):
+        guard.record(True, 6)
+
+
+def test_counts_go_on_after_a_restart_and_a_spike_is_no_broken_step() -> None:
+    guard = SkippedSteps(GuardConfig(max_skipped_steps=3), total=7, in_a_row=2)
+    guard.count_spike()
+    assert (guard.total, guard.in_a_row) == (8, 0)
+    guard = SkippedSteps(GuardConfig(max_skipped_steps=3), total=7, in_a_row=2)
+    with pytest.raises(TrainingError):
+        guard.record(True, 11)
+
+
+def test_spike_is_a_loss_beyond_sigma_of_a_full_window() -> None:
+    losses = [4.0, 4.2, 3.9, 4.1]
+    guard = SpikeGuard(GuardConfig(spike_sigma=3.0, spike_window=4))
+    assert guard.is_on and not guard.is_spike(4.0) and not guard.is_spike(90.0), "the window is not full yet"
+    guard = SpikeGuard(GuardConfig(spike_sigma=3.0, spike_window=4))
+    assert not any(guard.is_spike(loss) for loss in losses)
+    bound = statistics.mean(losses) + 3.0 * statistics.stdev(losses)
+    assert guard.is_spike(bound + 1e-9)
+    assert guard.history == losses, "a spike does not join the window"
+    assert not guard.is_spike(bound - 1e-9)
+    assert guard.history == [*losses[1:], bound - 1e-9]
+
+
+def test_low_losses_are_no_spikes() -> None:
+    guard = SpikeGuard(GuardConfig(spike_sigma=1.0, spike_window=2), history=[4.0, 4.1])
+    assert not guard.is_spike(1.0)
+
+
+def test_window_goes_on_after_a_restart() -> None:
+    cfg = GuardConfig(spike_sigma=2.0, spike_window=3)
+    whole, first = SpikeGuard(cfg), SpikeGuard(cfg)
+    losses = [3.0, 3.1, 2.9, 3.05, 9.0, 2.95]
+    expected = [whole.is_spike(loss) for loss in losses]
+    found = [first.is_spike(loss) for loss in losses[:3]]
+    second = SpikeGuard(cfg, first.history)
+    assert found + [second.is_spike(loss) for loss in losses[3:]] == expected == [False] * 4 + [True, False]
+
+
+def test_off_by_default() -> None:
+    assert not SpikeGuard(GuardConfig()).is_on
