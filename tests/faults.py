@@ -203,6 +203,40 @@ def _after_each_step(act: Any) -> None:
     Trainer.train_step = step  # type: ignore[method-assign]
 
 
+def measure_saves(folder: str) -> None:
+    """Write to ``folder/rank-<r>.json`` what a save stages on this rank and how far memory rises meanwhile, bytes."""
+    import ctypes
+    import gc
+    import json
+
+    from moepp.checkpoint import saver
+
+    save, stage = saver.Checkpointer.save, saver.stage
+    measured: dict[str, int] = {}
+
+    def memory(field: str) -> int:
+        text = Path("/proc/self/status").read_text()
+        return 1024 * int(text.partition(f"{field}:")[2].split()[0])
+
+    def staged(engine: Any, *args: Any) -> Any:
+        measured["largest"] = max(4 * 3 * parameter.numel() for parameter in engine.model.parameters())
+        result = stage(engine, *args)
+        measured["staged"] = sum(tensor.nbytes for tensor in result.values())
+        return result
+
+    def measured_save(self: Any, *args: Any) -> None:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = memory("VmRSS")
+        save(self, *args)
+        measured["peak"] = memory("VmHWM") - before
+        Path(folder, f"rank-{os.environ['RANK']}.json").write_text(json.dumps(measured))
+
+    saver.stage = staged
+    saver.Checkpointer.save = measured_save  # type: ignore[method-assign]
+
+
 def leave_out_batch(first: int, end: int | None = None) -> None:
     """A data stream without batches ``first`` to ``end`` - 1."""
     from moepp.data.loader import Data

@@ -36,6 +36,8 @@ def stage(engine: Engine, stats: StepStats, groups: ParallelGroups) -> dict[str,
         if owner == own:
             for key, tensor in _keys(name, state, groups.ep_rank).items():
                 staged[key] = tensor.detach().to("cpu", copy=True)
+                del tensor
+        del state  # the next parameter is assembled before the loop would forget this one
     for key, tensor in (stats.state() | _rng_state(groups.device)).items():
         staged[f"rank-{groups.rank}/{key}"] = tensor.to("cpu", copy=True)
     return staged

@@ -14,17 +14,19 @@ from moepp.engine.engine import Fetch, state_keys
 
 def read_zero_state(model: nn.Module, optimizer: Any, optim: OptimConfig) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Each parameter's full fp32 value and optimizer state, assembled one at a time (collective)."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
     _link_optimizer_state(optimizer, optim)
     step = _any_step(optimizer, optim)
     for name, parameter in model.named_parameters():
-        state = {"fp32": safe_get_full_fp32_param(parameter)}
-        for key in state_keys(optim):
-            state[key] = safe_get_full_optimizer_state(parameter, key)
-        if step is not None:
-            state["step"] = step
-        yield name, {key: _found(name, key, value) for key, value in state.items()}
+        yield name, _read(name, parameter, optim) | ({} if step is None else {"step": step})
+
+
+def _read(name: str, parameter: nn.Parameter, optim: OptimConfig) -> dict[str, Tensor]:
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    state = {"fp32": safe_get_full_fp32_param(parameter)}
+    for key in state_keys(optim):
+        state[key] = safe_get_full_optimizer_state(parameter, key)
+    return {key: _found(name, key, value) for key, value in state.items()}
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,31 @@ def test_wandb_continues_the_same_run(server: TrainServer, corpus: str, tmp_path
     folders = sorted(path.name for path in (tmp_path / "run/wandb").glob("offline-run-*"))
     assert len(folders) == 2
     assert {name.rpartition("-")[2] for name in folders} == {info["run_state"]["wandb_run_id"]}
+
+
+@pytest.mark.parametrize(
+    "engine", [["engine=native"], ["engine=deepspeed", "parallel.zero_stage=1"]], ids=["native", "deepspeed"]
+)
+def test_saving_takes_memory_for_the_own_share_and_one_parameter(
+    server: TrainServer, corpus: str, tmp_path: Path, engine: list[str]
+) -> None:
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("this system does not tell a peak of memory")
+    size = [
+        "model.hidden_size=128",
+        "model.num_layers=4",
+        "model.moe.num_ffn_experts=8",
+        "model.moe.ffn_hidden_size=512",
+    ]
+    options = [corpus, *engine, *size, "parallel.expert=2", "train.steps=2", "checkpoint.interval=1"]
+    server.train(tmp_path / "run", 2, options, [("measure_saves", ALL, str(tmp_path))])
+    ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    state = json.loads((tmp_path / "run/checkpoints/step-00000002/manifest.json").read_text())["files"]
+    everything = sum(file["size"] for file in state.values())
+    slack = 4 * 2**20  # Python's and the allocator's own
+    for measured in ranks:
+        assert measured["staged"] < 0.55 * everything
+        assert measured["peak"] < measured["staged"] + measured["largest"] + slack < 0.8 * everything, ranks
 
 
 def layout(ranks: int, expert: int, engine: str, zero: int | None = None) -> Any:
