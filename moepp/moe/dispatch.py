@@ -52,7 +52,7 @@ class Receipt:
     remote_slots: int  # of this rank's FFN slots, those whose expert lives on another rank
     send_splits: list[int]
     receive_splits: list[int]
-    regroup_R: Tensor | None  # (expert, source) position -> (source, expert) position; None: same order
+    received_PL: list[list[int]]  # rows from each rank for each local expert
     pending: comm.PendingExchange | None = None
 
 
@@ -66,7 +66,7 @@ class LocalDispatcher:
         counts = slots.order.counts_E.tolist()
         order = slots.rows(sum(counts))
         rows_ND, x_TD = gather_rows(x_TD, order)
-        return Receipt(order, slots.weights_TK, counts, 0, [], [], None), rows_ND, x_TD
+        return Receipt(order, slots.weights_TK, counts, 0, [], [], []), rows_ND, x_TD
 
     def receive(self, rows_ND: Tensor, receipt: Receipt) -> Tensor:
         """The rows to compute, [R, D] ordered by local expert."""
@@ -89,9 +89,9 @@ class AllToAllDispatcher:
     def dispatch(self, x_TD: Tensor, slots: FFNSlots) -> tuple[Receipt, Tensor, Tensor]:
         """Start the exchange; the rows are in flight until :meth:`receive`; x comes back for its next use."""
         counts_PL = slots.order.counts_E.view(self.num_ranks, -1)
-        received_PL = comm.exchange_counts(counts_PL, self.group, self.traffic)
+        received_counts_PL = comm.exchange_counts(counts_PL, self.group, self.traffic)
         # The one host synchronisation of the layer: split sizes must be known here.
-        sent, received = torch.stack((counts_PL, received_PL)).tolist()
+        sent, received = torch.stack((counts_PL, received_counts_PL)).tolist()
         send_splits, receive_splits = [sum(row) for row in sent], [sum(row) for row in received]
         order = slots.rows(sum(send_splits))
         rows_ND, x_TD = gather_rows(x_TD, order)
@@ -103,7 +103,7 @@ class AllToAllDispatcher:
             remote_slots=sum(send_splits) - send_splits[self.rank],
             send_splits=send_splits,
             receive_splits=receive_splits,
-            regroup_R=_regroup(received_PL, sum(receive_splits)),
+            received_PL=received,
             pending=pending,
         )
         return receipt, in_flight_RD, x_TD
@@ -111,13 +111,15 @@ class AllToAllDispatcher:
     def receive(self, rows_RD: Tensor, receipt: Receipt) -> Tensor:
         """Wait for the exchange; the rows to compute, [R, D] ordered by local expert."""
         assert receipt.pending is not None
-        rows_RD = comm.finish_exchange(rows_RD, receipt.pending)
-        return rows_RD if receipt.regroup_R is None else rows_RD.index_select(0, receipt.regroup_R)
+        return self.regroup(comm.finish_exchange(rows_RD, receipt.pending), receipt)
+
+    def regroup(self, rows_RD: Tensor, receipt: Receipt) -> Tensor:
+        """From the order (source rank, expert) to (expert, source rank)."""
+        return _reorder_blocks(rows_RD, receipt.received_PL)
 
     def combine(self, rows_RD: Tensor, receipt: Receipt, affine: Affine | None) -> Tensor:
         """Send outputs back to their tokens' ranks; their weighted sum per token plus the affine part, [T, D]."""
-        if receipt.regroup_R is not None:
-            rows_RD = rows_RD.index_select(0, torch.argsort(receipt.regroup_R))
+        rows_RD = _reorder_blocks(rows_RD, [list(column) for column in zip(*receipt.received_PL, strict=True)])
         pending, in_flight_ND = comm.start_exchange(
             rows_RD, receipt.receive_splits, receipt.send_splits, self.group, self.traffic
         )
@@ -125,11 +127,10 @@ class AllToAllDispatcher:
         return combine_rows(rows_ND, receipt.order, receipt.weights_TK, affine)
 
 
-def _regroup(received_PL: Tensor, num_rows: int) -> Tensor | None:
-    """Where in the received order (source, expert) each row of the order (expert, source) lies: int64 [R]."""
-    num_ranks, num_local = received_PL.shape
-    if num_local == 1:
-        return None
-    expert_of_block = torch.arange(num_local, device=received_PL.device).repeat(num_ranks)
-    expert_R = expert_of_block.repeat_interleave(received_PL.flatten(), output_size=num_rows)
-    return torch.argsort(expert_R, stable=True)
+def _reorder_blocks(rows_RD: Tensor, sizes_AB: list[list[int]]) -> Tensor:
+    """Blocks of rows in the order (a, b), so many rows each, brought to the order (b, a)."""
+    if len(sizes_AB) <= 1 or len(sizes_AB[0]) <= 1:
+        return rows_RD
+    blocks = rows_RD.split([size for sizes_B in sizes_AB for size in sizes_B])
+    num_b = len(sizes_AB[0])
+    return torch.cat([block for b in range(num_b) for block in blocks[b::num_b]])

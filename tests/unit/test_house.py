@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # A module imports only from layers before its own, or from its own part. Each part is one module or package.
 LAYERS = (
-    ("errors",),
+    ("errors", "host_memory"),
     ("config",),
     ("comm",),
     ("moe",),
@@ -35,7 +35,7 @@ LAYERS = (
     ("trainer",),
     ("build",),
     ("samples",),
-    ("run", "report", "model_card"),
+    ("run", "report", "model_card", "bench"),
     ("commands",),
     ("cli",),
 )

@@ -1,0 +1,1 @@
+"""Benchmarks that users run on their own machines: one file per benchmark, run by ``moepp bench``."""

@@ -1,0 +1,207 @@
+"""The expert exchange on real collectives: bytes against the formula, time against a bare all-to-all, overlap.
+
+Three ways to place the experts of the same layer: *vanilla* (FFN experts alone, sharded), *MoE++* (zero-computation
+experts on every rank, so that only FFN slots travel), *all sharded* (zero-computation experts on one rank each, as any
+other expert). Every rank is a process with its own tokens.
+
+Shapes: T tokens per rank, D width, K experts per token, P ranks, E experts of the sharded kinds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moepp import comm
+from moepp.bench.cases import CASES, Case, ForcedRouting, balanced_logits, random_tokens
+from moepp.bench.processes import run_processes
+from moepp.bench.tables import Record
+from moepp.bench.timing import Timing, measure
+from moepp.moe import MoELayer
+from moepp.moe.dispatch import AllToAllDispatcher, FFNSlots, Receipt
+from moepp.moe.kernels import sort_slots
+from moepp.moe.router import compute_gates
+
+WARMUP = 2
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure; every rank runs on the CPU with one thread."""
+
+    case: str
+    taus: tuple[float, ...]
+    ep_sizes: tuple[int, ...]
+    num_tokens: int  # per rank
+    dtype: torch.dtype
+    rounds: int
+
+
+def run(options: Options) -> dict[str, list[Record]]:
+    """Tables ``exchange`` (bytes and times of a dispatch and a combine) and ``overlap`` (layer steps)."""
+    exchange: list[Record] = []
+    overlap: list[Record] = []
+    for ep_size in options.ep_sizes:
+        by_rank = run_processes(_work, ep_size, options)
+        exchange += [_merge(ep_size, list(records)) for records in zip(*(one[0] for one in by_rank), strict=True)]
+        for records in zip(*(one[1] for one in by_rank), strict=True):
+            slowest = max(records, key=lambda record: record["ms"])
+            overlap.append({"ep": ep_size} | slowest)
+    return {"exchange": exchange, "overlap": overlap}
+
+
+def _world() -> comm.Group:
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
+def _merge(ep_size: int, records: list[Record]) -> Record:
+    """One row of all ranks: bytes summed, times of the slowest rank."""
+    sent, formula = (sum(record[key] for record in records) for key in ("bytes", "formula"))
+    dispatch, exchange, bare = (max(record[key] for record in records) for key in ("whole", "exchange", "bare"))
+    return {
+        "ep": ep_size,
+        "experts": records[0]["experts"],
+        "tau": records[0]["tau"],
+        "MB per pass": sent / 2**20,
+        "equals formula": sent == formula,
+        "x vanilla": sent / sum(record["vanilla"] for record in records),
+        "expected": records[0]["expected"],
+        "dispatch+combine ms": dispatch,
+        "exchange ms": exchange,
+        "bare all-to-all ms": bare,
+        "share of bare bandwidth": bare / exchange,
+    }
+
+
+def _work(rank: int, world_size: int, options: Options) -> tuple[list[Record], list[Record]]:
+    case = CASES[options.case]
+    records = []
+    vanilla_bytes = 0
+    for name, tau in [("vanilla", None), *((name, t) for t in options.taus for name in ("MoE++", "all sharded"))]:
+        record = _exchange(rank, world_size, case, name, tau, options)
+        vanilla_bytes = vanilla_bytes or record["bytes"]
+        records.append(record | {"vanilla": vanilla_bytes})
+    return records, [record for tau in (None, *options.taus) for record in _overlap(case, tau, options)]
+
+
+def _exchange(rank: int, world_size: int, case: Case, name: str, tau: float | None, options: Options) -> Record:
+    cfg = case.config(tau)
+    num_sharded = cfg.num_experts if name == "all sharded" else cfg.num_ffn_experts
+    gates = compute_gates(balanced_logits(cfg, options.num_tokens, seed=rank), cfg)
+    slots = FFNSlots(sort_slots(gates.topk_ids_TK, num_sharded), gates.weights_TK)
+    x_TD = random_tokens(options.num_tokens, case.hidden_size, options.dtype, torch.device("cpu")).detach()
+    group, traffic = _world(), comm.Traffic()
+    dispatcher = AllToAllDispatcher(group, traffic)
+
+    def whole() -> Receipt:
+        receipt, rows_RD, _ = dispatcher.dispatch(x_TD, slots)
+        dispatcher.combine(dispatcher.receive(rows_RD, receipt), receipt, None)
+        return receipt
+
+    receipt = whole()
+    sent = traffic.row_bytes  # of a dispatch and a combine
+    row_bytes = case.hidden_size * x_TD.element_size()
+    returned = sum(receipt.receive_splits) - receipt.receive_splits[rank]
+    formula = (_remote_slots(gates.topk_ids_TK, num_sharded, rank, world_size) + returned) * row_bytes
+    timings = _time_exchange(whole, dispatcher, slots, receipt, x_TD, options.rounds)
+    # Every FFN slot of a balanced vanilla layer travels with probability (P - 1) / P.
+    share = num_sharded / cfg.num_experts if tau is None or name == "all sharded" else 1 / case.limit(tau)
+    return {
+        "experts": name,
+        "tau": tau,
+        "bytes": sent // 2,
+        "formula": formula // 2,
+        "expected": share,
+        **{key: timing.median for key, timing in timings.items()},
+    }
+
+
+def _remote_slots(topk_ids_TK: Tensor, num_sharded: int, rank: int, world_size: int) -> int:
+    """Slots whose expert lives elsewhere, counted from the choices alone."""
+    owner_TK = topk_ids_TK // (num_sharded // world_size)
+    return int(((topk_ids_TK < num_sharded) & (owner_TK != rank)).sum())
+
+
+def _time_exchange(
+    whole: Callable[[], object],
+    dispatcher: AllToAllDispatcher,
+    slots: FFNSlots,
+    receipt: Receipt,
+    x_TD: Tensor,
+    rounds: int,
+) -> dict[str, Timing]:
+    group, traffic = dispatcher.group, comm.Traffic()
+    rows_ND = x_TD[receipt.order.token_ids_R]
+    there, back = receipt.send_splits, receipt.receive_splits
+    outputs_RD = rows_ND.new_zeros(sum(back), rows_ND.shape[1])
+    counts_PL = slots.order.counts_E.view(dispatcher.num_ranks, -1)
+
+    def exchange() -> None:
+        comm.exchange_counts(counts_PL, group, traffic)
+        for rows, send, receive in ((rows_ND, there, back), (outputs_RD, back, there)):
+            pending, in_flight = comm.start_exchange(rows, send, receive, group, traffic)
+            comm.finish_exchange(in_flight, pending)
+
+    def bare() -> None:
+        for rows, send, receive in ((rows_ND, there, back), (outputs_RD, back, there)):
+            pending = comm.PendingExchange(group, traffic, send, receive)
+            pending.launch(rows, send, receive)
+            pending.wait()
+
+    contestants = {"whole": whole, "exchange": exchange, "bare": bare}
+    return measure(
+        contestants, rounds=rounds, clock=time.perf_counter, warmup=WARMUP, before=lambda: comm.barrier(group)
+    )
+
+
+class BlockingDispatcher(AllToAllDispatcher):
+    """Waits for the rows at once: what the layer would do without overlap, in both passes."""
+
+    def dispatch(self, x_TD: Tensor, slots: FFNSlots) -> tuple[Receipt, Tensor, Tensor]:
+        receipt, in_flight_RD, x_TD = super().dispatch(x_TD, slots)
+        assert receipt.pending is not None
+        rows_RD = comm.finish_exchange(in_flight_RD, receipt.pending)
+        return replace(receipt, pending=None), rows_RD, x_TD
+
+    def receive(self, rows_RD: Tensor, receipt: Receipt) -> Tensor:
+        return self.regroup(rows_RD, receipt)
+
+
+def _overlap(case: Case, tau: float | None, options: Options) -> list[Record]:
+    """Steps (forward and backward) of one layer with the exchange overlapped and without."""
+    group = _world()
+    torch.manual_seed(0)
+    layer = MoELayer(case.config(tau), case.hidden_size, ep_group=group).to(options.dtype)
+    x_TD = random_tokens(options.num_tokens, case.hidden_size, options.dtype, torch.device("cpu"))
+    routing = ForcedRouting(layer, options.num_tokens)
+    overlapping, blocking = layer.dispatcher, BlockingDispatcher(group, comm.Traffic())
+
+    def step(dispatcher: AllToAllDispatcher) -> None:
+        layer.dispatcher = dispatcher
+        layer.zero_grad(set_to_none=True)
+        with routing:
+            out = layer(x_TD)
+        (out.hidden.sum() + out.aux_loss).backward()
+
+    assert isinstance(overlapping, AllToAllDispatcher)
+    contestants = {"overlapped": lambda: step(overlapping), "blocking": lambda: step(blocking)}
+    timings = measure(
+        contestants, rounds=options.rounds, clock=time.perf_counter, warmup=1, before=lambda: comm.barrier(group)
+    )
+    return [
+        {
+            "experts": "vanilla" if tau is None else "MoE++",
+            "tau": tau,
+            "exchange": name,
+            "ms": t.median,
+            "spread": t.spread,
+        }
+        for name, t in timings.items()
+    ]

@@ -1,0 +1,71 @@
+"""Processes of a benchmark that need one another: each joins a process group and returns records to the parent."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moepp.errors import RunError
+from moepp.host_memory import keep_freed_memory
+
+
+def run_processes(work: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 1800) -> list[Any]:
+    """``work(rank, world_size, *args)`` in ``world_size`` processes over gloo, one thread each; results by rank.
+
+    ``work`` and its arguments must be importable and picklable.
+
+    Raises:
+        RunError: a process failed or did not finish in time.
+    """
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    with tempfile.TemporaryDirectory(prefix="moepp-bench-") as folder:
+        store = str(Path(folder, "store"))
+        processes = [
+            context.Process(target=_enter, args=(work, rank, world_size, store, results, args), daemon=True)
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            found = dict(results.get(timeout=timeout_seconds) for _ in processes)
+        except queue.Empty:
+            raise RunError(f"the {world_size} processes did not finish in {timeout_seconds:.0f} s") from None
+        finally:
+            for process in processes:
+                process.join(timeout=20)
+                if process.is_alive():
+                    process.kill()
+    for rank, (_, error) in sorted(found.items()):
+        if error is not None:
+            raise RunError(f"rank {rank} of {world_size} failed: {error}")
+    return [found[rank][0] for rank in range(world_size)]
+
+
+def _enter(work: Callable[..., Any], rank: int, world_size: int, store: str, results: Any, args: tuple) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=300),
+        )
+        results.put((rank, (work(rank, world_size, *args), None)))
+        dist.destroy_process_group()
+    except Exception as error:  # the parent raises it
+        traceback.print_exc()
+        results.put((rank, (None, f"{type(error).__name__}: {error}")))

@@ -1,0 +1,182 @@
+"""Measure this machine: the layer, its peers, the expert exchange, the training step."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moepp.errors import ConfigError
+
+DTYPES = ("bf16", "fp32")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare one sub-command per benchmark."""
+    benchmarks = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
+    layer = _add(benchmarks, "layer", "the MoE++ layer against the vanilla one and against its bare matrix products")
+    layer.add_argument("--cases", nargs="+", metavar="CASE", help="layer shapes (default: 8+4 16+4 32+8)")
+    layer.add_argument("--taus", nargs="+", type=float, metavar="TAU", help="default: 0.1 0.25 0.5 0.75 1.0")
+    layer.add_argument("--no-learned", action="store_true", help="forced balanced routing only")
+    peers = _add(benchmarks, "peers", "the same layer in transformers, DeepSpeed, megatron-core and a plain loop")
+    peers.add_argument("--cases", nargs="+", metavar="CASE", help="layer shapes (default: 8+4)")
+    peers.add_argument("--tau", type=float, metavar="TAU", default=0.75, help="of the MoE++ layer (default: 0.75)")
+    exchange = _add(benchmarks, "comm", "the expert exchange: bytes and time of real collectives between processes")
+    exchange.add_argument("--case", metavar="CASE", help="layer shape (default: 8+4)")
+    exchange.add_argument("--taus", nargs="+", type=float, metavar="TAU", help="default: 0.1 0.25 0.5 0.75 1.0")
+    exchange.add_argument("--ep", nargs="+", type=int, metavar="P", default=[2, 4], help="ranks (default: 2 4)")
+
+
+def _add(benchmarks: Any, name: str, summary: str) -> argparse.ArgumentParser:
+    parser = benchmarks.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    parser.add_argument("--quick", action="store_true", help="tiny shapes and few rounds: does it run?")
+    parser.add_argument("--tokens", type=int, metavar="T", help="tokens per rank (default: 8192)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: bf16")
+    if name in ("layer", "peers"):
+        parser.add_argument("--threads", nargs="+", type=int, metavar="N", help="threads (default: 1, then all cores)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="timed rounds (default: 15)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run one benchmark, print its tables, and write them as JSON when asked."""
+    from moepp.bench.tables import format_table, write_json
+    from moepp.host_memory import keep_freed_memory
+
+    _check(args)
+    kept = keep_freed_memory()
+    runners: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], dict[str, Any]]]] = {
+        "layer": _layer,
+        "peers": _peers,
+        "comm": _comm,
+    }
+    settings, tables = runners[args.benchmark](args)
+    settings |= {"host_memory": "kept" if kept else "returned", "command": "moepp " + " ".join(sys.argv[1:])}
+    for name, value in settings.items():
+        print(f"{name}: {value}")
+    for name, records in tables.items():
+        print(f"\n{name}\n{format_table(records)}")
+    if args.json is not None:
+        write_json(args.json, args.benchmark, settings, tables)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("tokens", "rounds"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} {value} must be at least 1; raise it")
+    if getattr(args, "threads", None) is not None and min(args.threads) < 1:
+        raise ConfigError(f"--threads {min(args.threads)} must be at least 1; raise it")
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        raise ConfigError(f"--json {args.json}: {args.json.absolute().parent} is not a directory; create it first")
+
+
+def _thread_counts(args: argparse.Namespace) -> list[int]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    default = [1] if args.quick or cores == 1 else [1, cores]
+    return args.threads if args.threads is not None else default
+
+
+def _machine(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
+    """Device, dtype, and what the report says about them."""
+    import torch
+
+    from moepp.moe import kernels
+    from moepp.parallel.groups import pick_device
+
+    device = pick_device(0)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
+    settings = {
+        "torch": torch.__version__,
+        "device": str(device),
+        "dtype": args.dtype,
+        "kernels": kernels.describe(device, dtype),
+    }
+    return device, dtype, settings
+
+
+def _layer(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    from moepp.bench import layer
+
+    names = _cases(args, ["8+4", "16+4", "32+8"])
+    taus = _taus(args)
+    device, dtype, settings = _machine(args)
+    options = layer.Options(
+        cases=names,
+        taus=taus,
+        num_tokens=args.tokens or (512 if args.quick else 8192),
+        dtype=dtype,
+        device=device,
+        num_threads=_thread_counts(args),
+        rounds=args.rounds or (3 if args.quick else 15),
+        learned=not args.no_learned,
+    )
+    return settings | {"tokens": options.num_tokens, "rounds": options.rounds}, layer.run(options)
+
+
+def _taus(args: argparse.Namespace) -> list[float]:
+    taus = args.taus or ([0.5] if args.quick else [0.1, 0.25, 0.5, 0.75, 1.0])
+    if min(taus) <= 0:
+        raise ConfigError(f"--taus {min(taus)} must be greater than 0; raise it")
+    return taus
+
+
+def _cases(args: argparse.Namespace, default: list[str]) -> list[str]:
+    from moepp.bench.cases import CASES
+
+    names = args.cases or (["quick"] if args.quick else default)
+    for name in names:
+        if name not in CASES:
+            raise ConfigError(f"--cases {name} is not one of {', '.join(CASES)}; choose among them")
+    return names
+
+
+def _peers(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    from moepp.bench import peers
+
+    names = _cases(args, ["8+4"])
+    if args.tau <= 0:
+        raise ConfigError(f"--tau {args.tau} must be greater than 0; raise it")
+    device, dtype, settings = _machine(args)
+    options = peers.Options(
+        cases=tuple(names),
+        tau=args.tau,
+        num_tokens=args.tokens or (512 if args.quick else 8192),
+        dtype=dtype,
+        device=device,
+        num_threads=tuple(_thread_counts(args)),
+        rounds=args.rounds or (3 if args.quick else 9),
+    )
+    return settings | {"tokens": options.num_tokens, "rounds": options.rounds}, peers.run(options)
+
+
+def _comm(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    import torch
+
+    from moepp.bench import comm
+    from moepp.bench.cases import CASES
+
+    args.cases = [args.case] if args.case else None
+    [name] = _cases(args, ["8+4"])
+    taus = _taus(args)
+    for ep_size in args.ep:
+        for count in (CASES[name].num_ffn, CASES[name].config(taus[0]).num_experts):
+            if ep_size < 2 or count % ep_size:
+                raise ConfigError(
+                    f"--ep {ep_size} must be at least 2 and divide the {count} experts of case {name}; change it"
+                )
+    options = comm.Options(
+        case=name,
+        taus=tuple(taus),
+        ep_sizes=tuple(args.ep),
+        num_tokens=args.tokens or (512 if args.quick else 8192),
+        dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype],
+        rounds=args.rounds or (3 if args.quick else 9),
+    )
+    settings = {"torch": torch.__version__, "dtype": args.dtype, "tokens per rank": options.num_tokens}
+    return settings | {"rounds": options.rounds, "threads": "1 per rank"}, comm.run(options)
