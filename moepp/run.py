@@ -14,13 +14,14 @@ import torch.distributed as dist
 from moepp import comm
 from moepp.build import build_parts, device_name
 from moepp.checkpoint import choose_checkpoint, read_info
-from moepp.config import Config, to_dict, validate
+from moepp.config import Config, to_dict, validate, zero_stage
 from moepp.data import check_data
 from moepp.environment import describe_environment
 from moepp.errors import MoeppError, PeerError
 from moepp.guards import StopRequest
 from moepp.metrics.logs import close_logging, setup_logging
 from moepp.metrics.wandb import require_wandb_login
+from moepp.model.accounting import count_parameters
 from moepp.parallel.groups import (
     ParallelGroups,
     build_groups,
@@ -119,15 +120,34 @@ def _claim(cfg: Config, environment: dict[str, Any]) -> RunClaim:
     return RunDir.claim(cfg.run.path, to_dict(cfg), environment, cfg.run.resume, LOCK_WAIT_SECONDS)
 
 
+def _introduce(cfg: Config, groups: ParallelGroups) -> None:
+    """Say what is about to be trained, and on what."""
+    counts = count_parameters(cfg.model)
+    logger.info(
+        "%s parameters (%.0f%% in FFN experts), %s, %d rank%s, EP %d, %s, ZeRO %d; training to step %d",
+        f"{counts.total:,}",
+        100 * counts.ffn_experts / counts.total,
+        cfg.train.precision,
+        groups.world_size,
+        "s" if groups.world_size > 1 else "",
+        groups.ep_size,
+        cfg.engine.name,
+        zero_stage(cfg),
+        cfg.train.steps,
+    )
+
+
 def _train(
     cfg: Config, groups: ParallelGroups, run_dir: RunDir, environment: dict[str, Any], stop: StopRequest
 ) -> None:
+    logger.info("preparing data and model in %s", run_dir.path)
     checkpoint = choose_checkpoint(cfg, run_dir.checkpoints, groups)
     start_step = read_info(checkpoint).step if checkpoint is not None else 0
     if start_step >= cfg.train.steps:
         logger.info("nothing to do: %s is at step %d; raise train.steps to go on", run_dir.path, start_step)
         return
     parts = build_parts(cfg, groups, run_dir, start_step, environment["packages"])
+    _introduce(cfg, groups)
     with parts.sinks:
         trainer = Trainer(parts)
         if checkpoint is not None:

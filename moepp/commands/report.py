@@ -1,4 +1,4 @@
-"""``moepp report RUN_DIR``: draw the loss curve again and print the closing summary of a run."""
+"""Draw the loss curve of a run again and print its closing summary."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class OptimConfig:
 
     name: str = "adamw"  # "adamw" or "sgd"
     lr: float = 5e-4  # peak learning rate
-    min_lr: float = 5e-5  # learning rate at the end of the schedule
+    min_lr: float | None = None  # learning rate at the end of the schedule; None: a tenth of lr
     warmup_steps: int = 2000  # linear warm-up
     schedule: str = "cosine"  # "cosine", "linear" or "constant" after the warm-up
     betas: tuple[float, float] = (0.9, 0.95)
@@ -86,7 +86,7 @@ class OptimConfig:
         require_choice("optim.schedule", self.schedule, ("cosine", "linear", "constant"))
         require_above("optim.lr", self.lr, 0)
         require(
-            0 <= self.min_lr <= self.lr,
+            0 <= self.final_lr <= self.lr,
             f"optim.min_lr={self.min_lr} must lie between 0 and optim.lr={self.lr}; lower it",
         )
         require_at_least("optim.warmup_steps", self.warmup_steps, 0)
@@ -98,6 +98,11 @@ class OptimConfig:
         )
         if self.grad_clip is not None:
             require_above("optim.grad_clip", self.grad_clip, 0)
+
+    @property
+    def final_lr(self) -> float:
+        """Learning rate at the end of the schedule."""
+        return self.lr / 10 if self.min_lr is None else self.min_lr
 
 
 @dataclass(frozen=True)

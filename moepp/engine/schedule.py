@@ -8,7 +8,7 @@ from moepp.config import OptimConfig
 
 
 def learning_rate(step: int, total_steps: int, optim: OptimConfig) -> float:
-    """Learning rate of 0-based ``step``: linear warm-up to ``lr``, then the schedule down to ``min_lr`` at the end."""
+    """Learning rate of 0-based ``step``: linear warm-up to ``lr``, then the schedule down to ``final_lr`` at the end."""
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
     if optim.schedule == "constant":
@@ -16,4 +16,4 @@ def learning_rate(step: int, total_steps: int, optim: OptimConfig) -> float:
     progress = (step - optim.warmup_steps) / max(total_steps - 1 - optim.warmup_steps, 1)
     progress = min(progress, 1.0)
     share = 0.5 * (1 + math.cos(math.pi * progress)) if optim.schedule == "cosine" else 1 - progress
-    return optim.min_lr + (optim.lr - optim.min_lr) * share
+    return optim.final_lr + (optim.lr - optim.final_lr) * share

@@ -177,7 +177,7 @@ def test_fixed_keys_exist():
         ({"optim__name": "adam"}, ["'adam' is not one of adamw, sgd"]),
         ({"optim__schedule": "step"}, ["cosine, linear, constant"]),
         ({"optim__lr": 0}, ["optim.lr=0.0"]),
-        ({"optim__lr": 1e-5}, ["optim.min_lr=5e-05", "between 0 and optim.lr=1e-05"]),
+        ({"optim__lr": 1e-5, "optim__min_lr": 5e-5}, ["optim.min_lr=5e-05", "between 0 and optim.lr=1e-05"]),
         ({"optim__betas": [0.9, 1.0]}, ["optim.betas=[0.9, 1.0]", "in [0, 1)"]),
         ({"optim__betas": [0.9]}, ["optim.betas=[0.9]"]),
         ({"optim__grad_clip": 0}, ["optim.grad_clip=0.0"]),
