@@ -6,6 +6,7 @@ Every key of configs/ can be overridden on the command line, e.g. `parallel.expe
 
 import os
 import sys
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -16,33 +17,30 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moepp.config import explain_hydra_error, from_hydra, refuse_unknown_options
 from moepp.errors import MoeppError, PeerError
+from moepp.parallel.refusal import print_once
 from moepp.run import run_training
 
 
 @hydra.main(version_base=None, config_path="configs", config_name="config")
 def main(cfg: DictConfig) -> None:
-    """One run: from Hydra's configuration to the typed one, and on."""
-    try:
-        run(cfg)
-    except MoeppError as error:
-        leave(error)
-
-
-def run(cfg: DictConfig) -> None:
-    """Train; the runs of a sweep get a directory each."""
+    """One run: from Hydra's configuration to the typed one, and on. The runs of a sweep get a directory each."""
     job = HydraConfig.get()
     if job.mode == RunMode.MULTIRUN and not any(o.startswith("run.") for o in job.overrides.task):
         with open_dict(cfg):
             cfg.run.name = f"{cfg.run.name}-{job.job.num}"
-    run_training(from_hydra(cfg))
+    try:
+        run_training(from_hydra(cfg))
+    except MoeppError as error:
+        leave(error)
 
 
-def leave(error: Exception) -> None:
+def leave(error: Exception) -> NoReturn:
     """Print what a user can cause as one line, on the first rank only, and exit with the same code on every rank."""
     message = str(error) if isinstance(error, MoeppError) else explain_hydra_error(error)
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    if rank == "0" or isinstance(error, PeerError):  # the first rank may be the one that failed
+    if isinstance(error, PeerError):  # every rank has seen another thing, and the first may be the one that failed
         print(f"error: {message}", file=sys.stderr, flush=True)
+    else:
+        print_once(f"error: {message}")
     sys.stdout.flush()
     os._exit(getattr(error, "exit_code", MoeppError.exit_code))  # exit handlers may wait for ranks that have left
 
