@@ -114,7 +114,8 @@ def own_module_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(modules, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        patch.setattr(sys, "path", list(sys.path))
+        # Without the caches that other modules' tests have put there: Python would look for the code in those.
+        patch.setattr(sys, "path", [place for place in sys.path if not Path(place, "transformers_modules").is_dir()])
         patch.setenv("HF_HUB_OFFLINE", "1")
         forget_remote_code()
         yield

@@ -111,5 +111,6 @@ def test_unknown_command_names_the_near_one(argv: list[str], capsys: pytest.Capt
 
 def test_overview_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
-    assert "prepare  Tokenise text files" in " ".join(capsys.readouterr().out.split(" " * 3))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["prepare", "Tokenise", "text", "files"] in [words[:4] for words in lines]
     assert main([]) == 2
