@@ -20,6 +20,8 @@ from moepp.errors import MoeppError, PeerError
 from moepp.parallel.refusal import print_once
 from moepp.run import run_training
 
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells do
+
 
 @hydra.main(version_base=None, config_path="configs", config_name="config")
 def main(cfg: DictConfig) -> None:
@@ -55,6 +57,9 @@ def cli() -> None:
         main()
     except (MoeppError, HydraException, OmegaConfBaseException) as error:
         leave(error)
+    except KeyboardInterrupt:
+        print("interrupted; start the same command to continue from the newest checkpoint", file=sys.stderr, flush=True)
+        os._exit(EXIT_INTERRUPTED)
 
 
 if __name__ == "__main__":
