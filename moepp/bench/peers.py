@@ -52,7 +52,7 @@ class Contestant:
 def run(options: Options) -> dict[str, list[Record]]:
     """Table ``peers``: times, ratio to ours, largest difference from our output; or why a peer was skipped."""
     records: list[Record] = []
-    with _one_process_group(options.device):
+    with one_process_group(options.device):
         for count in options.num_threads:
             with threads(count):
                 for name in options.cases:
@@ -61,7 +61,7 @@ def run(options: Options) -> dict[str, list[Record]]:
 
 
 @contextmanager
-def _one_process_group(device: torch.device) -> Iterator[None]:
+def one_process_group(device: torch.device) -> Iterator[None]:
     """Some peers ask for a process group even when alone."""
     if dist.is_initialized():
         yield

@@ -13,6 +13,22 @@ from moepp.errors import ConfigError
 
 DTYPES = ("bf16", "fp32")
 
+_TRAIN_SHAPES = {
+    "num_layers": "layers (default: 4)",
+    "hidden_size": "width (default: 768)",
+    "ffn_hidden_size": "width of an expert (default: 2048)",
+    "num_ffn": "FFN experts (default: 8)",
+    "num_heads": "attention heads (default: 12)",
+    "vocab_size": "vocabulary (default: 16384)",
+    "seq_len": "tokens per sequence (default: 512)",
+    "batch_size": "sequences (default: 8)",
+}
+_QUICK_TRAIN = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_heads": 4, "vocab_size": 256} | {
+    "seq_len": 32,
+    "batch_size": 4,
+    "rounds": 2,
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare one sub-command per benchmark."""
@@ -28,14 +44,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     exchange.add_argument("--case", metavar="CASE", help="layer shape (default: 8+4)")
     exchange.add_argument("--taus", nargs="+", type=float, metavar="TAU", help="default: 0.1 0.25 0.5 0.75 1.0")
     exchange.add_argument("--ep", nargs="+", type=int, metavar="P", default=[2, 4], help="ranks (default: 2 4)")
+    train = _add(benchmarks, "train", "the whole step: ours, our vanilla twin, the same model in transformers")
+    for name, what in _TRAIN_SHAPES.items():
+        train.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=what)
+    train.add_argument("--tau", type=float, metavar="TAU", default=0.75, help="of the MoE++ model (default: 0.75)")
+    train.add_argument("--scaling", action="store_true", help="also vary sequence length, tokens, experts and layers")
+    train.add_argument("--plot", type=Path, metavar="FILE", help="with --scaling: draw its tables")
 
 
 def _add(benchmarks: Any, name: str, summary: str) -> argparse.ArgumentParser:
     parser = benchmarks.add_parser(name, help=summary, description=summary, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="tiny shapes and few rounds: does it run?")
-    parser.add_argument("--tokens", type=int, metavar="T", help="tokens per rank (default: 8192)")
+    if name != "train":
+        parser.add_argument("--tokens", type=int, metavar="T", help="tokens per rank (default: 8192)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: bf16")
-    if name in ("layer", "peers"):
+    if name != "comm":
         parser.add_argument("--threads", nargs="+", type=int, metavar="N", help="threads (default: 1, then all cores)")
     parser.add_argument("--rounds", type=int, metavar="N", help="timed rounds (default: 15)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
@@ -53,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
         "layer": _layer,
         "peers": _peers,
         "comm": _comm,
+        "train": _train,
     }
     settings, tables = runners[args.benchmark](args)
     settings |= {"host_memory": "kept" if kept else "returned", "command": "moepp " + " ".join(sys.argv[1:])}
@@ -66,14 +90,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("tokens", "rounds"):
-        value = getattr(args, name)
+    for name in ("tokens", "rounds", *_TRAIN_SHAPES):
+        value = getattr(args, name, None)
         if value is not None and value < 1:
-            raise ConfigError(f"--{name} {value} must be at least 1; raise it")
+            raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1; raise it")
     if getattr(args, "threads", None) is not None and min(args.threads) < 1:
         raise ConfigError(f"--threads {min(args.threads)} must be at least 1; raise it")
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise ConfigError(f"--json {args.json}: {args.json.absolute().parent} is not a directory; create it first")
+    for name in ("json", "plot"):
+        path = getattr(args, name, None)
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ConfigError(f"--{name} {path}: {path.absolute().parent} is not a directory; create it first")
 
 
 def _thread_counts(args: argparse.Namespace) -> list[int]:
@@ -86,7 +112,7 @@ def _machine(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     """Device, dtype, and what the report says about them."""
     import torch
 
-    from moepp.moe import kernels
+    from moepp import kernels
     from moepp.parallel.groups import pick_device
 
     device = pick_device(0)
@@ -180,3 +206,22 @@ def _comm(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     )
     settings = {"torch": torch.__version__, "dtype": args.dtype, "tokens per rank": options.num_tokens}
     return settings | {"rounds": options.rounds, "threads": "1 per rank"}, comm.run(options)
+
+
+def _train(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    from moepp.bench import train
+    from moepp.bench.timing import threads
+
+    if args.plot is not None and not args.scaling:
+        raise ConfigError(f"--plot {args.plot} draws the scaling tables; add --scaling")
+    device, dtype, settings = _machine(args)
+    shapes = dict(_QUICK_TRAIN) if args.quick else {}
+    shapes |= {name: value for name in (*_TRAIN_SHAPES, "rounds") if (value := getattr(args, name)) is not None}
+    options = train.Options(tau=args.tau, dtype=dtype, device=device, **shapes)
+    options.model_config(vanilla=False)  # wrong shapes fail here
+    counts = _thread_counts(args)
+    with threads(counts[-1]):
+        tables = train.run(options, args.scaling)
+    if args.plot is not None:
+        train.plot_scaling(tables["scaling"], str(args.plot))
+    return settings | train.describe(options) | {"threads": counts[-1]}, tables

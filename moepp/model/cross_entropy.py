@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moepp.kernels import compiled, matmul_transposed, repacks_right_factor
+
 IGNORE_INDEX = -100
 _MIN_CHUNKS = 4  # so that small batches do not hold all their logits either
 _MIN_CHUNK_TOKENS = 256  # fewer would spend the time on adding up the weight's gradient
+_MIN_CHUNK_TOKENS_REPACKED = 1024  # where each product of a chunk also copies the whole weight (measured)
 _CHUNK_ELEMENTS_CPU = 2**21  # logits that stay in the cache; measured fastest with V = 8192
 _CHUNK_ELEMENTS = 2**26  # 256 MiB of fp32 logits
 
@@ -35,16 +38,17 @@ def chunked_cross_entropy(
     Returns:
         (loss_sum, num_tokens): 0-dim tensors, fp32 (fp64) and int64; the second counts the labels that are not -100.
     """
-    num_tokens, vocab_size = hidden_TD.shape[0], weight_VD.shape[0]
+    vocab_size = weight_VD.shape[0]
     if chunk_tokens is None:
-        chunk_tokens = _default_chunk_tokens(num_tokens, vocab_size, hidden_TD.device)
+        chunk_tokens = _default_chunk_tokens(hidden_TD, vocab_size)
     loss_sum = _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, labels_T, chunk_tokens, torch.is_grad_enabled())
     return loss_sum, (labels_T != IGNORE_INDEX).sum()
 
 
-def _default_chunk_tokens(num_tokens: int, vocab_size: int, device: torch.device) -> int:
-    elements = _CHUNK_ELEMENTS_CPU if device.type == "cpu" else _CHUNK_ELEMENTS
-    return max(1, min(max(elements // vocab_size, _MIN_CHUNK_TOKENS), -(-num_tokens // _MIN_CHUNKS)))
+def _default_chunk_tokens(hidden_TD: Tensor, vocab_size: int) -> int:
+    elements = _CHUNK_ELEMENTS_CPU if hidden_TD.device.type == "cpu" else _CHUNK_ELEMENTS
+    least = _MIN_CHUNK_TOKENS_REPACKED if repacks_right_factor(hidden_TD) else _MIN_CHUNK_TOKENS
+    return max(1, min(max(elements // vocab_size, least), -(-hidden_TD.shape[0] // _MIN_CHUNKS)))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -62,22 +66,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for start in range(0, hidden_TD.shape[0], chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
                 hidden_CD = hidden_TD[rows]
+                chunk_loss, grad_logits_CV = _loss_and_gradient(
+                    hidden_CD @ weight_VD.T, labels_T[rows], wants_hidden or wants_weight, accumulate_dtype
+                )
+                loss_sum += chunk_loss
+                # Ignored rows are blanked in the [C, D] factors, which spares a pass over [C, V].
                 ignored_C1 = (labels_T[rows] == IGNORE_INDEX).unsqueeze(1)
-                label_C1 = labels_T[rows].unsqueeze(1).masked_fill(ignored_C1, 0)
-                logprob_CV = torch.log_softmax(hidden_CD @ weight_VD.T, dim=-1, dtype=accumulate_dtype)
-                loss_sum -= logprob_CV.gather(1, label_C1).masked_fill(ignored_C1, 0).sum()
-                if grad_hidden_TD is None and grad_weight_VD is None:
-                    continue
-                # d loss / d logits = softmax - one_hot. Ignored rows are blanked in the [C, D] factors below,
-                # which spares a pass over [C, V].
-                probability_CV = logprob_CV.exp_()
-                probability_CV.scatter_add_(1, label_C1, probability_CV.new_full((), -1.0).expand_as(label_C1))
-                grad_logits_CV = probability_CV.to(hidden_TD.dtype)
                 if grad_hidden_TD is not None:
                     torch.mm(grad_logits_CV, weight_VD, out=grad_hidden_TD[rows])
                     grad_hidden_TD[rows].masked_fill_(ignored_C1, 0)
                 if grad_weight_VD is not None:
-                    _accumulate_product(grad_weight_VD, grad_logits_CV.T, hidden_CD.masked_fill(ignored_C1, 0))
+                    _accumulate_product(grad_weight_VD, grad_logits_CV, hidden_CD.masked_fill(ignored_C1, 0))
         ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
         return loss_sum
@@ -93,9 +92,35 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden_TD, grad_weight_VD, None, None, None
 
 
-def _accumulate_product(sum_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
-    """``sum += left @ right``; low-precision products are rounded once per chunk and added in fp32."""
-    if sum_VD.dtype == left_VC.dtype:
-        torch.addmm(sum_VD, left_VC, right_CD, out=sum_VD)
+def _loss_and_gradient(
+    logits_CV: Tensor, labels_C: Tensor, with_gradient: bool, accumulate_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Summed loss of a chunk, and the gradient of its logits in their dtype (ignored rows: anything finite).
+
+    d loss / d logits = softmax - one_hot. The logits are used up.
+    """
+    ignored_C = labels_C == IGNORE_INDEX
+    if kernels := compiled(logits_CV):
+        num_tokens, vocab_size = logits_CV.shape
+        if (((labels_C < 0) & ~ignored_C) | (labels_C >= vocab_size)).any():
+            raise IndexError(f"a label is neither {IGNORE_INDEX} nor in [0, {vocab_size})")
+        losses_C = torch.empty(num_tokens, dtype=torch.float32)
+        sizes = (IGNORE_INDEX, int(with_gradient), num_tokens, vocab_size)
+        kernels.call("cross_entropy", logits_CV, labels_C.contiguous(), losses_C, *sizes)
+        return losses_C.sum(), logits_CV
+    label_C1 = labels_C.masked_fill(ignored_C, 0).unsqueeze(1)
+    logprob_CV = torch.log_softmax(logits_CV, dim=-1, dtype=accumulate_dtype)
+    loss = -logprob_CV.gather(1, label_C1).masked_fill(ignored_C.unsqueeze(1), 0).sum()
+    if with_gradient:
+        logprob_CV.exp_().scatter_add_(1, label_C1, logprob_CV.new_full((), -1.0).expand_as(label_C1))
+    return loss, logprob_CV.to(logits_CV.dtype)
+
+
+def _accumulate_product(sum_VD: Tensor, left_CV: Tensor, right_CD: Tensor) -> None:
+    """``sum += leftᵀ right``; low-precision products are rounded once per chunk and added in fp32."""
+    if sum_VD.dtype == left_CV.dtype:
+        torch.addmm(sum_VD, left_CV.T, right_CD, out=sum_VD)
     else:
-        sum_VD += left_VC @ right_CD
+        product_VD = torch.empty_like(sum_VD, dtype=left_CV.dtype)
+        matmul_transposed(left_CV, right_CD, product_VD)
+        sum_VD += product_VD

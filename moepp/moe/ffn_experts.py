@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moepp.config import MoEConfig
-from moepp.moe.kernels import matmul_transposed, repacks_right_factor, swiglu, swiglu_backward, transpose
+from moepp.kernels import matmul_transposed, repacks_right_factor, transpose
+from moepp.moe.kernels import swiglu, swiglu_backward
 
 _WEIGHTS_LEFT_BELOW = 1024  # rows of one expert; from here on repacking its weights does not show (measured)
 

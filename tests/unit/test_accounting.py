@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moepp.config import ModelConfig, MoEConfig
 from moepp.config.load import build
+from moepp.kernels import torch_only
 from moepp.model import Transformer, init_parameters
 from moepp.model.accounting import (
     activated_parameters,
@@ -21,7 +22,6 @@ from moepp.model.accounting import (
     flops_per_token,
     max_ffn_per_token,
 )
-from moepp.moe.kernels import torch_only
 
 CONFIG_FOLDER = Path(__file__).parents[2] / "configs" / "model"
 SHIPPED = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))

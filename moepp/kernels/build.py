@@ -1,4 +1,4 @@
-"""Compiles ``cpu.c`` for this machine, once per element type, and loads it.
+"""Compiles the C files of this folder for this machine, once per element type, and loads them.
 
 The result is kept in the user's cache folder under a name made from everything it depends on. Several processes may
 build at once: each writes a file of its own and renames it.
@@ -22,7 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("cpu.c")
+_FOLDER = Path(__file__).parent
+_SOURCES = ("moe.c", "transpose.c", "cross_entropy.c")
+_HEADERS = ("vector.h",)
 ELEMENT_BITS = {torch.bfloat16: 16, torch.float32: 32}
 
 # Arguments of each kernel: t tensor (None: null), n number.
@@ -36,6 +38,7 @@ _SIGNATURES = {
     "project_backward": "ttttttnnn",
     "top_experts": "ttnnn",
     "sort_slots": "ttttnn",
+    "cross_entropy": "tttnnnn",
 }
 _FLAGS = ("-O3", "-shared", "-fPIC", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-w")
 _NATIVE = ("-march=native", "-mprefer-vector-width=512")
@@ -68,7 +71,7 @@ def library(dtype: torch.dtype) -> Library | None:
         return _load(_compiled(ELEMENT_BITS[dtype]))
     except (BuildError, OSError) as error:
         logging.getLogger("moepp").warning(
-            "MoE kernels for the CPU could not be built (%s); torch operations take their place, with the same "
+            "kernels for the CPU could not be built (%s); torch operations take their place, with the same "
             "results but slower",
             error,
         )
@@ -89,10 +92,11 @@ def _compiled(bits: int) -> Path:
     if not compiler:
         raise BuildError("no C compiler found; install gcc or clang")
     key = hashlib.sha256()
-    for part in (SOURCE.read_bytes(), compiler.encode(), torch.__version__.encode(), _processor().encode()):
+    texts = [(_FOLDER / name).read_bytes() for name in (*_SOURCES, *_HEADERS)]
+    for part in (*texts, compiler.encode(), torch.__version__.encode(), _processor().encode()):
         key.update(part)
     folder = _cache_folder()
-    target = folder / f"moe-cpu-{bits}-{key.hexdigest()[:20]}.so"
+    target = folder / f"kernels-{bits}-{key.hexdigest()[:20]}.so"
     if target.exists():
         return target
     with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
@@ -103,10 +107,10 @@ def _compiled(bits: int) -> Path:
 
 
 def _compile(compiler: list[str], bits: int, result: Path) -> None:
-    problem = ""
+    problem, sources = "", [str(_FOLDER / name) for name in _SOURCES]
     for flags in _ATTEMPTS:
         openmp = _torch_openmp() if "-fopenmp" in flags else []
-        command = [*compiler, *_FLAGS, *flags, f"-DELEMENT_BITS={bits}", str(SOURCE), *openmp, "-o", str(result)]
+        command = [*compiler, *_FLAGS, *flags, f"-DELEMENT_BITS={bits}", *sources, *openmp, "-lm", "-o", str(result)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
             return

@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moepp import MoEConfig, MoELayer
-from moepp.moe import kernels
-from moepp.moe.kernels import build
+from moepp import MoEConfig, MoELayer, kernels
+from moepp.kernels import build
+from moepp.model.cross_entropy import chunked_cross_entropy
+from moepp.moe import kernels as moe_kernels
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")), reason="no C compiler"
@@ -64,14 +65,14 @@ def test_swiglu_and_its_gradient(library, dtype, rows, width):
     wanted.backward(grad.double())
     assert wide.grad is not None
     act, grad_gate_up = torch.empty_like(grad), torch.empty_like(gate_up)
-    kernels.swiglu(gate_up[:, :width], gate_up[:, width:], act)
+    moe_kernels.swiglu(gate_up[:, :width], gate_up[:, width:], act)
     assert_close(act, wanted, dtype, "act")
     act.zero_()
-    kernels.swiglu_backward(gate_up, grad, grad_gate_up, act)
+    moe_kernels.swiglu_backward(gate_up, grad, grad_gate_up, act)
     assert_close(act, wanted, dtype, "act of backward")
     assert_close(grad_gate_up, wide.grad, dtype, "gradient")
     in_place = gate_up.clone()
-    kernels.swiglu(in_place[:, :width], in_place[:, width:], in_place[:, :width])
+    moe_kernels.swiglu(in_place[:, :width], in_place[:, width:], in_place[:, :width])
     assert_close(in_place[:, :width], wanted, dtype, "in place")
     assert torch.equal(in_place[:, width:], gate_up[:, width:])
 
@@ -81,13 +82,13 @@ def test_swiglu_keeps_nan_and_takes_extreme_values(library, dtype):
     gate = torch.tensor([float("nan"), 200.0, -200.0, 3e38, -3e38, float("inf"), 0.0, -0.0] * 3, dtype=dtype)
     up = torch.ones_like(gate)
     act = torch.empty_like(gate).unsqueeze(0)
-    kernels.swiglu(gate.unsqueeze(0), up.unsqueeze(0), act)
+    moe_kernels.swiglu(gate.unsqueeze(0), up.unsqueeze(0), act)
     wanted = torch.tensor([float("nan"), 200.0, 0.0, 3e38, 0.0, float("inf"), 0.0, 0.0] * 3, dtype=dtype)
     torch.testing.assert_close(act[0], wanted, rtol=1e-2, atol=1e-30, equal_nan=True)
     assert_nan = draw(2, 64, dtype=dtype)
     assert_nan[1, 40] = float("nan")
     act = torch.empty(2, 32, dtype=dtype)
-    kernels.swiglu(assert_nan[:, :32], assert_nan[:, 32:], act)
+    moe_kernels.swiglu(assert_nan[:, :32], assert_nan[:, 32:], act)
     assert act.isnan().sum() == 1 and act[1, 8].isnan()
 
 
@@ -116,7 +117,7 @@ def test_projection_and_its_gradients_added_to_those_of_later_uses(library, dtyp
     wanted = parts[0] @ parts[1].t()
     torch.autograd.backward([wanted, parts[0] * 1], [grad.double(), later.double()])
     ours = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    out, again = kernels.project(*ours)
+    out, again = moe_kernels.project(*ours)
     assert out.dtype == torch.float32 and torch.equal(again, x)
     assert_close(out, wanted, torch.float32, "projection")
     torch.autograd.backward([out, again], [grad, later])
@@ -127,9 +128,9 @@ def test_projection_and_its_gradients_added_to_those_of_later_uses(library, dtyp
 
 def test_a_token_has_the_same_logits_whatever_its_neighbours(library):
     x, weight = draw(13, 70), draw(9, 70)
-    together, _ = kernels.project(x, weight)
+    together, _ = moe_kernels.project(x, weight)
     for token in range(13):
-        assert torch.equal(kernels.project(x[token : token + 1], weight)[0][0], together[token])
+        assert torch.equal(moe_kernels.project(x[token : token + 1], weight)[0][0], together[token])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -139,8 +140,8 @@ def test_a_token_has_the_same_logits_whatever_its_neighbours(library):
 def test_gather_and_combine_with_all_gradients(library, dtype, width, with_affine, top_k):
     tokens, constants = 11, 2
     experts = torch.randint(0, 6, (tokens, top_k), generator=torch.Generator().manual_seed(width))
-    order = kernels.sort_slots(experts, 4)  # experts 4 and 5 are none
-    rows = kernels.RowOrder(order.slots_S[: int(order.counts_E.sum())], order.positions_TK)
+    order = moe_kernels.sort_slots(experts, 4)  # experts 4 and 5 are none
+    rows = moe_kernels.RowOrder(order.slots_S[: int(order.counts_E.sum())], order.positions_TK)
     inputs = {
         "x": draw(tokens, width, dtype=dtype),
         "weights": draw(tokens, top_k),
@@ -155,13 +156,13 @@ def test_gather_and_combine_with_all_gradients(library, dtype, width, with_affin
     def run(values: dict[str, Tensor], native: bool) -> tuple[Tensor, dict[str, Tensor]]:
         leaves = {name: value.requires_grad_() for name, value in values.items()}
         if native:
-            gathered, x = kernels.gather_rows(leaves["x"], rows)
+            gathered, x = moe_kernels.gather_rows(leaves["x"], rows)
         else:
             gathered, x = leaves["x"][rows.token_ids_R], leaves["x"]
         outputs = gathered * factor.to(gathered.dtype)
-        affine = kernels.Affine(x, leaves["scale"], leaves["coefficients"], leaves["values"])
+        affine = moe_kernels.Affine(x, leaves["scale"], leaves["coefficients"], leaves["values"])
         if native:
-            out = kernels.combine_rows(outputs, rows, leaves["weights"], affine if with_affine else None)
+            out = moe_kernels.combine_rows(outputs, rows, leaves["weights"], affine if with_affine else None)
         else:
             weights_R = leaves["weights"].flatten()[rows.slots_R]
             out = torch.zeros(tokens, width, dtype=torch.float64).index_add(
@@ -189,12 +190,12 @@ def test_gather_and_combine_with_all_gradients(library, dtype, width, with_affin
 def test_top_experts_and_sorting_agree_with_torch(library, num_experts, tokens):
     for top_k in {1, min(2, num_experts), min(8, num_experts)}:
         scores = draw(num_experts, tokens, seed=top_k)
-        ids_KT = kernels.top_experts(scores, top_k)
+        ids_KT = moe_kernels.top_experts(scores, top_k)
         assert torch.equal(ids_KT, torch.topk(scores, top_k, dim=0).indices)
         ids_TK = ids_KT.t().contiguous()
-        ours = kernels.sort_slots(ids_TK, num_experts - 1)
+        ours = moe_kernels.sort_slots(ids_TK, num_experts - 1)
         with kernels.torch_only():
-            theirs = kernels.sort_slots(ids_TK, num_experts - 1)
+            theirs = moe_kernels.sort_slots(ids_TK, num_experts - 1)
         count = int(ours.counts_E.sum())
         assert torch.equal(ours.counts_E, theirs.counts_E) and torch.equal(ours.positions_TK, theirs.positions_TK)
         assert torch.equal(ours.slots_S[:count], theirs.slots_S[:count])
@@ -202,9 +203,36 @@ def test_top_experts_and_sorting_agree_with_torch(library, num_experts, tokens):
 
 def test_among_equal_scores_the_lower_expert_is_chosen_and_nan_gives_distinct_experts(library):
     scores = torch.tensor([[1.0, 2.0], [3.0, 2.0], [3.0, 2.0]]).repeat(1, 20)
-    assert kernels.top_experts(scores, 3).t().tolist() == [[1, 2, 0], [0, 1, 2]] * 20
-    broken = kernels.top_experts(torch.full((5, 18), float("nan")), 3)
+    assert moe_kernels.top_experts(scores, 3).t().tolist() == [[1, 2, 0], [0, 1, 2]] * 20
+    broken = moe_kernels.top_experts(torch.full((5, 18), float("nan")), 3)
     assert all(len(set(column)) == 3 and set(column) <= set(range(5)) for column in broken.t().tolist())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, 2, 16, 17, 100])
+def test_cross_entropy_and_its_gradient(library, dtype, vocab):
+    logits, labels = draw(12, vocab, dtype=dtype, scale=3), torch.arange(12) % vocab
+    logits[2] *= 30  # probabilities of almost 0 and 1
+    labels[[0, 7]] = -100
+    wide = logits.double().requires_grad_()
+    wanted = F.cross_entropy(wide, labels, reduction="none")
+    wanted.sum().backward()
+    assert wide.grad is not None
+    losses, library_of = torch.empty(12), kernels.compiled(logits)
+    assert library_of is not None
+    untouched = logits.clone()
+    library_of.call("cross_entropy", untouched, labels, losses, -100, 0, 12, vocab)
+    assert torch.equal(untouched, logits)
+    torch.testing.assert_close(losses.double(), wanted.detach(), rtol=2e-6, atol=2e-6)
+    library_of.call("cross_entropy", logits, labels, losses, -100, 1, 12, vocab)
+    assert_close(logits, wide.grad, dtype)
+    assert (logits[[0, 7]] == 0).all()
+
+
+@pytest.mark.parametrize("label", [-1, -99, 5, 10**12])
+def test_a_label_out_of_range_is_refused_before_memory_is_touched(library, label):
+    with pytest.raises(IndexError, match="label"):
+        chunked_cross_entropy(draw(4, 8), draw(5, 8), torch.tensor([0, 1, label, 2]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,13 +1,11 @@
-"""The kernels as functions of tensors: compiled for the CPU where possible, else in torch operations.
+"""What stands between the MoE layer's matrix products: compiled kernels where there are some, else torch operations.
 
-Shapes: T tokens, D width, K slots of a token, R rows of FFN slots, F expert width, C constant experts, P outputs.
+Shapes: T tokens, D width, K slots of a token, R rows of FFN slots, F expert width, C constant experts, P outputs,
+E experts, S = T·K slots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,40 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moepp.moe.kernels.build import ELEMENT_BITS, Library, library
+from moepp.kernels import Library, compiled, compiled_for
 
 MAX_TOP_K = 8  # of the compiled kernel, which scans K times
 
-_compiled_allowed: ContextVar[bool] = ContextVar("compiled_allowed", default=True)
-
-
-@contextmanager
-def torch_only() -> Iterator[None]:
-    """Within it nothing runs through compiled kernels (to compare with them)."""
-    token = _compiled_allowed.set(False)
-    try:
-        yield
-    finally:
-        _compiled_allowed.reset(token)
-
-
-def describe(device: torch.device, dtype: torch.dtype) -> str:
-    """Which kernels tensors of this device and dtype use, for reports."""
-    return "compiled" if _compiled_for(device, dtype) else "torch"
-
-
-def _compiled(tensor: Tensor) -> Library | None:
-    return _compiled_for(tensor.device, tensor.dtype)
-
-
-def _compiled_for(device: torch.device, dtype: torch.dtype) -> Library | None:
-    if device.type != "cpu" or dtype not in ELEMENT_BITS or not _compiled_allowed.get():
-        return None
-    return library(dtype)
-
 
 def _required(tensor: Tensor) -> Library:
-    kernels = _compiled(tensor)
+    kernels = compiled(tensor)
     assert kernels is not None
     return kernels
 
@@ -60,7 +31,7 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
 
 def swiglu(gate_RF: Tensor, up_RF: Tensor, act_RF: Tensor) -> None:
     """``act = silu(gate) * up``; ``act_RF`` may be ``gate_RF`` itself. No autograd."""
-    if kernels := _compiled(gate_RF):
+    if kernels := compiled(gate_RF):
         operands = (value for tensor in (gate_RF, up_RF, act_RF) for value in (tensor, tensor.stride(0)))
         kernels.call("swiglu", *operands, *act_RF.shape)
     else:
@@ -70,7 +41,7 @@ def swiglu(gate_RF: Tensor, up_RF: Tensor, act_RF: Tensor) -> None:
 def swiglu_backward(gate_up_RG: Tensor, grad_act_RF: Tensor, grad_gate_up_RG: Tensor, act_RF: Tensor) -> None:
     """Fill the gradient of ``gate_up_RG`` [R, 2F], and the activation once more. ``act_RF`` may be ``grad_act_RF``."""
     num_rows, width = act_RF.shape
-    if kernels := _compiled(gate_up_RG):
+    if kernels := compiled(gate_up_RG):
         kernels.call("swiglu_backward", gate_up_RG, grad_act_RF, grad_gate_up_RG, act_RF, num_rows, width)
         return
     gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)
@@ -80,30 +51,6 @@ def swiglu_backward(gate_up_RG: Tensor, grad_act_RF: Tensor, grad_gate_up_RG: Te
     torch.mul(grad_act_RF, silu_RF, out=grad_up_RF)
     torch.mul(grad_act_RF * up_RF, sigmoid_RF + silu_RF * (1 - sigmoid_RF), out=grad_gate_RF)
     torch.mul(silu_RF, up_RF, out=act_RF)
-
-
-def transpose(tensor_RM: Tensor, out_MR: Tensor) -> None:
-    """``out = tensor.t()``; both may have rows that lie apart."""
-    if kernels := _compiled(tensor_RM):
-        strided = (tensor_RM, tensor_RM.stride(0), out_MR, out_MR.stride(0))
-        kernels.call("transpose", *strided, *tensor_RM.shape)
-    else:
-        out_MR.copy_(tensor_RM.t())
-
-
-def repacks_right_factor(tensor: Tensor) -> bool:
-    """Whether this tensor's matmul copies its right factor into another layout each time, and takes the left one as it
-    lies but slowly where it is transposed: oneDNN's bfloat16 product on the CPU, as measured."""
-    return tensor.dtype == torch.bfloat16 and _compiled(tensor) is not None
-
-
-def matmul_transposed(left_RM: Tensor, right_RN: Tensor, out_MN: Tensor) -> None:
-    """``out = leftᵀ right``."""
-    left_MR = left_RM.t()
-    if repacks_right_factor(left_RM):  # twice as fast this way
-        left_MR = left_RM.new_empty(left_RM.shape[1], left_RM.shape[0])
-        transpose(left_RM, left_MR)
-    torch.mm(left_MR, right_RN, out=out_MN)
 
 
 def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
@@ -119,7 +66,7 @@ def project(x_TD: Tensor, weight_PD: Tensor) -> tuple[Tensor, Tensor]:
     What uses x afterwards should take the returned one: then the gradient from there comes in here and is added to
     in the same pass, instead of autograd summing gradients of the size of x.
     """
-    if _compiled(x_TD):
+    if compiled(x_TD):
         return _Project.apply(x_TD.contiguous(), weight_PD.float().contiguous())
     return linear_fp32(x_TD, weight_PD), x_TD
 
@@ -153,7 +100,7 @@ def top_experts(scores_ET: Tensor, top_k: int) -> Tensor:
 
     (Among equals torch's own choice, where the compiled kernel does not run.)
     """
-    kernels = _compiled(scores_ET)
+    kernels = compiled(scores_ET)
     if kernels is None or top_k > MAX_TOP_K:
         return torch.topk(scores_ET, top_k, dim=0).indices
     num_experts, num_tokens = scores_ET.shape
@@ -183,7 +130,7 @@ def sort_slots(experts_TK: Tensor, num_experts: int) -> SlotOrder:
     experts_S = experts_TK.flatten()
     counts_E = experts_S.new_empty(num_experts)
     slots_S, positions_S = torch.empty_like(experts_S), torch.empty_like(experts_S)
-    if kernels := _compiled_for(experts_S.device, torch.float32):
+    if kernels := compiled_for(experts_S.device, torch.float32):
         kernels.call("sort_slots", experts_S, slots_S, counts_E, positions_S, experts_S.numel(), num_experts)
     else:
         torch.argsort(experts_S.clamp(max=num_experts), stable=True, out=slots_S)
@@ -234,7 +181,7 @@ class Affine:
 
 def gather_rows(x_TD: Tensor, order: RowOrder) -> tuple[Tensor, Tensor]:
     """The token of every row, [R, D]; and x again for its next use, as in :func:`project`."""
-    if _compiled(x_TD):
+    if compiled(x_TD):
         return _Gather.apply(x_TD, order.token_ids_R, order.positions_TK)
     return x_TD.index_select(0, order.token_ids_R), x_TD
 
@@ -265,7 +212,7 @@ def combine_rows(rows_RD: Tensor, order: RowOrder, weights_TK: Tensor, affine: A
 
     Gate weights are float32; a weighted row is rounded to the rows' dtype once, or only their sum is.
     """
-    if _compiled(rows_RD):
+    if compiled(rows_RD):
         parts = (None, None, None, None)
         if affine is not None:
             parts = (affine.x_TD, affine.scale_T, affine.coefficients_TC, affine.values_CD.to(rows_RD.dtype))

@@ -1,0 +1,283 @@
+"""The whole training step: ours, our vanilla twin, and the same architecture in transformers.
+
+Every contestant goes through the same engine (fp32 masters, fp32 gradients, clipping, fused AdamW), so what differs is
+the model. Peak memory is taken in a process of its own for each.
+
+Shapes: B sequences, S tokens per sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moepp.bench.cases import ForcedRouting
+from moepp.bench.peers import one_process_group
+from moepp.bench.processes import run_processes
+from moepp.bench.tables import Record
+from moepp.bench.timing import clock_for, summarize
+from moepp.config import ModelConfig, MoEConfig, OptimConfig
+from moepp.engine.native import NativeEngine
+from moepp.host_memory import keep_freed_memory
+from moepp.model.accounting import balanced_ffn_per_token, count_parameters, flops_per_token
+from moepp.model.init import init_parameters
+from moepp.model.transformer import Transformer
+from moepp.moe import MoELayer
+from moepp.parallel.groups import build_groups
+
+STAGES = ("forward", "backward", "optimizer")
+OURS, VANILLA = "moepp MoE++", "moepp vanilla"
+TRANSFORMERS = ("transformers eager", "transformers grouped_mm")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Shape of the model and of the batch; ``tau`` is the MoE++ model's."""
+
+    dtype: torch.dtype
+    device: torch.device
+    num_layers: int = 4
+    hidden_size: int = 768
+    ffn_hidden_size: int = 2048
+    num_ffn: int = 8
+    num_heads: int = 12
+    vocab_size: int = 16384
+    seq_len: int = 512
+    batch_size: int = 8
+    tau: float = 0.75
+    rounds: int = 5
+
+    @property
+    def num_tokens(self) -> int:
+        return self.batch_size * self.seq_len
+
+    def model_config(self, vanilla: bool) -> ModelConfig:
+        """Dropless, so that all contestants compute every slot."""
+        few = 0 if vanilla else 1
+        return ModelConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_heads,
+            max_seq_len=self.seq_len,
+            moe=MoEConfig(
+                num_ffn_experts=self.num_ffn,
+                ffn_hidden_size=self.ffn_hidden_size,
+                num_zero_experts=few,
+                num_copy_experts=few,
+                num_constant_experts=2 * few,
+                gating_residual=not vanilla,
+                tau=1.0 if vanilla else self.tau,
+                capacity_factor=None,
+            ),
+        )
+
+
+class Step:
+    """One contestant's training step on random tokens, timed by stage."""
+
+    def __init__(self, name: str, options: Options) -> None:
+        self.options = options
+        self.clock = clock_for(options.device, torch.get_num_threads())
+        torch.manual_seed(0)
+        build = _build_transformers if name in TRANSFORMERS else _build_ours
+        model, self.loss = build(name, options)
+        groups = build_groups(1, options.device)
+        self.engine = NativeEngine(model, groups, OptimConfig(), accumulation_steps=1)
+        shape = (options.batch_size, options.seq_len + 1)
+        tokens = torch.randint(0, options.vocab_size, shape, generator=torch.Generator().manual_seed(1))
+        self.tokens = tokens.to(options.device)
+
+    def run(self) -> dict[str, float]:
+        """Milliseconds of each stage."""
+        marks = [self.clock()]
+        loss = self.loss(self.tokens[:, :-1], self.tokens[:, 1:])
+        marks.append(self.clock())
+        self.engine.backward(loss)
+        marks.append(self.clock())
+        self.engine.step(lr=1e-4)
+        marks.append(self.clock())
+        return {stage: (b - a) * 1e3 for stage, a, b in zip(STAGES, marks[:-1], marks[1:], strict=True)}
+
+
+def _build_ours(name: str, options: Options) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
+    model = Transformer(options.model_config(vanilla=name == VANILLA)).to(options.device, options.dtype)
+    init_parameters(model, seed=0)
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            ForcedRouting(module, options.num_tokens).__enter__()  # for as long as the model lives
+
+    def loss(input_ids_BS: Tensor, labels_BS: Tensor) -> Tensor:
+        out = model.loss(input_ids_BS, labels_BS)
+        return out.ce_sum / out.num_tokens + out.aux_loss
+
+    return model, loss
+
+
+def _build_transformers(name: str, options: Options) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=options.vocab_size,
+        hidden_size=options.hidden_size,
+        intermediate_size=options.ffn_hidden_size,
+        num_hidden_layers=options.num_layers,
+        num_attention_heads=options.num_heads,
+        num_key_value_heads=options.num_heads,
+        max_position_embeddings=options.seq_len,
+        num_local_experts=options.num_ffn,
+        num_experts_per_tok=2,
+        output_router_logits=True,
+        router_aux_loss_coef=0.01,
+        use_cache=False,
+    )
+    config._attn_implementation = "sdpa"
+    config._experts_implementation = name.rpartition(" ")[2]
+    model: Any = MixtralForCausalLM(config)
+    model.to(device=options.device, dtype=options.dtype)
+
+    def loss(input_ids_BS: Tensor, labels_BS: Tensor) -> Tensor:
+        return model(input_ids=input_ids_BS, labels=input_ids_BS, shift_labels=labels_BS.contiguous()).loss
+
+    return model, loss
+
+
+def run(options: Options, with_scaling: bool) -> dict[str, list[Record]]:
+    """Tables ``step`` and ``scaling`` (empty unless asked for)."""
+    with one_process_group(options.device):
+        records = _compare(options)
+        scaling = _scaling(options) if with_scaling else []
+    return {"step": records} | ({"scaling": scaling} if scaling else {})
+
+
+def _compare(options: Options) -> list[Record]:
+    steps, skipped = {}, []
+    for name in (OURS, VANILLA, *TRANSFORMERS):
+        try:
+            steps[name] = Step(name, options)
+        except ImportError as error:
+            skipped.append({"contestant": name, "skipped": str(error)})
+    times = _interleaved(steps, options.rounds)
+    fastest_peer = min((_total(times[name]) for name in TRANSFORMERS if name in times), default=None)
+    records: list[Record] = []
+    for name, stages in times.items():
+        total = _total(stages)
+        [peak_mb] = run_processes(_peak_memory, 1, name, options)
+        records.append(
+            {
+                "contestant": name,
+                "tokens/s": options.num_tokens / total * 1e3,
+                "step ms": total,
+                "spread": summarize([sum(one.values()) for one in stages]).spread,
+                **{f"{stage} ms": statistics.median(one[stage] for one in stages) for stage in STAGES},
+                "x fastest transformers": fastest_peer / total if fastest_peer else None,
+                "peak MB": peak_mb,
+            }
+        )
+    return records + skipped
+
+
+def _interleaved(steps: Mapping[str, Step], rounds: int, warmup: int = 1) -> dict[str, list[dict[str, float]]]:
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
+    for turn in range(warmup + rounds):
+        for name, step in steps.items():
+            elapsed = step.run()
+            if turn >= warmup:
+                times[name].append(elapsed)
+    return times
+
+
+def _total(stages: list[dict[str, float]]) -> float:
+    return statistics.median(sum(one.values()) for one in stages)
+
+
+def _peak_memory(_rank: int, _world_size: int, name: str, options: Options) -> float:
+    """Megabytes: largest resident size of a process after two steps; on an accelerator what torch allocated there."""
+    keep_freed_memory()
+    step = Step(name, options)
+    for _ in range(2):
+        step.run()
+    if options.device.type != "cpu":
+        return torch.accelerator.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would also count what the parent held when it forked
+        [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _scaling(options: Options) -> list[Record]:
+    """One quantity changed at a time; operations per step beside the time explain the growth."""
+    variants: list[tuple[str, int, Options]] = []
+    for factor in (1, 2, 4):
+        seq_len = options.seq_len * factor
+        batch = max(options.batch_size // factor, 1)
+        variants.append(("sequence length", seq_len, replace(options, seq_len=seq_len, batch_size=batch)))
+    for factor in (1, 2, 4):
+        batch = options.batch_size * factor
+        variants.append(("tokens per rank", batch * options.seq_len, replace(options, batch_size=batch)))
+    for experts in (4, 8, 16, 32):
+        variants.append(("FFN experts", experts, replace(options, num_ffn=experts)))
+    for layers in (1, 2, 4, 8):
+        variants.append(("layers", layers, replace(options, num_layers=layers)))
+    return [record for what, value, variant in variants for record in _scale_point(what, value, variant)]
+
+
+def _scale_point(what: str, value: int, options: Options) -> list[Record]:
+    steps = {name: Step(name, options) for name in (OURS, VANILLA)}
+    records = []
+    for name, stages in _interleaved(steps, options.rounds).items():
+        cfg = options.model_config(vanilla=name == VANILLA)
+        flops = flops_per_token(cfg, options.seq_len, balanced_ffn_per_token(cfg.moe)).forward_backward
+        total, gflop = _total(stages), flops * options.num_tokens / 1e9
+        records.append(
+            {
+                "varied": what,
+                "value": value,
+                "model": name,
+                "tokens": options.num_tokens,
+                "step ms": total,
+                "tokens/s": options.num_tokens / total * 1e3,
+                "GFLOP": gflop,
+                "GFLOP/s": gflop / total * 1e3,
+                "M parameters": count_parameters(cfg).total / 1e6,
+                "optimizer ms": statistics.median(one["optimizer"] for one in stages),
+            }
+        )
+    return records
+
+
+def plot_scaling(records: list[Record], path: str) -> None:
+    """One panel per varied quantity, step time over it, both models."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    varied = list(dict.fromkeys(record["varied"] for record in records))
+    figure, axes = pyplot.subplots(1, len(varied), figsize=(4 * len(varied), 3.2), squeeze=False)
+    for axis, what in zip(axes[0], varied, strict=True):
+        for model in (OURS, VANILLA):
+            points = [(r["value"], r["step ms"]) for r in records if r["varied"] == what and r["model"] == model]
+            axis.plot(*zip(*points, strict=True), marker="o", label=model)
+        axis.set(xlabel=what, ylabel="step, ms", xscale="log", yscale="log")
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def describe(options: Options) -> Record:
+    """The settings as a record."""
+    values = dataclasses.asdict(options)
+    return {key: str(value) if key in ("dtype", "device") else value for key, value in values.items()}

@@ -1,0 +1,65 @@
+"""Whether a tensor's kernels are compiled ones, and what several parts of the model need of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from moepp.kernels.build import ELEMENT_BITS, Library, library
+
+_allowed: ContextVar[bool] = ContextVar("compiled_kernels_allowed", default=True)
+
+
+@contextmanager
+def torch_only() -> Iterator[None]:
+    """Within it nothing runs through compiled kernels (to compare with them)."""
+    token = _allowed.set(False)
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+
+
+def compiled(tensor: Tensor) -> Library | None:
+    """The kernels for tensors like this one, or None where torch operations must do."""
+    return compiled_for(tensor.device, tensor.dtype)
+
+
+def compiled_for(device: torch.device, dtype: torch.dtype) -> Library | None:
+    """As :func:`compiled`."""
+    if device.type != "cpu" or dtype not in ELEMENT_BITS or not _allowed.get():
+        return None
+    return library(dtype)
+
+
+def describe(device: torch.device, dtype: torch.dtype) -> str:
+    """Which kernels tensors of this device and dtype use, for reports."""
+    return "compiled" if compiled_for(device, dtype) else "torch"
+
+
+def transpose(tensor_RM: Tensor, out_MR: Tensor) -> None:
+    """``out = tensor.t()``; both may have rows that lie apart."""
+    if kernels := compiled(tensor_RM):
+        strided = (tensor_RM, tensor_RM.stride(0), out_MR, out_MR.stride(0))
+        kernels.call("transpose", *strided, *tensor_RM.shape)
+    else:
+        out_MR.copy_(tensor_RM.t())
+
+
+def repacks_right_factor(tensor: Tensor) -> bool:
+    """Whether this tensor's matmul copies its right factor into another layout each time, and takes the left one as it
+    lies but slowly where it is transposed: oneDNN's bfloat16 product on the CPU, as measured."""
+    return tensor.dtype == torch.bfloat16 and compiled(tensor) is not None
+
+
+def matmul_transposed(left_RM: Tensor, right_RN: Tensor, out_MN: Tensor) -> None:
+    """``out = leftᵀ right``."""
+    left_MR = left_RM.t()
+    if repacks_right_factor(left_RM):  # twice as fast this way
+        left_MR = left_RM.new_empty(left_RM.shape[1], left_RM.shape[0])
+        transpose(left_RM, left_MR)
+    torch.mm(left_MR, right_RN, out=out_MN)

@@ -1,0 +1,49 @@
+/* Softmax and cross-entropy of a chunk of logits. See vector.h for conventions.
+ *
+ * Letters: C tokens of the chunk, V vocabulary.
+ */
+#include <math.h>
+
+#include "vector.h"
+
+INLINE float largest(const element *row, i64 V) {
+    vf best = (vf){0} - __builtin_inff();
+    FOR_COLUMNS(v, n, V, {
+        vf x = load(row + v, n);
+        if (n < LANES) /* the lanes beyond the end hold zeros */
+            for (i64 i = n; i < LANES; i++) x[i] = -__builtin_inff();
+        best = choose(x > best, x, best);
+    })
+    float result = best[0];
+    for (int i = 1; i < LANES; i++) result = best[i] > result ? best[i] : result;
+    return result;
+}
+
+/* losses[C] = -log softmax(logits)[label], in place of the logits[C, V] its gradient softmax - one_hot(label) where
+ * with_gradient. A token whose label is ignore has no loss, and a gradient of zeros. */
+void cross_entropy(element *logits, const i64 *labels, float *losses, i64 ignore, i64 with_gradient, i64 C, i64 V) {
+    OMP(omp parallel for schedule(static) if(WORTH_THREADS(C * V)))
+    for (i64 c = 0; c < C; c++) {
+        element *row = logits + c * V;
+        i64 label = labels[c];
+        losses[c] = 0;
+        if (label == ignore) {
+            if (with_gradient) memset(row, 0, V * sizeof *row);
+            continue;
+        }
+        float top = largest(row, V);
+        vf total = {0};
+        FOR_COLUMNS(v, n, V, {
+            vf e = exp2_of((load(row + v, n) - top) * 1.44269504f, EXACT);
+            if (n < LANES)
+                for (i64 i = n; i < LANES; i++) e[i] = 0;
+            total += e;
+        })
+        float denominator = sum(total), chosen = load(row + label, 1)[0];
+        losses[c] = logf(denominator) + top - chosen;
+        if (!with_gradient) continue;
+        float inverse = 1.f / denominator, probability = expf(chosen - top) * inverse;
+        FOR_COLUMNS(v, n, V, { store(row + v, exp2_of((load(row + v, n) - top) * 1.44269504f, EXACT) * inverse, n); })
+        store(row + label, (vf){probability - 1.f}, 1);
+    }
+}
