@@ -1,0 +1,192 @@
+"""What the layer does, in counts that no machine changes: operations, bytes saved and sent, collectives, host waits.
+
+A change that makes the layer slower on every machine shows here; times are for `moepp bench`.
+
+Letters: T tokens, D width, F expert width, N experts of all kinds, C constant experts, S FFN slots, P ranks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from moepp import MoEConfig, MoELayer, kernels
+from moepp.bench.cases import ForcedRouting
+from moepp.comm import Traffic
+
+T, D, F = 96, 32, 48
+VANILLA = MoEConfig(4, F, capacity_factor=None, gating_residual=False)
+MOEPP = MoEConfig(4, F, 1, 1, 2, tau=0.5, capacity_factor=None)
+CONFIGS = {"vanilla": VANILLA, "MoE++": MOEPP}
+# Per token: routing numbers of a few dozen bytes per expert or choice, whatever D and F are.
+SMALL_BYTES_PER_TOKEN = 600
+
+
+def build(cfg: MoEConfig, dtype: torch.dtype = torch.float32, **groups: Any) -> tuple[MoELayer, torch.Tensor]:
+    torch.manual_seed(0)
+    layer = MoELayer(cfg, D, **groups).to(dtype)
+    return layer, torch.randn(T, D).to(dtype).requires_grad_()
+
+
+def step(layer: MoELayer, x: torch.Tensor) -> Any:
+    out = layer(x)
+    (out.hidden.square().sum() + out.aux_loss).backward()
+    return out
+
+
+def expected_forward_flops(cfg: MoEConfig, ffn_slots: int) -> int:
+    """Matrix products of a forward: SwiGLU experts, router with constant experts' mixing weights, residual, vectors."""
+    experts = ffn_slots * 6 * D * F
+    router = 2 * T * D * (cfg.num_experts + 2 * cfg.num_constant_experts)
+    residual = 2 * cfg.num_experts**2 if cfg.gating_residual else 0  # of the first layer: one row of zeros
+    values = 2 * T * cfg.num_constant_experts * D
+    return experts + router + residual + values
+
+
+@pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS.keys())
+def test_forward_computes_the_chosen_ffn_slots_and_nothing_more(cfg):
+    layer, x = build(cfg)
+    with kernels.torch_only(), FlopCounterMode(display=False) as counter:  # counts torch's matrix products
+        out = layer(x)
+    slots = int(out.stats.ffn_slots)
+    assert 0 < slots < T * cfg.top_k or cfg is VANILLA
+    assert counter.get_total_flops() == expected_forward_flops(cfg, slots)
+
+
+@pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.parametrize("chunk_rows", [None, 10])
+def test_backward_computes_twice_the_forward_and_a_chunked_one_the_hidden_products_again(cfg, chunk_rows):
+    layer, x = build(MoEConfig(**{**vars(cfg), "expert_chunk_rows": chunk_rows}))
+    with FlopCounterMode(display=False) as counter:
+        slots = int(step(layer, x).stats.ffn_slots)
+    # With compiled kernels the experts' products and the residual's tiny ones are torch's.
+    residual = 3 * 2 * cfg.num_experts**2 if cfg.gating_residual else 0
+    again = slots * 4 * D * F if chunk_rows else 0
+    assert slots * 18 * D * F + again <= counter.get_total_flops() <= slots * 18 * D * F + again + residual
+
+
+def saved_bytes(layer: MoELayer, x: torch.Tensor) -> tuple[int, Any]:
+    """Bytes that autograd keeps for backward, each memory once, without parameters and the input."""
+    known = {p.untyped_storage().data_ptr() for p in (*layer.parameters(), x)}
+    saved: dict[int, int] = {}
+    kept = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)  # else its memory would be given to the next one
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = layer(x)
+    return sum(saved.values()), out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_rows", [None, 16])
+@pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS.keys())
+def test_saved_memory_is_that_of_the_ffn_slots(cfg, chunk_rows, dtype):
+    """Per FFN slot: its row and its output (2 D) and, where not computed again, gate and up (2 F)."""
+    layer, x = build(MoEConfig(**{**vars(cfg), "expert_chunk_rows": chunk_rows}), dtype)
+    found, out = saved_bytes(layer, x)
+    per_slot = (2 * D + (2 * F if chunk_rows is None else 0)) * x.element_size()
+    slots = int(out.stats.ffn_slots)
+    assert slots * per_slot <= found <= slots * per_slot + T * SMALL_BYTES_PER_TOKEN
+
+
+def test_tokens_without_ffn_expert_save_next_to_nothing():
+    layer, x = build(MOEPP)
+    with torch.no_grad():  # the last three experts: one constant, copy, zero
+        layer.router.weight.zero_()
+    layer.router.register_forward_hook(lambda _m, _a, out: out + torch.arange(MOEPP.num_experts))
+    found, out = saved_bytes(layer, x)
+    assert int(out.stats.ffn_slots) == 0 and found <= T * SMALL_BYTES_PER_TOKEN
+
+
+class LargestTensor(TorchDispatchMode):
+    """Most elements of any tensor that an operation returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+def test_all_tokens_on_one_expert_stay_within_the_chunk():
+    """The dropless worst case: memory of the hidden layer is bounded by the option, not by the routing."""
+    chunk = 8
+    largest = {}
+    for chunk_rows in (None, chunk):
+        layer, x = build(MoEConfig(1, 40 * D, top_k=1, capacity_factor=None, expert_chunk_rows=chunk_rows))
+        with LargestTensor() as seen:
+            step(layer, x)
+        largest[chunk_rows] = seen.numel
+    weights = 2 * 40 * D * D  # its gradient is as large, whatever the rows
+    assert largest[None] == T * 2 * 40 * D
+    assert largest[chunk] == max(chunk * 2 * 40 * D, T * D, weights)
+
+
+def count_calls(owner: Any, names: tuple[str, ...], counts: Counter[str], patch: pytest.MonkeyPatch) -> None:
+    for name in names:
+        original: Callable[..., Any] = getattr(owner, name)
+
+        def counted(*args: Any, _original: Callable[..., Any] = original, _name: str = name, **kwargs: Any) -> Any:
+            counts[_name] += 1
+            return _original(*args, **kwargs)
+
+        patch.setattr(owner, name, counted)
+
+
+HOST_WAITS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("cfg", [*CONFIGS.values(), MoEConfig(**{**vars(MOEPP), "capacity_factor": 1.1})])
+def test_the_host_waits_once_per_forward_and_never_in_backward(cfg, compiled, monkeypatch):
+    layer, x = build(cfg)
+    counts: Counter[str] = Counter()
+    count_calls(torch.Tensor, HOST_WAITS, counts, monkeypatch)
+    if compiled:
+        step(layer, x)
+    else:
+        with kernels.torch_only():
+            step(layer, x)
+    assert counts == {"tolist": 1}, "the sizes of the experts' blocks"
+
+
+def _count_on_rank(rank: int, cfg: MoEConfig) -> tuple[Counter[str], Counter[str], Traffic, int]:
+    counts: Counter[str] = Counter()
+    waits: Counter[str] = Counter()
+    traffic = Traffic()
+    layer, x = build(cfg, ep_group=dist.group.WORLD, traffic=traffic)
+    with pytest.MonkeyPatch.context() as patch, ForcedRouting(layer, T):
+        count_calls(dist, ("all_to_all_single", "all_reduce", "broadcast", "all_gather", "barrier"), counts, patch)
+        count_calls(torch.Tensor, HOST_WAITS, waits, patch)
+        out = step(layer, x)
+    return counts, waits, traffic, int(out.stats.remote_slots)
+
+
+@pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS.keys())
+def test_a_layer_exchanges_counts_once_and_rows_twice_each_way_and_only_remote_ffn_slots(pools, cfg):
+    results = pools(2).run(_count_on_rank, cfg)
+    remote = sum(result[3] for result in results)
+    for counts, waits, traffic, _ in results:
+        assert counts == {"all_to_all_single": 5}, "counts; rows there and back; their gradients"
+        assert waits == {"tolist": 1}, "the sizes of the blocks to send and to receive"
+        assert (traffic.count_exchanges, traffic.row_exchanges) == (1, 4)
+        assert traffic.count_bytes == 8 * cfg.num_ffn_experts // 2
+    assert sum(result[2].row_bytes for result in results) == 4 * remote * D * 4
+    expected = 2 * T * cfg.top_k / 2 * (1 if cfg is VANILLA else cfg.tau * 4 / (cfg.tau * 4 + 4))
+    assert abs(remote - expected) < 0.1 * expected
