@@ -86,16 +86,6 @@ def checkpoint_names(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
 
-def error_lines(output: str) -> list[str]:
-    """What a rank says before it gives up."""
-    return [line for line in output.splitlines() if line.startswith("error: ")]
-
-
-def steps(lines: list[dict[str, Any]]) -> list[int]:
-    """Steps of the training records among metric records."""
-    return [line["step"] for line in lines if "train/grad_norm" in line]
-
-
 @dataclass
 class TrainRun:
     """The processes of one start of a run, by rank."""

@@ -1,25 +1,108 @@
-"""What a save writes on several ranks, what is kept of it, and what comes back."""
+"""What a save writes on several ranks, and what it leaves behind when it fails on one of them."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
+import shutil
+import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 
-from moepp.checkpoint import CheckpointInfo, load_training_state, saver, verify
+from moepp.checkpoint import Checkpointer, CheckpointInfo, saver, storage, verify
 from moepp.checkpoint import format as fmt
 from moepp.checkpoint.storage import TensorReader
+from moepp.config import CheckpointConfig
 from moepp.engine.engine import Engine
 from moepp.errors import CheckpointError
 from moepp.metrics.step_stats import StepStats
-from moepp.parallel.groups import build_groups
-from tests.checkpoint_cases import DENSE, EXPERTS, FakeEngine, Saving, check_content, names, replaced
+from moepp.parallel.groups import ParallelGroups, build_groups, new_cpu_group
 from tests.dist import WorkerPool
+
+Tensor = torch.Tensor
+DENSE = {"embed": (64, 8), "norm": (8,), "layers.0.router.weight": (5, 8), "head": (64, 8)}
+EXPERTS = {"layers.0.experts.gate_up_proj": (8, 12, 8), "layers.0.experts.down_proj": (8, 8, 6)}  # [E, ...]
+KEYS = ("fp32", "exp_avg", "exp_avg_sq")
+
+
+def value(name: str, key: str, shape: tuple[int, ...], step: int) -> Tensor:
+    """The whole tensor that a run has after ``step``: another one for every name, key and step."""
+    generator = torch.Generator().manual_seed(hash_of(f"{name} {key} {step}"))
+    return torch.randn(shape, generator=generator)
+
+
+def hash_of(text: str) -> int:
+    return int.from_bytes(text.encode(), "little") % (2**31)
+
+
+class FakeEngine:
+    """Holds state as a real engine would: dense parameters whole, of the experts this rank's share."""
+
+    def __init__(self, groups: ParallelGroups, step: int) -> None:
+        self.groups = groups
+        self.set_step(step)
+
+    def set_step(self, step: int) -> None:
+        self.state: dict[str, dict[str, Tensor]] = {}
+        for name, shape in (DENSE | EXPERTS).items():
+            whole = {key: value(name, key, shape, step) for key in KEYS}
+            if name in EXPERTS:
+                size = shape[0] // self.groups.ep_size
+                own = slice(self.groups.ep_rank * size, (self.groups.ep_rank + 1) * size)
+                whole = {key: tensor[own].clone() for key, tensor in whole.items()}
+            self.state[name] = whole | {"step": torch.tensor(float(step))}
+
+    def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        yield from self.state.items()
+
+
+class Saving:
+    """A checkpointer and an engine on one rank."""
+
+    def __init__(self, folder: str, ep_size: int = 1, **cfg: Any) -> None:
+        self.groups = build_groups(ep_size, torch.device("cpu"))
+        self.folder = Path(folder)
+        self.checkpointer = Checkpointer(CheckpointConfig(**cfg), self.groups, self.folder, new_cpu_group())
+        self.stats = StepStats((0,), 8, 2)
+
+    def save(self, step: int, background: bool = False) -> list[str]:
+        """The problems of one save, waited for."""
+        engine = FakeEngine(self.groups, step)
+        info = CheckpointInfo(step, 10 * step, {"world_size": self.groups.world_size}, {}, {}, {})
+        self.checkpointer.save(cast(Engine, engine), self.stats, info, background)
+        engine.set_step(10**6)  # training goes on: the save must not see it
+        self.checkpointer.wait()
+        return self.checkpointer.reports[-1].problems
+
+
+def names(folder: Path | str) -> list[str]:
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def check_content(checkpoint: Path, step: int) -> None:
+    """Every value is what the whole model had, under a name that tells no layout."""
+    reader = TensorReader(checkpoint)
+    expected = {f"{name}/{key}": value(name, key, shape, step) for name, shape in DENSE.items() for key in KEYS}
+    for name, shape in EXPERTS.items():
+        for key in KEYS:
+            expected |= {f"{name}.{e}/{key}": expert for e, expert in enumerate(value(name, key, shape, step))}
+    found = {key: torch.full_like(tensor, torch.nan) for key, tensor in expected.items()}
+    reader.fill(found)
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor), key
+    of_ranks = {key for key in reader.shapes if key.startswith("rank-")}
+    steps = {key for key in reader.shapes if key.endswith("/step")}
+    assert reader.shapes.keys() == expected.keys() | of_ranks | steps
+    for key in steps:
+        reader.fill({key: (number := torch.zeros(1))})
+        assert number == step
 
 
 def _save(rank: int, folder: str, ep_size: int, background: bool) -> list[str]:
@@ -41,35 +124,6 @@ def test_checkpoint_holds_every_value_once_whatever_the_layout(
     assert fmt.read_info(checkpoint).tokens == 30
 
 
-def _save_with_statistics(rank: int, folder: str, ep_size: int) -> list[str]:
-    saving = Saving(folder, ep_size)
-    numbers = {"loss_sum": 10.0 + rank, "steps": 2.0}
-    saving.stats.add_state({f"stats.{name}": torch.tensor(x, dtype=torch.float64) for name, x in numbers.items()})
-    return saving.save(3)
-
-
-def _load(rank: int, folder: str, ep_size: int, saved_ranks: int) -> dict[str, float]:
-    groups = build_groups(ep_size, torch.device("cpu"))
-    engine, stats, checkpoint = FakeEngine(groups, 99), StepStats((0,), 8, 2), Path(folder) / "step-00000003"
-    load_training_state(checkpoint, cast(Engine, engine), stats, groups, saved_ranks)
-    for name, expected in FakeEngine(groups, 3).state.items():
-        for key, tensor in expected.items():
-            assert torch.equal(engine.state[name][key], tensor), (name, key)
-    return {name: float(tensor) for name, tensor in stats.state().items()}
-
-
-@pytest.mark.parametrize(("ranks", "ep_size"), [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)])
-def test_state_and_statistics_come_back_in_any_layout(
-    pools: Callable[[int], WorkerPool], tmp_path: Path, ranks: int, ep_size: int
-) -> None:
-    assert pools(2).run(_save_with_statistics, str(tmp_path), 2) == [[], []]
-    found = pools(ranks).run(_load, str(tmp_path), ep_size, 2)
-    if ranks == 2:
-        assert found == [{"stats.loss_sum": 10.0, "stats.steps": 2.0}, {"stats.loss_sum": 11.0, "stats.steps": 2.0}]
-    else:  # sums add up, steps do not: every rank took the same ones
-        assert found == [{"stats.loss_sum": 21.0, "stats.steps": 2.0}] + [{}] * (ranks - 1)
-
-
 def test_ranks_write_equal_shares(pool_4: WorkerPool, tmp_path: Path) -> None:
     pool_4.run(_save, str(tmp_path), 2, False)
     index = TensorReader(tmp_path / "step-00000003")._index
@@ -83,6 +137,157 @@ def test_ranks_write_equal_shares(pool_4: WorkerPool, tmp_path: Path) -> None:
     )
     assert everything <= sum(written.values()) < everything + 100  # and step counts
     assert max(written.values()) <= everything / 4 + largest
+
+
+# --- failures
+
+
+def _fail(rank: int, folder: str, at_rank: int, place: str, background: bool) -> Any:
+    """Three saves of which the second fails on one rank; what each reported, and the folder after each."""
+    saving = Saving(folder, keep=1)
+    seen = []
+    with contextlib.ExitStack() as stack:
+        for step in (1, 2, 3):
+            if step == 2 and rank == at_rank:
+                stack.enter_context(BREAK[place]())
+            elif step == 3:
+                stack.close()
+            problems = saving.save(step, background)
+            seen.append((problems, names(folder)))
+            torch.distributed.barrier()
+    return seen
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, function: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def _raise_no_permission(*args: Any, **kwargs: Any) -> Any:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "place")
+
+
+def _no_permission(owner: Any, name: str) -> Callable[[], Any]:
+    return lambda: replaced(owner, name, _raise_no_permission)
+
+
+class _BadDisk:
+    """A stream that writes one bit wrong and says nothing."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, data: Any) -> int:
+        wrong = bytearray(data)
+        if len(wrong) > 200:
+            wrong[100] ^= 4
+        return self._stream.write(wrong)
+
+
+def _bad_disk() -> Any:
+    init = storage._HashingStream.__init__
+    return replaced(storage._HashingStream, "__init__", lambda self, stream: init(self, _BadDisk(stream)))
+
+
+def _lost_file() -> Any:
+    """A file that is gone after it was written."""
+    write = saver.write_tensors
+
+    def write_and_lose(path: Path, *args: Any) -> Any:
+        entries = write(path, *args)
+        (path / f"__{torch.distributed.get_rank()}_0.distcp").unlink()
+        return entries
+
+    return replaced(saver, "write_tensors", write_and_lose)
+
+
+BREAK: dict[str, Callable[[], Any]] = {
+    "folder": _no_permission(saver, "_prepare"),
+    "open": _no_permission(storage._HashingFileSystem, "create_stream"),
+    "content": _bad_disk,
+    "file": _lost_file,
+    "manifest": _no_permission(fmt, "write_manifest"),
+    "read": _no_permission(fmt, "checksum"),
+    "rename": _no_permission(saver, "_rename"),
+}
+DENIED = "PermissionError: [Errno 13] Permission denied: 'place'"
+
+
+@pytest.mark.parametrize(
+    ("place", "at_rank", "message"),
+    [
+        ("folder", 0, f"rank 0: {DENIED}"),
+        ("open", 0, f"rank 0: {DENIED}"),
+        ("open", 1, f"rank 1: {DENIED}"),
+        ("content", 1, "__1_0.distcp: content changed (SHA-256 differs)"),
+        ("content", 0, "__0_0.distcp: content changed (SHA-256 differs)"),
+        ("file", 1, "__1_0.distcp: missing"),
+        ("manifest", 0, f"rank 0: {DENIED}"),
+        ("read", 1, "cannot be read (Permission denied)"),
+        ("rename", 0, f"rank 0: {DENIED}"),
+    ],
+)
+@pytest.mark.parametrize("background", [False, True])
+def test_failure_on_any_rank_is_known_to_all_and_leaves_earlier_checkpoints(
+    pool_2: WorkerPool, tmp_path: Path, place: str, at_rank: int, message: str, background: bool
+) -> None:
+    first, second, third = zip(*pool_2.run(_fail, str(tmp_path), at_rank, place, background), strict=True)
+    assert first == (([], ["step-00000001"]),) * 2
+    assert second[0] == second[1]
+    problems, left = second[0]
+    assert len(problems) >= 1 and any(message in problem for problem in problems)
+    assert left == ["step-00000001"], "neither a half checkpoint nor the old one pruned"
+    assert third == (([], ["step-00000003"]),) * 2
+    check_content(tmp_path / "step-00000003", 3)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def _fill_disk(rank: int, folder: str, background: bool) -> list[list[str]]:
+    saving = Saving(folder, keep=1)
+    found = [saving.save(1, background)]
+    torch.distributed.barrier()
+    ballast = Path(folder, "ballast")
+    if rank == 0:
+        usage = shutil.disk_usage(folder)
+        ballast.write_bytes(bytes(usage.free - 40_000))  # one checkpoint needs more
+    torch.distributed.barrier()
+    found.append(saving.save(2, background))
+    if rank == 0:
+        ballast.unlink()
+    torch.distributed.barrier()
+    found.append(saving.save(3, background))
+    return found
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_full_disk_costs_that_checkpoint_only(pool_2: WorkerPool, small_disk: Path, background: bool) -> None:
+    for first, second, third in pool_2.run(_fill_disk, str(small_disk), background):
+        assert first == [] and third == []
+        assert len(second) >= 1 and all("No space left on device" in problem for problem in second)
+    assert names(small_disk) == ["step-00000003"]
+    check_content(small_disk / "step-00000003", 3)
+
+
+# --- what stays and what goes
 
 
 def _save_many(rank: int, folder: str, keep: int, keep_every: int) -> None:
