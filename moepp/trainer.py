@@ -238,6 +238,7 @@ class Trainer:
                 "wandb_run_id": self.parts.sinks.wandb_run_id,
             },
         )
+        self.parts.sinks.sync()  # after a power failure the records reach as far as the checkpoint
         self.parts.checkpointer.save(self.engine, self.stats, info, background)
 
     def evaluate_and_log(self) -> None:

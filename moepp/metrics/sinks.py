@@ -45,6 +45,12 @@ class SinkGroup:
             if isinstance(sink, JsonlSink):
                 sink.rewind(step)
 
+    def sync(self) -> None:
+        """Force what metrics.jsonl has to the disk."""
+        for sink in self._sinks:
+            if isinstance(sink, JsonlSink):
+                sink.sync()
+
     @property
     def wandb_run_id(self) -> str | None:
         """Id of the W&B run, where there is one on this rank."""

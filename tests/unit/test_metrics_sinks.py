@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,6 +81,48 @@ def test_interrupted_truncation_leaves_the_old_file(tmp_path: Path, monkeypatch:
     with pytest.raises(KeyboardInterrupt):
         JsonlSink(path, start_step=10)
     assert path.read_bytes() == before
+
+
+class FullDisk:
+    """A file that takes ``space`` more bytes."""
+
+    def __init__(self, file: Any, space: int) -> None:
+        self.file, self.space = file, space
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def write(self, data: bytes) -> int:
+        if not self.space:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken = self.file.write(data[: self.space])
+        self.space -= taken
+        return taken
+
+
+def test_records_wait_for_space_on_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    sink.log({"train/loss": 1.0}, 1, 10)
+    disk = FullDisk(sink._file, space=7)
+    sink._file = disk
+    for step in (2, 3):
+        sink.log({"train/loss": float(step)}, step, 10 * step)
+        sink.sync()
+    assert [record["step"] for record in read_records(path)] == [1]
+    assert caplog.text.count("records are kept in memory: No space left on device") == 1
+    disk.space = 10**6
+    sink.log({"train/loss": 4.0}, 4, 40)
+    sink.close()
+    assert [record["train/loss"] for record in read_records(path)] == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_records_that_never_found_space_are_an_error_at_the_end(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink._file = FullDisk(sink._file, space=0)
+    sink.log({"train/loss": 1.0}, 1, 10)
+    with pytest.raises(RunError, match="No space left on device; free the disk"):
+        sink.close()
 
 
 @pytest.mark.parametrize("line", ["[1, 2]", "hello", '{"tokens": 1}', '{"step": "1", "tokens": 1}'])
