@@ -1,0 +1,191 @@
+"""`moepp bench`: its timing, its routing, its tables, and that every benchmark runs on tiny shapes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from moepp.bench.cases import CASES, ForcedRouting, balanced_logits, learn_balance, make_layer, random_tokens
+from moepp.bench.layer import bare_forward, bare_forward_backward
+from moepp.bench.stages import OTHER, attribute
+from moepp.bench.tables import format_table
+from moepp.bench.timing import measure, summarize
+from moepp.cli import main
+
+CPU = torch.device("cpu")
+
+
+def test_contestants_take_turns_and_each_is_charged_its_own_time():
+    now, calls = [0.0], []
+
+    def runner(name: str, seconds: float):
+        def run() -> None:
+            calls.append(name)
+            now[0] += seconds
+
+        return run
+
+    contestants = {"slow": runner("slow", 0.3), "fast": runner("fast", 0.1)}
+    timings = measure(contestants, rounds=3, clock=lambda: now[0], warmup=1, before=runner("before", 5.0))
+    assert calls == ["before", "slow", "before", "fast"] * 4
+    assert timings["slow"].median == pytest.approx(300) and timings["fast"].median == pytest.approx(100)
+    assert timings["slow"].spread == pytest.approx(0)
+
+
+def test_summary_is_median_and_quartiles():
+    timing = summarize([4.0, 1.0, 2.0, 3.0, 100.0])
+    assert (timing.low, timing.median, timing.high) == (2.0, 3.0, 4.0)
+    assert timing.spread == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("name", ["8+4", "32+8"])
+@pytest.mark.parametrize("tau", [0.1, 0.75])
+def test_forced_routing_has_the_shares_of_the_balanced_optimum(name, tau):
+    case = CASES[name]
+    cfg = case.config(tau)
+    chosen = torch.topk(balanced_logits(cfg, 20_000), 2, dim=-1).indices
+    share = torch.bincount(chosen.flatten(), minlength=cfg.num_experts) / chosen.numel()
+    wanted = torch.ones(cfg.num_experts)
+    wanted[: cfg.num_ffn_experts] = tau
+    torch.testing.assert_close(share, wanted / wanted.sum(), rtol=0.05, atol=0)
+    # So the FFN slots per token are those of the limit.
+    assert float(share[: cfg.num_ffn_experts].sum()) == pytest.approx(1 / case.limit(tau), rel=0.02)
+
+
+def test_the_layer_follows_forced_routing_and_its_own_afterwards():
+    layer = make_layer(CASES["quick"], 0.5, torch.float32, CPU)
+    x = random_tokens(512, 128, torch.float32, CPU)
+    own = layer(x).stats.ffn_per_token
+    with ForcedRouting(layer, 512):
+        assert float(layer(x).stats.ffn_per_token) == pytest.approx(2 / CASES["quick"].limit(0.5), rel=0.1)
+    assert torch.equal(layer(x).stats.ffn_per_token, own)
+
+
+def test_a_router_trained_on_the_balance_loss_alone_comes_near_its_optimum():
+    layer = make_layer(CASES["quick"], 0.25, torch.float32, CPU)
+    x = random_tokens(512, 128, torch.float32, CPU)
+    learn_balance(layer, x.detach(), lr=1e-3)
+    assert float(layer(x).stats.ffn_per_token) == pytest.approx(2 / CASES["quick"].limit(0.25), rel=0.15)
+
+
+def test_bare_products_have_the_operations_of_the_experts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    case = CASES["quick"]
+    layer = make_layer(case, None, torch.float32, CPU)
+    for build, factor in ((bare_forward, 1), (bare_forward_backward, 3)):
+        run = build(layer, 256)
+        with FlopCounterMode(display=False) as counter:
+            run()
+        assert counter.get_total_flops() == factor * case.expert_flops(256)
+
+
+def event(name: str, elapsed: float, sequence_nr: int = -1, children: tuple = ()) -> SimpleNamespace:
+    time_range = SimpleNamespace(elapsed_us=lambda: elapsed)
+    return SimpleNamespace(name=name, time_range=time_range, sequence_nr=sequence_nr, cpu_children=list(children))
+
+
+def test_stages_add_up_to_the_whole_and_backward_goes_to_the_stage_of_its_forward():
+    inner = event("aten::mm", 1, sequence_nr=7)
+    stage = event("stage: FFN", 4000, children=(event("wrapper", 2, children=(inner,)),))
+    backward = "autograd::engine::evaluate_function: "
+    events = [event("whole", 20_000), stage, event(backward + "MmBackward", 9000, 7), event(backward + "Sum", 500, 99)]
+    times = attribute(events, repeats=2)
+    assert times == {"FFN": (2.0, 4.5), OTHER: (3.25, 0.25)}
+    assert sum(map(sum, times.values())) == 10.0
+
+
+def test_table_aligns_numbers_and_shows_what_is_absent():
+    text = format_table([{"name": "a", "ms": 1.5, "n": 1200}, {"name": "long name", "ms": None, "skipped": "why"}])
+    assert text.splitlines() == [
+        "name          ms      n  skipped",
+        "---------  -----  -----  -------",
+        "a          1.500  1,200  -",
+        "long name      -      -  why",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["layer", "--cases", "9+9"], "--cases 9+9 is not one of"),
+        (["layer", "--taus", "0"], "--taus 0.0 must be greater than 0"),
+        (["peers", "--tokens", "0"], "--tokens 0 must be at least 1"),
+        (["layer", "--threads", "0"], "--threads 0 must be at least 1"),
+        (["comm", "--ep", "3"], "--ep 3 must be at least 2 and divide the 8 experts"),
+        (["layer", "--json", "no/such/folder/x.json"], "is not a directory"),
+        (["train", "--plot", "x.png"], "add --scaling"),
+        (["train", "--hidden-size", "100", "--num-heads", "3"], "not divisible"),
+        (["sleep"], "invalid choice"),
+        ([], "BENCHMARK"),
+    ],
+)
+def test_wrong_arguments_give_one_line_before_any_work(arguments, message, capsys):
+    assert main(["bench", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
+
+
+def run_quick(benchmark: str, tmp_path: Path, *arguments: str) -> dict:
+    target = tmp_path / "out.json"
+    assert main(["bench", benchmark, "--quick", "--json", str(target), *arguments]) == 0
+    return json.loads(target.read_text())
+
+
+def test_quick_layer_benchmark(tmp_path, capsys):
+    tables = run_quick("layer", tmp_path, "--threads", "1")["tables"]
+    rows = {(row["pass"], row["layer"]): row for row in tables["times"]}
+    assert {layer for _, layer in rows} == {"bare matmuls", "vanilla", "MoE++", "MoE++ learned"}
+    for row in rows.values():
+        assert row["ms"] > 0
+    forced = rows["forward", "MoE++"]
+    assert forced["limit"] == pytest.approx(2 / forced["ffn/token"])
+    assert forced["share of limit"] == pytest.approx(forced["speed-up"] / forced["limit"])
+    for layer in ("vanilla", "MoE++"):
+        stages = {row["stage"]: row for row in tables["stages"] if row["layer"] == layer}
+        assert {"router", "select", "permute", "FFN", "combine", OTHER, "whole"} <= set(stages)
+        assert sum(row["share"] for name, row in stages.items() if name != "whole") == pytest.approx(1)
+        assert stages["FFN"]["backward ms"] > 0
+    assert "share of limit" in capsys.readouterr().out
+
+
+def test_quick_exchange_benchmark_sends_exactly_the_formula(tmp_path):
+    tables = run_quick("comm", tmp_path, "--ep", "2")["tables"]
+    rows = {row["experts"]: row for row in tables["exchange"]}
+    assert set(rows) == {"vanilla", "MoE++", "all sharded"} and all(row["equals formula"] for row in rows.values())
+    # Of the vanilla bytes MoE++ sends the FFN share (1/3 at tau 0.5 of 4+4), sharding everything saves nothing.
+    assert rows["MoE++"]["x vanilla"] == pytest.approx(1 / 3, rel=0.1)
+    assert rows["all sharded"]["x vanilla"] == pytest.approx(1, rel=0.1)
+    assert {row["exchange"] for row in tables["overlap"]} == {"overlapped", "blocking"}
+
+
+@pytest.mark.slow
+def test_quick_peers_benchmark_agrees_with_every_peer_that_runs(tmp_path):
+    pytest.importorskip("transformers")
+    rows = run_quick("peers", tmp_path, "--threads", "1")["tables"]["peers"]
+    timed = [row for row in rows if "skipped" not in row]
+    assert {"moepp", "plain loop", "transformers eager"} <= {row["peer"] for row in timed}
+    assert all(row["difference"] < 0.02 for row in timed), "same weights, same tokens, same output"
+    assert all(row["skipped"] for row in rows if "skipped" in row)
+
+
+@pytest.mark.slow
+def test_quick_train_benchmark_with_scaling_and_plot(tmp_path):
+    pytest.importorskip("transformers")
+    tables = run_quick("train", tmp_path, "--threads", "1", "--scaling", "--plot", str(tmp_path / "p.png"))["tables"]
+    rows = {row["contestant"]: row for row in tables["step"]}
+    assert {"moepp MoE++", "moepp vanilla", "transformers eager"} <= set(rows)
+    for row in rows.values():
+        parts = [row[f"{stage} ms"] for stage in ("forward", "backward", "optimizer")]
+        assert sum(parts) == pytest.approx(row["step ms"], rel=0.2) and row["peak MB"] > 100
+    assert {row["varied"] for row in tables["scaling"]} == {
+        "sequence length",
+        "tokens per rank",
+        "FFN experts",
+        "layers",
+    }
+    assert (tmp_path / "p.png").stat().st_size > 1000
