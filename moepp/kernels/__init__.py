@@ -9,6 +9,7 @@ from moepp.kernels.build import Library
 from moepp.kernels.common import (
     compiled,
     compiled_for,
+    dense_transpose,
     describe,
     matmul_transposed,
     repacks_right_factor,
@@ -20,6 +21,7 @@ __all__ = [
     "Library",
     "compiled",
     "compiled_for",
+    "dense_transpose",
     "describe",
     "matmul_transposed",
     "repacks_right_factor",

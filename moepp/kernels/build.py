@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("moe.c", "transpose.c", "cross_entropy.c")
+_SOURCES = ("moe.c", "transpose.c", "cross_entropy.c", "experts.c")
 _HEADERS = ("vector.h",)
 ELEMENT_BITS = {torch.bfloat16: 16, torch.float32: 32}
 
@@ -39,6 +39,8 @@ _SIGNATURES = {
     "top_experts": "ttnnn",
     "sort_slots": "ttttnn",
     "cross_entropy": "tttnnnn",
+    "expert_forward": "tttttnnn",
+    "expert_backward": "tttttttnnnnn",
 }
 _FLAGS = ("-O3", "-shared", "-fPIC", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-w")
 _NATIVE = ("-march=native", "-mprefer-vector-width=512")
@@ -52,6 +54,7 @@ class Library:
 
     handle: ctypes.CDLL
     path: Path
+    has_tiles: bool  # whether expert_forward and expert_backward can be called
 
     def call(self, name: str, *arguments: Tensor | int | None) -> None:
         """Run a kernel; tensors must be dense (rows may lie apart only where the kernel takes a stride)."""
@@ -84,7 +87,8 @@ def _load(path: Path) -> Library:
     for name, signature in _SIGNATURES.items():
         function = getattr(handle, name)
         function.argtypes, function.restype = [kinds[kind] for kind in signature], None
-    return Library(handle, path)
+    handle.expert_tiles.argtypes, handle.expert_tiles.restype = [], ctypes.c_int64
+    return Library(handle, path, bool(handle.expert_tiles()))
 
 
 def _compiled(bits: int) -> Path:

@@ -56,10 +56,15 @@ def repacks_right_factor(tensor: Tensor) -> bool:
     return tensor.dtype == torch.bfloat16 and compiled(tensor) is not None
 
 
+def dense_transpose(tensor_RM: Tensor) -> Tensor:
+    """The transposed matrix as a product's left factor: dense where the product wants it so, else as a view."""
+    if not repacks_right_factor(tensor_RM):
+        return tensor_RM.t()
+    dense_MR = tensor_RM.new_empty(tensor_RM.shape[1], tensor_RM.shape[0])
+    transpose(tensor_RM, dense_MR)
+    return dense_MR
+
+
 def matmul_transposed(left_RM: Tensor, right_RN: Tensor, out_MN: Tensor) -> None:
     """``out = leftᵀ right``."""
-    left_MR = left_RM.t()
-    if repacks_right_factor(left_RM):  # twice as fast this way
-        left_MR = left_RM.new_empty(left_RM.shape[1], left_RM.shape[0])
-        transpose(left_RM, left_MR)
-    torch.mm(left_MR, right_RN, out=out_MN)
+    torch.mm(dense_transpose(left_RM), right_RN, out=out_MN)

@@ -1,14 +1,13 @@
 """The FFN experts of one rank: SwiGLU, no bias, weights stacked over experts.
 
-One seam, two ways with the same results: torch's grouped matmul where the device has it, a loop over experts
-elsewhere. An expert without rows gets zero gradients, never None.
+One seam, three ways with the same results up to rounding: torch's grouped matmul where the device has it, the tile
+registers of CPUs that have them, a loop over experts elsewhere. An expert without rows gets zero gradients, never None.
 
 Shapes: R rows ordered by expert, D width, F expert width, E local experts, C rows of one chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moepp.config import MoEConfig
-from moepp.kernels import matmul_transposed, repacks_right_factor, transpose
+from moepp.kernels import dense_transpose
+from moepp.moe.expert_chunks import WeightGradients, chunks, largest_chunk
 from moepp.moe.kernels import swiglu, swiglu_backward
-
-_WEIGHTS_LEFT_BELOW = 1024  # rows of one expert; from here on repacking its weights does not show (measured)
+from moepp.moe.tile_experts import TileSwiGLU, has_tiles
 
 
 class FFNExperts(nn.Module):
@@ -42,7 +41,8 @@ class FFNExperts(nn.Module):
         if self.chunk_rows is None and has_grouped_mm(rows_RD):
             return _grouped_swiglu(rows_RD, gate_up_EGD, down_EDF, rows_per_expert)
         stores = torch.is_grad_enabled() and self.chunk_rows is None
-        return _LoopSwiGLU.apply(rows_RD, gate_up_EGD, down_EDF, rows_per_expert, self.chunk_rows, stores)
+        function = TileSwiGLU if has_tiles(rows_RD, down_EDF.shape[2]) else _LoopSwiGLU
+        return function.apply(rows_RD, gate_up_EGD, down_EDF, rows_per_expert, self.chunk_rows, stores)
 
 
 def has_grouped_mm(rows_RD: Tensor) -> bool:
@@ -57,30 +57,6 @@ def _grouped_swiglu(rows_RD: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, rows
     gate_up_RG = F.grouped_mm(rows_RD, gate_up_EGD.transpose(1, 2), offs=ends_E)
     gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)
     return F.grouped_mm(F.silu(gate_RF) * up_RF, down_EDF.transpose(1, 2), offs=ends_E)
-
-
-def _chunks(counts: list[int], chunk_rows: int | None) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows), one chunk after the other; experts without rows are left out."""
-    end = 0
-    for expert, count in enumerate(counts):
-        start, end = end, end + count
-        for first in range(start, end, chunk_rows or max(count, 1)):
-            yield expert, slice(first, min(first + (chunk_rows or count), end))
-
-
-def _swiglu_weights_left(rows_RD: Tensor, rows: slice, gate_up_GD: Tensor, down_DF: Tensor, out_CD: Tensor) -> None:
-    """One expert with few rows: weights as left factors, everything transposed, so that no weight is repacked.
-
-    The rows are padded to a multiple of 32 with whatever follows them; what comes out of those is left out.
-    """
-    num_rows, width = rows.stop - rows.start, down_DF.shape[1]
-    padded = -(-num_rows // 32) * 32
-    x_CD = rows_RD[rows.start : rows.start + padded]
-    if len(x_CD) < padded:
-        x_CD = torch.cat((x_CD, x_CD.new_zeros(padded - len(x_CD), x_CD.shape[1])))
-    hidden_GC = torch.mm(gate_up_GD, x_CD.t())
-    swiglu(hidden_GC[:width], hidden_GC[width:], hidden_GC[:width])
-    transpose(torch.mm(down_DF, hidden_GC[:width])[:, :num_rows], out_CD)
 
 
 class _LoopSwiGLU(torch.autograd.Function):
@@ -100,46 +76,38 @@ class _LoopSwiGLU(torch.autograd.Function):
         chunk_rows: int | None,
         stores: bool,
     ) -> Tensor:
-        width, largest = down_EDF.shape[2], min(max(counts, default=0), chunk_rows or len(rows_RD))
+        width, largest = down_EDF.shape[2], largest_chunk(counts, chunk_rows)
         hidden_RG = rows_RD.new_empty(len(rows_RD) if stores else largest, 2 * width)
         act_CF = rows_RD.new_empty(largest, width) if stores else hidden_RG[:, :width]  # else it takes gate's place
         out_RD = torch.empty_like(rows_RD)
-        weights_left = not stores and repacks_right_factor(rows_RD)
-        for expert, rows in _chunks(counts, chunk_rows):
-            num_rows = rows.stop - rows.start
-            if weights_left and num_rows < _WEIGHTS_LEFT_BELOW:
-                _swiglu_weights_left(rows_RD, rows, gate_up_EGD[expert], down_EDF[expert], out_RD[rows])
-                continue
-            gate_up_CG = hidden_RG[rows] if stores else hidden_RG[:num_rows]
-            torch.mm(rows_RD[rows], gate_up_EGD[expert].t(), out=gate_up_CG)
-            swiglu(gate_up_CG[:, :width], gate_up_CG[:, width:], act_CF[:num_rows])
-            torch.mm(act_CF[:num_rows], down_EDF[expert].t(), out=out_RD[rows])
+        for chunk in chunks(counts, chunk_rows):
+            gate_up_CG = hidden_RG[chunk.rows] if stores else hidden_RG[: chunk.num_rows]
+            torch.mm(rows_RD[chunk.rows], gate_up_EGD[chunk.expert].t(), out=gate_up_CG)
+            swiglu(gate_up_CG[:, :width], gate_up_CG[:, width:], act_CF[: chunk.num_rows])
+            torch.mm(act_CF[: chunk.num_rows], down_EDF[chunk.expert].t(), out=out_RD[chunk.rows])
         ctx.save_for_backward(rows_RD, gate_up_EGD, down_EDF, hidden_RG if stores else None)
-        ctx.counts, ctx.chunk_rows, ctx.largest = counts, chunk_rows, largest
+        ctx.counts, ctx.chunk_rows = counts, chunk_rows
         return out_RD
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out_RD: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows_RD, gate_up_EGD, down_EDF, stored_RG = ctx.saved_tensors
-        grad_out_RD, width = grad_out_RD.contiguous(), down_EDF.shape[2]
+        grad_out_RD, width, largest = grad_out_RD.contiguous(), down_EDF.shape[2], largest_chunk(ctx.counts, ctx.chunk_rows)
         grad_rows_RD = torch.empty_like(rows_RD)
-        grad_gate_up_EGD, grad_down_EDF = torch.empty_like(gate_up_EGD), torch.empty_like(down_EDF)
-        for expert, count in enumerate(ctx.counts):
-            if count == 0:
-                grad_gate_up_EGD[expert].zero_()
-                grad_down_EDF[expert].zero_()
-        hidden_CG = rows_RD.new_empty(ctx.largest if stored_RG is None else 0, 2 * width)
-        grad_act_CF, act_CF = rows_RD.new_empty(2, ctx.largest, width)
-        grad_gate_up_CG = rows_RD.new_empty(ctx.largest, 2 * width)
-        for expert, rows in _chunks(ctx.counts, ctx.chunk_rows):
-            chunk = slice(rows.stop - rows.start)
-            gate_up_CG = hidden_CG[chunk] if stored_RG is None else stored_RG[rows]
+        grad_gate_up, grad_down = WeightGradients(gate_up_EGD, ctx.counts), WeightGradients(down_EDF, ctx.counts)
+        hidden_CG = rows_RD.new_empty(largest if stored_RG is None else 0, 2 * width)
+        grad_act_CF, act_CF = rows_RD.new_empty(2, largest, width)
+        grad_gate_up_CG = rows_RD.new_empty(largest, 2 * width)
+        for chunk in chunks(ctx.counts, ctx.chunk_rows):
+            gate_up_GD, down_DF = gate_up_EGD[chunk.expert], down_EDF[chunk.expert]
+            x_CD, grad_CD, part = rows_RD[chunk.rows], grad_out_RD[chunk.rows], slice(chunk.num_rows)
+            gate_up_CG = hidden_CG[part] if stored_RG is None else stored_RG[chunk.rows]
             if stored_RG is None:
-                torch.mm(rows_RD[rows], gate_up_EGD[expert].t(), out=gate_up_CG)
-            torch.mm(grad_out_RD[rows], down_EDF[expert], out=grad_act_CF[chunk])
-            swiglu_backward(gate_up_CG, grad_act_CF[chunk], grad_gate_up_CG[chunk], act_CF[chunk])
-            matmul_transposed(grad_out_RD[rows], act_CF[chunk], grad_down_EDF[expert])
-            matmul_transposed(grad_gate_up_CG[chunk], rows_RD[rows], grad_gate_up_EGD[expert])
-            torch.mm(grad_gate_up_CG[chunk], gate_up_EGD[expert], out=grad_rows_RD[rows])
-        return grad_rows_RD, grad_gate_up_EGD, grad_down_EDF, None, None, None
+                torch.mm(x_CD, gate_up_GD.t(), out=gate_up_CG)
+            torch.mm(grad_CD, down_DF, out=grad_act_CF[part])
+            swiglu_backward(gate_up_CG, grad_act_CF[part], grad_gate_up_CG[part], act_CF[part])
+            grad_down.add(chunk, dense_transpose(grad_CD), act_CF[part])
+            grad_gate_up.add(chunk, dense_transpose(grad_gate_up_CG[part]), x_CD)
+            torch.mm(grad_gate_up_CG[part], gate_up_GD, out=grad_rows_RD[chunk.rows])
+        return grad_rows_RD, grad_gate_up.value_EMN, grad_down.value_EMN, None, None, None

@@ -1,0 +1,461 @@
+/* The FFN experts of bfloat16 on the processor's tile registers (Intel AMX): matrix products that read the weights where
+ * they lie, with SwiGLU and its gradient computed while the tile registers work on the next block.
+ *
+ * A product here is C[32, 32] = A[32, K] B[K, 32] with A in rows, B in panels: for every 32 of K two tiles of 1 KB (columns
+ * 0-15, 16-31), a tile having 16 rows of pairs (k, k + 1). Weights are A in forward, where a panel comes from rows of x
+ * through a transposition of 32-bit pairs, and B in backward, where a panel comes from interleaving rows of weights. Both
+ * ways weights stream from memory while CHUNK rows stay in the cache. Every sum runs over K in one order.
+ *
+ * Letters as in moe.c: R rows, D width, F expert width. D and F must be multiples of 32.
+ */
+#include "vector.h"
+
+#if ELEMENT_BITS == 16 && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define BLOCK 32
+#define STEP_BYTES 2048     /* of a panel: two tiles */
+/* Of the second-level cache, for the rows of a chunk. */
+#define FORWARD_BYTES 1500000
+#define BACKWARD_BYTES 800000
+#define PIECES 16           /* of the work on a finished block */
+
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} tile_config;
+
+/* Whether the operating system lets this process use the tile registers. */
+i64 expert_tiles(void) { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0; }
+
+static void configure_tiles(void) {
+    tile_config all = {.palette = 1};
+    for (int i = 0; i < 8; i++) all.row_bytes[i] = 64, all.rows[i] = 16;
+    _tile_loadconfig(&all);
+}
+
+/* What the blocks to come will read: so many lines are fetched at each step, and as many `twin` bytes further on. */
+typedef struct {
+    const char *at;
+    i64 stride, twin, each;
+} stream;
+
+/* A finished block of C and where its values go. C's tiles: (rows 0-15, columns 0-15), (0-15, 16-31), (16-31, 0-15), ... */
+typedef struct {
+    const float *c;
+    element *out; /* its first row, and how far apart rows are */
+    i64 rows, stride;
+    char *panel;  /* of the activation, its half step */
+    char *hidden; /* gate and up: for 16 f by 32 r, pairs of f, 2 KB on end */
+    element *grad, *grad_t; /* gradients of gate and up in rows, and transposed; those of up come so much later: */
+    i64 grad_stride, grad_up, grad_t_stride, grad_t_up;
+    __m512i (*scratch)[16];
+} block;
+typedef void finish(const block *, int piece);
+
+/* c = A B, plus `sum` where that is not null; meanwhile all pieces of the block before. */
+INLINE void product(const element *a, const element *a_low, i64 a_stride, const char *b, i64 K, const float *sum, float *c,
+                    stream *next, finish *piece_of, const block *before) {
+    if (sum) {
+        _tile_loadd(0, sum, 64);
+        _tile_loadd(1, sum + 256, 64);
+        _tile_loadd(2, sum + 512, 64);
+        _tile_loadd(3, sum + 768, 64);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    i64 steps = K / 32, bytes = a_stride * sizeof *a;
+    for (i64 s = 0; s < steps; s++, a += 32, a_low += 32, b += STEP_BYTES) {
+        _tile_loadd(4, a, bytes);
+        _tile_loadd(6, b, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, b + 1024, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        if (before && s < PIECES) piece_of(before, s);
+        for (i64 i = 0; i < next->each; i++, next->at += next->stride) {
+            _mm_prefetch(next->at, _MM_HINT_T1);
+            if (next->twin) _mm_prefetch(next->at + next->twin, _MM_HINT_T1);
+        }
+        _tile_loadd(5, a_low, bytes);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    for (i64 s = steps; before && s < PIECES; s++) piece_of(before, s);
+    _tile_stored(0, c, 64);
+    _tile_stored(1, c + 256, 64);
+    _tile_stored(2, c + 512, 64);
+    _tile_stored(3, c + 768, 64);
+}
+
+INLINE i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
+
+/* ---- shuffles ---- */
+
+INLINE void transpose_pairs(__m512i *r) {
+    __m512i t[16];
+    for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 16; i++) {
+        int from = i / 8 * 8 + i % 4;
+        t[i] = i % 8 < 4 ? _mm512_shuffle_i32x4(r[from], r[from + 4], 0x88) : _mm512_shuffle_i32x4(r[from], r[from + 4], 0xdd);
+    }
+    for (int i = 0; i < 8; i++) {
+        int to = i % 4 + i / 4 * 4;
+        r[to] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88), r[to + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    }
+}
+
+static const uint16_t PAIRS[32] __attribute__((aligned(64))) = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                                8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+
+/* Both vectors rounded, the second behind the first. */
+INLINE __m512i rounded(vf first, vf second) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
+
+/* Both rounded: first[0], second[0], first[1], second[1], ... */
+INLINE __m512i rounded_pairs(vf first, vf second) {
+    return _mm512_permutexvar_epi16(_mm512_load_si512(PAIRS), rounded(first, second));
+}
+
+/* The panel of n <= 32 rows of x[., K]; the rest of its columns are zeros. */
+static void panel_of_rows(const element *x, i64 n, i64 K, char *panel) {
+    for (i64 k = 0; k < K; k += 32, panel += STEP_BYTES)
+        for (int half = 0; half < 2; half++) {
+            __m512i r[16];
+            for (int i = 0; i < 16; i++) {
+                i64 row = 16 * half + i;
+                r[i] = row < n ? _mm512_loadu_si512(x + row * K + k) : _mm512_setzero_si512();
+            }
+            transpose_pairs(r);
+            for (int i = 0; i < 16; i++) _mm512_store_si512(panel + half * 1024 + i * 64, r[i]);
+        }
+}
+
+/* The panels of `columns` columns of w[K, .], panel_bytes apart; several at a time, or too little of a page is read at a
+ * time. */
+#define COLUMNS 128
+static void panels_of_columns(const element *w, i64 stride, i64 K, i64 columns, char *panel, i64 panel_bytes) {
+    uint16_t from[BLOCK]; /* of columns 0-15; 32 and above: of the other row */
+    for (int i = 0; i < BLOCK; i++) from[i] = i / 2 + i % 2 * BLOCK;
+    __m512i low = _mm512_loadu_si512(from), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (i64 k = 0; k < K; k += 2, w += 2 * stride)
+        for (i64 n = 0; n < columns; n += BLOCK) {
+            __m512i even = _mm512_loadu_si512(w + n), odd = _mm512_loadu_si512(w + stride + n);
+            char *to = panel + n / BLOCK * panel_bytes + k / 32 * STEP_BYTES + k % 32 * 32;
+            _mm512_store_si512(to, _mm512_permutex2var_epi16(even, low, odd));
+            _mm512_store_si512(to + 1024, _mm512_permutex2var_epi16(even, high, odd));
+            _mm_prefetch((const char *)(w + 8 * stride + n), _MM_HINT_T0);
+            _mm_prefetch((const char *)(w + 9 * stride + n), _MM_HINT_T0);
+        }
+}
+
+/* The last n < 32 rows of a product's left factor with zeros behind them. */
+static const element *last_block(const element *rows, i64 n, i64 K, element *copy) {
+    memcpy(copy, rows, n * K * sizeof *rows);
+    memset(copy + n * K, 0, (BLOCK - n) * K * sizeof *rows);
+    return copy;
+}
+
+/* ---- what happens to a block of C ---- */
+
+/* From gate[16 f, 32 r] and up[16 f, 32 r]: the activation as half a step of a panel, and the rows of `hidden`. */
+INLINE void finish_activation(const block *b, int piece) {
+    int half = piece / 8, f = piece % 8 * 2;
+    const float *gate = b->c + half * 256 + f * 16, *up = gate + 512;
+    vf g0 = load_float(gate, 16), g1 = load_float(gate + 16, 16), u0 = load_float(up, 16), u1 = load_float(up + 16, 16);
+    vf act0 = g0 * sigmoid(g0) * u0, act1 = g1 * sigmoid(g1) * u1;
+    _mm512_store_si512(b->panel + half * 1024 + f * 32, rounded_pairs(act0, act1));
+}
+
+/* Also keeps gate and up, in the order in which backward wants them; nobody reads them before, so past the caches. */
+INLINE void finish_activation_and_hidden(const block *b, int piece) {
+    int half = piece / 8, f = piece % 8 * 2;
+    const float *gate = b->c + half * 256 + f * 16, *up = gate + 512;
+    char *hidden = b->hidden + half * 1024 + f * 32;
+    _mm512_stream_si512((__m512i *)hidden, rounded_pairs(load_float(gate, 16), load_float(gate + 16, 16)));
+    _mm512_stream_si512((__m512i *)(hidden + 512), rounded_pairs(load_float(up, 16), load_float(up + 16, 16)));
+    finish_activation(b, piece);
+}
+
+/* C[32 d, 32 r] to rows of `out`. */
+INLINE void finish_transposed(const block *b, int piece) {
+    if (piece % 8) return;
+    int half = piece / 8;
+    __m512i low[16], high[16];
+    for (int i = 0; i < 16; i++) {
+        low[i] = _mm512_loadu_si512(b->c + half * 256 + i * 16);
+        high[i] = _mm512_loadu_si512(b->c + 512 + half * 256 + i * 16);
+    }
+    transpose_pairs(low), transpose_pairs(high);
+    for (int i = 0; i < 16 && half * 16 + i < b->rows; i++)
+        _mm512_storeu_si512(b->out + (half * 16 + i) * b->stride, rounded((vf)low[i], (vf)high[i]));
+}
+
+/* C[32 r, 32 d] to rows of `out`. */
+INLINE void finish_rows(const block *b, int piece) {
+    for (int row = 2 * piece; row < 2 * piece + 2 && row < b->rows; row++) {
+        const float *c = b->c + row / 16 * 512 + row % 16 * 16;
+        _mm512_storeu_si512(b->out + row * b->stride, rounded(load_float(c, 16), load_float(c + 256, 16)));
+    }
+}
+
+/* From C[32 r, 32 f], the activation's gradient, and gate and up: their gradients, and the activation in `out`. */
+INLINE void swiglu_backward_row(const block *b, int row) {
+    const float *c = b->c + row / 16 * 512 + row % 16 * 16;
+    vf act[2], grad_gate[2], grad_up[2];
+    for (int i = 0; i < 2; i++) {
+        const element *hidden = (const element *)&b->scratch[i][row % 16];
+        vf x = load(hidden, 16), u = load(hidden + 16, 16), g = load_float(c + 256 * i, 16);
+        vf s = sigmoid(x), silu = x * s;
+        act[i] = silu * u;
+        grad_gate[i] = g * u * (s + silu * (1.f - s));
+        grad_up[i] = g * silu;
+    }
+    element *grad = b->grad + row * b->grad_stride;
+    _mm512_stream_si512((__m512i *)(b->out + row * b->stride), rounded(act[0], act[1]));
+    _mm512_storeu_si512(grad, rounded(grad_gate[0], grad_gate[1]));
+    _mm512_storeu_si512(grad + b->grad_up, rounded(grad_up[0], grad_up[1]));
+}
+
+/* 16 columns of 32 rows to 16 rows of 32. */
+INLINE void transpose_columns(const element *in, i64 stride, element *out, i64 out_stride) {
+    __m512i r[16];
+    for (int i = 0; i < 16; i++) {
+        __m256i even = _mm256_loadu_si256((const __m256i *)(in + 2 * i * stride));
+        __m256i odd = _mm256_loadu_si256((const __m256i *)(in + (2 * i + 1) * stride));
+        __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1);
+        r[i] = _mm512_permutexvar_epi16(_mm512_load_si512(PAIRS), both);
+    }
+    transpose_pairs(r);
+    for (int i = 0; i < 16; i++) _mm512_stream_si512((__m512i *)(out + i * out_stride), r[i]);
+}
+
+INLINE void finish_swiglu_backward(const block *b, int piece) {
+    int half = piece / 6, step = piece % 6, i = piece % 2;
+    if (piece >= 12) {
+        int up = (piece - 12) / 2;
+        transpose_columns(b->grad + up * b->grad_up + 16 * i, b->grad_stride,
+                          b->grad_t + up * b->grad_t_up + 16 * i * b->grad_t_stride, b->grad_t_stride);
+    } else if (step < 2) {
+        const char *hidden = b->hidden + step * 2048 + half * 1024;
+        for (int j = 0; j < 16; j++) b->scratch[step][j] = _mm512_load_si512(hidden + j * 64);
+        transpose_pairs(b->scratch[step]);
+    } else {
+        for (int row = 0; row < 4; row++) swiglu_backward_row(b, half * 16 + (step - 2) * 4 + row);
+    }
+}
+
+INLINE void finish_all(finish *piece_of, const block *b) {
+    for (int piece = 0; piece < PIECES; piece++) piece_of(b, piece);
+}
+
+/* ---- forward ---- */
+
+/* Lines of the next weights to fetch at each step, so that they are there when all blocks are done. */
+INLINE i64 lines_a_step(i64 elements, i64 steps) { return (elements / 32 + steps - 1) / steps; }
+
+INLINE void activations(const element *gate_up, const char *x, char *act, char *hidden, i64 rows, i64 D, i64 F,
+                        finish *piece_of) {
+    float c[2][1024] __attribute__((aligned(64)));
+    block done;
+    const block *before = 0;
+    i64 blocks = (rows + BLOCK - 1) / BLOCK;
+    for (i64 f = 0; f < F; f += 16) {
+        const element *gate = gate_up + f * D, *up = gate + F * D;
+        stream next = {(const char *)(gate + 16 * D), 64, F * D * sizeof *gate, lines_a_step(16 * D, blocks * (D / 32))};
+        for (i64 i = 0; i < blocks; i++) {
+            float *mine = c[before == 0 || done.c == c[1] ? 0 : 1];
+            product(gate, up, D, x + i * D * 64, D, 0, mine, &next, piece_of, before);
+            done = (block){.c = mine};
+            done.panel = act + i * F * 64 + f / 32 * STEP_BYTES + f % 32 * 32;
+            done.hidden = hidden ? hidden + (i * F + f) * BLOCK * 4 : 0;
+            before = &done;
+        }
+    }
+    finish_all(piece_of, &done);
+}
+
+static void outputs(const element *down, const char *act, element *out, i64 rows, i64 D, i64 F) {
+    float c[2][1024] __attribute__((aligned(64)));
+    block done;
+    const block *before = 0;
+    i64 blocks = (rows + BLOCK - 1) / BLOCK;
+    for (i64 d = 0; d < D; d += BLOCK) {
+        const element *w = down + d * F;
+        stream next = {(const char *)(w + BLOCK * F), 64, 0, lines_a_step(BLOCK * F, blocks * (F / 32))};
+        for (i64 i = 0; i < blocks; i++) {
+            float *mine = c[before == 0 || done.c == c[1] ? 0 : 1];
+            product(w, w + 16 * F, F, act + i * F * 64, F, 0, mine, &next, finish_transposed, before);
+            done = (block){.c = mine, .rows = rows - i * BLOCK, .stride = D, .out = out + i * BLOCK * D + d};
+            before = &done;
+        }
+    }
+    finish_all(finish_transposed, &done);
+}
+
+/* Chunks of nearly equal length and about so many rows, at least one for each thread; up to half as much again spares a
+ * pass over the weights. */
+static i64 number_of_chunks(i64 R, i64 rows) {
+    rows = rows < BLOCK ? BLOCK : rows / BLOCK * BLOCK;
+    i64 chunks = R <= rows + rows / 2 ? 1 : (R + rows - 1) / rows, most = (R + BLOCK - 1) / BLOCK;
+    i64 threads = omp_get_max_threads();
+    return chunks >= threads ? chunks : threads < most ? threads : most;
+}
+
+INLINE i64 longest_chunk(i64 R, i64 chunks) { return (R / chunks + 2 * BLOCK) / BLOCK * BLOCK; }
+
+INLINE i64 chunk_start(i64 R, i64 chunks, i64 chunk) {
+    i64 start = (R * chunk / chunks + BLOCK - 1) / BLOCK * BLOCK;
+    return start < R ? start : R;
+}
+
+/* For x[R, D] through one expert's gate_up[2F, D] and down[D, F]: out[R, D], and the products of gate_up in `hidden` for
+ * expert_backward(), 2F elements for each of R rows rounded up to 32. Either may be null. */
+void expert_forward(const element *x, const element *gate_up, const element *down, char *hidden, element *out, i64 R, i64 D,
+                    i64 F) {
+    i64 chunks = number_of_chunks(R, FORWARD_BYTES / ((D + F) * sizeof *x)), most = longest_chunk(R, chunks);
+    OMP(omp parallel if(chunks > 1))
+    {
+        char *x_panels = aligned_alloc(64, most * (D + F) * sizeof *x), *act_panels = x_panels + most * D * sizeof *x;
+        configure_tiles();
+        OMP(omp for schedule(static))
+        for (i64 chunk = 0; chunk < chunks; chunk++) {
+            i64 first = chunk_start(R, chunks, chunk), rows = chunk_start(R, chunks, chunk + 1) - first;
+            if (rows <= 0) continue;
+            for (i64 r = 0; r < rows; r += BLOCK) panel_of_rows(x + (first + r) * D, rows - r, D, x_panels + r * D * 2);
+            if (hidden)
+                activations(gate_up, x_panels, act_panels, hidden + first * F * 4, rows, D, F, finish_activation_and_hidden);
+            else
+                activations(gate_up, x_panels, act_panels, 0, rows, D, F, finish_activation);
+            if (out) outputs(down, act_panels, out + first * D, rows, D, F);
+        }
+        _mm_sfence();
+        _tile_release();
+        free(x_panels);
+    }
+}
+
+/* ---- backward ---- */
+
+/* What one thread needs: panels of weights, 32 rows, gradients of some columns of gate and up, sums of grad_x. */
+typedef struct {
+    char *panel;
+    element *copy, *grad;
+    float *sums, *c[2];
+    __m512i (*hidden)[16];
+    void *memory;
+} workspace;
+
+static workspace new_workspace(i64 rows, i64 D, i64 columns) {
+    i64 longest = D > 2 * columns ? D : 2 * columns;
+    i64 sizes[] = {COLUMNS * longest * 2, BLOCK * D * 2, rows * 2 * columns * 2, rows * D * 4, 4096, 4096, 2048}, total = 0;
+    for (int i = 0; i < 7; i++) total += sizes[i];
+    char *at = aligned_alloc(4096, (total + 4095) / 4096 * 4096), *parts[7];
+    workspace w = {.memory = at};
+    for (int i = 0; i < 7; at += sizes[i++]) parts[i] = at;
+    w.panel = parts[0], w.copy = (element *)parts[1], w.grad = (element *)parts[2], w.sums = (float *)parts[3];
+    w.c[0] = (float *)parts[4], w.c[1] = (float *)parts[5], w.hidden = (__m512i(*)[16])parts[6];
+    return w;
+}
+
+/* Gradients of `columns` columns of gate and up, from f on, for some rows. `first` describes the block of row 0, f = 0. */
+static void hidden_gradients(const element *grad_out, i64 rows, const element *down, i64 D, i64 F, i64 f, i64 columns,
+                             workspace w, block first) {
+    i64 blocks = (rows + BLOCK - 1) / BLOCK;
+    const block *before = 0;
+    block done;
+    int turn = 0;
+    for (i64 n = 0; n < columns; n += BLOCK) {
+        char *panel = w.panel + n % COLUMNS * D * 2;
+        if (n % COLUMNS == 0) panels_of_columns(down + f + n, F, D, smaller(COLUMNS, columns - n), panel, BLOCK * D * 2);
+        for (i64 i = 0; i < blocks; i++, turn ^= 1) {
+            const element *a = (i + 1) * BLOCK <= rows ? grad_out + i * BLOCK * D : w.copy;
+            char *kept = first.hidden + (i * F + f + n) * BLOCK * 4;
+            stream next = {kept, 64, 0, lines_a_step(2 * BLOCK * BLOCK, D / 32)};
+            product(a, a + 16 * D, D, panel, D, 0, w.c[turn], &next, finish_swiglu_backward, before);
+            done = first;
+            done.c = w.c[turn];
+            done.out += i * BLOCK * first.stride + f + n;
+            done.hidden = kept;
+            done.grad += i * BLOCK * first.grad_stride + n;
+            done.grad_t += (f + n) * first.grad_t_stride + i * BLOCK;
+            before = &done;
+        }
+    }
+    finish_all(finish_swiglu_backward, &done);
+}
+
+/* Adds the share of those columns to grad_x; `last` are the sums whole. */
+static void input_gradients(const element *gate_up, element *grad_x, i64 rows, i64 D, i64 F, i64 f, i64 columns, int last,
+                            workspace w) {
+    i64 blocks = (rows + BLOCK - 1) / BLOCK, K = 2 * columns;
+    const block *before = 0;
+    block done;
+    int turn = 0;
+    stream none = {0};
+    for (i64 d = 0; d < D; d += BLOCK) {
+        char *panel = w.panel + d % COLUMNS * K * 2;
+        for (int up = 0; d % COLUMNS == 0 && up < 2; up++)
+            panels_of_columns(gate_up + (up * F + f) * D + d, D, columns, smaller(COLUMNS, D - d), panel + up * columns * 64,
+                              BLOCK * K * 2);
+        for (i64 i = 0; i < blocks; i++, turn ^= 1) {
+            float *sum = w.sums + (d / BLOCK * blocks + i) * BLOCK * BLOCK, *c = last ? w.c[turn] : sum;
+            const element *a = w.grad + i * BLOCK * K;
+            product(a, a + 16 * K, K, panel, K, f ? sum : 0, c, &none, finish_rows, before);
+            if (!last) continue;
+            done = (block){.c = c, .rows = rows - i * BLOCK, .out = grad_x + i * BLOCK * D + d, .stride = D};
+            before = &done;
+        }
+    }
+    if (last) finish_all(finish_rows, &done);
+}
+
+/* From grad_out[R, D] and what expert_forward() kept in `hidden`: grad_x[R, D]; the gradient of gate_up's products,
+ * transposed, grad_hidden_t[2F, t_stride]; and once more the activation act[., act_stride]. The latter two have room for R
+ * rounded up to 32. */
+void expert_backward(const element *grad_out, char *hidden, const element *gate_up, const element *down,
+                     element *grad_hidden_t, element *act, element *grad_x, i64 R, i64 D, i64 F, i64 t_stride,
+                     i64 act_stride) {
+    i64 chunks = number_of_chunks(R, BACKWARD_BYTES / (D * sizeof *act)), most = longest_chunk(R, chunks);
+    i64 width = smaller(F, BACKWARD_BYTES / (4 * most) / COLUMNS * COLUMNS + COLUMNS);
+    OMP(omp parallel if(chunks > 1))
+    {
+        workspace w = new_workspace(most, D, width);
+        configure_tiles();
+        OMP(omp for schedule(static))
+        for (i64 chunk = 0; chunk < chunks; chunk++) {
+            i64 start = chunk_start(R, chunks, chunk), rows = chunk_start(R, chunks, chunk + 1) - start;
+            i64 whole = rows / BLOCK * BLOCK;
+            if (rows <= 0) continue;
+            last_block(grad_out + (start + whole) * D, rows - whole, D, w.copy);
+            for (i64 f = 0; f < F; f += width) {
+                i64 columns = smaller(width, F - f);
+                block first = {.out = act + start * act_stride, .stride = act_stride, .hidden = hidden + start * F * 4,
+                               .grad = w.grad, .grad_stride = 2 * columns, .grad_up = columns, .scratch = w.hidden,
+                               .grad_t = grad_hidden_t + start, .grad_t_stride = t_stride, .grad_t_up = F * t_stride};
+                hidden_gradients(grad_out + start * D, rows, down, D, F, f, columns, w, first);
+                input_gradients(gate_up, grad_x + start * D, rows, D, F, f, columns, f + columns == F, w);
+            }
+        }
+        _tile_release();
+        free(w.memory);
+    }
+}
+#else
+i64 expert_tiles(void) { return 0; }
+void expert_forward(const element *x, const element *gate_up, const element *down, char *hidden, element *out, i64 R, i64 D,
+                    i64 F) {}
+void expert_backward(const element *grad_out, char *hidden, const element *gate_up, const element *down,
+                     element *grad_hidden_t, element *act, element *grad_x, i64 R, i64 D, i64 F, i64 t_stride,
+                     i64 act_stride) {}
+#endif
