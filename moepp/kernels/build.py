@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("moe.c", "transpose.c", "cross_entropy.c", "experts.c")
-_HEADERS = ("vector.h",)
+_SOURCES = ("moe.c", "project.c", "experts.c", "transpose.c", "cross_entropy.c")
+_HEADERS = ("vector.h", "tiles.h")
 ELEMENT_BITS = {torch.bfloat16: 16, torch.float32: 32}
 
 # Arguments of each kernel: t tensor (None: null), n number.
@@ -87,8 +87,8 @@ def _load(path: Path) -> Library:
     for name, signature in _SIGNATURES.items():
         function = getattr(handle, name)
         function.argtypes, function.restype = [kinds[kind] for kind in signature], None
-    handle.expert_tiles.argtypes, handle.expert_tiles.restype = [], ctypes.c_int64
-    return Library(handle, path, bool(handle.expert_tiles()))
+    handle.has_tiles.argtypes, handle.has_tiles.restype = [], ctypes.c_int64
+    return Library(handle, path, bool(handle.has_tiles()))
 
 
 def _compiled(bits: int) -> Path:

@@ -8,33 +8,13 @@
  *
  * Letters as in moe.c: R rows, D width, F expert width. D and F must be multiples of 32.
  */
-#include "vector.h"
+#include "tiles.h"
 
-#if ELEMENT_BITS == 16 && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#define BLOCK 32
-#define STEP_BYTES 2048     /* of a panel: two tiles */
+#if HAS_TILES
 /* Of the second-level cache, for the rows of a chunk. */
 #define FORWARD_BYTES 1500000
 #define BACKWARD_BYTES 800000
-#define PIECES 16           /* of the work on a finished block */
-
-typedef struct {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-} tile_config;
-
-/* Whether the operating system lets this process use the tile registers. */
-i64 expert_tiles(void) { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0; }
-
-static void configure_tiles(void) {
-    tile_config all = {.palette = 1};
-    for (int i = 0; i < 8; i++) all.row_bytes[i] = 64, all.rows[i] = 16;
-    _tile_loadconfig(&all);
-}
+#define PIECES 16 /* of the work on a finished block */
 
 /* What the blocks to come will read: so many lines are fetched at each step, and as many `twin` bytes further on. */
 typedef struct {
@@ -92,40 +72,7 @@ INLINE void product(const element *a, const element *a_low, i64 a_stride, const 
     _tile_stored(3, c + 768, 64);
 }
 
-INLINE i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
-
 /* ---- shuffles ---- */
-
-INLINE void transpose_pairs(__m512i *r) {
-    __m512i t[16];
-    for (int i = 0; i < 8; i++) {
-        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 16; i++) {
-        int from = i / 8 * 8 + i % 4;
-        t[i] = i % 8 < 4 ? _mm512_shuffle_i32x4(r[from], r[from + 4], 0x88) : _mm512_shuffle_i32x4(r[from], r[from + 4], 0xdd);
-    }
-    for (int i = 0; i < 8; i++) {
-        int to = i % 4 + i / 4 * 4;
-        r[to] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88), r[to + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    }
-}
-
-static const uint16_t PAIRS[32] __attribute__((aligned(64))) = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                                8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-
-/* Both vectors rounded, the second behind the first. */
-INLINE __m512i rounded(vf first, vf second) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
-
-/* Both rounded: first[0], second[0], first[1], second[1], ... */
-INLINE __m512i rounded_pairs(vf first, vf second) {
-    return _mm512_permutexvar_epi16(_mm512_load_si512(PAIRS), rounded(first, second));
-}
 
 /* The panel of n <= 32 rows of x[., K]; the rest of its columns are zeros. */
 static void panel_of_rows(const element *x, i64 n, i64 K, char *panel) {
@@ -452,7 +399,6 @@ void expert_backward(const element *grad_out, char *hidden, const element *gate_
     }
 }
 #else
-i64 expert_tiles(void) { return 0; }
 void expert_forward(const element *x, const element *gate_up, const element *down, char *hidden, element *out, i64 R, i64 D,
                     i64 F) {}
 void expert_backward(const element *grad_out, char *hidden, const element *gate_up, const element *down,

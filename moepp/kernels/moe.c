@@ -1,7 +1,7 @@
 /* What stands between the MoE layer's matrix products, each in one pass over memory. See vector.h for conventions.
  *
- * Letters: T tokens, D width, K slots of a token, R rows of FFN slots, F expert width, C constant experts, P outputs of a
- * projection, E experts, S slots. A position is the row of a slot, or -1 where it has none.
+ * Letters: T tokens, D width, K slots of a token, R rows of FFN slots, F expert width, C constant experts, E experts,
+ * S slots. A position is the row of a slot, or -1 where it has none.
  */
 #include "vector.h"
 
@@ -126,89 +126,6 @@ void combine_backward(const element *grad, const element *rows, const i64 *posit
     }
     for (int thread = 0; thread < threads; thread++)
         for (i64 i = 0; i < C * D; i++) grad_values[i] += partial[thread * C * D + i];
-    free(partial);
-}
-
-/* ---- narrow projections in float: the router's ---- */
-
-/* Tokens (and outputs) of one step: their accumulators must fit the registers. Each sum runs over d in the same order
- * whatever the step, so that a token's logits do not depend on the other tokens. */
-#define TOKENS 4
-#define OUTPUTS 6
-
-INLINE void project_step(const element *x, const float *weight, float *out, i64 D, i64 P, int tokens, int outputs) {
-    vf total[TOKENS][OUTPUTS] = {0};
-    FOR_COLUMNS(d, n, D, {
-        vf row[TOKENS];
-        for (int i = 0; i < tokens; i++) row[i] = load(x + i * D + d, n);
-        for (int j = 0; j < outputs; j++) {
-            vf w = load_float(weight + j * D + d, n);
-            for (int i = 0; i < tokens; i++) total[i][j] += row[i] * w;
-        }
-    })
-    for (int i = 0; i < tokens; i++)
-        for (int j = 0; j < outputs; j++) out[i * P + j] = sum(total[i][j]);
-}
-
-INLINE void project_tokens(const element *x, const float *weight, float *out, i64 D, i64 P, int tokens) {
-    i64 p = 0;
-    for (; p + 6 <= P; p += 6) project_step(x, weight + p * D, out + p, D, P, tokens, 6);
-    if (P - p >= 4) project_step(x, weight + p * D, out + p, D, P, tokens, 4), p += 4;
-    if (P - p >= 2) project_step(x, weight + p * D, out + p, D, P, tokens, 2), p += 2;
-    if (P - p == 1) project_step(x, weight + p * D, out + p, D, P, tokens, 1);
-}
-
-/* out[T, P] = x[T, D] weight[P, D]^T. */
-void project(const element *x, const float *weight, float *out, i64 T, i64 D, i64 P) {
-    OMP(omp parallel for schedule(static) if(WORTH_THREADS(T * D)))
-    for (i64 t = 0; t < T; t += TOKENS) {
-        if (t + TOKENS <= T)
-            project_tokens(x + t * D, weight, out + t * P, D, P, TOKENS);
-        else
-            for (i64 i = t; i < T; i++) project_tokens(x + i * D, weight, out + i * P, D, P, 1);
-    }
-}
-
-INLINE void project_backward_step(const element *x, const float *weight, const float *grad, const element *base,
-                                  element *grad_x, float *grad_weight, i64 D, i64 P, int tokens) {
-    FOR_COLUMNS(d, n, D, {
-        vf row[2 * TOKENS];
-        vf total[2 * TOKENS] = {0};
-        for (int i = 0; i < tokens; i++) {
-            row[i] = load(x + i * D + d, n);
-            if (base) total[i] = load(base + i * D + d, n);
-        }
-        for (i64 p = 0; p < P; p++) {
-            vf w = load_float(weight + p * D + d, n), grad_w = load_float(grad_weight + p * D + d, n);
-            for (int i = 0; i < tokens; i++) {
-                total[i] += grad[i * P + p] * w;
-                grad_w += grad[i * P + p] * row[i];
-            }
-            store_float(grad_weight + p * D + d, grad_w, n);
-        }
-        for (int i = 0; i < tokens; i++) store(grad_x + i * D + d, total[i], n);
-    })
-}
-
-/* From grad[T, P] and base[T, D] (or null): grad_x[T, D] = base + grad weight, and grad_weight[P, D] that is added to. */
-void project_backward(const element *x, const float *weight, const float *grad, const element *base, element *grad_x,
-                      float *grad_weight, i64 T, i64 D, i64 P) {
-    int threads = omp_get_max_threads();
-    float *partial = calloc((size_t)threads * P * D, sizeof *partial);
-    OMP(omp parallel for schedule(static) if(WORTH_THREADS(T * D)))
-    for (i64 t = 0; t < T; t += 2 * TOKENS) {
-        float *mine = partial + (i64)omp_get_thread_num() * P * D;
-        for (i64 i = t; i < T && i < t + 2 * TOKENS; i++) {
-            const element *from = base ? base + i * D : 0;
-            if (i == t && t + 2 * TOKENS <= T) {
-                project_backward_step(x + i * D, weight, grad + i * P, from, grad_x + i * D, mine, D, P, 2 * TOKENS);
-                break;
-            }
-            project_backward_step(x + i * D, weight, grad + i * P, from, grad_x + i * D, mine, D, P, 1);
-        }
-    }
-    for (int thread = 0; thread < threads; thread++)
-        for (i64 i = 0; i < P * D; i++) grad_weight[i] += partial[thread * P * D + i];
     free(partial);
 }
 

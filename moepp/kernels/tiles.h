@@ -1,0 +1,69 @@
+/* The processor's tile registers (Intel AMX, bfloat16), and shuffles that bring values into the order they want.
+ *
+ * A tile has 16 rows of 64 bytes. One instruction adds A B to C: A[16, 32] in rows of bfloat16, C[16, 16] in rows of float,
+ * B[32, 16] in 16 rows of pairs: columns' values at k and k + 1 next to each other.
+ */
+#pragma once
+#include "vector.h"
+
+#if ELEMENT_BITS == 16 && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#define HAS_TILES 1
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define BLOCK 32        /* rows and columns that are handled at a time: two tiles each way */
+#define STEP_BYTES 2048 /* two tiles of B, 32 of K by 32 columns */
+
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} tile_config;
+
+/* Whether the operating system lets this process use the tile registers. */
+static int tiles_granted(void) { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0; }
+
+static void configure_tiles(void) {
+    tile_config all = {.palette = 1};
+    for (int i = 0; i < 8; i++) all.row_bytes[i] = 64, all.rows[i] = 16;
+    _tile_loadconfig(&all);
+}
+
+/* 16 rows of 16 pairs: what was pair j of row i becomes pair i of row j. */
+INLINE void transpose_pairs(__m512i *r) {
+    __m512i t[16];
+    for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 16; i++) {
+        int from = i / 8 * 8 + i % 4;
+        t[i] = i % 8 < 4 ? _mm512_shuffle_i32x4(r[from], r[from + 4], 0x88) : _mm512_shuffle_i32x4(r[from], r[from + 4], 0xdd);
+    }
+    for (int i = 0; i < 8; i++) {
+        int to = i % 4 + i / 4 * 4;
+        r[to] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88), r[to + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    }
+}
+
+static const uint16_t PAIRS[32] __attribute__((aligned(64))) = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                                8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+
+/* Both vectors rounded, the second behind the first. */
+INLINE __m512i rounded(vf first, vf second) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
+
+/* Both rounded: first[0], second[0], first[1], second[1], ... */
+INLINE __m512i rounded_pairs(vf first, vf second) {
+    return _mm512_permutexvar_epi16(_mm512_load_si512(PAIRS), rounded(first, second));
+}
+
+INLINE i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
+
+INLINE i64 round_up(i64 value, i64 multiple) { return (value + multiple - 1) / multiple * multiple; }
+#else
+static int tiles_granted(void) { return 0; }
+#endif
