@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("moe.c", "project.c", "experts.c", "transpose.c", "cross_entropy.c")
+_SOURCES = ("moe.c", "routing.c", "project.c", "experts.c", "transpose.c", "cross_entropy.c")
 _HEADERS = ("vector.h", "tiles.h")
 ELEMENT_BITS = {torch.bfloat16: 16, torch.float32: 32}
 
@@ -36,7 +36,11 @@ _SIGNATURES = {
     "combine_backward": "tttttttttttttt" + "nnnn",
     "project": "tttnnn",
     "project_backward": "ttttttnnn",
-    "top_experts": "ttnnn",
+    "gates": "ttttnnnnn",
+    "gates_backward": "ttttttnnnnn",
+    "affine": "tttttnnnnn",
+    "affine_backward": "tttttttnnnnn",
+    "count_experts": "ttnn",
     "sort_slots": "ttttnn",
     "cross_entropy": "tttnnnn",
     "expert_forward": "tttttnnn",

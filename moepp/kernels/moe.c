@@ -5,8 +5,6 @@
  */
 #include "vector.h"
 
-#define MAX_TOP_K 8 /* of top_experts(); moepp/moe/kernels.py knows it too */
-
 /* ---- SwiGLU ---- */
 
 /* act[R, F] = silu(gate) * up, rows lying so far apart. act may take the place of gate: that spares fetching the memory
@@ -127,47 +125,4 @@ void combine_backward(const element *grad, const element *rows, const i64 *posit
     for (int thread = 0; thread < threads; thread++)
         for (i64 i = 0; i < C * D; i++) grad_values[i] += partial[thread * C * D + i];
     free(partial);
-}
-
-/* ---- routing ---- */
-
-/* ids[K, T]: for each token the K highest of scores[E, T], best first; among equals the lower number. A score of -inf or
- * NaN is chosen after all others. */
-void top_experts(const float *scores, i64 *ids, i64 E, i64 T, i64 K) {
-    OMP(omp parallel for schedule(static) if(WORTH_THREADS(T * E)))
-    for (i64 t = 0; t < T; t += LANES) {
-        i64 n = T - t < LANES ? T - t : LANES;
-        vi taken[MAX_TOP_K];
-        for (i64 k = 0; k < K; k++) {
-            vf best = (vf){0} - __builtin_inff();
-            vi which = (vi){0} - 1;
-            for (i64 e = 0; e < E; e++) {
-                vf score = load_float(scores + e * T + t, n);
-                vi better = (score > best) | (which < 0);
-                for (i64 j = 0; j < k; j++) better &= taken[j] != (int32_t)e;
-                best = choose(better, score, best);
-                which = (vi)choose(better, (vf)((vi){0} + (int32_t)e), (vf)which);
-            }
-            taken[k] = which;
-            for (i64 i = 0; i < n; i++) ids[k * T + t + i] = which[i];
-        }
-    }
-}
-
-/* Stable counting sort of S slots by expert: order[0 .. N) are the slots of experts 0 .. E-1, counts[E] how many each
- * has, positions[S] where a slot went, or -1 for a slot of an expert beyond, which is left out. */
-void sort_slots(const i64 *experts, i64 *order, i64 *counts, i64 *positions, i64 S, i64 E) {
-    memset(counts, 0, E * sizeof *counts);
-    for (i64 s = 0; s < S; s++)
-        if (experts[s] < E) counts[experts[s]]++;
-    i64 *next = malloc((E + 1) * sizeof *next), start = 0;
-    for (i64 e = 0; e < E; e++) {
-        next[e] = start;
-        start += counts[e];
-    }
-    for (i64 s = 0; s < S; s++) {
-        positions[s] = experts[s] < E ? next[experts[s]]++ : -1;
-        if (positions[s] >= 0) order[positions[s]] = s;
-    }
-    free(next);
 }

@@ -93,7 +93,11 @@ class _LoopSwiGLU(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out_RD: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows_RD, gate_up_EGD, down_EDF, stored_RG = ctx.saved_tensors
-        grad_out_RD, width, largest = grad_out_RD.contiguous(), down_EDF.shape[2], largest_chunk(ctx.counts, ctx.chunk_rows)
+        grad_out_RD, width, largest = (
+            grad_out_RD.contiguous(),
+            down_EDF.shape[2],
+            largest_chunk(ctx.counts, ctx.chunk_rows),
+        )
         grad_rows_RD = torch.empty_like(rows_RD)
         grad_gate_up, grad_down = WeightGradients(gate_up_EGD, ctx.counts), WeightGradients(down_EDF, ctx.counts)
         hidden_CG = rows_RD.new_empty(largest if stored_RG is None else 0, 2 * width)

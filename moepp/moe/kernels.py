@@ -17,6 +17,7 @@ from torch import Tensor
 from moepp.kernels import Library, compiled, compiled_for
 
 MAX_TOP_K = 8  # of the compiled kernel, which scans K times
+_NORMALIZATIONS = ("none", "zero_masked", "topk_softmax")  # numbered as in moepp/kernels/routing.c
 
 
 def _required(tensor: Tensor) -> Library:
@@ -94,19 +95,74 @@ class _Project(torch.autograd.Function):
         return grad_x_TD, grad_weight_PD
 
 
-@torch.no_grad()
-def top_experts(scores_ET: Tensor, top_k: int) -> Tensor:
-    """The ``top_k`` experts with the highest scores, best first, among equals the lower number: int64 [K, T].
+def has_gates(logits_TE: Tensor, top_k: int) -> bool:
+    """Whether :func:`gates` and :func:`affine_coefficients` can be used for these logits."""
+    return compiled(logits_TE) is not None and logits_TE.dtype == torch.float32 and top_k <= MAX_TOP_K
 
-    (Among equals torch's own choice, where the compiled kernel does not run.)
+
+def gates(logits_TE: Tensor, top_k: int, first_zero: int, normalization: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities [T, E], chosen experts [T, K] (int64) and gate weights [T, K] as ``router.compute_gates`` has them.
+
+    Among experts of equal probability the lower number is chosen.
     """
-    kernels = compiled(scores_ET)
-    if kernels is None or top_k > MAX_TOP_K:
-        return torch.topk(scores_ET, top_k, dim=0).indices
-    num_experts, num_tokens = scores_ET.shape
-    ids_KT = torch.empty(top_k, num_tokens, dtype=torch.int64)
-    kernels.call("top_experts", scores_ET.contiguous(), ids_KT, num_experts, num_tokens, top_k)
-    return ids_KT
+    return _Gates.apply(logits_TE, top_k, first_zero, _NORMALIZATIONS.index(normalization))
+
+
+class _Gates(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits_TE: Tensor, top_k: int, first_zero: int, normalization: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits_TE = logits_TE.contiguous()
+        num_tokens, num_experts = logits_TE.shape
+        probs_TE, weights_TK = torch.empty_like(logits_TE), logits_TE.new_empty(num_tokens, top_k)
+        ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int64)
+        ctx.kernels, ctx.sizes = _required(logits_TE), (num_tokens, num_experts, top_k, first_zero, normalization)
+        ctx.kernels.call("gates", logits_TE, probs_TE, ids_TK, weights_TK, *ctx.sizes)
+        ctx.save_for_backward(probs_TE, ids_TK, weights_TK)
+        ctx.mark_non_differentiable(ids_TK)
+        ctx.set_materialize_grads(False)
+        return probs_TE, ids_TK, weights_TK
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_probs_TE: Tensor | None, _: None, grad_weights_TK: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        probs_TE, ids_TK, weights_TK = ctx.saved_tensors
+        grad_weights_TK = torch.zeros_like(weights_TK) if grad_weights_TK is None else grad_weights_TK.contiguous()
+        grad_logits_TE = torch.empty_like(probs_TE)
+        inputs = (probs_TE, ids_TK, weights_TK, _dense(grad_probs_TE), grad_weights_TK)
+        ctx.kernels.call("gates_backward", *inputs, grad_logits_TE, *ctx.sizes)
+        return grad_logits_TE, None, None, None
+
+
+def affine_coefficients(
+    ids_TK: Tensor, weights_TK: Tensor, alpha_logits_TC2: Tensor, first_constant: int, first_zero: int
+) -> tuple[Tensor, Tensor]:
+    """Scale [T] and coefficients [T, C] of the zero-computation experts, see :mod:`moepp.moe.zero_computation`."""
+    return _AffineCoefficients.apply(ids_TK, weights_TK, alpha_logits_TC2, first_constant, first_zero)
+
+
+class _AffineCoefficients(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, ids_TK: Tensor, weights_TK: Tensor, alpha_logits_TC2: Tensor, first_constant: int, first_zero: int
+    ) -> tuple[Tensor, Tensor]:
+        inputs = (ids_TK.contiguous(), weights_TK.contiguous(), alpha_logits_TC2.contiguous())
+        (num_tokens, top_k), num_constant = ids_TK.shape, alpha_logits_TC2.shape[1]
+        ctx.kernels, ctx.sizes = _required(weights_TK), (num_tokens, top_k, num_constant, first_constant, first_zero)
+        scale_T, coefficients_TC = weights_TK.new_empty(num_tokens), weights_TK.new_empty(num_tokens, num_constant)
+        ctx.kernels.call("affine", *inputs, scale_T, coefficients_TC, *ctx.sizes)
+        ctx.save_for_backward(*inputs)
+        return scale_T, coefficients_TC
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_scale_T: Tensor, grad_coefficients_TC: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ids_TK, weights_TK, alpha_logits_TC2 = ctx.saved_tensors
+        grads = (torch.empty_like(weights_TK), torch.empty_like(alpha_logits_TC2))
+        inputs = (ids_TK, weights_TK, alpha_logits_TC2, grad_scale_T.contiguous(), grad_coefficients_TC.contiguous())
+        ctx.kernels.call("affine_backward", *inputs, *grads, *ctx.sizes)
+        return None, *grads, None, None
 
 
 @dataclass(frozen=True)
@@ -142,6 +198,10 @@ def sort_slots(experts_TK: Tensor, num_experts: int) -> SlotOrder:
 
 def count_experts(experts_S: Tensor, num_experts: int) -> Tensor:
     """How often each of the first ``num_experts`` experts occurs: int64 [E]; no host synchronisation."""
+    if kernels := compiled_for(experts_S.device, torch.float32):
+        counts_E = experts_S.new_empty(num_experts)
+        kernels.call("count_experts", experts_S.contiguous(), counts_E, experts_S.numel(), num_experts)
+        return counts_E
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=experts_S.device)
     counts.scatter_add_(0, experts_S.clamp(max=num_experts), torch.ones_like(experts_S))
     return counts[:num_experts]

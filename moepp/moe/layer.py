@@ -1,7 +1,7 @@
 """The MoE++ layer: zero-computation experts beside FFN experts, with gating residuals (arXiv 2410.07348).
 
 Shapes: T tokens of this rank, D width, E = N experts of every kind (order FFN, constant, copy, zero),
-K experts per token, S = T·K slots, Z zero-computation experts, R rows that this rank's FFN experts compute.
+K experts per token, S = T·K slots, R rows that this rank's FFN experts compute.
 """
 
 from __future__ import annotations
@@ -64,10 +64,11 @@ class MoEOutput:
 
 @dataclass(frozen=True)
 class Routing:
-    """Where the slots go: FFN slots to the dispatcher, zero-computation gates to the local expression."""
+    """Where the slots go: FFN slots to the dispatcher, all others to the local expression."""
 
     ffn: FFNSlots
-    gates_TZ: Tensor
+    ids_TK: Tensor
+    weights_TK: Tensor  # 0 where dropped
     load_E: Tensor
     num_dropped: Tensor
 
@@ -149,7 +150,9 @@ class MoELayer(nn.Module):
         if self.cfg.scale_input_by_top_k:
             x_TD, alpha_logits_TC2 = x_TD * self.cfg.top_k, alpha_logits_TC2 * self.cfg.top_k
         receipt, rows_RD, x_TD = self.dispatcher.dispatch(x_TD, routing.ffn)  # starts the all-to-all: FFN slots only
-        affine = self.zero_computation(x_TD, alpha_logits_TC2, routing.gates_TZ)  # meanwhile, no communication
+        affine = self.zero_computation(
+            x_TD, alpha_logits_TC2, routing.ids_TK, routing.weights_TK
+        )  # meanwhile, no communication
         balance, z_loss, aux_loss = self._aux_losses(logits_TE, gates, routing.load_E, selection_share_E)
         stats = self._stats(gates, routing, receipt.remote_slots, balance, z_loss)
         rows_RD = self.dispatcher.receive(rows_RD, receipt)
@@ -170,22 +173,17 @@ class MoELayer(nn.Module):
         return router_input_TP, alpha_logits.unflatten(1, (num_constant, 2)), x_TD
 
     def select(self, gates: Gates) -> Routing:
-        """Apply the capacity and split the slots into FFN slots and zero-computation gates."""
+        """Apply the capacity and find the slots that FFN experts compute."""
         cfg, ids_TK, weights_TK = self.cfg, gates.topk_ids_TK, gates.weights_TK
         load_E = count_experts(ids_TK.flatten(), cfg.num_experts)
-        is_ffn_TK = ids_TK < cfg.num_ffn_experts
+        expert_TK, num_dropped = ids_TK, load_E.new_zeros(())
         if self.training and cfg.capacity_factor is not None:
             kept_TK = keep_within_capacity(ids_TK, weights_TK, cfg)
             weights_TK = weights_TK * kept_TK
-            is_ffn_TK = is_ffn_TK & kept_TK
+            expert_TK = torch.where(kept_TK, ids_TK, cfg.num_experts)
             num_dropped = (~kept_TK).sum()
-        else:
-            num_dropped = torch.zeros((), dtype=torch.int64, device=ids_TK.device)
-        # Slots that no FFN expert computes are not looked at again.
-        expert_TK = torch.where(is_ffn_TK, ids_TK, cfg.num_ffn_experts)
-        slots = FFNSlots(sort_slots(expert_TK, cfg.num_ffn_experts), weights_TK)
-        gates_TE = weights_TK.new_zeros(ids_TK.shape[0], cfg.num_experts).scatter(1, ids_TK, weights_TK)
-        return Routing(slots, gates_TE[:, cfg.num_ffn_experts :], load_E, num_dropped)
+        slots = FFNSlots(sort_slots(expert_TK, cfg.num_ffn_experts), weights_TK)  # slots of other kinds are left out
+        return Routing(slots, ids_TK, weights_TK, load_E, num_dropped)
 
     def _aux_losses(
         self, logits_TE: Tensor, gates: Gates, load_E: Tensor, selection_share_E: Tensor | None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moepp.config import MoEConfig
-from moepp.moe.kernels import linear_fp32, top_experts
+from moepp.moe.kernels import gates, has_gates, linear_fp32
 
 
 class Router(nn.Module):
@@ -79,12 +79,15 @@ def compute_gates(logits_TE: Tensor, cfg: MoEConfig) -> Gates:
     - ``none`` (paper, Eq. 1): softmax over all experts, no renormalisation.
     - ``topk_softmax`` (Mixtral): softmax over the K chosen logits; a zero expert keeps its weight.
     """
+    if cfg.logits_norm_std is None and has_gates(logits_TE, cfg.top_k):
+        return Gates(*gates(logits_TE, cfg.top_k, cfg.kind_slices["zero"].start, cfg.gate_normalization))
     # Experts first: with [T, N], N of a dozen, the CPU spends ten times as long on a softmax.
     logits_ET = logits_TE.t().contiguous()
     if cfg.logits_norm_std is not None:
         logits_ET = logits_ET / (_std_over_experts(logits_ET) / cfg.logits_norm_std)
     probs_ET = torch.softmax(logits_ET, dim=0)
-    topk_ids_KT = top_experts(probs_ET if cfg.gate_normalization != "topk_softmax" else logits_ET, cfg.top_k)
+    scores_ET = logits_ET if cfg.gate_normalization == "topk_softmax" else probs_ET
+    topk_ids_KT = torch.topk(scores_ET, cfg.top_k, dim=0).indices
     if cfg.gate_normalization == "topk_softmax":
         weights_KT = torch.softmax(logits_ET.gather(0, topk_ids_KT), dim=0)
     else:

@@ -84,7 +84,11 @@ class TileSwiGLU(torch.autograd.Function):
             hidden_CG = again_CG if hidden_RG is None else hidden_RG[at : at + _padded(num_rows)]
             if hidden_RG is None:
                 _forward(kernels, rows_RD, gate_up_EGD, down_EDF, chunk, hidden_CG, None)
-            grad_out_CD, grad_GC, grad_DC = grad_out_RD[chunk.rows], _rows(grad_hidden_GC, stride), _rows(grad_out_DC, stride)
+            grad_out_CD, grad_GC, grad_DC = (
+                grad_out_RD[chunk.rows],
+                _rows(grad_hidden_GC, stride),
+                _rows(grad_out_DC, stride),
+            )
             weights = (gate_up_EGD[chunk.expert], down_EDF[chunk.expert])
             results = (grad_GC, act_CF, grad_rows_RD[chunk.rows])
             sizes = (num_rows, width_D, width_F, stride, act_CF.stride(0))

@@ -14,6 +14,8 @@ from moepp import MoEConfig, MoELayer, kernels
 from moepp.kernels import build
 from moepp.model.cross_entropy import chunked_cross_entropy
 from moepp.moe import kernels as moe_kernels
+from moepp.moe.router import compute_gates
+from moepp.moe.zero_computation import ZeroComputation
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")), reason="no C compiler"
@@ -185,27 +187,68 @@ def test_gather_and_combine_with_all_gradients(library, dtype, width, with_affin
         assert_close(grads[name], value, dtype, name)
 
 
+def gate_config(num_ffn: int, top_k: int, normalization: str) -> MoEConfig:
+    return MoEConfig(num_ffn, 8, 2, 1, 2, top_k=top_k, gate_normalization=normalization)
+
+
+@pytest.mark.parametrize("normalization", ["none", "zero_masked", "topk_softmax"])
+@pytest.mark.parametrize(("num_ffn", "top_k"), [(1, 1), (3, 2), (9, 8), (40, 3)])
+@pytest.mark.parametrize("tokens", [1, 16, 45])
+def test_gates_and_their_gradient(library, normalization, num_ffn, top_k, tokens):
+    """Against the same formulas in float64, which torch carries out."""
+    cfg = gate_config(num_ffn, top_k, normalization)
+    logits_TE = draw(tokens, cfg.num_experts, scale=2.0)
+    if tokens > 1:  # this token chooses zero experts alone
+        logits_TE[1] = -torch.arange(cfg.num_experts) * 1e-3
+        logits_TE[1, cfg.kind_slices["zero"]] += 30
+    narrow, wide = logits_TE.clone().requires_grad_(), logits_TE.double().requires_grad_()
+    ours, wanted = compute_gates(narrow, cfg), compute_gates(wide, cfg)
+    assert torch.equal(ours.topk_ids_TK, wanted.topk_ids_TK)
+    grads = [draw(*value.shape, seed=7) for value in (wanted.probs_TE, wanted.weights_TK)]
+    torch.autograd.backward([ours.probs_TE, ours.weights_TK], grads)
+    torch.autograd.backward([wanted.probs_TE, wanted.weights_TK], [grad.double() for grad in grads])
+    assert narrow.grad is not None and wide.grad is not None
+    for observed, expected in ((ours.probs_TE, wanted.probs_TE), (ours.weights_TK, wanted.weights_TK), (narrow, wide)):
+        assert_close(observed, expected, torch.float32)
+    assert_close(narrow.grad, wide.grad, torch.float32)
+
+
+@pytest.mark.parametrize(("num_constant", "num_copy"), [(2, 1), (0, 2), (3, 0)])
+def test_coefficients_of_zero_computation_experts_and_their_gradients(library, num_constant, num_copy):
+    cfg = MoEConfig(3, 8, 2, num_copy, num_constant, top_k=2)
+    tokens, experts = 50, ZeroComputation(cfg, 4)
+    ids_TK = torch.stack([torch.randperm(cfg.num_experts, generator=torch.manual_seed(t))[:2] for t in range(tokens)])
+    weights_TK, alpha_TC2, x_TD = draw(tokens, 2).abs(), draw(tokens, num_constant, 2, scale=2.0), draw(tokens, 4)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        weights, alpha = (value.to(dtype, copy=True).requires_grad_() for value in (weights_TK, alpha_TC2))
+        affine = experts(x_TD, alpha, ids_TK, weights)
+        values = [affine.scale_T, affine.coefficients_TC]
+        torch.autograd.backward(values, [draw(*value.shape, seed=3).to(dtype) for value in values])
+        results.append([*values, weights.grad, alpha.grad] if num_constant else [*values, weights.grad])
+    for ours, wanted in zip(*results, strict=True):
+        assert_close(ours, wanted, torch.float32)
+
+
 @pytest.mark.parametrize("num_experts", [1, 7, 40])
 @pytest.mark.parametrize("tokens", [1, 16, 45])
-def test_top_experts_and_sorting_agree_with_torch(library, num_experts, tokens):
+def test_sorting_and_counting_slots_agree_with_torch(library, num_experts, tokens):
     for top_k in {1, min(2, num_experts), min(8, num_experts)}:
-        scores = draw(num_experts, tokens, seed=top_k)
-        ids_KT = moe_kernels.top_experts(scores, top_k)
-        assert torch.equal(ids_KT, torch.topk(scores, top_k, dim=0).indices)
-        ids_TK = ids_KT.t().contiguous()
-        ours = moe_kernels.sort_slots(ids_TK, num_experts - 1)
+        ids_TK = torch.topk(draw(tokens, num_experts, seed=top_k), top_k).indices
+        ours, counts_E = moe_kernels.sort_slots(ids_TK, num_experts - 1), moe_kernels.count_experts(ids_TK, num_experts)
         with kernels.torch_only():
             theirs = moe_kernels.sort_slots(ids_TK, num_experts - 1)
         count = int(ours.counts_E.sum())
         assert torch.equal(ours.counts_E, theirs.counts_E) and torch.equal(ours.positions_TK, theirs.positions_TK)
         assert torch.equal(ours.slots_S[:count], theirs.slots_S[:count])
+        assert torch.equal(counts_E, torch.bincount(ids_TK.flatten(), minlength=num_experts))
 
 
 def test_among_equal_scores_the_lower_expert_is_chosen_and_nan_gives_distinct_experts(library):
-    scores = torch.tensor([[1.0, 2.0], [3.0, 2.0], [3.0, 2.0]]).repeat(1, 20)
-    assert moe_kernels.top_experts(scores, 3).t().tolist() == [[1, 2, 0], [0, 1, 2]] * 20
-    broken = moe_kernels.top_experts(torch.full((5, 18), float("nan")), 3)
-    assert all(len(set(column)) == 3 and set(column) <= set(range(5)) for column in broken.t().tolist())
+    logits_TE = torch.tensor([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0]]).repeat(20, 1)
+    assert moe_kernels.gates(logits_TE, 3, 3, "none")[1].tolist() == [[1, 2, 0], [0, 1, 2]] * 20
+    broken = moe_kernels.gates(torch.full((18, 5), float("nan")), 3, 5, "none")[1]
+    assert all(len(set(row)) == 3 and set(row) <= set(range(5)) for row in broken.tolist())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,175 @@
+/* Routing: gates, the choice of experts, the order of their slots. All in float. See vector.h for conventions.
+ *
+ * Letters: T tokens, E experts (FFN, constant, copy, zero, in this order), K experts of a token, C constant experts, S slots.
+ */
+#include <math.h>
+
+#include "vector.h"
+
+#define MAX_TOP_K 8 /* moepp/moe/kernels.py knows it too */
+
+/* How a token's gate weights come from its probabilities; moepp/moe/kernels.py numbers them alike. */
+enum normalization { NONE, ZERO_MASKED, TOPK_SOFTMAX };
+
+/* taken[K]: of LANES tokens the K experts with the highest scores[E][LANES], best first; among equals the lower number. A
+ * score of -inf or NaN is chosen after all others. */
+INLINE void choose_experts(const vf *scores, vi *taken, i64 E, i64 K) {
+    for (i64 k = 0; k < K; k++) {
+        vf best = (vf){0} - __builtin_inff();
+        vi which = (vi){0} - 1;
+        for (i64 e = 0; e < E; e++) {
+            vi better = (scores[e] > best) | (which < 0);
+            for (i64 j = 0; j < k; j++) better &= taken[j] != (int32_t)e;
+            best = choose(better, scores[e], best);
+            which = (vi)choose(better, (vf)((vi){0} + (int32_t)e), (vf)which);
+        }
+        taken[k] = which;
+    }
+}
+
+INLINE vf exponential(vf x) { return exp2_of(x * 1.44269504f, EXACT); }
+
+/* exps[E] = exp(logits - highest), and their sum. */
+INLINE vf exponentials(const vf *logits, vf *exps, i64 E) {
+    vf highest = logits[0], total = {0};
+    for (i64 e = 1; e < E; e++) highest = choose(logits[e] > highest, logits[e], highest);
+    for (i64 e = 0; e < E; e++) total += exps[e] = exponential(logits[e] - highest);
+    return total;
+}
+
+/* weights[K] of one token from all its exponentials or probabilities; slots of experts from first_zero on get 0 where they
+ * are masked. */
+INLINE void gate_weights(const float *scores, const i64 *ids, float *weights, i64 K, i64 first_zero, i64 normalization) {
+    float total = 0;
+    for (i64 k = 0; k < K; k++) {
+        weights[k] = normalization == ZERO_MASKED && ids[k] >= first_zero ? 0 : scores[ids[k]];
+        total += weights[k];
+    }
+    if (normalization == NONE) return;
+    for (i64 k = 0; k < K; k++) weights[k] /= total > 0 || total != total ? total : 1.f;
+}
+
+/* From logits[T, E]: probs[T, E], the chosen ids[T, K] and their weights[T, K]. */
+void gates(const float *logits, float *probs, i64 *ids, float *weights, i64 T, i64 E, i64 K, i64 first_zero,
+           i64 normalization) {
+    OMP(omp parallel if(WORTH_THREADS(T * E)))
+    {
+        vf *z = aligned_alloc(64, 2 * E * sizeof *z), *p = z + E;
+        OMP(omp for schedule(static))
+        for (i64 t = 0; t < T; t += LANES) {
+            i64 n = T - t < LANES ? T - t : LANES;
+            for (i64 e = 0; e < E; e++)
+                for (i64 i = 0; i < LANES; i++) z[e][i] = i < n ? logits[(t + i) * E + e] : 0;
+            vf total = exponentials(z, p, E);
+            for (i64 e = 0; e < E; e++) p[e] /= total;
+            vi taken[MAX_TOP_K];
+            choose_experts(normalization == TOPK_SOFTMAX ? z : p, taken, E, K);
+            for (i64 i = 0; i < n; i++) {
+                float *mine = probs + (t + i) * E;
+                for (i64 e = 0; e < E; e++) mine[e] = p[e][i];
+                for (i64 k = 0; k < K; k++) ids[(t + i) * K + k] = taken[k][i];
+                if (normalization != TOPK_SOFTMAX)
+                    gate_weights(mine, ids + (t + i) * K, weights + (t + i) * K, K, first_zero, normalization);
+            }
+            if (normalization != TOPK_SOFTMAX) continue;
+            vf chosen[MAX_TOP_K] = {0}, exps[MAX_TOP_K];
+            for (i64 k = 0; k < K; k++)
+                for (i64 i = 0; i < n; i++) chosen[k][i] = logits[(t + i) * E + taken[k][i]];
+            total = exponentials(chosen, exps, K);
+            for (i64 k = 0; k < K; k++)
+                for (i64 i = 0; i < n; i++) weights[(t + i) * K + k] = exps[k][i] / total[i];
+        }
+        free(z);
+    }
+}
+
+/* grad_logits[T, E] of gates(), from grad_probs[T, E] (or null) and grad_weights[T, K]. */
+void gates_backward(const float *probs, const i64 *ids, const float *weights, const float *grad_probs,
+                    const float *grad_weights, float *grad_logits, i64 T, i64 E, i64 K, i64 first_zero, i64 normalization) {
+    OMP(omp parallel for schedule(static) if(WORTH_THREADS(T * E)))
+    for (i64 t = 0; t < T; t++) {
+        const float *p = probs + t * E, *w = weights + t * K, *grad_w = grad_weights + t * K;
+        const i64 *chosen = ids + t * K;
+        float *grad = grad_logits + t * E, inner = 0, total = 0, dot = 0;
+        for (i64 e = 0; e < E; e++) grad[e] = grad_probs ? grad_probs[t * E + e] : 0;
+        for (i64 k = 0; k < K; k++) {
+            int masked = normalization == ZERO_MASKED && chosen[k] >= first_zero;
+            inner += grad_w[k] * w[k];
+            total += masked ? 0 : p[chosen[k]];
+        }
+        for (i64 k = 0; k < K && normalization != TOPK_SOFTMAX; k++) {
+            if (normalization == NONE)
+                grad[chosen[k]] += grad_w[k];
+            else if (chosen[k] < first_zero)
+                grad[chosen[k]] += total > 0 ? (grad_w[k] - inner) / total : grad_w[k];
+        }
+        for (i64 e = 0; e < E; e++) dot += p[e] * grad[e];
+        for (i64 e = 0; e < E; e++) grad[e] = p[e] * (grad[e] - dot);
+        for (i64 k = 0; k < K && normalization == TOPK_SOFTMAX; k++) grad[chosen[k]] += w[k] * (grad_w[k] - inner);
+    }
+}
+
+/* 1 / (1 + exp(-(a - b))) */
+INLINE float first_share(const float *pair) { return 1.f / (1.f + expf(pair[1] - pair[0])); }
+
+/* The zero-computation experts as an affine function of each token: scale[T] and coefficients[T, C], from its gate weights
+ * and from alpha_logits[T, C, 2]. Constant experts are numbered from first_constant, copy experts from there + C on. */
+void affine(const i64 *ids, const float *weights, const float *alpha_logits, float *scale, float *coefficients, i64 T, i64 K,
+            i64 C, i64 first_constant, i64 first_zero) {
+    OMP(omp parallel for schedule(static) if(WORTH_THREADS(T * K)))
+    for (i64 t = 0; t < T; t++) {
+        float total = 0;
+        memset(coefficients + t * C, 0, C * sizeof(float));
+        for (i64 s = t * K; s < t * K + K; s++) {
+            i64 c = ids[s] - first_constant;
+            if (c < 0 || ids[s] >= first_zero) continue;
+            float share = c < C ? first_share(alpha_logits + (t * C + c) * 2) : 1.f;
+            total += weights[s] * share;
+            if (c < C) coefficients[t * C + c] += weights[s] * (1.f - share);
+        }
+        scale[t] = total;
+    }
+}
+
+/* The gradients of affine(). */
+void affine_backward(const i64 *ids, const float *weights, const float *alpha_logits, const float *grad_scale,
+                     const float *grad_coefficients, float *grad_weights, float *grad_alpha_logits, i64 T, i64 K, i64 C,
+                     i64 first_constant, i64 first_zero) {
+    OMP(omp parallel for schedule(static) if(WORTH_THREADS(T * K)))
+    for (i64 t = 0; t < T; t++) {
+        memset(grad_alpha_logits + t * C * 2, 0, C * 2 * sizeof(float));
+        for (i64 s = t * K; s < t * K + K; s++) {
+            i64 c = ids[s] - first_constant;
+            grad_weights[s] = c < 0 || ids[s] >= first_zero ? 0 : grad_scale[t];
+            if (c < 0 || c >= C) continue;
+            float share = first_share(alpha_logits + (t * C + c) * 2), grad_c = grad_coefficients[t * C + c];
+            float slope = weights[s] * (grad_scale[t] - grad_c) * share * (1.f - share);
+            grad_weights[s] = grad_scale[t] * share + grad_c * (1.f - share);
+            grad_alpha_logits[(t * C + c) * 2] += slope;
+            grad_alpha_logits[(t * C + c) * 2 + 1] -= slope;
+        }
+    }
+}
+
+/* How often each of E experts occurs among S ids. */
+void count_experts(const i64 *ids, i64 *counts, i64 S, i64 E) {
+    memset(counts, 0, E * sizeof *counts);
+    for (i64 s = 0; s < S; s++)
+        if (ids[s] < E) counts[ids[s]]++;
+}
+
+/* Stable counting sort of S slots by expert: order[0 .. N) are the slots of experts 0 .. E-1, counts[E] how many each
+ * has, positions[S] where a slot went, or -1 for a slot of an expert beyond, which is left out. */
+void sort_slots(const i64 *experts, i64 *order, i64 *counts, i64 *positions, i64 S, i64 E) {
+    count_experts(experts, counts, S, E);
+    i64 *next = malloc((E + 1) * sizeof *next), start = 0;
+    for (i64 e = 0; e < E; e++) {
+        next[e] = start;
+        start += counts[e];
+    }
+    for (i64 s = 0; s < S; s++) {
+        positions[s] = experts[s] < E ? next[experts[s]]++ : -1;
+        if (positions[s] >= 0) order[positions[s]] = s;
+    }
+    free(next);
+}
