@@ -394,6 +394,7 @@ void expert_backward(const element *grad_out, char *hidden, const element *gate_
                 input_gradients(gate_up, grad_x + start * D, rows, D, F, f, columns, f + columns == F, w);
             }
         }
+        _mm_sfence();
         _tile_release();
         free(w.memory);
     }

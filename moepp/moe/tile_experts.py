@@ -94,6 +94,7 @@ class TileSwiGLU(torch.autograd.Function):
             sizes = (num_rows, width_D, width_F, stride, act_CF.stride(0))
             kernels.call("expert_backward", grad_out_CD, hidden_CG, *weights, *results, *sizes)
             transpose(grad_out_CD, grad_DC[:, :num_rows])
+            grad_DC[:, num_rows : _padded(num_rows)] = 0  # oneDNN reads a strided left factor so far, times zeros
             grad_gate_up.add(chunk, grad_GC[: 2 * width_F, :num_rows], rows_RD[chunk.rows])
             grad_down.add(chunk, grad_DC[:width_D, :num_rows], act_CF[:num_rows, :width_F])
             at += _padded(num_rows)
