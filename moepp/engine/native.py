@@ -25,16 +25,44 @@ class _FlatGroup:
         # In fp32 the parameters are their own masters; in bf16 the masters are fp32 copies.
         self.masters = parameters if model_is_fp32 else [nn.Parameter(p.detach().float()) for p in parameters]
         self.parameters = parameters
+        self._accumulates_itself = model_is_fp32  # autograd does, into the views
+        self._written = [False] * len(parameters)
         self.grad = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
         self.grad_views: list[Tensor] = []
         offset = 0
-        for parameter, master in zip(parameters, self.masters, strict=True):
+        for index, (parameter, master) in enumerate(zip(parameters, self.masters, strict=True)):
             view = self.grad[offset : offset + parameter.numel()].view_as(parameter)
             offset += parameter.numel()
             self.grad_views.append(view)
             master.grad = view
             if not model_is_fp32:
-                parameter.register_post_accumulate_grad_hook(_accumulate_into(view))
+                parameter.register_post_accumulate_grad_hook(self._accumulate(index))
+
+    def _accumulate(self, index: int) -> Any:
+        def hook(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            if self._written[index]:
+                self.grad_views[index].add_(parameter.grad)
+            else:  # a quarter of the time of zeroing and adding
+                self.grad_views[index].copy_(parameter.grad)
+                self._written[index] = True
+            parameter.grad = None
+
+        return hook
+
+    def finish_grad(self) -> Tensor:
+        """The gradient of all micro-batches, flat; zeros where no loss reached a parameter."""
+        if not self._accumulates_itself:
+            for view, written in zip(self.grad_views, self._written, strict=True):
+                if not written:
+                    view.zero_()
+        return self.grad
+
+    def clear_grad(self) -> None:
+        """Forget it, for the next step."""
+        self._written = [False] * len(self._written)
+        if self._accumulates_itself:
+            self.grad.zero_()
 
     def write_back(self) -> None:
         """Round the fp32 masters into the model's parameters."""
@@ -43,13 +71,10 @@ class _FlatGroup:
                 parameter.data.copy_(master.data)
 
 
-def _accumulate_into(grad_fp32: Tensor) -> Any:
-    def hook(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        grad_fp32.add_(parameter.grad)
-        parameter.grad = None
-
-    return hook
+def _square(grad: Tensor) -> Tensor:
+    """Sum of squares in float64, from float32 norms of parts: float64 throughout takes ten times as long."""
+    norms = torch.stack([torch.linalg.vector_norm(part) for part in grad.split(2**22)])
+    return norms.double().square().sum()
 
 
 class NativeEngine:
@@ -82,7 +107,7 @@ class NativeEngine:
 
     def step(self, lr: float, update: bool = True) -> StepResult:
         for flat in self._flat:
-            comm.all_reduce_sum(flat.grad, self._groups.edp if flat.group.expert else self._groups.world)
+            comm.all_reduce_sum(flat.finish_grad(), self._groups.edp if flat.group.expert else self._groups.world)
         grad_norm = self._grad_norm()
         skipped = not update or not math.isfinite(grad_norm)
         if not skipped:
@@ -93,7 +118,7 @@ class NativeEngine:
             for flat in self._flat:
                 flat.write_back()
         for flat in self._flat:
-            flat.grad.zero_()
+            flat.clear_grad()
         return StepResult(grad_norm, skipped)
 
     def _grad_norm(self) -> float:
@@ -101,7 +126,7 @@ class NativeEngine:
         device = self._flat[0].grad.device
         squares = {kind: torch.zeros((), dtype=torch.float64, device=device) for kind in (False, True)}
         for flat in self._flat:
-            squares[flat.group.expert] += torch.linalg.vector_norm(flat.grad, dtype=torch.float64).square()
+            squares[flat.group.expert] += _square(flat.grad)
         comm.all_reduce_sum(squares[True], self._groups.ep)
         return float((squares[False] + squares[True]).sqrt())
 
