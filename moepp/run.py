@@ -19,7 +19,6 @@ from moepp.data import check_data
 from moepp.environment import describe_environment
 from moepp.errors import MoeppError, PeerError
 from moepp.guards import StopRequest
-from moepp.host_memory import keep_freed_memory
 from moepp.metrics.logs import close_logging, setup_logging
 from moepp.metrics.wandb import require_wandb_login
 from moepp.model.accounting import count_parameters
@@ -49,7 +48,6 @@ def run_training(cfg: Config) -> None:
     """
     launch = read_launch_environment()
     validate(cfg, launch.world_size)
-    keep_freed_memory()
     device = pick_device(launch.local_rank)
     store = init_process_group(launch, device, cfg.parallel.timeout_seconds)
     watch = PeerWatch(store, launch.rank, launch.world_size, _leave)

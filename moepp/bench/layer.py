@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moepp.bench.cases import CASES, Case, ForcedRouting, learn_balance, make_layer, random_tokens
+from moepp.bench.memory import measure_memory
 from moepp.bench.stages import stage_times
 from moepp.bench.tables import Record
 from moepp.bench.timing import Timing, clock_for, measure, threads
@@ -35,14 +36,18 @@ class Options:
 
 
 def run(options: Options) -> dict[str, list[Record]]:
-    """Tables ``times`` (every layer of every case, interleaved) and ``stages`` (of one layer pass, adding up to it)."""
-    tables: dict[str, list[Record]] = {"times": [], "stages": []}
+    """Tables ``times`` (every layer of every case, interleaved), ``stages`` (adding up to a pass) and ``memory``."""
+    tables: dict[str, list[Record]] = {"times": [], "stages": [], "memory": []}
     for count in options.num_threads:
         with threads(count):
             for name in options.cases:
                 times, stages = _run_case(CASES[name], options)
                 tables["times"] += [{"case": name, "threads": count} | record for record in times]
                 tables["stages"] += [{"case": name, "threads": count} | record for record in stages]
+    for name in options.cases:
+        for tau in (None, *options.taus):
+            record = measure_memory(CASES[name], tau, options.num_tokens, options.dtype, options.device)
+            tables["memory"].append({"case": name} | record)
     return tables
 
 

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moepp.bench.cases import CASES, ForcedRouting, balanced_logits, learn_balance, make_layer, random_tokens
+from moepp.bench.cases import CASES, Case, ForcedRouting, balanced_logits, learn_balance, make_layer, random_tokens
 from moepp.bench.layer import bare_forward, bare_forward_backward
+from moepp.bench.memory import measure_memory
 from moepp.bench.stages import OTHER, attribute
 from moepp.bench.tables import format_table
 from moepp.bench.timing import measure, summarize
@@ -97,6 +98,16 @@ def test_stages_add_up_to_the_whole_and_backward_goes_to_the_stage_of_its_forwar
     times = attribute(events, repeats=2)
     assert times == {"FFN": (2.0, 4.5), OTHER: (3.25, 0.25)}
     assert sum(map(sum, times.values())) == 10.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tau", [None, 0.5])
+def test_memory_of_the_layer_is_what_its_sizes_say(tau, dtype):
+    """A buffer that is made for all slots instead of the FFN ones, or kept too long, shows here on every machine."""
+    record = measure_memory(Case("medium", 4, 2, 256, 512), tau, 2048, dtype, CPU)
+    routing_mb = 2048 * 200 / 2**20  # some numbers per expert and token
+    assert record["saved formula MB"] <= record["saved MB"] <= record["saved formula MB"] + routing_mb
+    assert record["peak MB"] == pytest.approx(record["peak formula MB"], rel=0.1)
 
 
 def test_table_aligns_numbers_and_shows_what_is_absent():

@@ -19,9 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moepp import MoEConfig, MoELayer, kernels
 from moepp.bench.cases import ForcedRouting
+from moepp.bench.memory import saved_bytes
 from moepp.comm import Traffic
 
-T, D, F = 96, 32, 48
+T, D, F = 96, 32, 64
 VANILLA = MoEConfig(4, F, capacity_factor=None, gating_residual=False)
 MOEPP = MoEConfig(4, F, 1, 1, 2, tau=0.5, capacity_factor=None)
 CONFIGS = {"vanilla": VANILLA, "MoE++": MOEPP}
@@ -70,24 +71,6 @@ def test_backward_computes_twice_the_forward_and_a_chunked_one_the_hidden_produc
     residual = 3 * 2 * cfg.num_experts**2 if cfg.gating_residual else 0
     again = slots * 4 * D * F if chunk_rows else 0
     assert slots * 18 * D * F + again <= counter.get_total_flops() <= slots * 18 * D * F + again + residual
-
-
-def saved_bytes(layer: MoELayer, x: torch.Tensor) -> tuple[int, Any]:
-    """Bytes that autograd keeps for backward, each memory once, without parameters and the input."""
-    known = {p.untyped_storage().data_ptr() for p in (*layer.parameters(), x)}
-    saved: dict[int, int] = {}
-    kept = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            saved[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor)  # else its memory would be given to the next one
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = layer(x)
-    return sum(saved.values()), out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
