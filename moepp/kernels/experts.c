@@ -4,7 +4,8 @@
  * A product here is C[32, 32] = A[32, K] B[K, 32] with A in rows, B in panels: for every 32 of K two tiles of 1 KB (columns
  * 0-15, 16-31), a tile having 16 rows of pairs (k, k + 1). Weights are A in forward, where a panel comes from rows of x
  * through a transposition of 32-bit pairs, and B in backward, where a panel comes from interleaving rows of weights. Both
- * ways weights stream from memory while CHUNK rows stay in the cache. Every sum runs over K in one order.
+ * ways weights stream from memory while a chunk of rows stays in the cache. Forward sums run over K in one order, whatever
+ * the other rows; those of grad_x in as many parts as the number of rows suggests.
  *
  * Letters as in moe.c: R rows, D width, F expert width. D and F must be multiples of 32.
  */
@@ -70,47 +71,6 @@ INLINE void product(const element *a, const element *a_low, i64 a_stride, const 
     _tile_stored(1, c + 256, 64);
     _tile_stored(2, c + 512, 64);
     _tile_stored(3, c + 768, 64);
-}
-
-/* ---- shuffles ---- */
-
-/* The panel of n <= 32 rows of x[., K]; the rest of its columns are zeros. */
-static void panel_of_rows(const element *x, i64 n, i64 K, char *panel) {
-    for (i64 k = 0; k < K; k += 32, panel += STEP_BYTES)
-        for (int half = 0; half < 2; half++) {
-            __m512i r[16];
-            for (int i = 0; i < 16; i++) {
-                i64 row = 16 * half + i;
-                r[i] = row < n ? _mm512_loadu_si512(x + row * K + k) : _mm512_setzero_si512();
-            }
-            transpose_pairs(r);
-            for (int i = 0; i < 16; i++) _mm512_store_si512(panel + half * 1024 + i * 64, r[i]);
-        }
-}
-
-/* The panels of `columns` columns of w[K, .], panel_bytes apart; several at a time, or too little of a page is read at a
- * time. */
-#define COLUMNS 128
-static void panels_of_columns(const element *w, i64 stride, i64 K, i64 columns, char *panel, i64 panel_bytes) {
-    uint16_t from[BLOCK]; /* of columns 0-15; 32 and above: of the other row */
-    for (int i = 0; i < BLOCK; i++) from[i] = i / 2 + i % 2 * BLOCK;
-    __m512i low = _mm512_loadu_si512(from), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    for (i64 k = 0; k < K; k += 2, w += 2 * stride)
-        for (i64 n = 0; n < columns; n += BLOCK) {
-            __m512i even = _mm512_loadu_si512(w + n), odd = _mm512_loadu_si512(w + stride + n);
-            char *to = panel + n / BLOCK * panel_bytes + k / 32 * STEP_BYTES + k % 32 * 32;
-            _mm512_store_si512(to, _mm512_permutex2var_epi16(even, low, odd));
-            _mm512_store_si512(to + 1024, _mm512_permutex2var_epi16(even, high, odd));
-            _mm_prefetch((const char *)(w + 8 * stride + n), _MM_HINT_T0);
-            _mm_prefetch((const char *)(w + 9 * stride + n), _MM_HINT_T0);
-        }
-}
-
-/* The last n < 32 rows of a product's left factor with zeros behind them. */
-static const element *last_block(const element *rows, i64 n, i64 K, element *copy) {
-    memcpy(copy, rows, n * K * sizeof *rows);
-    memset(copy + n * K, 0, (BLOCK - n) * K * sizeof *rows);
-    return copy;
 }
 
 /* ---- what happens to a block of C ---- */
@@ -250,13 +210,12 @@ static void outputs(const element *down, const char *act, element *out, i64 rows
     finish_all(finish_transposed, &done);
 }
 
-/* Chunks of nearly equal length and about so many rows, at least one for each thread; up to half as much again spares a
- * pass over the weights. */
+/* Chunks of nearly equal length and about so many rows, as many for each thread; up to half as much again spares a pass
+ * over the weights. */
 static i64 number_of_chunks(i64 R, i64 rows) {
     rows = rows < BLOCK ? BLOCK : rows / BLOCK * BLOCK;
-    i64 chunks = R <= rows + rows / 2 ? 1 : (R + rows - 1) / rows, most = (R + BLOCK - 1) / BLOCK;
-    i64 threads = omp_get_max_threads();
-    return chunks >= threads ? chunks : threads < most ? threads : most;
+    i64 chunks = R <= rows + rows / 2 ? 1 : (R + rows - 1) / rows, threads = omp_get_max_threads();
+    return smaller((chunks + threads - 1) / threads * threads, (R + BLOCK - 1) / BLOCK);
 }
 
 INLINE i64 longest_chunk(i64 R, i64 chunks) { return (R / chunks + 2 * BLOCK) / BLOCK * BLOCK; }
@@ -384,7 +343,7 @@ void expert_backward(const element *grad_out, char *hidden, const element *gate_
             i64 start = chunk_start(R, chunks, chunk), rows = chunk_start(R, chunks, chunk + 1) - start;
             i64 whole = rows / BLOCK * BLOCK;
             if (rows <= 0) continue;
-            last_block(grad_out + (start + whole) * D, rows - whole, D, w.copy);
+            last_rows(grad_out + (start + whole) * D, rows - whole, D, w.copy);
             for (i64 f = 0; f < F; f += width) {
                 i64 columns = smaller(width, F - f);
                 block first = {.out = act + start * act_stride, .stride = act_stride, .hidden = hidden + start * F * 4,

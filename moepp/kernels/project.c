@@ -151,14 +151,6 @@ static uint16_t *backward_tiles(const float *weight, i64 D, i64 P, int parts) {
     return tiles;
 }
 
-/* The rows of a block as they lie, or copied with zeros behind where fewer are left. */
-INLINE const element *block_rows(const element *rows, i64 left, i64 D, element *copy) {
-    if (left >= BLOCK) return rows;
-    memcpy(copy, rows, left * D * sizeof *rows);
-    memset(copy + left * D, 0, (BLOCK - left) * D * sizeof *rows);
-    return copy;
-}
-
 static void project_by_tiles(const element *x, const float *weight, float *out, i64 T, i64 D, i64 P) {
     int parts = weight_parts(weight, P * D);
     i64 groups = (P + 15) / 16, bytes = D * sizeof *x;
@@ -170,7 +162,7 @@ static void project_by_tiles(const element *x, const float *weight, float *out, 
         configure_tiles();
         OMP(omp for schedule(static))
         for (i64 t = 0; t < T; t += BLOCK) {
-            const element *rows = block_rows(x + t * D, T - t, D, copy);
+            const element *rows = T - t >= BLOCK ? x + t * D : last_rows(x + t * D, T - t, D, copy);
             for (i64 group = 0; group < groups; group++) {
                 _tile_zero(0);
                 _tile_zero(1);
@@ -287,7 +279,7 @@ static void project_backward_by_tiles(const element *x, const float *weight, con
         OMP(omp for schedule(static))
         for (i64 t = 0; t < T; t += BLOCK) {
             i64 left = smaller(BLOCK, T - t);
-            const element *rows = block_rows(x + t * D, left, D, copy);
+            const element *rows = left == BLOCK ? x + t * D : last_rows(x + t * D, left, D, copy);
             for (i64 group = 0; group < groups; group++)
                 gradient_tiles(grad + t * P, left, P, group, by_token + group * 2048, by_output + group * 2048);
             for (i64 d = 0; d < D; d += BLOCK) {

@@ -63,7 +63,46 @@ INLINE __m512i rounded_pairs(vf first, vf second) {
 
 INLINE i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
 
-INLINE i64 round_up(i64 value, i64 multiple) { return (value + multiple - 1) / multiple * multiple; }
+/* ---- panels: B for 32 columns, for every 32 of K two tiles on end ---- */
+
+/* The panel of n <= 32 rows of x[., K]; the rest of its columns are zeros. */
+static inline void panel_of_rows(const element *x, i64 n, i64 K, char *panel) {
+    for (i64 k = 0; k < K; k += 32, panel += STEP_BYTES)
+        for (int half = 0; half < 2; half++) {
+            __m512i r[16];
+            for (int i = 0; i < 16; i++) {
+                i64 row = 16 * half + i;
+                r[i] = row < n ? _mm512_loadu_si512(x + row * K + k) : _mm512_setzero_si512();
+            }
+            transpose_pairs(r);
+            for (int i = 0; i < 16; i++) _mm512_store_si512(panel + half * 1024 + i * 64, r[i]);
+        }
+}
+
+/* The panels of `columns` columns of w[K, .], panel_bytes apart; several at a time, or too little of a page is read at a
+ * time. */
+#define COLUMNS 128
+static inline void panels_of_columns(const element *w, i64 stride, i64 K, i64 columns, char *panel, i64 panel_bytes) {
+    uint16_t from[BLOCK]; /* of columns 0-15; 32 and above: of the other row */
+    for (int i = 0; i < BLOCK; i++) from[i] = i / 2 + i % 2 * BLOCK;
+    __m512i low = _mm512_loadu_si512(from), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (i64 k = 0; k < K; k += 2, w += 2 * stride)
+        for (i64 n = 0; n < columns; n += BLOCK) {
+            __m512i even = _mm512_loadu_si512(w + n), odd = _mm512_loadu_si512(w + stride + n);
+            char *to = panel + n / BLOCK * panel_bytes + k / 32 * STEP_BYTES + k % 32 * 32;
+            _mm512_store_si512(to, _mm512_permutex2var_epi16(even, low, odd));
+            _mm512_store_si512(to + 1024, _mm512_permutex2var_epi16(even, high, odd));
+            _mm_prefetch((const char *)(w + 8 * stride + n), _MM_HINT_T0);
+            _mm_prefetch((const char *)(w + 9 * stride + n), _MM_HINT_T0);
+        }
+}
+
+/* The last n < 32 rows of A, copied with zeros behind them. */
+INLINE const element *last_rows(const element *rows, i64 n, i64 K, element *copy) {
+    memcpy(copy, rows, n * K * sizeof *rows);
+    memset(copy + n * K, 0, (BLOCK - n) * K * sizeof *rows);
+    return copy;
+}
 #else
 static int tiles_granted(void) { return 0; }
 #endif
