@@ -3,6 +3,10 @@
  * Letters: T tokens, D width, P outputs.
  */
 #include "tiles.h"
+#if HAS_TILES
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 /* Tokens (and outputs) of one step: their accumulators must fit the registers. Each sum runs over d in the same order
  * whatever the step, so that a token's logits do not depend on the other tokens. */
@@ -87,6 +91,9 @@ static void project_backward_by_vectors(const element *x, const float *weight, c
 /* ---- on tile registers ---- */
 
 #if HAS_TILES
+/* Whether the operating system lets this process use the tile registers. */
+static int tiles_granted(void) { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0; }
+
 #define PARTS 3 /* of a float: three bfloat16 hold all of its digits */
 
 /* The next part of a float, which is left with the rest. */
@@ -311,6 +318,7 @@ static void project_backward_by_tiles(const element *x, const float *weight, con
 #else
 #define project_by_tiles project_by_vectors
 #define project_backward_by_tiles project_backward_by_vectors
+static int tiles_granted(void) { return 0; }
 #endif
 
 /* out[T, P] = x[T, D] weight[P, D]^T. */

@@ -8,9 +8,6 @@
 
 #if ELEMENT_BITS == 16 && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #define HAS_TILES 1
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #define BLOCK 32        /* rows and columns that are handled at a time: two tiles each way */
 #define STEP_BYTES 2048 /* two tiles of B, 32 of K by 32 columns */
 
@@ -19,9 +16,6 @@ typedef struct {
     uint16_t row_bytes[16];
     uint8_t rows[16];
 } tile_config;
-
-/* Whether the operating system lets this process use the tile registers. */
-static int tiles_granted(void) { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0; }
 
 static void configure_tiles(void) {
     tile_config all = {.palette = 1};
@@ -103,6 +97,4 @@ INLINE const element *last_rows(const element *rows, i64 n, i64 K, element *copy
     memset(copy + n * K, 0, (BLOCK - n) * K * sizeof *rows);
     return copy;
 }
-#else
-static int tiles_granted(void) { return 0; }
 #endif
