@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepp.kernels import Library, compiled, transpose
+from moepp.kernels import Library, compiled, dense_transpose, leading_dimension
 from moepp.moe.expert_chunks import Chunk, WeightGradients, chunks, largest_chunk
 
 _BLOCK = 32  # rows that the kernels handle at a time; widths must be multiples of it
@@ -28,12 +28,6 @@ def has_tiles(rows_RD: Tensor, expert_width: int) -> bool:
 
 def _padded(rows: int) -> int:
     return -(-rows // _BLOCK) * _BLOCK
-
-
-def _leading_dimension(rows: int) -> int:
-    """Padded once more where rows of a matrix would lie a large power of 2 apart, which caches take badly."""
-    padded = _padded(rows)
-    return padded + _BLOCK if padded % (2 * _BLOCK) == 0 else padded
 
 
 class TileSwiGLU(torch.autograd.Function):
@@ -74,36 +68,26 @@ class TileSwiGLU(torch.autograd.Function):
         (_, width_D, width_F), kernels = down_EDF.shape, ctx.kernels
         grad_out_RD, grad_rows_RD = grad_out_RD.contiguous(), torch.empty_like(rows_RD)
         grad_gate_up, grad_down = WeightGradients(gate_up_EGD, ctx.counts), WeightGradients(down_EDF, ctx.counts)
-        largest = _leading_dimension(largest_chunk(ctx.counts, ctx.chunk_rows))
-        grad_hidden_GC, grad_out_DC = (rows_RD.new_empty(width * largest) for width in (2 * width_F, width_D))
+        largest = leading_dimension(largest_chunk(ctx.counts, ctx.chunk_rows))
+        buffer = rows_RD.new_empty(2 * width_F * largest)
         act_CF = rows_RD.new_empty(largest, width_F + _BLOCK)
         again_CG = rows_RD.new_empty(largest if hidden_RG is None else 0, 2 * width_F)
         at = 0
         for chunk in chunks(ctx.counts, ctx.chunk_rows):
-            num_rows, stride = chunk.num_rows, _leading_dimension(chunk.num_rows)
+            num_rows, stride = chunk.num_rows, leading_dimension(chunk.num_rows)
             hidden_CG = again_CG if hidden_RG is None else hidden_RG[at : at + _padded(num_rows)]
             if hidden_RG is None:
                 _forward(kernels, rows_RD, gate_up_EGD, down_EDF, chunk, hidden_CG, None)
-            grad_out_CD, grad_GC, grad_DC = (
-                grad_out_RD[chunk.rows],
-                _rows(grad_hidden_GC, stride),
-                _rows(grad_out_DC, stride),
-            )
+            grad_out_CD = grad_out_RD[chunk.rows]
+            grad_hidden_GC = buffer[: 2 * width_F * stride].view(2 * width_F, stride)
             weights = (gate_up_EGD[chunk.expert], down_EDF[chunk.expert])
-            results = (grad_GC, act_CF, grad_rows_RD[chunk.rows])
+            results = (grad_hidden_GC, act_CF, grad_rows_RD[chunk.rows])
             sizes = (num_rows, width_D, width_F, stride, act_CF.stride(0))
             kernels.call("expert_backward", grad_out_CD, hidden_CG, *weights, *results, *sizes)
-            transpose(grad_out_CD, grad_DC[:, :num_rows])
-            grad_DC[:, num_rows : _padded(num_rows)] = 0  # oneDNN reads a strided left factor so far, times zeros
-            grad_gate_up.add(chunk, grad_GC[: 2 * width_F, :num_rows], rows_RD[chunk.rows])
-            grad_down.add(chunk, grad_DC[:width_D, :num_rows], act_CF[:num_rows, :width_F])
+            grad_gate_up.add(chunk, grad_hidden_GC[:, :num_rows], rows_RD[chunk.rows])
+            grad_down.add(chunk, dense_transpose(grad_out_CD), act_CF[:num_rows, :width_F])
             at += _padded(num_rows)
         return grad_rows_RD, grad_gate_up.value_EMN, grad_down.value_EMN, None, None, None
-
-
-def _rows(buffer: Tensor, stride: int) -> Tensor:
-    """As many rows of that length as the buffer has room for."""
-    return buffer[: buffer.numel() // stride * stride].view(-1, stride)
 
 
 def _forward(
