@@ -24,7 +24,7 @@ from moepp.bench.cases import ForcedRouting
 from moepp.bench.peers import one_process_group
 from moepp.bench.processes import run_processes
 from moepp.bench.tables import Record
-from moepp.bench.timing import clock_for, summarize
+from moepp.bench.timing import clock_for, summarize, threads
 from moepp.config import ModelConfig, MoEConfig, OptimConfig
 from moepp.engine.native import NativeEngine
 from moepp.host_memory import keep_freed_memory
@@ -217,23 +217,38 @@ def _peak_memory(_rank: int, _world_size: int, name: str, options: Options) -> f
 
 
 def _scaling(options: Options) -> list[Record]:
-    """One quantity changed at a time; operations per step beside the time explain the growth."""
-    variants: list[tuple[str, int, Options]] = []
-    for factor in (1, 2, 4):
-        seq_len = options.seq_len * factor
-        batch = max(options.batch_size // factor, 1)
-        variants.append(("sequence length", seq_len, replace(options, seq_len=seq_len, batch_size=batch)))
-    for factor in (1, 2, 4):
-        batch = options.batch_size * factor
-        variants.append(("tokens per rank", batch * options.seq_len, replace(options, batch_size=batch)))
-    for experts in (4, 8, 16, 32):
-        variants.append(("FFN experts", experts, replace(options, num_ffn=experts)))
-    for layers in (1, 2, 4, 8):
-        variants.append(("layers", layers, replace(options, num_layers=layers)))
-    return [record for what, value, variant in variants for record in _scale_point(what, value, variant)]
+    """One quantity changed at a time, each in a process of its own, whose memory the next one gets."""
+    variants: dict[str, list[tuple[int, Options]]] = {
+        "sequence length": [
+            (
+                options.seq_len * factor,
+                replace(options, seq_len=options.seq_len * factor, batch_size=max(options.batch_size // factor, 1)),
+            )
+            for factor in (1, 2, 4)
+        ],
+        "tokens per rank": [
+            (options.num_tokens * factor, replace(options, batch_size=options.batch_size * factor))
+            for factor in (1, 2, 4)
+        ],
+        "FFN experts": [(experts, replace(options, num_ffn=experts)) for experts in (4, 8, 16)],
+        "layers": [(layers, replace(options, num_layers=layers)) for layers in (1, 2, 4)],
+    }
+    records = []
+    for what, points in variants.items():
+        [found] = run_processes(_scale, 1, torch.get_num_threads(), what, points)
+        records += found
+    return records
+
+
+def _scale(
+    _rank: int, _world_size: int, num_threads: int, what: str, points: list[tuple[int, Options]]
+) -> list[Record]:
+    with threads(num_threads):
+        return [record for value, options in points for record in _scale_point(what, value, options)]
 
 
 def _scale_point(what: str, value: int, options: Options) -> list[Record]:
+    """Operations per step beside the time explain the growth."""
     steps = {name: Step(name, options) for name in (OURS, VANILLA)}
     records = []
     for name, stages in _interleaved(steps, options.rounds).items():
