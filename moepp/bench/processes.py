@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import queue
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -38,9 +39,7 @@ def run_processes(work: Callable[..., Any], world_size: int, *args: Any, timeout
         for process in processes:
             process.start()
         try:
-            found = dict(results.get(timeout=timeout_seconds) for _ in processes)
-        except queue.Empty:
-            raise RunError(f"the {world_size} processes did not finish in {timeout_seconds:.0f} s") from None
+            found = _collect(results, processes, timeout_seconds)
         finally:
             for process in processes:
                 process.join(timeout=20)
@@ -50,6 +49,25 @@ def run_processes(work: Callable[..., Any], world_size: int, *args: Any, timeout
         if error is not None:
             raise RunError(f"rank {rank} of {world_size} failed: {error}")
     return [found[rank][0] for rank in range(world_size)]
+
+
+def _collect(results: Any, processes: list[Any], timeout_seconds: float) -> dict[int, Any]:
+    """The results of all processes; a killed one (by the kernel, out of memory) will never send its own."""
+    found: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout_seconds
+    while len(found) < len(processes):
+        dead = {rank: one.exitcode for rank, one in enumerate(processes) if one.exitcode}  # before looking for results
+        try:
+            rank, result = results.get(timeout=1.0)
+            found[rank] = result
+        except queue.Empty:
+            for rank, code in dead.items():
+                if rank not in found:
+                    why = f"signal {-code}, perhaps out of memory" if code < 0 else f"code {code}"
+                    raise RunError(f"rank {rank} of {len(processes)} ended with {why}; try smaller shapes") from None
+            if time.monotonic() > deadline:
+                raise RunError(f"the {len(processes)} processes did not finish in {timeout_seconds:.0f} s") from None
+    return found
 
 
 def _enter(work: Callable[..., Any], rank: int, world_size: int, store: str, results: Any, args: tuple) -> None:

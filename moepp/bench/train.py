@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from moepp.bench.cases import ForcedRouting
-from moepp.bench.peers import one_process_group
 from moepp.bench.processes import run_processes
 from moepp.bench.tables import Record
 from moepp.bench.timing import clock_for, summarize, threads
@@ -154,13 +153,20 @@ def _build_transformers(name: str, options: Options) -> tuple[nn.Module, Callabl
 
 def run(options: Options, with_scaling: bool) -> dict[str, list[Record]]:
     """Tables ``step`` and ``scaling`` (empty unless asked for)."""
-    with one_process_group(options.device):
-        records = _compare(options)
-        scaling = _scaling(options) if with_scaling else []
-    return {"step": records} | ({"scaling": scaling} if scaling else {})
+    # In processes of their own, so that models' memory is given back.
+    [records] = run_processes(_compare, 1, torch.get_num_threads(), options)
+    for record in records:
+        if "skipped" not in record:
+            [record["peak MB"]] = run_processes(_peak_memory, 1, record["contestant"], options)
+    return {"step": records} | ({"scaling": _scaling(options)} if with_scaling else {})
 
 
-def _compare(options: Options) -> list[Record]:
+def _compare(_rank: int, _world_size: int, num_threads: int, options: Options) -> list[Record]:
+    with threads(num_threads):
+        return _compare_here(options)
+
+
+def _compare_here(options: Options) -> list[Record]:
     steps, skipped = {}, []
     for name in (OURS, VANILLA, *TRANSFORMERS):
         try:
@@ -172,7 +178,6 @@ def _compare(options: Options) -> list[Record]:
     records: list[Record] = []
     for name, stages in times.items():
         total = _total(stages)
-        [peak_mb] = run_processes(_peak_memory, 1, name, options)
         records.append(
             {
                 "contestant": name,
@@ -181,7 +186,6 @@ def _compare(options: Options) -> list[Record]:
                 "spread": summarize([sum(one.values()) for one in stages]).spread,
                 **{f"{stage} ms": statistics.median(one[stage] for one in stages) for stage in STAGES},
                 "x fastest transformers": fastest_peer / total if fastest_peer else None,
-                "peak MB": peak_mb,
             }
         )
     return records + skipped

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,10 +14,12 @@ import torch
 from moepp.bench.cases import CASES, Case, ForcedRouting, balanced_logits, learn_balance, make_layer, random_tokens
 from moepp.bench.layer import bare_forward, bare_forward_backward
 from moepp.bench.memory import measure_memory
+from moepp.bench.processes import run_processes
 from moepp.bench.stages import OTHER, attribute
 from moepp.bench.tables import format_table
 from moepp.bench.timing import measure, summarize
 from moepp.cli import main
+from moepp.errors import RunError
 
 CPU = torch.device("cpu")
 
@@ -108,6 +112,17 @@ def test_memory_of_the_layer_is_what_its_sizes_say(tau, dtype):
     routing_mb = 2048 * 200 / 2**20  # some numbers per expert and token
     assert record["saved formula MB"] <= record["saved MB"] <= record["saved formula MB"] + routing_mb
     assert record["peak MB"] == pytest.approx(record["peak formula MB"], rel=0.1)
+
+
+def _killed(rank: int, world_size: int) -> int:
+    if rank == world_size - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rank
+
+
+def test_a_killed_benchmark_process_is_reported_instead_of_waited_for():
+    with pytest.raises(RunError, match="rank 0 of 1 ended with signal 9"):
+        run_processes(_killed, 1)
 
 
 def test_table_aligns_numbers_and_shows_what_is_absent():
