@@ -63,7 +63,8 @@ def peak_bytes(work: Callable[[], object]) -> int:
         work()
     results = profiler.profiler
     assert results is not None and results.kineto_results is not None
-    changes = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    events: list[Any] = results.kineto_results.events()  # whose nbytes torch's type stubs do not know
+    changes = [event for event in events if event.name() == "[memory]"]
     changes.sort(key=lambda event: event.start_ns())
     return max(itertools.accumulate((event.nbytes() for event in changes), initial=0))
 
