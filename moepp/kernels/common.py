@@ -61,18 +61,12 @@ def dense_transpose(tensor_RM: Tensor) -> Tensor:
     if not repacks_right_factor(tensor_RM):
         return tensor_RM.t()
     num_rows, width = tensor_RM.shape
-    stride = leading_dimension(num_rows)
-    padded_MR = tensor_RM.new_empty(width, stride)
+    # Caches take rows badly that lie a large power of 2 apart.
+    padded_MR = tensor_RM.new_empty(width, num_rows + 32 if num_rows % 256 == 0 else num_rows)
     padded_MR[:, num_rows:] = 0  # oneDNN reads a left factor up to a multiple of 32, and multiplies by zeros
     dense_MR = padded_MR[:, :num_rows]
     transpose(tensor_RM, dense_MR)
     return dense_MR
-
-
-def leading_dimension(length: int) -> int:
-    """A stride for rows so long: whole cache lines of bfloat16, and no large power of 2, which caches take badly."""
-    padded = -(-length // 32) * 32
-    return padded + 32 if padded % 64 == 0 else padded
 
 
 def matmul_transposed(left_RM: Tensor, right_RN: Tensor, out_MN: Tensor) -> None:

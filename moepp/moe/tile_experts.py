@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepp.kernels import Library, compiled, dense_transpose, leading_dimension
+from moepp.kernels import Library, compiled, dense_transpose
 from moepp.moe.expert_chunks import Chunk, WeightGradients, chunks, largest_chunk
 
 _BLOCK = 32  # rows that the kernels handle at a time; widths must be multiples of it
@@ -28,6 +28,12 @@ def has_tiles(rows_RD: Tensor, expert_width: int) -> bool:
 
 def _padded(rows: int) -> int:
     return -(-rows // _BLOCK) * _BLOCK
+
+
+def _leading_dimension(rows: int) -> int:
+    """A stride for rows so long: whole cache lines, and no large power of 2, which caches take badly."""
+    padded = _padded(rows)
+    return padded + _BLOCK if padded % (2 * _BLOCK) == 0 else padded
 
 
 class TileSwiGLU(torch.autograd.Function):
@@ -68,13 +74,13 @@ class TileSwiGLU(torch.autograd.Function):
         (_, width_D, width_F), kernels = down_EDF.shape, ctx.kernels
         grad_out_RD, grad_rows_RD = grad_out_RD.contiguous(), torch.empty_like(rows_RD)
         grad_gate_up, grad_down = WeightGradients(gate_up_EGD, ctx.counts), WeightGradients(down_EDF, ctx.counts)
-        largest = leading_dimension(largest_chunk(ctx.counts, ctx.chunk_rows))
+        largest = _leading_dimension(largest_chunk(ctx.counts, ctx.chunk_rows))
         buffer = rows_RD.new_empty(2 * width_F * largest)
         act_CF = rows_RD.new_empty(largest, width_F + _BLOCK)
         again_CG = rows_RD.new_empty(largest if hidden_RG is None else 0, 2 * width_F)
         at = 0
         for chunk in chunks(ctx.counts, ctx.chunk_rows):
-            num_rows, stride = chunk.num_rows, leading_dimension(chunk.num_rows)
+            num_rows, stride = chunk.num_rows, _leading_dimension(chunk.num_rows)
             hidden_CG = again_CG if hidden_RG is None else hidden_RG[at : at + _padded(num_rows)]
             if hidden_RG is None:
                 _forward(kernels, rows_RD, gate_up_EGD, down_EDF, chunk, hidden_CG, None)
