@@ -75,7 +75,7 @@ INLINE void product(const element *a, const element *a_low, i64 a_stride, const 
 
 /* ---- what happens to a block of C ---- */
 
-/* From gate[16 f, 32 r] and up[16 f, 32 r]: the activation as half a step of a panel, and the rows of `hidden`. */
+/* From gate[16 f, 32 r] and up[16 f, 32 r]: the activation as half a step of a panel. */
 INLINE void finish_activation(const block *b, int piece) {
     int half = piece / 8, f = piece % 8 * 2;
     const float *gate = b->c + half * 256 + f * 16, *up = gate + 512;
@@ -174,16 +174,16 @@ INLINE i64 lines_a_step(i64 elements, i64 steps) { return (elements / 32 + steps
 INLINE void activations(const element *gate_up, const char *x, char *act, char *hidden, i64 rows, i64 D, i64 F,
                         finish *piece_of) {
     float c[2][1024] __attribute__((aligned(64)));
+    int turn = 0;
     block done;
     const block *before = 0;
     i64 blocks = (rows + BLOCK - 1) / BLOCK;
     for (i64 f = 0; f < F; f += 16) {
         const element *gate = gate_up + f * D, *up = gate + F * D;
         stream next = {(const char *)(gate + 16 * D), 64, F * D * sizeof *gate, lines_a_step(16 * D, blocks * (D / 32))};
-        for (i64 i = 0; i < blocks; i++) {
-            float *mine = c[before == 0 || done.c == c[1] ? 0 : 1];
-            product(gate, up, D, x + i * D * 64, D, 0, mine, &next, piece_of, before);
-            done = (block){.c = mine};
+        for (i64 i = 0; i < blocks; i++, turn ^= 1) {
+            product(gate, up, D, x + i * D * 64, D, 0, c[turn], &next, piece_of, before);
+            done = (block){.c = c[turn]};
             done.panel = act + i * F * 64 + f / 32 * STEP_BYTES + f % 32 * 32;
             done.hidden = hidden ? hidden + (i * F + f) * BLOCK * 4 : 0;
             before = &done;
@@ -194,16 +194,16 @@ INLINE void activations(const element *gate_up, const char *x, char *act, char *
 
 static void outputs(const element *down, const char *act, element *out, i64 rows, i64 D, i64 F) {
     float c[2][1024] __attribute__((aligned(64)));
+    int turn = 0;
     block done;
     const block *before = 0;
     i64 blocks = (rows + BLOCK - 1) / BLOCK;
     for (i64 d = 0; d < D; d += BLOCK) {
         const element *w = down + d * F;
         stream next = {(const char *)(w + BLOCK * F), 64, 0, lines_a_step(BLOCK * F, blocks * (F / 32))};
-        for (i64 i = 0; i < blocks; i++) {
-            float *mine = c[before == 0 || done.c == c[1] ? 0 : 1];
-            product(w, w + 16 * F, F, act + i * F * 64, F, 0, mine, &next, finish_transposed, before);
-            done = (block){.c = mine, .rows = rows - i * BLOCK, .stride = D, .out = out + i * BLOCK * D + d};
+        for (i64 i = 0; i < blocks; i++, turn ^= 1) {
+            product(w, w + 16 * F, F, act + i * F * 64, F, 0, c[turn], &next, finish_transposed, before);
+            done = (block){.c = c[turn], .rows = rows - i * BLOCK, .stride = D, .out = out + i * BLOCK * D + d};
             before = &done;
         }
     }
