@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("moe.c", "routing.c", "project.c", "experts.c", "transpose.c", "cross_entropy.c")
-_HEADERS = ("vector.h", "tiles.h")
+_SOURCES = ("moe.c", "routing.c", "project.c", "experts.c", "vector_experts.c", "transpose.c", "cross_entropy.c")
+_HEADERS = ("vector.h", "tiles.h", "products.h")
 ELEMENT_BITS = {torch.bfloat16: 16, torch.float32: 32}
 
 # Arguments of each kernel: t tensor (None: null), n number.
@@ -45,6 +45,8 @@ _SIGNATURES = {
     "cross_entropy": "tttnnnn",
     "expert_forward": "tttttnnn",
     "expert_backward": "tttttttnnnnn",
+    "vector_expert_forward": "tttttt" + "nnnn",
+    "vector_expert_backward": "ttttttttttt" + "nnn",
 }
 _FLAGS = ("-O3", "-shared", "-fPIC", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-w")
 _NATIVE = ("-march=native", "-mprefer-vector-width=512")
@@ -59,6 +61,7 @@ class Library:
     handle: ctypes.CDLL
     path: Path
     has_tiles: bool  # whether expert_forward and expert_backward can be called
+    has_vector_experts: bool  # whether those of that name can
 
     def call(self, name: str, *arguments: Tensor | int | None) -> None:
         """Run a kernel; tensors must be dense (rows may lie apart only where the kernel takes a stride)."""
@@ -91,8 +94,9 @@ def _load(path: Path) -> Library:
     for name, signature in _SIGNATURES.items():
         function = getattr(handle, name)
         function.argtypes, function.restype = [kinds[kind] for kind in signature], None
-    handle.has_tiles.argtypes, handle.has_tiles.restype = [], ctypes.c_int64
-    return Library(handle, path, bool(handle.has_tiles()))
+    for answer in (handle.has_tiles, handle.has_vector_experts):
+        answer.argtypes, answer.restype = [], ctypes.c_int64
+    return Library(handle, path, bool(handle.has_tiles()), bool(handle.has_vector_experts()))
 
 
 def _compiled(bits: int) -> Path:

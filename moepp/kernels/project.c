@@ -10,7 +10,11 @@
 
 /* Tokens (and outputs) of one step: their accumulators must fit the registers. Each sum runs over d in the same order
  * whatever the step, so that a token's logits do not depend on the other tokens. */
+#if LANES == 16
 #define TOKENS 4
+#else
+#define TOKENS 2
+#endif
 #define OUTPUTS 6
 
 INLINE void project_step(const element *x, const float *weight, float *out, i64 D, i64 P, int tokens, int outputs) {

@@ -4,7 +4,7 @@
 #define TILE 32 /* whole cache lines of bfloat16, reading and writing */
 #define BAND 64 /* rows handled before the next columns: neighbouring cache lines of the result */
 
-#if ELEMENT_BITS == 16
+#if ELEMENT_BITS == 16 && LANES == 16
 typedef uint16_t tile_row __attribute__((vector_size(2 * TILE)));
 #define LOW 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47
 #define HIGH 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63

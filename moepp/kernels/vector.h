@@ -1,8 +1,7 @@
 /* Vectors of LANES floats, and loading and storing them as the element type of the activations.
  *
  * Compiled once per element type: -DELEMENT_BITS=16 (bfloat16) or 32 (float). All arithmetic is in float and a result is
- * rounded to the element type once. Where the machine has no 64-byte vectors the compiler splits them. Rows are divided
- * statically over OpenMP's threads: results depend on nothing but their number.
+ * rounded to the element type once. Rows are divided statically over OpenMP's threads: results depend on nothing but their number.
  *
  * Matrices are row-major and dense where no stride is named.
  */
@@ -20,7 +19,12 @@ static int omp_get_thread_num(void) { return 0; }
 #include <immintrin.h>
 #endif
 
+/* As many as the machine's vectors hold: what the compiler has to split it compares and converts one by one. */
+#ifdef __AVX512F__
 #define LANES 16
+#else
+#define LANES 8
+#endif
 #define INLINE static inline __attribute__((always_inline))
 /* A parallel region costs more than it saves below some ten thousand elements. */
 #define WORTH_THREADS(elements) ((elements) > 65536)
@@ -75,7 +79,11 @@ typedef float element;
 INLINE float sum(vf v) {
     typedef float v8 __attribute__((vector_size(32)));
     typedef float v4 __attribute__((vector_size(16)));
+#if LANES == 16
     v8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+    v8 a = v;
+#endif
     v4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
     return (b[0] + b[2]) + (b[1] + b[3]);
 }

@@ -6,6 +6,7 @@ Shapes: R rows ordered by expert, M and N the two sides of a weight, C rows of a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -55,17 +56,26 @@ class WeightGradients:
             if count == 0:
                 self.value_EMN[expert].zero_()
 
-    def add(self, chunk: Chunk, left_MC: Tensor, right_CN: Tensor) -> None:
-        """Add ``left @ right`` to the gradient of the chunk's expert."""
+    @contextmanager
+    def open(self, chunk: Chunk) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """(where to write the gradient of the chunk's expert, None), or the sum to add to instead where not None."""
         target_MN = self.value_EMN[chunk.expert]
         if chunk.first and chunk.last:
-            torch.mm(left_MC, right_CN, out=target_MN)
+            yield target_MN, None
             return
         if chunk.first:
             dtype = torch.promote_types(target_MN.dtype, torch.float32)
             self._sum_MN = torch.zeros_like(target_MN, dtype=dtype)
         assert self._sum_MN is not None
-        self._sum_MN += torch.mm(left_MC, right_CN)
+        yield target_MN, self._sum_MN
         if chunk.last:
             target_MN.copy_(self._sum_MN)
             self._sum_MN = None
+
+    def add(self, chunk: Chunk, left_MC: Tensor, right_CN: Tensor) -> None:
+        """Add ``left @ right`` to the gradient of the chunk's expert."""
+        with self.open(chunk) as (target_MN, sum_MN):
+            if sum_MN is None:
+                torch.mm(left_MC, right_CN, out=target_MN)
+            else:
+                sum_MN += torch.mm(left_MC, right_CN)

@@ -1,7 +1,8 @@
 """The FFN experts of one rank: SwiGLU, no bias, weights stacked over experts.
 
-One seam, three ways with the same results up to rounding: torch's grouped matmul where the device has it, the tile
-registers of CPUs that have them, a loop over experts elsewhere. An expert without rows gets zero gradients, never None.
+One seam, four ways with the same results up to rounding: torch's grouped matmul where the device has it, compiled kernels
+for the tile registers of CPUs that have them or else for vectors of AVX2, a loop over experts elsewhere. An expert without
+rows gets zero gradients, never None.
 
 Shapes: R rows ordered by expert, D width, F expert width, E local experts, C rows of one chunk.
 """
@@ -19,6 +20,7 @@ from moepp.kernels import dense_transpose
 from moepp.moe.expert_chunks import WeightGradients, chunks, largest_chunk
 from moepp.moe.kernels import swiglu, swiglu_backward
 from moepp.moe.tile_experts import TileSwiGLU, has_tiles
+from moepp.moe.vector_experts import VectorSwiGLU, has_vectors
 
 
 class FFNExperts(nn.Module):
@@ -41,7 +43,11 @@ class FFNExperts(nn.Module):
         if self.chunk_rows is None and has_grouped_mm(rows_RD):
             return _grouped_swiglu(rows_RD, gate_up_EGD, down_EDF, rows_per_expert)
         stores = torch.is_grad_enabled() and self.chunk_rows is None
-        function = TileSwiGLU if has_tiles(rows_RD, down_EDF.shape[2]) else _LoopSwiGLU
+        function = _LoopSwiGLU
+        if has_tiles(rows_RD, down_EDF.shape[2]):
+            function = TileSwiGLU
+        elif has_vectors(rows_RD):
+            function = VectorSwiGLU
         return function.apply(rows_RD, gate_up_EGD, down_EDF, rows_per_expert, self.chunk_rows, stores)
 
 
