@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from moepp.bench.cases import Case, ForcedRouting, make_layer, random_tokens
 from moepp.bench.tables import Record
 from moepp.moe import MoELayer
+from moepp.moe.vector_experts import backward_scratch_bytes, has_vectors
 
 MEGABYTE = 2**20
 
@@ -53,8 +54,10 @@ def peak_formula(case: Case, layer: MoELayer, num_tokens: int, ffn_slots: int, b
     width, expert_width = case.hidden_size, case.ffn_hidden_size
     size = layer.experts.down_proj.element_size()
     gradients = sum(p.numel() for p in layer.experts.parameters())
-    rows = width * (ffn_slots + 2 * num_tokens) + (3 * expert_width + width) * busiest
-    return saved_formula(case, ffn_slots, size) + (gradients + rows) * size
+    scratch = (3 * expert_width + width) * busiest * size
+    if has_vectors(layer.experts.down_proj):  # which compute in float32
+        scratch = backward_scratch_bytes(width, expert_width, busiest)
+    return saved_formula(case, ffn_slots, size) + (gradients + width * (ffn_slots + 2 * num_tokens)) * size + scratch
 
 
 def peak_bytes(work: Callable[[], object]) -> int:

@@ -16,6 +16,7 @@ from moepp.kernels.common import (
     torch_only,
     transpose,
 )
+from moepp.kernels.products import linear, mm, multiplies_in_float32
 
 __all__ = [
     "Library",
@@ -23,7 +24,10 @@ __all__ = [
     "compiled_for",
     "dense_transpose",
     "describe",
+    "linear",
     "matmul_transposed",
+    "mm",
+    "multiplies_in_float32",
     "repacks_right_factor",
     "torch_only",
     "transpose",

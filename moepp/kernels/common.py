@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moepp.kernels.build import ELEMENT_BITS, Library, library
+from moepp.kernels.products import mm, multiplies_in_float32
 
 _allowed: ContextVar[bool] = ContextVar("compiled_kernels_allowed", default=True)
 
@@ -53,7 +54,8 @@ def transpose(tensor_RM: Tensor, out_MR: Tensor) -> None:
 def repacks_right_factor(tensor: Tensor) -> bool:
     """Whether this tensor's matmul copies its right factor into another layout each time, and takes the left one as it
     lies but slowly where it is transposed: oneDNN's bfloat16 product on the CPU, as measured."""
-    return tensor.dtype == torch.bfloat16 and compiled(tensor) is not None
+    is_bfloat16 = tensor.dtype == torch.bfloat16 and not multiplies_in_float32(tensor)
+    return is_bfloat16 and compiled(tensor) is not None
 
 
 def dense_transpose(tensor_RM: Tensor) -> Tensor:
@@ -71,4 +73,4 @@ def dense_transpose(tensor_RM: Tensor) -> Tensor:
 
 def matmul_transposed(left_RM: Tensor, right_RN: Tensor, out_MN: Tensor) -> None:
     """``out = leftᵀ right``."""
-    torch.mm(dense_transpose(left_RM), right_RN, out=out_MN)
+    mm(dense_transpose(left_RM), right_RN, out_MN)

@@ -10,8 +10,6 @@
 
 #if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
 #define HAS_PRODUCTS 1
-#include <immintrin.h>
-
 #define STRIP 6        /* rows of C at a time */
 #define PANEL 16       /* columns of C at a time */
 #define K_BLOCK 256    /* of k at a time */

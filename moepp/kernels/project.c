@@ -24,7 +24,7 @@ INLINE void project_step(const element *x, const float *weight, float *out, i64 
         for (int i = 0; i < tokens; i++) row[i] = load(x + i * D + d, n);
         for (int j = 0; j < outputs; j++) {
             vf w = load_float(weight + j * D + d, n);
-            for (int i = 0; i < tokens; i++) total[i][j] += row[i] * w;
+            for (int i = 0; i < tokens; i++) total[i][j] = multiply_add(row[i], w, total[i][j]);
         }
     })
     for (int i = 0; i < tokens; i++)

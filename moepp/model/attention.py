@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from moepp.config import ModelConfig
 from moepp.errors import ConfigError
+from moepp.kernels import multiplies_in_float32
+from moepp.model.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,10 @@ class Attention(nn.Module):
         self.layer_index = layer_index
         self.head_dim = cfg.head_dim
         kv_size = cfg.num_kv_heads * cfg.head_dim
-        self.q_proj = nn.Linear(cfg.hidden_size, cfg.hidden_size, bias=False)
-        self.k_proj = nn.Linear(cfg.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(cfg.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(cfg.hidden_size, cfg.hidden_size, bias=False)
+        self.q_proj = Linear(cfg.hidden_size, cfg.hidden_size)
+        self.k_proj = Linear(cfg.hidden_size, kv_size)
+        self.v_proj = Linear(cfg.hidden_size, kv_size)
+        self.o_proj = Linear(cfg.hidden_size, cfg.hidden_size)
 
     def forward(self, x_BSD: Tensor, inputs: AttentionInputs) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
@@ -89,16 +91,20 @@ class Attention(nn.Module):
         value_BGPd = self._split_heads(self.v_proj(x_BSD))
         if inputs.cache is not None:
             key_BGPd, value_BGPd = inputs.cache.append(self.layer_index, key_BGPd, value_BGPd)
+        mask = inputs.mask
+        if multiplies_in_float32(x_BSD):
+            query_BHSd, key_BGPd, value_BGPd = query_BHSd.float(), key_BGPd.float(), value_BGPd.float()
+            mask = None if mask is None else mask.float()
         out_BHSd = F.scaled_dot_product_attention(
             query_BHSd,
             key_BGPd,
             value_BGPd,
-            attn_mask=inputs.mask,
+            attn_mask=mask,
             # Without a mask either the keys are those of the queries, or the one query may attend to all keys.
-            is_causal=inputs.mask is None and query_BHSd.shape[2] == key_BGPd.shape[2],
+            is_causal=mask is None and query_BHSd.shape[2] == key_BGPd.shape[2],
             enable_gqa=query_BHSd.shape[1] != key_BGPd.shape[1],
         )
-        return self.o_proj(out_BHSd.transpose(1, 2).reshape(x_BSD.shape))
+        return self.o_proj(out_BHSd.transpose(1, 2).reshape(x_BSD.shape).to(x_BSD.dtype))
 
     def _split_heads(self, x_BSD: Tensor) -> Tensor:
         return x_BSD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepp.kernels import compiled, matmul_transposed, repacks_right_factor
+from moepp.kernels import compiled, matmul_transposed, multiplies_in_float32, repacks_right_factor
 
 IGNORE_INDEX = -100
 _MIN_CHUNKS = 4  # so that small batches do not hold all their logits either
@@ -25,7 +25,8 @@ def chunked_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Sum of ``-log softmax(hidden weight^T)[label]`` over the labels that are not -100.
 
-    Logits are computed in the dtype of the inputs (autocast or not), log-softmax in fp32 (fp64 for fp64 inputs).
+    Logits are computed in the dtype of the inputs, autocast or not (in fp32 where a CPU cannot multiply bf16), and
+    log-softmax in fp32 (fp64 for fp64 inputs).
     Where gradients are wanted they are computed chunk by chunk already in forward, the one of ``weight_VD``
     accumulated in fp32, so that backward only scales them.
 
@@ -58,6 +59,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         accumulate_dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
         wants_hidden, wants_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
+        ctx.hidden_dtype, ctx.weight_dtype = hidden_TD.dtype, weight_VD.dtype
+        if multiplies_in_float32(hidden_TD):  # then the logits need not be rounded either
+            hidden_TD, weight_VD = hidden_TD.float(), weight_VD.float()
         # A Function's forward runs without autograd, but still under autocast: the products must keep their dtype.
         with torch.autocast(hidden_TD.device.type, enabled=False):
             grad_hidden_TD = torch.empty_like(hidden_TD) if wants_hidden else None
@@ -78,7 +82,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if grad_weight_VD is not None:
                     _accumulate_product(grad_weight_VD, grad_logits_CV, hidden_CD.masked_fill(ignored_C1, 0))
         ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
-        ctx.weight_dtype = weight_VD.dtype
         return loss_sum
 
     @staticmethod
@@ -86,7 +89,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         (grad_loss,) = grad_outputs
         grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
         if grad_hidden_TD is not None:
-            grad_hidden_TD = grad_hidden_TD * grad_loss.to(grad_hidden_TD.dtype)
+            grad_hidden_TD = (grad_hidden_TD * grad_loss.to(grad_hidden_TD.dtype)).to(ctx.hidden_dtype)
         if grad_weight_VD is not None:
             grad_weight_VD = (grad_weight_VD * grad_loss).to(ctx.weight_dtype)
         return grad_hidden_TD, grad_weight_VD, None, None, None

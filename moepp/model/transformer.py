@@ -11,16 +11,17 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moepp import comm
 from moepp.config import ModelConfig
 from moepp.errors import ConfigError
+from moepp.kernels import linear
 from moepp.model.attention import Attention, AttentionInputs, KVCache, build_attention_mask, rotary_table
 from moepp.model.cross_entropy import chunked_cross_entropy
 from moepp.model.dense_ffn import DenseFFN
+from moepp.model.linear import Linear
 from moepp.model.norm import RMSNorm
 from moepp.moe import MoELayer, MoEStats
 
@@ -128,7 +129,7 @@ class Transformer(nn.Module):
         )
         self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
         if not cfg.tie_embeddings:
-            self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+            self.lm_head = Linear(cfg.hidden_size, cfg.vocab_size)
         self.recompute = False
 
     def set_recompute(self, enabled: bool) -> None:
@@ -177,7 +178,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden_BSD: Tensor) -> Tensor:
         """[B, S, D] after the final norm -> [B, S, V], in the dtype of the model."""
-        return F.linear(hidden_BSD, self.output_weight)
+        return linear(hidden_BSD, self.output_weight)
 
     def loss(self, input_ids_BS: Tensor, labels_BS: Tensor, selection_share_LE: Tensor | None = None) -> LossOutput:
         """Forward and cross-entropy in chunks; logits of all tokens are never held.

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moepp.kernels import mm
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -76,6 +78,8 @@ class WeightGradients:
         """Add ``left @ right`` to the gradient of the chunk's expert."""
         with self.open(chunk) as (target_MN, sum_MN):
             if sum_MN is None:
-                torch.mm(left_MC, right_CN, out=target_MN)
+                mm(left_MC, right_CN, target_MN)
             else:
-                sum_MN += torch.mm(left_MC, right_CN)
+                product_MN = torch.empty_like(target_MN)
+                mm(left_MC, right_CN, product_MN)
+                sum_MN += product_MN

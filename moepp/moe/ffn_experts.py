@@ -1,8 +1,8 @@
 """The FFN experts of one rank: SwiGLU, no bias, weights stacked over experts.
 
-One seam, four ways with the same results up to rounding: torch's grouped matmul where the device has it, compiled kernels
-for the tile registers of CPUs that have them or else for vectors of AVX2, a loop over experts elsewhere. An expert without
-rows gets zero gradients, never None.
+One seam, four ways with the same results up to rounding: torch's grouped matmul where the device has it, compiled
+kernels for a CPU's tile registers or else its vectors (AVX2), a loop over experts elsewhere. An expert without rows
+gets zero gradients, never None.
 
 Shapes: R rows ordered by expert, D width, F expert width, E local experts, C rows of one chunk.
 """
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moepp.config import MoEConfig
-from moepp.kernels import dense_transpose
+from moepp.kernels import dense_transpose, mm
 from moepp.moe.expert_chunks import WeightGradients, chunks, largest_chunk
 from moepp.moe.kernels import swiglu, swiglu_backward
 from moepp.moe.tile_experts import TileSwiGLU, has_tiles
@@ -88,9 +88,9 @@ class _LoopSwiGLU(torch.autograd.Function):
         out_RD = torch.empty_like(rows_RD)
         for chunk in chunks(counts, chunk_rows):
             gate_up_CG = hidden_RG[chunk.rows] if stores else hidden_RG[: chunk.num_rows]
-            torch.mm(rows_RD[chunk.rows], gate_up_EGD[chunk.expert].t(), out=gate_up_CG)
+            mm(rows_RD[chunk.rows], gate_up_EGD[chunk.expert].t(), gate_up_CG)
             swiglu(gate_up_CG[:, :width], gate_up_CG[:, width:], act_CF[: chunk.num_rows])
-            torch.mm(act_CF[: chunk.num_rows], down_EDF[chunk.expert].t(), out=out_RD[chunk.rows])
+            mm(act_CF[: chunk.num_rows], down_EDF[chunk.expert].t(), out_RD[chunk.rows])
         ctx.save_for_backward(rows_RD, gate_up_EGD, down_EDF, hidden_RG if stores else None)
         ctx.counts, ctx.chunk_rows = counts, chunk_rows
         return out_RD
@@ -114,10 +114,10 @@ class _LoopSwiGLU(torch.autograd.Function):
             x_CD, grad_CD, part = rows_RD[chunk.rows], grad_out_RD[chunk.rows], slice(chunk.num_rows)
             gate_up_CG = hidden_CG[part] if stored_RG is None else stored_RG[chunk.rows]
             if stored_RG is None:
-                torch.mm(x_CD, gate_up_GD.t(), out=gate_up_CG)
-            torch.mm(grad_CD, down_DF, out=grad_act_CF[part])
+                mm(x_CD, gate_up_GD.t(), gate_up_CG)
+            mm(grad_CD, down_DF, grad_act_CF[part])
             swiglu_backward(gate_up_CG, grad_act_CF[part], grad_gate_up_CG[part], act_CF[part])
             grad_down.add(chunk, dense_transpose(grad_CD), act_CF[part])
             grad_gate_up.add(chunk, dense_transpose(grad_gate_up_CG[part]), x_CD)
-            torch.mm(grad_gate_up_CG[part], gate_up_GD, out=grad_rows_RD[chunk.rows])
+            mm(grad_gate_up_CG[part], gate_up_GD, grad_rows_RD[chunk.rows])
         return grad_rows_RD, grad_gate_up.value_EMN, grad_down.value_EMN, None, None, None
