@@ -54,7 +54,7 @@ class VectorSwiGLU(torch.autograd.Function):
         rows_RD, gate_up_EGD, down_EDF = rows_RD.contiguous(), gate_up_EGD.contiguous(), down_EDF.contiguous()
         kernels = compiled(rows_RD)
         assert kernels is not None
-        (_, width_D, width_F), largest = down_EDF.shape, largest_chunk(counts, None)
+        (_, width_D, width_F), largest = down_EDF.shape, largest_chunk(counts, chunk_rows)
         most = _padded(min(largest, max(_FORWARD_BYTES // (4 * (width_D + width_F)), 1)))
         scratch = torch.empty(most * (width_D + width_F), dtype=torch.float32)
         hidden_RG = rows_RD.new_empty(sum(map(_padded, counts)) if stores else 0, 2 * width_F)
