@@ -33,7 +33,13 @@ def device_name(device: torch.device) -> str:
 def build_model(cfg: Config, groups: ParallelGroups, traffic: comm.Traffic) -> Transformer:
     """The model on this rank's device, with weights that depend on the seed and the names alone."""
     with torch.device("meta"):
-        model = Transformer(cfg.model, ep_group=groups.ep, balance_group=groups.world, traffic=traffic)
+        model = Transformer(
+            cfg.model,
+            ep_group=groups.ep,
+            balance_group=groups.world,
+            traffic=traffic,
+            exchange_parts=cfg.parallel.exchange_parts,
+        )
     model.to_empty(device=groups.device)
     model.to(DTYPES[cfg.train.precision])
     init_parameters(model, cfg.run.seed, groups.ep_rank, groups.ep_size)

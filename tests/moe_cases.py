@@ -42,6 +42,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     with_prev: bool = True  # give previous logits (where the layer has a gating residual)
     training: bool = True
+    exchange_parts: int = 1
     choices: tuple[Choices, ...] | None = None  # of each rank: the routing to force, whatever the seed
 
 
@@ -242,6 +243,10 @@ def _message(case: Case, name: str) -> Any:
     return lambda text: f"{name} differs from the oracle: {text}\n{case}"
 
 
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0] or [1]
+
+
 def draw_case(seed: int, dtype: torch.dtype, ranks: int = 1, ep_size: int = 1) -> Case:
     """A random case. Same seed, same case; another input seed is taken until no choice hangs on rounding."""
     pick = random.Random(seed)
@@ -280,6 +285,7 @@ def draw_case(seed: int, dtype: torch.dtype, ranks: int = 1, ep_size: int = 1) -
         dtype=dtype,
         with_prev=pick.random() < 0.8,
         training=pick.random() < 0.9,
+        exchange_parts=pick.choice(_divisors(counts["num_ffn_experts"] // ep_size)) if ep_size > 1 else 1,
     )
     while True:
         case = dataclasses.replace(case, seed=pick.randrange(2**31))

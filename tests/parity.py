@@ -66,10 +66,12 @@ class Layout:
     zero: int = 0
     micro_batch: int | None = None  # sequences per rank and forward; None: no accumulation
     recompute: bool = False
+    exchange_parts: int = 1
 
     def __str__(self) -> str:
         engine = f"{self.engine} z{self.zero}" if self.engine == "deepspeed" else self.engine
         extras = [f"micro-batch {self.micro_batch}"] * (self.micro_batch is not None) + ["recompute"] * self.recompute
+        extras += [f"exchange in {self.exchange_parts}"] * (self.exchange_parts > 1)
         return ", ".join([f"{self.ranks} x EP{self.ep}", engine, *extras])
 
 
@@ -161,7 +163,7 @@ def make_config(setting: Setting, layout: Layout) -> Config:
             "weight_decay": 0.1,
             "grad_clip": setting.grad_clip,
         },
-        "parallel": {"expert": layout.ep, "zero_stage": layout.zero},
+        "parallel": {"expert": layout.ep, "zero_stage": layout.zero, "exchange_parts": layout.exchange_parts},
         "engine": {"name": layout.engine},
         "train": {
             "steps": STEPS,

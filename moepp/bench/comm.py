@@ -98,17 +98,19 @@ def _exchange(rank: int, world_size: int, case: Case, name: str, tau: float | No
     slots = FFNSlots(sort_slots(gates.topk_ids_TK, num_sharded), gates.weights_TK)
     x_TD = random_tokens(options.num_tokens, case.hidden_size, options.dtype, torch.device("cpu")).detach()
     group, traffic = _world(), comm.Traffic()
-    dispatcher = AllToAllDispatcher(group, traffic)
+    dispatcher = AllToAllDispatcher(group, traffic, num_sharded)
 
     def whole() -> Receipt:
-        receipt, rows_RD, _ = dispatcher.dispatch(x_TD, slots)
-        dispatcher.combine(dispatcher.receive(rows_RD, receipt), receipt, None)
+        receipt, _ = dispatcher.dispatch(x_TD, slots)
+        [part] = receipt.parts
+        dispatcher.combine([dispatcher.send_back(dispatcher.receive(part), part)], receipt, None)
         return receipt
 
     receipt = whole()
     sent = traffic.row_bytes  # of a dispatch and a combine
     row_bytes = case.hidden_size * x_TD.element_size()
-    returned = sum(receipt.receive_splits) - receipt.receive_splits[rank]
+    [part] = receipt.parts
+    returned = sum(part.receive_splits) - part.receive_splits[rank]
     formula = (_remote_slots(gates.topk_ids_TK, num_sharded, rank, world_size) + returned) * row_bytes
     timings = _time_exchange(whole, dispatcher, slots, receipt, x_TD, options.rounds)
     # Every FFN slot of a balanced vanilla layer travels with probability (P - 1) / P.
@@ -139,7 +141,8 @@ def _time_exchange(
 ) -> dict[str, Timing]:
     group, traffic = dispatcher.group, comm.Traffic()
     rows_ND = x_TD[receipt.order.token_ids_R]
-    there, back = receipt.send_splits, receipt.receive_splits
+    [part] = receipt.parts
+    there, back = part.send_splits, part.receive_splits
     outputs_RD = rows_ND.new_zeros(sum(back), rows_ND.shape[1])
     counts_PL = slots.order.counts_E.view(dispatcher.num_ranks, -1)
 
@@ -164,24 +167,30 @@ def _time_exchange(
 class BlockingDispatcher(AllToAllDispatcher):
     """Waits for the rows at once: what the layer would do without overlap, in both passes."""
 
-    def dispatch(self, x_TD: Tensor, slots: FFNSlots) -> tuple[Receipt, Tensor, Tensor]:
-        receipt, in_flight_RD, x_TD = super().dispatch(x_TD, slots)
-        assert receipt.pending is not None
-        rows_RD = comm.finish_exchange(in_flight_RD, receipt.pending)
-        return replace(receipt, pending=None), rows_RD, x_TD
-
-    def receive(self, rows_RD: Tensor, receipt: Receipt) -> Tensor:
-        return self.regroup(rows_RD, receipt)
+    def dispatch(self, x_TD: Tensor, slots: FFNSlots) -> tuple[Receipt, Tensor]:
+        receipt, x_TD = super().dispatch(x_TD, slots)
+        [part] = receipt.parts
+        assert part.pending is not None
+        arrived = replace(part, rows=comm.finish_exchange(part.rows, part.pending), pending=None)
+        return replace(receipt, parts=(arrived,)), x_TD
 
 
 def _overlap(case: Case, tau: float | None, options: Options) -> list[Record]:
-    """Steps (forward and backward) of one layer with the exchange overlapped and without."""
+    """Steps (forward and backward) of one layer with the exchange overlapped in several ways and not at all."""
     group = _world()
     torch.manual_seed(0)
     layer = MoELayer(case.config(tau), case.hidden_size, ep_group=group).to(options.dtype)
     x_TD = random_tokens(options.num_tokens, case.hidden_size, options.dtype, torch.device("cpu"))
     routing = ForcedRouting(layer, options.num_tokens)
-    overlapping, blocking = layer.dispatcher, BlockingDispatcher(group, comm.Traffic())
+    traffic, num_ffn = comm.Traffic(), layer.cfg.num_ffn_experts
+    dispatchers = {
+        "blocking": BlockingDispatcher(group, traffic, num_ffn),
+        "beside zero-computation experts": AllToAllDispatcher(group, traffic, num_ffn),
+    }
+    local = num_ffn // comm.size(group)
+    for parts in (2, 4):
+        if local % parts == 0:
+            dispatchers[f"in {parts} parts"] = AllToAllDispatcher(group, traffic, num_ffn, parts)
 
     def step(dispatcher: AllToAllDispatcher) -> None:
         layer.dispatcher = dispatcher
@@ -190,8 +199,7 @@ def _overlap(case: Case, tau: float | None, options: Options) -> list[Record]:
             out = layer(x_TD)
         (out.hidden.sum() + out.aux_loss).backward()
 
-    assert isinstance(overlapping, AllToAllDispatcher)
-    contestants = {"overlapped": lambda: step(overlapping), "blocking": lambda: step(blocking)}
+    contestants = {name: lambda one=one: step(one) for name, one in dispatchers.items()}
     timings = measure(
         contestants, rounds=options.rounds, clock=time.perf_counter, warmup=1, before=lambda: comm.barrier(group)
     )
@@ -202,6 +210,7 @@ def _overlap(case: Case, tau: float | None, options: Options) -> list[Record]:
             "exchange": name,
             "ms": t.median,
             "spread": t.spread,
+            "x blocking": timings["blocking"].median / t.median,
         }
         for name, t in timings.items()
     ]

@@ -16,6 +16,7 @@ from moepp.bench.memory import measure_memory
 from moepp.bench.stages import stage_times
 from moepp.bench.tables import Record
 from moepp.bench.timing import Timing, clock_for, measure, threads
+from moepp.kernels import multiplies_in_float32
 from moepp.moe import MoELayer
 
 PASSES = ("forward", "forward+backward")
@@ -162,9 +163,15 @@ def _rows_per_expert(layer: MoELayer, num_slots: int) -> int:
     return max(num_slots // layer.cfg.num_ffn_experts, 1)
 
 
+def _factors(layer: MoELayer) -> tuple[Tensor, Tensor]:
+    """The experts' weights in the type in which torch multiplies them here, so that the products are as fast as any."""
+    weights = layer.experts.gate_up_proj.detach(), layer.experts.down_proj.detach()
+    return (weights[0].float(), weights[1].float()) if multiplies_in_float32(weights[0]) else weights
+
+
 def bare_forward(layer: MoELayer, num_slots: int) -> Callable[[], None]:
     """The matrix products of a forward of the vanilla layer and nothing else, on rows that are there already."""
-    gate_up_EGD, down_EDF = layer.experts.gate_up_proj.detach(), layer.experts.down_proj.detach()
+    gate_up_EGD, down_EDF = _factors(layer)
     count = _rows_per_expert(layer, num_slots)
     x_RD = torch.randn(count * len(gate_up_EGD), gate_up_EGD.shape[2]).to(gate_up_EGD)
     hidden_CG, act_CF = x_RD.new_empty(count, gate_up_EGD.shape[1]), x_RD.new_ones(count, down_EDF.shape[2])
@@ -182,7 +189,7 @@ def bare_forward(layer: MoELayer, num_slots: int) -> Callable[[], None]:
 def bare_forward_backward(layer: MoELayer, num_slots: int) -> Callable[[], None]:
     """As :func:`bare_forward` with the four products of backward, in the form that autograd gives them."""
     forward = bare_forward(layer, num_slots)
-    gate_up_EGD, down_EDF = layer.experts.gate_up_proj.detach(), layer.experts.down_proj.detach()
+    gate_up_EGD, down_EDF = _factors(layer)
     count = _rows_per_expert(layer, num_slots)
     x_RD = torch.randn(count * len(gate_up_EGD), gate_up_EGD.shape[2]).to(gate_up_EGD)
     hidden_CG, act_CF = x_RD.new_ones(count, gate_up_EGD.shape[1]), x_RD.new_ones(count, down_EDF.shape[2])

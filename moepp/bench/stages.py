@@ -44,6 +44,7 @@ def _recorded(layer: MoELayer) -> Iterator[None]:
             (layer, "select", "select"),
             (layer.dispatcher, "dispatch", "permute"),
             (layer.dispatcher, "receive", "exchange"),
+            (layer.dispatcher, "send_back", "exchange"),
             (layer.zero_computation, "forward", "zero-computation"),
             (layer.experts, "forward", "FFN"),
             (layer.dispatcher, "combine", "combine"),

@@ -110,11 +110,13 @@ class ParallelConfig:
     """How the model is spread over ranks."""
 
     expert: int = 1  # P: ranks that share one set of FFN experts
+    exchange_parts: int = 1  # the expert exchange in so many parts, one computed while the others travel
     zero_stage: int | None = None  # deepspeed: 0, 1 or 2 (None: 1); native: 0
     timeout_seconds: float = 600.0  # longest wait for another rank before the run stops
 
     def __post_init__(self) -> None:
         require_at_least("parallel.expert", self.expert, 1)
+        require_at_least("parallel.exchange_parts", self.exchange_parts, 1)
         require(
             self.zero_stage in (None, 0, 1, 2),
             f"parallel.zero_stage={self.zero_stage} is not one of 0, 1, 2; choose one of them",

@@ -67,6 +67,7 @@ class TransformerLayer(nn.Module):
         ep_group: comm.Group | None = None,
         balance_group: comm.Group | None = None,
         traffic: comm.Traffic | None = None,
+        exchange_parts: int = 1,
     ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
@@ -75,7 +76,7 @@ class TransformerLayer(nn.Module):
         self.is_moe = layer_index in cfg.moe_layers
         if self.is_moe:
             moe_index = cfg.moe_layers.index(layer_index)
-            self.moe = MoELayer(cfg.moe, cfg.hidden_size, moe_index, ep_group, balance_group, traffic)
+            self.moe = MoELayer(cfg.moe, cfg.hidden_size, moe_index, ep_group, balance_group, traffic, exchange_parts)
         else:
             assert cfg.dense_ffn_hidden_size is not None  # ModelConfig refuses dense layers without a width
             self.mlp = DenseFFN(cfg.hidden_size, cfg.dense_ffn_hidden_size)
@@ -107,7 +108,7 @@ class Transformer(nn.Module):
 
     Args:
         cfg: shapes.
-        ep_group, balance_group, traffic: passed to every :class:`moepp.moe.MoELayer`.
+        ep_group, balance_group, traffic, exchange_parts: passed to every :class:`moepp.moe.MoELayer`.
 
     Raises:
         ConfigError: the FFN experts cannot be divided over ``ep_group``.
@@ -119,13 +120,14 @@ class Transformer(nn.Module):
         ep_group: comm.Group | None = None,
         balance_group: comm.Group | None = None,
         traffic: comm.Traffic | None = None,
+        exchange_parts: int = 1,
     ) -> None:
         super().__init__()
         self.cfg = cfg
         self.ep_group = ep_group
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(
-            TransformerLayer(cfg, i, ep_group, balance_group, traffic) for i in range(cfg.num_layers)
+            TransformerLayer(cfg, i, ep_group, balance_group, traffic, exchange_parts) for i in range(cfg.num_layers)
         )
         self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
         if not cfg.tie_embeddings:

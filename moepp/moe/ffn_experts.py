@@ -37,9 +37,27 @@ class FFNExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_local_experts, hidden_size, cfg.ffn_hidden_size))
         self.chunk_rows = cfg.expert_chunk_rows
 
-    def forward(self, rows_RD: Tensor, rows_per_expert: list[int]) -> Tensor:
-        """Outputs [R, D] of rows [R, D] ordered by expert; ``rows_per_expert`` sums to R."""
-        gate_up_EGD, down_EDF = self.gate_up_proj.to(rows_RD.dtype), self.down_proj.to(rows_RD.dtype)
+    def weights(self, num_parts: int) -> list[tuple[Tensor, Tensor]]:
+        """``gate_up_proj`` and ``down_proj`` of each of so many equal parts of the experts."""
+        if num_parts == 1:
+            return [(self.gate_up_proj, self.down_proj)]
+        size = len(self.down_proj) // num_parts
+        return list(zip(self.gate_up_proj.split(size), self.down_proj.split(size), strict=True))
+
+    def forward(
+        self,
+        rows_RD: Tensor,
+        rows_per_expert: list[int],
+        gate_up_EGD: Tensor | None = None,
+        down_EDF: Tensor | None = None,
+    ) -> Tensor:
+        """Outputs [R, D] of rows [R, D] ordered by expert; ``rows_per_expert`` sums to R.
+
+        The weights are those of all experts unless they are given, from :meth:`weights`.
+        """
+        if gate_up_EGD is None or down_EDF is None:
+            [(gate_up_EGD, down_EDF)] = self.weights(1)
+        gate_up_EGD, down_EDF = gate_up_EGD.to(rows_RD.dtype), down_EDF.to(rows_RD.dtype)
         if self.chunk_rows is None and has_grouped_mm(rows_RD):
             return _grouped_swiglu(rows_RD, gate_up_EGD, down_EDF, rows_per_expert)
         stores = torch.is_grad_enabled() and self.chunk_rows is None

@@ -89,9 +89,11 @@ class MoELayer(nn.Module):
         balance_group: ranks whose choices f_i counts when ``cfg.balance_loss_scope`` is not ``micro_batch``
             (``None``: the default process group).
         traffic: counter of the bytes that this layer sends.
+        exchange_parts: the exchange in so many parts, one computed while the others travel.
 
     Raises:
-        ConfigError: the number of FFN experts is not divisible by the size of ``ep_group``.
+        ConfigError: the number of FFN experts is not divisible by the size of ``ep_group``, or that of each rank not by
+            ``exchange_parts``.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class MoELayer(nn.Module):
         ep_group: comm.Group | None = None,
         balance_group: comm.Group | None = None,
         traffic: comm.Traffic | None = None,
+        exchange_parts: int = 1,
     ) -> None:
         super().__init__()
         self.cfg = cfg
@@ -120,7 +123,8 @@ class MoELayer(nn.Module):
         if ep_group is None or ep_size == 1:
             self.dispatcher: LocalDispatcher | AllToAllDispatcher = LocalDispatcher()
         else:
-            self.dispatcher = AllToAllDispatcher(ep_group, traffic if traffic is not None else comm.Traffic())
+            traffic = traffic if traffic is not None else comm.Traffic()
+            self.dispatcher = AllToAllDispatcher(ep_group, traffic, cfg.num_ffn_experts, exchange_parts)
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
@@ -149,15 +153,17 @@ class MoELayer(nn.Module):
         routing = self.select(gates)
         if self.cfg.scale_input_by_top_k:
             x_TD, alpha_logits_TC2 = x_TD * self.cfg.top_k, alpha_logits_TC2 * self.cfg.top_k
-        receipt, rows_RD, x_TD = self.dispatcher.dispatch(x_TD, routing.ffn)  # starts the all-to-all: FFN slots only
+        receipt, x_TD = self.dispatcher.dispatch(x_TD, routing.ffn)  # starts the all-to-all: FFN slots only
         affine = self.zero_computation(
             x_TD, alpha_logits_TC2, routing.ids_TK, routing.weights_TK
         )  # meanwhile, no communication
         balance, z_loss, aux_loss = self._aux_losses(logits_TE, gates, routing.load_E, selection_share_E)
         stats = self._stats(gates, routing, receipt.remote_slots, balance, z_loss)
-        rows_RD = self.dispatcher.receive(rows_RD, receipt)
-        rows_RD = self.experts(rows_RD, receipt.rows_per_expert)
-        out_TD = self.dispatcher.combine(rows_RD, receipt, affine)  # the all-to-all back, weighted sum plus affine part
+        outputs = []  # one part as a rule; of several, one is computed while the others travel
+        for part, weights in zip(receipt.parts, self.experts.weights(len(receipt.parts)), strict=True):
+            rows_RD = self.experts(self.dispatcher.receive(part), part.rows_per_expert, *weights)
+            outputs.append(self.dispatcher.send_back(rows_RD, part))  # starts the all-to-all back
+        out_TD = self.dispatcher.combine(outputs, receipt, affine)  # weighted sum per token, plus the affine part
         return MoEOutput(out_TD.view(x.shape), logits_TE, aux_loss, stats)
 
     def _project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,7 +188,8 @@ class MoELayer(nn.Module):
             weights_TK = weights_TK * kept_TK
             expert_TK = torch.where(kept_TK, ids_TK, cfg.num_experts)
             num_dropped = (~kept_TK).sum()
-        slots = FFNSlots(sort_slots(expert_TK, cfg.num_ffn_experts), weights_TK)  # slots of other kinds are left out
+        number_TK = self.dispatcher.in_order(expert_TK)
+        slots = FFNSlots(sort_slots(number_TK, cfg.num_ffn_experts), weights_TK)  # slots of other kinds are left out
         return Routing(slots, ids_TK, weights_TK, load_E, num_dropped)
 
     def _aux_losses(

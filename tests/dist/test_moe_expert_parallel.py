@@ -32,7 +32,8 @@ def config(ffn: int = 4, constant: int = 2, copy: int = 1, zero: int = 1, **fiel
 
 
 def _groups(case: Case) -> dict[str, Any]:
-    return {"ep_group": subgroups(case.ep_size), "balance_group": dist.group.WORLD}
+    groups = {"ep_group": subgroups(case.ep_size), "balance_group": dist.group.WORLD}
+    return groups | {"exchange_parts": case.exchange_parts}
 
 
 def _run_cases(rank: int, cases: list[Case]) -> list[Observed]:
@@ -95,7 +96,9 @@ def test_forced_routings_agree_with_the_oracle_on_every_rank(pools, ranks, ep_si
             for choices in ROUTINGS.values():
                 choices = choices if ranks == 2 else (*choices, SPREAD[1:3], *choices[:1])
                 tokens = tuple(len(rank) for rank in choices)
-                cases.append(Case(cfg, tokens, hidden_size=9, ep_size=ep_size, dtype=dtype, choices=choices))
+                for parts in {1, 4 // ep_size}:
+                    forced = {"ep_size": ep_size, "exchange_parts": parts, "choices": choices}
+                    cases.append(Case(cfg, tokens, hidden_size=9, dtype=dtype, **forced))
     check(pools(ranks), cases)
 
 
@@ -109,6 +112,30 @@ def test_row_bytes_of_a_routing_counted_by_hand(pool_2):
     # A rank sends its own remote rows twice (dispatch; combine's gradient), and its peer's twice (outputs; gradients).
     assert [rank.traffic.row_bytes for rank in observed] == [(2 * 2 + 2 * 3) * row, (2 * 3 + 2 * 2) * row]
     assert [rank.traffic.row_exchanges for rank in observed] == [4, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_exchange_in_parts_sends_the_same_bytes_and_gives_the_same_bits(pool_2, dtype):
+    whole = Case(config(8, capacity_factor=None), (40, 31), hidden_size=16, ep_size=2, dtype=dtype)
+    results = [pool_2.run(_run_cases, [dataclasses.replace(whole, exchange_parts=parts)]) for parts in (1, 2, 4)]
+    for parts, ranks in zip((2, 4), results[1:], strict=True):
+        for [one], [other] in zip(results[0], ranks, strict=True):
+            assert torch.equal(one.hidden, other.hidden)
+            assert one.grads.keys() == other.grads.keys()
+            for name, grad in one.grads.items():
+                assert torch.equal(grad, other.grads[name]), name
+            assert (one.traffic.row_bytes, one.traffic.count_bytes) == (other.traffic.row_bytes, other.traffic.count_bytes)
+            assert (other.traffic.row_exchanges, other.traffic.count_exchanges) == (4 * parts, 1)
+
+
+def _build_with_parts(rank: int, ffn: int) -> None:
+    MoELayer(config(ffn), hidden_size=4, ep_group=dist.group.WORLD, exchange_parts=3)
+
+
+@pytest.mark.parametrize("ffn", [4, 0])
+def test_parts_that_do_not_divide_the_experts_of_a_rank_are_refused(pool_2, ffn):
+    for message in pool_2.run(_build_with_parts, ffn, raises=ConfigError):
+        assert "exchange_parts=3" in message and f"the {ffn // 2} FFN experts" in message and "\n" not in message
 
 
 def test_dropped_and_zero_computation_slots_are_never_sent(pool_2):

@@ -212,3 +212,13 @@ def test_every_layout_trains_and_evaluates_on_the_same_sequences():
             for layout in places:
                 assert _sequences(layout, step, evaluation) == wanted, (layout, step)
     assert len({str(_sequences(REFERENCE, step, False)) for step in range(STEPS)}) == STEPS
+
+
+@pytest.mark.parametrize("layout", [Layout(2, 2), Layout(4, 2, "deepspeed", 2, recompute=True)], ids=name_of)
+@pytest.mark.parametrize("parts", [2, 4])
+def test_exchanging_in_parts_leaves_the_numbers_bitwise_alone(pools, layout, parts):
+    setting = SETTINGS[-1]
+    wanted = pools(layout.ranks).run(train, setting, layout)
+    observed = pools(layout.ranks).run(train, setting, dataclasses.replace(layout, exchange_parts=parts))
+    for one, other in zip(wanted, observed, strict=True):
+        assert deviation(one, other).worst == 0 and one.rows == other.rows > 0

@@ -208,6 +208,8 @@ def test_impossible_value_is_refused(changes, parts):
     [
         (2, {"parallel__expert": 3}, ["parallel.expert=3", "does not divide the 2 processes"]),
         (4, {"parallel__expert": 4, "model__moe__num_ffn_experts": 6}, ["does not divide", "num_ffn_experts=6"]),
+        (2, {"parallel__exchange_parts": 2}, ["parallel.exchange_parts=2", "parallel.expert=1", "raise"]),
+        (2, {"parallel__expert": 2, "parallel__exchange_parts": 4}, ["exchange_parts=4", "the 2 FFN experts", "lower"]),
         (8, {"parallel__expert": 8}, ["parallel.expert=8 exceeds model.moe.num_ffn_experts=4", "lower"]),
         (3, {}, ["train.global_batch_size=8", "micro_batch_size 2 x 3 processes", "a multiple of 6"]),
         (16, {}, ["train.global_batch_size=8", "1 x 16 processes"]),
