@@ -241,9 +241,7 @@ class Affine:
 
 def gather_rows(x_TD: Tensor, order: RowOrder) -> tuple[Tensor, Tensor]:
     """The token of every row, [R, D]; and x again for its next use, as in :func:`project`."""
-    if compiled(x_TD):
-        return _Gather.apply(x_TD, order.token_ids_R, order.positions_TK)
-    return x_TD.index_select(0, order.token_ids_R), x_TD
+    return _Gather.apply(x_TD, order.token_ids_R, order.positions_TK)
 
 
 class _Gather(torch.autograd.Function):
@@ -251,7 +249,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, token_ids_R: Tensor, positions_TK: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(positions_TK)
         ctx.set_materialize_grads(False)
-        ctx.kernels, ctx.shape = _required(x_TD), x_TD.shape
+        ctx.kernels, ctx.shape = compiled(x_TD), x_TD.shape
         return x_TD.index_select(0, token_ids_R), x_TD.view_as(x_TD)
 
     @staticmethod
@@ -260,6 +258,9 @@ class _Gather(torch.autograd.Function):
         if grad_RD is None:
             return grad_later_TD, None, None
         (positions_TK,) = ctx.saved_tensors
+        if ctx.kernels is None:
+            start_TD = grad_RD.new_zeros(ctx.shape) if grad_later_TD is None else grad_later_TD
+            return _add_rows(start_TD, grad_RD, positions_TK), None, None
         grad_RD = grad_RD.contiguous()
         grad_x_TD = grad_RD.new_empty(ctx.shape)
         inputs = (grad_RD, positions_TK, None, _dense(grad_later_TD), None, None, None)
@@ -280,7 +281,34 @@ def combine_rows(rows_RD: Tensor, order: RowOrder, weights_TK: Tensor, affine: A
     weights_R = weights_TK.flatten().index_select(0, order.slots_R)
     weighted_RD = (rows_RD * weights_R.unsqueeze(-1)).to(rows_RD.dtype)
     start_TD = rows_RD.new_zeros(len(weights_TK), rows_RD.shape[1]) if affine is None else affine.value()
-    return start_TD.index_add(0, order.token_ids_R, weighted_RD)
+    return _AddRows.apply(start_TD, weighted_RD, order.token_ids_R, order.positions_TK)
+
+
+def _add_rows(start_TD: Tensor, rows_RD: Tensor, positions_TK: Tensor) -> Tensor:
+    """Each token's rows added to its start, slot after slot and rounded once: always the same bits.
+
+    ``index_add`` on an accelerator adds in the order in which its threads come, and rounds each time.
+    """
+    if not len(rows_RD):
+        return start_TD.clone()
+    total_TD = start_TD.to(torch.promote_types(rows_RD.dtype, torch.float32), copy=True)
+    for position_T in positions_TK.unbind(1):
+        rows_TD = rows_RD.index_select(0, position_T.clamp(min=0))
+        total_TD += rows_TD.masked_fill((position_T < 0).unsqueeze(1), 0)
+    return total_TD.to(rows_RD.dtype)
+
+
+class _AddRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, start_TD: Tensor, rows_RD: Tensor, token_ids_R: Tensor, positions_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(token_ids_R)
+        return _add_rows(start_TD, rows_RD, positions_TK)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (token_ids_R,) = ctx.saved_tensors
+        return grad_TD, grad_TD.index_select(0, token_ids_R), None, None
 
 
 class _Combine(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 from pathlib import Path
@@ -320,3 +321,17 @@ def test_without_a_compiler_torch_takes_over_and_says_so_once(monkeypatch, caplo
         assert len(caplog.records) == 1 and "no-such-compiler" in caplog.text
     finally:
         build.library.cache_clear()
+
+
+@pytest.mark.parametrize("without_compiler", [False, True])
+def test_a_tokens_rows_are_added_in_float32_and_rounded_once(without_compiler):
+    """1 + 3 x 1/256 in bfloat16: added one by one each 1/256 would be rounded away."""
+    rows = torch.tensor([[1.0], [2**-8], [2**-8], [2**-8]], dtype=torch.bfloat16)
+    order = moe_kernels.RowOrder(torch.arange(4), torch.arange(4).view(1, 4))
+    ones, x = torch.ones(1, 4), torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    with kernels.torch_only() if without_compiler else contextlib.nullcontext():
+        total = moe_kernels.combine_rows(rows, order, ones, None)
+        gathered, _ = moe_kernels.gather_rows(x, order)
+        gathered.backward(rows)
+    wanted = torch.tensor([[1 + 3 * 2**-8]], dtype=torch.bfloat16)
+    assert torch.equal(total, wanted) and x.grad is not None and torch.equal(x.grad, wanted)
