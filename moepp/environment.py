@@ -40,10 +40,19 @@ def describe_environment(device_name: str, world_size: int) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "git": _git(Path(__file__).resolve().parent.parent),
         "device": device_name,
+        "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "hostname": socket.gethostname(),
         "world_size": world_size,
     }
+
+
+def cpu_name() -> str:
+    """The processor as it calls itself, or its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

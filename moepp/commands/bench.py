@@ -113,6 +113,7 @@ def _machine(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     import torch
 
     from moepp import kernels
+    from moepp.environment import cpu_name
     from moepp.parallel.groups import pick_device
 
     device = pick_device(0)
@@ -120,8 +121,10 @@ def _machine(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     settings = {
         "torch": torch.__version__,
         "device": str(device),
+        "cpu": cpu_name(),
         "dtype": args.dtype,
         "kernels": kernels.describe(device, dtype),
+        "experts": kernels.describe_experts(device, dtype),
     }
     return device, dtype, settings
 
@@ -186,6 +189,7 @@ def _comm(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
 
     from moepp.bench import comm
     from moepp.bench.cases import CASES
+    from moepp.environment import cpu_name
 
     args.cases = [args.case] if args.case else None
     [name] = _cases(args, ["8+4"])
@@ -204,7 +208,12 @@ def _comm(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype],
         rounds=args.rounds or (3 if args.quick else 9),
     )
-    settings = {"torch": torch.__version__, "dtype": args.dtype, "tokens per rank": options.num_tokens}
+    settings = {
+        "torch": torch.__version__,
+        "cpu": cpu_name(),
+        "dtype": args.dtype,
+        "tokens per rank": options.num_tokens,
+    }
     return settings | {"rounds": options.rounds, "threads": "1 per rank"}, comm.run(options)
 
 

@@ -42,6 +42,14 @@ def describe(device: torch.device, dtype: torch.dtype) -> str:
     return "compiled" if compiled_for(device, dtype) else "torch"
 
 
+def describe_experts(device: torch.device, dtype: torch.dtype) -> str:
+    """What the FFN experts of this device and dtype are computed by, for reports."""
+    kernels = compiled_for(device, dtype)
+    if kernels is not None and kernels.has_tiles:
+        return "tile registers"
+    return "vector registers" if kernels is not None and kernels.has_vector_experts else "torch"
+
+
 def transpose(tensor_RM: Tensor, out_MR: Tensor) -> None:
     """``out = tensor.t()``; both may have rows that lie apart."""
     if kernels := compiled(tensor_RM):
