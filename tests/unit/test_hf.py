@@ -21,7 +21,7 @@ from moepp.config import ModelConfig, MoEConfig, RopeScalingConfig
 from moepp.errors import CheckpointError
 from moepp.model import Transformer, generate, init_parameters
 from moepp.weights import TensorFolder
-from tests.hf_checks import check_folder
+from tests.hf_checks import CLOSE, check_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_TOKENS = official.TokenIds(None, None, None)
@@ -143,7 +143,7 @@ def test_dynamic_rope_beyond_the_trained_positions_is_that_of_training(tmp_path)
     export(tmp_path / "dynamic", CONFIGS["norm_dynamic"])
     want = torch.load(tmp_path / "dynamic" / "expected.pt")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dynamic", trust_remote_code=True).eval()
-    torch.testing.assert_close(model(want["ids"]).logits, want["logits"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(want["ids"]).logits, want["logits"], **CLOSE)
     out = model.generate(want["prompt"], max_new_tokens=9, do_sample=False, pad_token_id=0)
     assert torch.equal(out, want["greedy"])
 

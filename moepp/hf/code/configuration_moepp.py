@@ -34,7 +34,7 @@ class MoeppConfig(PretrainedConfig):
 
     model_type = "moepp"
     _auto_class = "AutoConfig"  # save_pretrained copies this code too
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     def __init__(
         self,

@@ -29,6 +29,9 @@ from .layers_moepp import (
     rotation_table,
 )
 
+# The cache's name in outputs and arguments: "cache" from transformers 5.24 on.
+_CACHE = "cache" if "cache" in MoeModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 
 class MoeppPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation."""
@@ -38,7 +41,7 @@ class MoeppPreTrainedModel(PreTrainedModel):
     _no_split_modules: ClassVar = ["MoeppDecoderLayer"]
     _supports_sdpa = True
     _supports_cache_class = True
-    _skip_keys_device_placement = "past_key_values"
+    _skip_keys_device_placement: ClassVar = ["past_key_values", "cache"]
 
     def _init_weights(self, module: nn.Module) -> None:
         # nn.init functions leave alone what was loaded already (transformers 5 sees to that).
@@ -77,9 +80,14 @@ class MoeppModel(MoeppPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
-        """``attention_mask``: [B, P], 0 marks padding. ``position_ids``: [B, S]; None: counted on, padding included."""
+        """``attention_mask``: [B, P], 0 marks padding. ``position_ids``: [B, S]; None: counted on, padding included.
+
+        ``cache`` is another name of ``past_key_values``.
+        """
+        past_key_values = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -110,9 +118,9 @@ class MoeppModel(MoeppPreTrainedModel):
         hidden_BSD = self.norm(hidden_BSD)
         return MoeModelOutputWithPast(
             last_hidden_state=hidden_BSD,
-            past_key_values=(tuple(present) if is_legacy else cache) if use_cache else None,
             hidden_states=(*hidden_states, hidden_BSD) if output_hidden_states else None,
             router_logits=tuple(router_logits),
+            **{_CACHE: (tuple(present) if is_legacy else cache) if use_cache else None},
         )
 
 
@@ -152,16 +160,16 @@ class MoeppForCausalLM(MoeppPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast | tuple:
         """Logits of the last ``logits_to_keep`` positions (0: of all), and the mean cross-entropy of ``labels``.
 
         ``labels``: [B, S], equal to ``input_ids`` (they are shifted here), -100 where no loss is wanted. The balance
-        loss of pretraining is not added.
+        loss of pretraining is not added. ``cache`` is another name of ``past_key_values``.
         """
-        out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states
-        )
+        past = past_key_values if cache is None else cache
+        out = self.model(input_ids, attention_mask, position_ids, past, inputs_embeds, use_cache, output_hidden_states)
         hidden_BSD = out.last_hidden_state
         logits_BSV = self.lm_head(hidden_BSD[:, -logits_to_keep:] if logits_to_keep else hidden_BSD)
         loss = None
@@ -173,9 +181,9 @@ class MoeppForCausalLM(MoeppPreTrainedModel, GenerationMixin):
         result = MoeCausalLMOutputWithPast(
             loss=loss,
             logits=logits_BSV,
-            past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             router_logits=out.router_logits,
+            **{_CACHE: getattr(out, _CACHE)},
         )
         return result.to_tuple() if return_dict is False else result
 
@@ -186,16 +194,18 @@ class MoeppForCausalLM(MoeppPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The tokens that the cache does not hold yet; positions count real tokens only."""
-        if past_key_values is None:
+        past = past_key_values if cache is None else cache
+        if past is None:
             num_past = 0
-        elif isinstance(past_key_values, tuple | list):
-            num_past = past_key_values[0][0].shape[2]
+        elif isinstance(past, tuple | list):
+            num_past = past[0][0].shape[2]
         else:
-            num_past = int(past_key_values.get_seq_length())
-        inputs: dict[str, Any] = {"past_key_values": past_key_values, "use_cache": use_cache}
+            num_past = int(past.get_seq_length())
+        inputs: dict[str, Any] = {_CACHE: past, "use_cache": use_cache}
         inputs["attention_mask"] = attention_mask
         if inputs_embeds is not None and num_past == 0:
             inputs["inputs_embeds"] = inputs_embeds
