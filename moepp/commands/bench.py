@@ -43,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     exchange = _add(benchmarks, "comm", "the expert exchange: bytes and time of real collectives between processes")
     exchange.add_argument("--case", metavar="CASE", help="layer shape (default: 8+4)")
     exchange.add_argument("--taus", nargs="+", type=float, metavar="TAU", help="default: 0.1 0.25 0.5 0.75 1.0")
+    exchange.add_argument(
+        "--overlap-tau", type=float, metavar="TAU", default=0.75, help="of timed steps (default: 0.75)"
+    )
     exchange.add_argument("--ep", nargs="+", type=int, metavar="P", default=[2, 4], help="ranks (default: 2 4)")
     train = _add(benchmarks, "train", "the whole step: ours, our vanilla twin, the same model in transformers")
     for name, what in _TRAIN_SHAPES.items():
@@ -194,6 +197,8 @@ def _comm(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     args.cases = [args.case] if args.case else None
     [name] = _cases(args, ["8+4"])
     taus = _taus(args)
+    if args.overlap_tau <= 0:
+        raise ConfigError(f"--overlap-tau {args.overlap_tau} must be greater than 0; raise it")
     for ep_size in args.ep:
         for count in (CASES[name].num_ffn, CASES[name].config(taus[0]).num_experts):
             if ep_size < 2 or count % ep_size:
@@ -207,6 +212,7 @@ def _comm(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         num_tokens=args.tokens or (512 if args.quick else 8192),
         dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype],
         rounds=args.rounds or (3 if args.quick else 9),
+        overlap_tau=args.overlap_tau,
     )
     settings = {
         "torch": torch.__version__,

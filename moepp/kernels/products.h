@@ -28,6 +28,7 @@ struct product {
     enum order order;
     void (*pack)(const product *, i64 m, i64 rows, i64 k, i64 depth, float *strips);
     void (*finish)(const product *, i64 m, i64 rows, i64 part_offset, i64 panel, const float *c);
+    void (*prepare)(const product *, i64 m, i64 panel); /* null, or fetches where finish will write the 6 rows from m on */
     const void *a; /* what pack reads: its first row, and how far apart rows are */
     i64 a_stride;
     const float *panels;
@@ -163,9 +164,13 @@ INLINE void tile(const float *a, const i64 row_step, const i64 k_step, const flo
         }
 }
 
-/* All strips of a block and one panel, of which so many columns count: a narrow one takes two strips at a time. */
-INLINE void tiles(const float *strips, i64 count, const i64 row_step, const i64 k_step, const float *b, i64 depth,
-                  i64 next_panel, i64 columns, float *c, int first) {
+/* All strips of the block from row m on and one panel, of which so many columns count: a narrow one takes two strips at a
+ * time. */
+INLINE void tiles(const product *p, const float *strips, i64 count, const i64 row_step, const i64 k_step, i64 m, i64 k,
+                  i64 depth, i64 panel, float *c) {
+    const float *b = p->panels + (panel * p->K + k) * PANEL;
+    i64 columns = p->N - panel * PANEL, next_panel = p->K * PANEL;
+    int first = k == 0, prepares = p->prepare && k + depth == p->K;
     i64 s = 0, lines = (depth + count - 1) / count; /* of the next panel, a line for each k */
     const float *next = b + next_panel;
     if (columns <= 8)
@@ -173,16 +178,17 @@ INLINE void tiles(const float *strips, i64 count, const i64 row_step, const i64 
             tile(strips + s * STRIP_SIZE, row_step, k_step, b, depth, c + s * STRIP * PANEL, first, 2, 1);
     for (; s < count; s++) {
         for (i64 i = 0; i < lines; i++, next += PANEL) _mm_prefetch((const char *)next, _MM_HINT_T1);
+        if (prepares) p->prepare(p, m + s * STRIP, panel);
         tile(strips + s * STRIP_SIZE, row_step, k_step, b, depth, c + s * STRIP * PANEL, first, 1, 2);
     }
 }
 
-static void tiles_by_row(const float *strips, i64 count, const float *b, i64 depth, i64 next_panel, i64 columns, float *c, int first) {
-    tiles(strips, count, K_BLOCK, 1, b, depth, next_panel, columns, c, first);
+static void tiles_by_row(const product *p, const float *strips, i64 count, i64 m, i64 k, i64 depth, i64 panel, float *c) {
+    tiles(p, strips, count, K_BLOCK, 1, m, k, depth, panel, c);
 }
 
-static void tiles_by_k(const float *strips, i64 count, const float *b, i64 depth, i64 next_panel, i64 columns, float *c, int first) {
-    tiles(strips, count, 1, STRIP, b, depth, next_panel, columns, c, first);
+static void tiles_by_k(const product *p, const float *strips, i64 count, i64 m, i64 k, i64 depth, i64 panel, float *c) {
+    tiles(p, strips, count, 1, STRIP, m, k, depth, panel, c);
 }
 
 /* ---- a product ---- */
@@ -219,10 +225,8 @@ static void multiply(const product *p, workspace w) {
             for (int part = 0; part < p->parts; part++)
                 p->pack(p, m + part * p->part_rows, rows, k, depth, w.strips + part * strips * STRIP_SIZE);
             for (i64 panel = 0; panel < panels; panel++) {
-                const float *b = p->panels + (panel * p->K + k) * PANEL;
                 float *c = w.c + panel * BLOCK_SIZE;
-                (p->order == BY_ROW ? tiles_by_row : tiles_by_k)(w.strips, strips * p->parts, b, depth, p->K * PANEL,
-                                                                p->N - panel * PANEL, c, k == 0);
+                (p->order == BY_ROW ? tiles_by_row : tiles_by_k)(p, w.strips, strips * p->parts, m, k, depth, panel, c);
                 if (k + depth == p->K) p->finish(p, m, rows, strips * STRIP, panel, c);
             }
         }

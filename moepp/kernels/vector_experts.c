@@ -52,6 +52,10 @@ static void finish_rows(const product *p, i64 m, i64 rows, i64 part_offset, i64 
     for (i64 i = 0; i < rows; i++) put(p, (m + i) * p->out_stride + panel * PANEL, c + i * PANEL, n);
 }
 
+static void prepare_rows(const product *p, i64 m, i64 panel) {
+    for (i64 i = m; i < m + STRIP && i < p->M; i++) __builtin_prefetch(p->out + i * p->out_stride + panel * PANEL, 1, 2);
+}
+
 /* 16 rows of C transposed. */
 INLINE void transpose_block(const float *c, i64 rows, float (*columns)[PANEL]) {
     for (i64 i = 0; i < PANEL; i += 8)
@@ -74,6 +78,13 @@ static void finish_columns(const product *p, i64 m, i64 rows, i64 part_offset, i
     }
 }
 
+/* A line of the result holds several strips. */
+static void prepare_columns(const product *p, i64 m, i64 panel) {
+    if (m % (64 / (i64)sizeof(element)) >= STRIP) return;
+    for (i64 j = panel * PANEL; j < (panel + 1) * PANEL && j < p->N; j++)
+        __builtin_prefetch(p->out + j * p->out_stride + m, 1, 2);
+}
+
 /* ---- forward ---- */
 
 /* For x[R, D] through one expert's gate_up[2F, D] and down[D, F]: out[R, D], and gate and up for vector_expert_backward() in
@@ -94,7 +105,7 @@ void vector_expert_forward(const element *x, const element *gate_up, const eleme
             multiply(&hide, w);
             if (!out) continue;
             product show = {.M = D, .N = rows, .K = F, .parts = 1, .order = BY_ROW, .pack = pack_rows,
-                            .finish = finish_columns, .a = down, .a_stride = F, .panels = act, .out = out + start * D,
+                            .finish = finish_columns, .prepare = prepare_columns, .a = down, .a_stride = F, .panels = act, .out = out + start * D,
                             .out_stride = D};
             multiply(&show, w);
         }
@@ -121,17 +132,17 @@ void vector_expert_backward(const element *grad_out, const element *x, element *
                              .grad = grad, .hidden = hidden};
         multiply(&to_hidden, w);
         product to_x = {.M = D, .N = R, .K = 2 * F, .parts = 1, .order = BY_K, .pack = pack_columns,
-                        .finish = finish_columns, .a = gate_up, .a_stride = D, .panels = grad, .out = grad_x,
+                        .finish = finish_columns, .prepare = prepare_columns, .a = gate_up, .a_stride = D, .panels = grad, .out = grad_x,
                         .out_stride = D};
         multiply(&to_x, w);
         panels_of_columns(x, R, D, panels);
         product to_gate_up = {.M = 2 * F, .N = D, .K = R, .parts = 1, .order = BY_ROW, .pack = pack_panels,
-                              .finish = finish_rows, .a = grad, .a_stride = 2 * F, .panels = panels, .out = grad_gate_up,
+                              .finish = finish_rows, .prepare = prepare_rows, .a = grad, .a_stride = 2 * F, .panels = panels, .out = grad_gate_up,
                               .sum = sum_gate_up, .out_stride = D};
         multiply(&to_gate_up, w);
         panels_of_columns(grad_out, R, D, panels);
         product to_down = {.M = F, .N = D, .K = R, .parts = 1, .order = BY_ROW, .pack = pack_panels,
-                           .finish = finish_columns, .a = act, .a_stride = F, .panels = panels, .out = grad_down,
+                           .finish = finish_columns, .prepare = prepare_columns, .a = act, .a_stride = F, .panels = panels, .out = grad_down,
                            .sum = sum_down, .out_stride = F};
         multiply(&to_down, w);
         free_workspace(w);
