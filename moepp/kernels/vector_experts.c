@@ -13,11 +13,11 @@
 
 /* From gate[m, 16] and up[m, 16]: the activation; also keeps both where wanted. */
 static void finish_swiglu(const product *p, i64 m, i64 rows, i64 up_offset, i64 panel, const float *c) {
-    float *act = p->act + (panel * p->M + m) * PANEL;
+    float *act = p->act ? p->act + (panel * p->M + m) * PANEL : 0;
     element *hidden = p->hidden ? p->hidden + (panel * 2 * p->M + m) * PANEL : 0;
     for (i64 i = 0; i < rows * PANEL; i += LANES) {
         vf gate = load_float(c + i, LANES), up = load_float(c + up_offset * PANEL + i, LANES);
-        if (p->act) store_float(act + i, gate * sigmoid(gate) * up, LANES);
+        if (act) store_float(act + i, gate * sigmoid(gate) * up, LANES);
         if (!hidden) continue;
         store(hidden + i, gate, LANES);
         store(hidden + p->M * PANEL + i, up, LANES);
