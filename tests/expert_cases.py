@@ -5,9 +5,6 @@ Shapes: R rows ordered by expert, D width, F expert width, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -19,16 +16,6 @@ KINDS = [0, 1, 15, 16, 17, 31, 32, 33, 64, 300, 700]  # rows of an expert, aroun
 # Error of a row relative to the row's norm and that of the usual row: four roundings of bfloat16, of which most average
 # out; for float32 sums of some hundred terms.
 TOLERANCE = {BF16: 8e-3, FP32: 1e-6}
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def draw(*shape: int, dtype: torch.dtype = BF16, seed: int = 0, scale: float = 1.0) -> Tensor:

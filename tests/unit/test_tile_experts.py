@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moepp import kernels
+from moepp.bench.timing import threads
 from moepp.kernels import Library
 from moepp.moe import ffn_experts
 from moepp.moe.kernels import project
@@ -29,7 +30,6 @@ from tests.expert_cases import (
     oracle,
     relative,
     run,
-    threads,
 )
 
 

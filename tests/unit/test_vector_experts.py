@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from moepp import kernels
+from moepp.bench.timing import threads
 from moepp.kernels import Library
 from moepp.moe.vector_experts import backward_scratch_bytes
 from tests.expert_cases import (
@@ -25,7 +26,6 @@ from tests.expert_cases import (
     make_experts,
     oracle,
     run,
-    threads,
 )
 
 DTYPES = [FP32, BF16]
