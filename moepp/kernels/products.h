@@ -41,6 +41,7 @@ struct product {
 };
 
 INLINE i64 smaller_of(i64 a, i64 b) { return a < b ? a : b; }
+INLINE i64 larger_of(i64 a, i64 b) { return a > b ? a : b; }
 INLINE i64 strips_of(i64 rows) { return (rows + STRIP - 1) / STRIP; }
 INLINE i64 panels_of(i64 columns) { return (columns + PANEL - 1) / PANEL; }
 
@@ -54,7 +55,9 @@ INLINE __m256 load_8(const element *p) {
 
 /* ---- strips of A ---- */
 
-#define AHEAD 8 /* rows: short pieces that lie far apart are not fetched by themselves */
+/* Rows to fetch ahead: short pieces that lie far apart are not fetched by themselves. */
+#define ROWS_AHEAD 8
+#define COLUMNS_AHEAD 4 /* more would push one another out of the first-level cache where rows are 4 KB apart */
 
 INLINE void fetch(const element *from, i64 count) {
     for (i64 i = 0; i < count; i += 64 / (i64)sizeof *from) __builtin_prefetch(from + i);
@@ -65,7 +68,7 @@ static void pack_rows(const product *p, i64 m, i64 rows, i64 k, i64 depth, float
     for (i64 i = 0; i < rows; i++) {
         const element *from = (const element *)p->a + (m + i) * p->a_stride + k;
         float *to = strips + i / STRIP * STRIP_SIZE + i % STRIP * K_BLOCK;
-        fetch(from + AHEAD * p->a_stride, depth);
+        fetch(from + ROWS_AHEAD * p->a_stride, depth);
         FOR_COLUMNS(j, n, depth, { store_float(to + j, load(from + j, n), n); })
     }
 }
@@ -76,7 +79,7 @@ static void pack_columns(const product *p, i64 m, i64 rows, i64 k, i64 depth, fl
     for (i64 j = 0; j < depth; j++) {
         const element *from = (const element *)p->a + (k + j) * p->a_stride + m;
         float *to = strips + j * STRIP;
-        fetch(from + AHEAD * p->a_stride, rows);
+        fetch(from + COLUMNS_AHEAD * p->a_stride, rows);
         for (i64 i = 0; i < rows; i += STRIP, to += STRIP_SIZE) {
             if (i + 8 <= beyond)
                 _mm256_storeu_ps(to, load_8(from + i));
@@ -225,7 +228,7 @@ static void multiply(const product *p, workspace w) {
             for (int part = 0; part < p->parts; part++)
                 p->pack(p, m + part * p->part_rows, rows, k, depth, w.strips + part * strips * STRIP_SIZE);
             for (i64 panel = 0; panel < panels; panel++) {
-                float *c = w.c + panel * BLOCK_SIZE;
+                float *c = w.c + (p->K > K_BLOCK ? panel * BLOCK_SIZE : 0); /* kept until the last block of k */
                 (p->order == BY_ROW ? tiles_by_row : tiles_by_k)(p, w.strips, strips * p->parts, m, k, depth, panel, c);
                 if (k + depth == p->K) p->finish(p, m, rows, strips * STRIP, panel, c);
             }

@@ -64,9 +64,15 @@ INLINE void store(element *p, vf v, i64 n) {
 #ifdef __AVX512BF16__
     vh h = (vh)_mm512_cvtneps_pbh((__m512)v);
 #else
-    vu bits = (vu)v, is_nan = (vu)(v != v);
-    vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    vu bits = (vu)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+#if defined(__AVX2__) && LANES == 8 /* which the compiler does in more steps */
+    __m256i is_nan = (__m256i)_mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q);
+    __m256i wide = _mm256_blendv_epi8((__m256i)rounded, _mm256_set1_epi32(0x7fc0), is_nan);
+    vh h = (vh)_mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+#else
+    vu is_nan = (vu)(v != v);
     vh h = __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), vh);
+#endif
 #endif
     memcpy(p, &h, n * sizeof(element));
 }

@@ -24,17 +24,48 @@ static void finish_swiglu(const product *p, i64 m, i64 rows, i64 up_offset, i64 
     }
 }
 
+/* 16 rows of C transposed. */
+INLINE void transpose_block(const float *c, i64 rows, float (*columns)[PANEL]) {
+    for (i64 i = 0; i < PANEL; i += 8)
+        for (int j = 0; j < PANEL; j += 8) {
+            __m256 r[8];
+            for (int q = 0; q < 8; q++) r[q] = i + q < rows ? _mm256_loadu_ps(c + (i + q) * PANEL + j) : _mm256_setzero_ps();
+            transpose_8(r);
+            for (int q = 0; q < 8; q++) _mm256_storeu_ps(&columns[j + q][i], r[q]);
+        }
+}
+
+/* The activation's rows m to m + n of 16 tokens into panels whose columns are these rows. */
+INLINE void put_act(const product *p, i64 m, i64 n, i64 panel, const float (*act)[PANEL]) {
+    float block[PANEL][PANEL] __attribute__((aligned(64)));
+    transpose_block(act[0], n, block);
+    i64 tokens = smaller_of(PANEL, p->N - panel * PANEL), column = m % PANEL, here = smaller_of(n, PANEL - column);
+    for (i64 j = 0; j < tokens; j++) {
+        float *to = p->act + (m / PANEL * p->N + panel * PANEL + j) * PANEL;
+        if (here == PANEL) {
+            memcpy(to, block[j], PANEL * sizeof(float));
+        } else {
+            memcpy(to + column, block[j], here * sizeof(float));
+            memcpy(to + p->N * PANEL, block[j] + here, (n - here) * sizeof(float));
+        }
+    }
+}
+
 /* From the activation's gradient[m, 16], and gate and up: their gradients, and the activation. */
 static void finish_swiglu_backward(const product *p, i64 m, i64 rows, i64 part_offset, i64 panel, const float *c) {
     const element *gate = p->hidden + (panel * 2 * p->M + m) * PANEL, *up = gate + p->M * PANEL;
     float *grad_gate = p->grad + (panel * 2 * p->M + m) * PANEL, *grad_up = grad_gate + p->M * PANEL;
-    float *act = p->act + (panel * p->M + m) * PANEL;
-    for (i64 i = 0; i < rows * PANEL; i += LANES) {
-        vf x = load(gate + i, LANES), u = load(up + i, LANES), g = load_float(c + i, LANES);
-        vf s = sigmoid(x), silu = x * s;
-        store_float(act + i, silu * u, LANES);
-        store_float(grad_gate + i, g * u * (s + silu * (1.f - s)), LANES);
-        store_float(grad_up + i, g * silu, LANES);
+    for (i64 start = 0; start < rows; start += PANEL) {
+        float act[PANEL][PANEL] __attribute__((aligned(64)));
+        i64 n = smaller_of(PANEL, rows - start);
+        for (i64 i = start * PANEL; i < (start + n) * PANEL; i += LANES) {
+            vf x = load(gate + i, LANES), u = load(up + i, LANES), g = load_float(c + i, LANES);
+            vf s = sigmoid(x), silu = x * s;
+            store_float(act[0] + i - start * PANEL, silu * u, LANES);
+            store_float(grad_gate + i, g * u * (s + silu * (1.f - s)), LANES);
+            store_float(grad_up + i, g * silu, LANES);
+        }
+        put_act(p, m + start, n, panel, act);
     }
 }
 
@@ -54,17 +85,6 @@ static void finish_rows(const product *p, i64 m, i64 rows, i64 part_offset, i64 
 
 static void prepare_rows(const product *p, i64 m, i64 panel) {
     for (i64 i = m; i < m + STRIP && i < p->M; i++) __builtin_prefetch(p->out + i * p->out_stride + panel * PANEL, 1, 2);
-}
-
-/* 16 rows of C transposed. */
-INLINE void transpose_block(const float *c, i64 rows, float (*columns)[PANEL]) {
-    for (i64 i = 0; i < PANEL; i += 8)
-        for (int j = 0; j < PANEL; j += 8) {
-            __m256 r[8];
-            for (int q = 0; q < 8; q++) r[q] = i + q < rows ? _mm256_loadu_ps(c + (i + q) * PANEL + j) : _mm256_setzero_ps();
-            transpose_8(r);
-            for (int q = 0; q < 8; q++) _mm256_storeu_ps(&columns[j + q][i], r[q]);
-        }
 }
 
 /* C to the columns of the result. */
@@ -116,8 +136,8 @@ void vector_expert_forward(const element *x, const element *gate_up, const eleme
 /* ---- backward ---- */
 
 /* From grad_out[R, D], x[R, D] and what vector_expert_forward() kept in `hidden`: grad_x[R, D] and the weights' gradients,
- * which are added to sum_gate_up and sum_down where these are not null. `scratch`: (D + 3F) floats for each of R rows,
- * with R and D rounded up to 16. */
+ * which are added to sum_gate_up and sum_down where these are not null. `scratch`: (D + 2F + F) floats for each of R rows,
+ * with R, D and the second F rounded up to 16. */
 void vector_expert_backward(const element *grad_out, const element *x, element *hidden, const element *gate_up,
                             const element *down, element *grad_x, element *grad_gate_up, element *grad_down,
                             float *sum_gate_up, float *sum_down, float *scratch, i64 R, i64 D, i64 F) {
@@ -125,7 +145,7 @@ void vector_expert_backward(const element *grad_out, const element *x, element *
     float *panels = scratch, *grad = panels + padded * panels_of(D) * PANEL, *act = grad + padded * 2 * F;
     OMP(omp parallel if(WORTH_THREADS(R * F)))
     {
-        workspace w = new_workspace(R > D ? R : D);
+        workspace w = new_workspace(larger_of(R, larger_of(D, F)));
         panels_of_rows(grad_out, R, D, panels);
         product to_hidden = {.M = F, .N = R, .K = D, .parts = 1, .order = BY_K, .pack = pack_columns,
                              .finish = finish_swiglu_backward, .a = down, .a_stride = F, .panels = panels, .act = act,
@@ -140,10 +160,9 @@ void vector_expert_backward(const element *grad_out, const element *x, element *
                               .finish = finish_rows, .prepare = prepare_rows, .a = grad, .a_stride = 2 * F, .panels = panels, .out = grad_gate_up,
                               .sum = sum_gate_up, .out_stride = D};
         multiply(&to_gate_up, w);
-        panels_of_columns(grad_out, R, D, panels);
-        product to_down = {.M = F, .N = D, .K = R, .parts = 1, .order = BY_ROW, .pack = pack_panels,
-                           .finish = finish_columns, .prepare = prepare_columns, .a = act, .a_stride = F, .panels = panels, .out = grad_down,
-                           .sum = sum_down, .out_stride = F};
+        product to_down = {.M = D, .N = F, .K = R, .parts = 1, .order = BY_K, .pack = pack_columns,
+                           .finish = finish_rows, .prepare = prepare_rows, .a = grad_out, .a_stride = D, .panels = act,
+                           .out = grad_down, .sum = sum_down, .out_stride = F};
         multiply(&to_down, w);
         free_workspace(w);
     }

@@ -28,7 +28,7 @@ def has_vectors(rows_RD: Tensor) -> bool:
 
 def backward_scratch_bytes(width_D: int, width_F: int, rows: int) -> int:
     """Temporary memory of backward for the longest chunk: one side's rows, gate's and up's gradients, activation."""
-    return 4 * _padded(rows) * (_padded(width_D) + 3 * width_F)
+    return 4 * _padded(rows) * (_padded(width_D) + 2 * width_F + _padded(width_F))
 
 
 def _padded(rows: int) -> int:
