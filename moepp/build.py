@@ -12,6 +12,7 @@ from moepp.checkpoint import Checkpointer
 from moepp.config import Config, accumulation_steps, micro_batch_size, zero_stage
 from moepp.data import build_data
 from moepp.engine.engine import Engine
+from moepp.kernels import require_triton
 from moepp.metrics.sinks import SinkGroup, open_sinks
 from moepp.metrics.throughput import Throughput, peak_flops_per_second
 from moepp.model.init import init_parameters
@@ -86,6 +87,8 @@ def build_parts(
     cfg: Config, groups: ParallelGroups, run_dir: RunDir, start_step: int, versions: dict[str, Any]
 ) -> Parts:
     """Everything that :class:`moepp.trainer.Trainer` needs; collective."""
+    if cfg.model.moe.triton_kernels:
+        require_triton(groups.device)
     starts_fresh = start_step == 0
     if starts_fresh:
         comm.run_together(lambda: check_initial_weights(cfg))

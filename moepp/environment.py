@@ -21,6 +21,7 @@ _PACKAGES = (
     "tokenizers",
     "transformers",
     "pyarrow",
+    "triton",
 )
 
 

@@ -13,6 +13,8 @@ import torch
 from tests.dist import WorkerPool
 
 torch.set_num_threads(1)
+if not torch.accelerator.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, by whomever
 
 
 @pytest.fixture(scope="module")

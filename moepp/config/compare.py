@@ -10,8 +10,8 @@ _ABSENT = "absent"
 TRAINING_ONLY = {"model.init_std", "model.max_seq_len"} | {
     f"model.moe.{key}"
     for key in (
-        *("tau", "capacity_factor", "drop_policy", "expert_chunk_rows", "balance_loss_weight", "balance_loss_scope"),
-        *("balance_loss_switch_scale", "z_loss_weight"),
+        *("tau", "capacity_factor", "drop_policy", "expert_chunk_rows", "triton_kernels", "balance_loss_weight"),
+        *("balance_loss_scope", "balance_loss_switch_scale", "z_loss_weight"),
     )
 }
 

@@ -33,6 +33,7 @@ class MoEConfig:
     balance_loss_switch_scale: bool = False  # multiply Eq. 7 by N/K as Switch Transformer does; the paper does not
     z_loss_weight: float = 0.0  # weight of mean(logsumexp(logits)^2) (ST-MoE, arXiv 2202.08906 Eq. 5)
     expert_chunk_rows: int | None = None  # compute experts in chunks of so many rows, again in backward; None: at once
+    triton_kernels: bool = False  # SwiGLU and sums of rows by Triton; for accelerators, never tried on one so far
 
     def __post_init__(self) -> None:
         for name in ("num_ffn_experts", "num_zero_experts", "num_copy_experts", "num_constant_experts"):

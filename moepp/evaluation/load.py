@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -124,7 +124,7 @@ def _find_checkpoint(checkpoint: Path, place: str) -> FoundModel:
         comm.run_together(lambda: load_model(checkpoint, model, groups.ep_rank), groups.world)
 
     return FoundModel(
-        cfg=cfg.model,
+        cfg=replace(cfg.model, moe=replace(cfg.model.moe, triton_kernels=False)),  # the same function on any machine
         precision=cfg.train.precision,
         subject=Subject(place, info.step, info.tokens),
         tokenizer=None if cfg.data.tokenizer is None else Path(cfg.data.tokenizer),

@@ -14,6 +14,8 @@ from moepp.kernels.common import (
     describe_experts,
     matmul_transposed,
     repacks_right_factor,
+    require_triton,
+    row_kernels,
     torch_only,
     transpose,
 )
@@ -31,6 +33,8 @@ __all__ = [
     "mm",
     "multiplies_in_float32",
     "repacks_right_factor",
+    "require_triton",
+    "row_kernels",
     "torch_only",
     "transpose",
 ]

@@ -106,7 +106,13 @@ def _compiled(bits: int) -> Path:
         raise BuildError("no C compiler found; install gcc or clang")
     key = hashlib.sha256()
     texts = [(_FOLDER / name).read_bytes() for name in (*_SOURCES, *_HEADERS)]
-    for part in (*texts, repr((_FLAGS, _ATTEMPTS)).encode(), compiler.encode(), torch.__version__.encode(), _processor().encode()):
+    for part in (
+        *texts,
+        repr((_FLAGS, _ATTEMPTS)).encode(),
+        compiler.encode(),
+        torch.__version__.encode(),
+        _processor().encode(),
+    ):
         key.update(part)
     folder = _cache_folder()
     target = folder / f"kernels-{bits}-{key.hexdigest()[:20]}.so"

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from moepp.errors import ConfigError
 from moepp.kernels.build import ELEMENT_BITS, Library, library
 from moepp.kernels.products import mm, multiplies_in_float32
+
+if TYPE_CHECKING:
+    from moepp.kernels.triton_rows import TritonRows
 
 _allowed: ContextVar[bool] = ContextVar("compiled_kernels_allowed", default=True)
 
@@ -35,6 +43,44 @@ def compiled_for(device: torch.device, dtype: torch.dtype) -> Library | None:
     if device.type != "cpu" or dtype not in ELEMENT_BITS or not _allowed.get():
         return None
     return library(dtype)
+
+
+def row_kernels(tensor: Tensor, triton: bool) -> Library | TritonRows | None:
+    """Kernels for SwiGLU and for sums of rows: Triton's where they are asked for, else as :func:`compiled`."""
+    if not triton:
+        return compiled(tensor)
+    require_triton(tensor.device)
+    if tensor.dtype not in ELEMENT_BITS:
+        raise ConfigError(
+            f"model.moe.triton_kernels=true takes float32 and bfloat16, not {tensor.dtype}; convert the layer and its "
+            "input"
+        )
+    return _triton_rows()
+
+
+def require_triton(device: torch.device) -> None:
+    """Raise unless Triton's kernels can run on this device.
+
+    Raises:
+        ConfigError: the package is missing, or it has no compiler for the device and is not told to interpret.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigError(
+            "model.moe.triton_kernels=true, but the package triton is not installed; pip install 'moepp[triton]' or "
+            "set it to false"
+        )
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(
+            "model.moe.triton_kernels=true, but Triton has no compiler for the CPU; set it to false (or, to try the "
+            "kernels out slowly, TRITON_INTERPRET=1 in the environment)"
+        )
+
+
+@functools.cache
+def _triton_rows() -> TritonRows:
+    from moepp.kernels.triton_rows import TritonRows
+
+    return TritonRows()
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:

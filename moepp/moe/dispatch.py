@@ -80,9 +80,16 @@ class Outputs:
 
 
 class LocalDispatcher:
-    """All FFN experts live on this rank: a gather and a scatter."""
+    """All FFN experts live on this rank: a gather and a scatter.
+
+    Args:
+        triton: whether these are done by Triton's kernels.
+    """
 
     num_ranks = 1
+
+    def __init__(self, triton: bool = False) -> None:
+        self.triton = triton
 
     def in_order(self, expert_TK: Tensor) -> Tensor:
         """Numbers by which the slots are to be sorted."""
@@ -92,7 +99,7 @@ class LocalDispatcher:
         """Gather the rows [N, D] in expert order; x comes back for its next use."""
         counts = slots.order.counts_E.tolist()
         order = slots.rows(sum(counts))
-        rows_ND, x_TD = gather_rows(x_TD, order)
+        rows_ND, x_TD = gather_rows(x_TD, order, self.triton)
         return Receipt(order, slots.weights_TK, 0, (Part(rows_ND, counts, []),)), x_TD
 
     def receive(self, part: Part) -> Tensor:
@@ -105,7 +112,7 @@ class LocalDispatcher:
 
     def combine(self, outputs: list[Outputs], receipt: Receipt, affine: Affine | None) -> Tensor:
         """Sum of weighted expert outputs per token and of the zero-computation experts' affine part, [T, D]."""
-        return combine_rows(outputs[0].rows, receipt.order, receipt.weights_TK, affine)
+        return combine_rows(outputs[0].rows, receipt.order, receipt.weights_TK, affine, self.triton)
 
 
 class AllToAllDispatcher:
@@ -116,17 +123,21 @@ class AllToAllDispatcher:
         traffic: where bytes are counted.
         num_experts: E.
         num_parts: G; part g carries local experts [g·L/G, (g+1)·L/G) of every rank.
+        triton: whether rows are gathered and summed by Triton's kernels.
 
     Raises:
         ConfigError: the local experts cannot be divided into so many parts.
     """
 
-    def __init__(self, group: comm.Group, traffic: comm.Traffic, num_experts: int, num_parts: int = 1) -> None:
+    def __init__(
+        self, group: comm.Group, traffic: comm.Traffic, num_experts: int, num_parts: int = 1, triton: bool = False
+    ) -> None:
         self.group = group
         self.traffic = traffic
         self.num_ranks = comm.size(group)
         self.rank = comm.rank(group)
         self.num_parts = num_parts
+        self.triton = triton
         local = num_experts // self.num_ranks
         if num_parts > 1 and (local == 0 or local % num_parts):
             raise ConfigError(
@@ -154,7 +165,7 @@ class AllToAllDispatcher:
         sent, received = torch.stack((counts_PL, received_counts_PL)).tolist()
         splits = [(self._counts_of(part, sent), self._counts_of(part, received)) for part in range(self.num_parts)]
         order = slots.rows(sum(map(sum, sent)))
-        rows_ND, x_TD = gather_rows(x_TD, order)
+        rows_ND, x_TD = gather_rows(x_TD, order, self.triton)
         blocks = rows_ND.split([sum(map(sum, there)) for there, _ in splits]) if self.num_parts > 1 else (rows_ND,)
         parts = tuple(self._start(rows, *counts) for rows, counts in zip(blocks, splits, strict=True))
         remote_slots = len(rows_ND) - sum(sent[self.rank])
@@ -187,7 +198,7 @@ class AllToAllDispatcher:
         """Wait for the outputs; their weighted sum per token plus the affine part, [T, D]."""
         parts = [comm.finish_exchange(out.rows, out.pending) for out in outputs if out.pending is not None]
         rows_ND = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return combine_rows(rows_ND, receipt.order, receipt.weights_TK, affine)
+        return combine_rows(rows_ND, receipt.order, receipt.weights_TK, affine, self.triton)
 
 
 def _reorder_blocks(rows_RD: Tensor, sizes_AB: list[list[int]]) -> Tensor:

@@ -1,8 +1,8 @@
 """The FFN experts of one rank: SwiGLU, no bias, weights stacked over experts.
 
 One seam, four ways with the same results up to rounding: torch's grouped matmul where the device has it, compiled
-kernels for a CPU's tile registers or else its vectors (AVX2), a loop over experts elsewhere. An expert without rows
-gets zero gradients, never None.
+kernels for a CPU's tile registers or else its vectors (AVX2), a loop over experts elsewhere. Between the products of
+the grouped matmul and of the loop Triton may compute SwiGLU. An expert without rows gets zero gradients, never None.
 
 Shapes: R rows ordered by expert, D width, F expert width, E local experts, C rows of one chunk.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moepp.config import MoEConfig
 from moepp.kernels import dense_transpose, mm
 from moepp.moe.expert_chunks import WeightGradients, chunks, largest_chunk
-from moepp.moe.kernels import swiglu, swiglu_backward
+from moepp.moe.kernels import TritonSwiGLU, swiglu, swiglu_backward
 from moepp.moe.tile_experts import TileSwiGLU, has_tiles
 from moepp.moe.vector_experts import VectorSwiGLU, has_vectors
 
@@ -36,6 +36,7 @@ class FFNExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(num_local_experts, 2 * cfg.ffn_hidden_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_local_experts, hidden_size, cfg.ffn_hidden_size))
         self.chunk_rows = cfg.expert_chunk_rows
+        self.triton = cfg.triton_kernels
 
     def weights(self, num_parts: int) -> list[tuple[Tensor, Tensor]]:
         """``gate_up_proj`` and ``down_proj`` of each of so many equal parts of the experts."""
@@ -59,14 +60,14 @@ class FFNExperts(nn.Module):
             [(gate_up_EGD, down_EDF)] = self.weights(1)
         gate_up_EGD, down_EDF = gate_up_EGD.to(rows_RD.dtype), down_EDF.to(rows_RD.dtype)
         if self.chunk_rows is None and has_grouped_mm(rows_RD):
-            return _grouped_swiglu(rows_RD, gate_up_EGD, down_EDF, rows_per_expert)
+            return _grouped_swiglu(rows_RD, gate_up_EGD, down_EDF, rows_per_expert, self.triton)
         stores = torch.is_grad_enabled() and self.chunk_rows is None
-        function = _LoopSwiGLU
-        if has_tiles(rows_RD, down_EDF.shape[2]):
-            function = TileSwiGLU
-        elif has_vectors(rows_RD):
-            function = VectorSwiGLU
-        return function.apply(rows_RD, gate_up_EGD, down_EDF, rows_per_expert, self.chunk_rows, stores)
+        arguments = (rows_RD, gate_up_EGD, down_EDF, rows_per_expert, self.chunk_rows, stores)
+        if not self.triton and has_tiles(rows_RD, down_EDF.shape[2]):
+            return TileSwiGLU.apply(*arguments)
+        if not self.triton and has_vectors(rows_RD):
+            return VectorSwiGLU.apply(*arguments)
+        return _LoopSwiGLU.apply(*arguments, self.triton)
 
 
 def has_grouped_mm(rows_RD: Tensor) -> bool:
@@ -76,11 +77,14 @@ def has_grouped_mm(rows_RD: Tensor) -> bool:
     return torch.cuda.get_device_capability(rows_RD.device) >= (8, 0)
 
 
-def _grouped_swiglu(rows_RD: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, rows_per_expert: list[int]) -> Tensor:
+def _grouped_swiglu(
+    rows_RD: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, rows_per_expert: list[int], triton: bool
+) -> Tensor:
     ends_E = torch.tensor(rows_per_expert, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(rows_RD.device)
     gate_up_RG = F.grouped_mm(rows_RD, gate_up_EGD.transpose(1, 2), offs=ends_E)
     gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)
-    return F.grouped_mm(F.silu(gate_RF) * up_RF, down_EDF.transpose(1, 2), offs=ends_E)
+    act_RF = TritonSwiGLU.apply(gate_up_RG) if triton else F.silu(gate_RF) * up_RF
+    return F.grouped_mm(act_RF, down_EDF.transpose(1, 2), offs=ends_E)
 
 
 class _LoopSwiGLU(torch.autograd.Function):
@@ -99,6 +103,7 @@ class _LoopSwiGLU(torch.autograd.Function):
         counts: list[int],
         chunk_rows: int | None,
         stores: bool,
+        triton: bool,
     ) -> Tensor:
         width, largest = down_EDF.shape[2], largest_chunk(counts, chunk_rows)
         hidden_RG = rows_RD.new_empty(len(rows_RD) if stores else largest, 2 * width)
@@ -107,10 +112,10 @@ class _LoopSwiGLU(torch.autograd.Function):
         for chunk in chunks(counts, chunk_rows):
             gate_up_CG = hidden_RG[chunk.rows] if stores else hidden_RG[: chunk.num_rows]
             mm(rows_RD[chunk.rows], gate_up_EGD[chunk.expert].t(), gate_up_CG)
-            swiglu(gate_up_CG[:, :width], gate_up_CG[:, width:], act_CF[: chunk.num_rows])
+            swiglu(gate_up_CG[:, :width], gate_up_CG[:, width:], act_CF[: chunk.num_rows], triton)
             mm(act_CF[: chunk.num_rows], down_EDF[chunk.expert].t(), out_RD[chunk.rows])
         ctx.save_for_backward(rows_RD, gate_up_EGD, down_EDF, hidden_RG if stores else None)
-        ctx.counts, ctx.chunk_rows = counts, chunk_rows
+        ctx.counts, ctx.chunk_rows, ctx.triton = counts, chunk_rows, triton
         return out_RD
 
     @staticmethod
@@ -134,8 +139,8 @@ class _LoopSwiGLU(torch.autograd.Function):
             if stored_RG is None:
                 mm(x_CD, gate_up_GD.t(), gate_up_CG)
             mm(grad_CD, down_DF, grad_act_CF[part])
-            swiglu_backward(gate_up_CG, grad_act_CF[part], grad_gate_up_CG[part], act_CF[part])
+            swiglu_backward(gate_up_CG, grad_act_CF[part], grad_gate_up_CG[part], act_CF[part], ctx.triton)
             grad_down.add(chunk, dense_transpose(grad_CD), act_CF[part])
             grad_gate_up.add(chunk, dense_transpose(grad_gate_up_CG[part]), x_CD)
             mm(grad_gate_up_CG[part], gate_up_GD, grad_rows_RD[chunk.rows])
-        return grad_rows_RD, grad_gate_up.value_EMN, grad_down.value_EMN, None, None, None
+        return grad_rows_RD, grad_gate_up.value_EMN, grad_down.value_EMN, None, None, None, None

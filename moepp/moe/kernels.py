@@ -1,5 +1,7 @@
 """What stands between the MoE layer's matrix products: compiled kernels where there are some, else torch operations.
 
+Where ``triton`` is set, Triton's kernels take the place of both.
+
 Shapes: T tokens, D width, K slots of a token, R rows of FFN slots, F expert width, C constant experts, P outputs,
 E experts, S = T·K slots.
 """
@@ -14,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moepp.kernels import Library, compiled, compiled_for
+from moepp.kernels import Library, compiled, compiled_for, row_kernels
 
 MAX_TOP_K = 8  # of the compiled kernel, which scans K times
 _NORMALIZATIONS = ("none", "zero_masked", "topk_softmax")  # numbered as in moepp/kernels/routing.c
@@ -30,19 +32,21 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def swiglu(gate_RF: Tensor, up_RF: Tensor, act_RF: Tensor) -> None:
+def swiglu(gate_RF: Tensor, up_RF: Tensor, act_RF: Tensor, triton: bool = False) -> None:
     """``act = silu(gate) * up``; ``act_RF`` may be ``gate_RF`` itself. No autograd."""
-    if kernels := compiled(gate_RF):
+    if kernels := row_kernels(gate_RF, triton):
         operands = (value for tensor in (gate_RF, up_RF, act_RF) for value in (tensor, tensor.stride(0)))
         kernels.call("swiglu", *operands, *act_RF.shape)
     else:
         torch.mul(F.silu(gate_RF), up_RF, out=act_RF)
 
 
-def swiglu_backward(gate_up_RG: Tensor, grad_act_RF: Tensor, grad_gate_up_RG: Tensor, act_RF: Tensor) -> None:
+def swiglu_backward(
+    gate_up_RG: Tensor, grad_act_RF: Tensor, grad_gate_up_RG: Tensor, act_RF: Tensor, triton: bool = False
+) -> None:
     """Fill the gradient of ``gate_up_RG`` [R, 2F], and the activation once more. ``act_RF`` may be ``grad_act_RF``."""
     num_rows, width = act_RF.shape
-    if kernels := compiled(gate_up_RG):
+    if kernels := row_kernels(gate_up_RG, triton):
         kernels.call("swiglu_backward", gate_up_RG, grad_act_RF, grad_gate_up_RG, act_RF, num_rows, width)
         return
     gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)
@@ -52,6 +56,28 @@ def swiglu_backward(gate_up_RG: Tensor, grad_act_RF: Tensor, grad_gate_up_RG: Te
     torch.mul(grad_act_RF, silu_RF, out=grad_up_RF)
     torch.mul(grad_act_RF * up_RF, sigmoid_RF + silu_RF * (1 - sigmoid_RF), out=grad_gate_RF)
     torch.mul(silu_RF, up_RF, out=act_RF)
+
+
+class TritonSwiGLU(torch.autograd.Function):
+    """``silu(gate) * up`` [R, F] of gate_up [R, 2F] by Triton's kernels; keeps gate_up alone for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up_RG: Tensor) -> Tensor:
+        gate_up_RG = gate_up_RG.contiguous()
+        ctx.save_for_backward(gate_up_RG)
+        act_RF = gate_up_RG.new_empty(len(gate_up_RG), gate_up_RG.shape[1] // 2)
+        gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)
+        swiglu(gate_RF, up_RF, act_RF, triton=True)
+        ctx.kernels, ctx.shape = row_kernels(gate_up_RG, triton=True), act_RF.shape
+        return act_RF
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_act_RF: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (gate_up_RG,) = ctx.saved_tensors
+        grad_gate_up_RG = torch.empty_like(gate_up_RG)
+        ctx.kernels.call("swiglu_backward", gate_up_RG, grad_act_RF.contiguous(), grad_gate_up_RG, None, *ctx.shape)
+        return grad_gate_up_RG
 
 
 def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
@@ -239,45 +265,49 @@ class Affine:
         return torch.addmm(scaled_TD, self.coefficients_TC.to(dtype), self.values_CD.to(dtype))
 
 
-def gather_rows(x_TD: Tensor, order: RowOrder) -> tuple[Tensor, Tensor]:
+def gather_rows(x_TD: Tensor, order: RowOrder, triton: bool = False) -> tuple[Tensor, Tensor]:
     """The token of every row, [R, D]; and x again for its next use, as in :func:`project`."""
-    return _Gather.apply(x_TD, order.token_ids_R, order.positions_TK)
+    return _Gather.apply(x_TD, order.token_ids_R, order.positions_TK, row_kernels(x_TD, triton))
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, token_ids_R: Tensor, positions_TK: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x_TD: Tensor, token_ids_R: Tensor, positions_TK: Tensor, kernels: Any
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(positions_TK)
         ctx.set_materialize_grads(False)
-        ctx.kernels, ctx.shape = compiled(x_TD), x_TD.shape
+        ctx.kernels, ctx.shape = kernels, x_TD.shape
         return x_TD.index_select(0, token_ids_R), x_TD.view_as(x_TD)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor | None, grad_later_TD: Tensor | None) -> tuple[Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad_RD: Tensor | None, grad_later_TD: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if grad_RD is None:
-            return grad_later_TD, None, None
+            return grad_later_TD, None, None, None
         (positions_TK,) = ctx.saved_tensors
         if ctx.kernels is None:
             start_TD = grad_RD.new_zeros(ctx.shape) if grad_later_TD is None else grad_later_TD
-            return _add_rows(start_TD, grad_RD, positions_TK), None, None
+            return _add_rows(start_TD, grad_RD, positions_TK), None, None, None
         grad_RD = grad_RD.contiguous()
         grad_x_TD = grad_RD.new_empty(ctx.shape)
         inputs = (grad_RD, positions_TK, None, _dense(grad_later_TD), None, None, None)
         ctx.kernels.call("combine", *inputs, grad_x_TD, *ctx.shape, positions_TK.shape[1], 0)
-        return grad_x_TD, None, None
+        return grad_x_TD, None, None, None
 
 
-def combine_rows(rows_RD: Tensor, order: RowOrder, weights_TK: Tensor, affine: Affine | None) -> Tensor:
+def combine_rows(
+    rows_RD: Tensor, order: RowOrder, weights_TK: Tensor, affine: Affine | None, triton: bool = False
+) -> Tensor:
     """Each token's weighted rows, plus its affine part if any: [T, D] in the rows' dtype.
 
     Gate weights are float32; a weighted row is rounded to the rows' dtype once, or only their sum is.
     """
-    if compiled(rows_RD):
+    if kernels := row_kernels(rows_RD, triton):
         parts = (None, None, None, None)
         if affine is not None:
             parts = (affine.x_TD, affine.scale_T, affine.coefficients_TC, affine.values_CD.to(rows_RD.dtype))
-        return _Combine.apply(rows_RD, order.positions_TK, weights_TK, *parts)
+        return _Combine.apply(kernels, rows_RD, order.positions_TK, weights_TK, *parts)
     weights_R = weights_TK.flatten().index_select(0, order.slots_R)
     weighted_RD = (rows_RD * weights_R.unsqueeze(-1)).to(rows_RD.dtype)
     start_TD = rows_RD.new_zeros(len(weights_TK), rows_RD.shape[1]) if affine is None else affine.value()
@@ -313,12 +343,12 @@ class _AddRows(torch.autograd.Function):
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, kernels: Any, *tensors: Tensor | None) -> Tensor:
         tensors = tuple(map(_dense, tensors))
         rows_RD, positions_TK, weights_TK, x_TD, scale_T, coefficients_TC, values_CD = tensors
         assert rows_RD is not None and positions_TK is not None
         ctx.save_for_backward(*tensors)
-        ctx.kernels = _required(rows_RD)
+        ctx.kernels = kernels
         ctx.sizes = (positions_TK.shape[0], rows_RD.shape[1], positions_TK.shape[1])
         ctx.sizes += (0 if values_CD is None else values_CD.shape[0],)
         out_TD = rows_RD.new_empty(ctx.sizes[:2])
@@ -340,4 +370,4 @@ class _Combine(torch.autograd.Function):
         )
         if grad_values_CD is not None:
             grad_values_CD = grad_values_CD.to(grad_TD.dtype)
-        return grad_rows_RD, None, grad_weights_TK, grad_x_TD, grad_scale_T, grad_coefficients_TC, grad_values_CD
+        return None, grad_rows_RD, None, grad_weights_TK, grad_x_TD, grad_scale_T, grad_coefficients_TC, grad_values_CD

@@ -121,10 +121,12 @@ class MoELayer(nn.Module):
         self.zero_computation = ZeroComputation(cfg, hidden_size)
         self.experts = FFNExperts(cfg, hidden_size, cfg.num_ffn_experts // ep_size)
         if ep_group is None or ep_size == 1:
-            self.dispatcher: LocalDispatcher | AllToAllDispatcher = LocalDispatcher()
+            self.dispatcher: LocalDispatcher | AllToAllDispatcher = LocalDispatcher(cfg.triton_kernels)
         else:
             traffic = traffic if traffic is not None else comm.Traffic()
-            self.dispatcher = AllToAllDispatcher(ep_group, traffic, cfg.num_ffn_experts, exchange_parts)
+            self.dispatcher = AllToAllDispatcher(
+                ep_group, traffic, cfg.num_ffn_experts, exchange_parts, cfg.triton_kernels
+            )
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:

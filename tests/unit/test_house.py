@@ -55,7 +55,7 @@ DISTRIBUTED_MODULES = {"torch.distributed", "torch.distributed.distributed_c10d"
 COLLECTIVE_MODULES = {"torch.distributed.nn", "torch.distributed.nn.functional"} | {
     "torch.distributed._functional_collectives"
 }
-HEAVY = ("deepspeed", "megatron", "wandb", "transformers", "matplotlib", "pyarrow", "tokenizers", "hydra")
+HEAVY = ("deepspeed", "megatron", "wandb", "transformers", "matplotlib", "pyarrow", "tokenizers", "hydra", "triton")
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 
