@@ -28,6 +28,7 @@ from moepp.moe.kernels import sort_slots
 from moepp.moe.router import compute_gates
 
 WARMUP = 2
+ROUNDS_PER_STEP = 5  # an exchange takes milliseconds, and they vary more
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def _exchange(rank: int, world_size: int, case: Case, name: str, tau: float | No
     [part] = receipt.parts
     returned = sum(part.receive_splits) - part.receive_splits[rank]
     formula = (_remote_slots(gates.topk_ids_TK, num_sharded, rank, world_size) + returned) * row_bytes
-    timings = _time_exchange(whole, dispatcher, slots, receipt, x_TD, options.rounds)
+    timings = _time_exchange(whole, dispatcher, slots, receipt, x_TD, options.rounds * ROUNDS_PER_STEP)
     # Every FFN slot of a balanced vanilla layer travels with probability (P - 1) / P.
     share = num_sharded / cfg.num_experts if tau is None or name == "all sharded" else 1 / case.limit(tau)
     return {
