@@ -8,7 +8,8 @@ Letters: T tokens, D width, K slots of a token, R rows of FFN slots, F expert wi
 the row of a slot, or -1 where it has none.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# What Triton compiles is not what its types say: constants are ints, static_range is an iterable.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
 from __future__ import annotations
 
 from collections.abc import Callable

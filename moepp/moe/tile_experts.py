@@ -37,7 +37,7 @@ def _leading_dimension(rows: int) -> int:
 
 
 class TileSwiGLU(torch.autograd.Function):
-    """``down(silu(gate(x)) * up(x))`` for each expert; the arguments are those of ``ffn_experts._LoopSwiGLU`` but ``triton``.
+    """``down(silu(gate(x)) * up(x))`` for each expert; arguments as of ``ffn_experts._LoopSwiGLU``, without ``triton``.
 
     Where ``stores``, gate and up [R, 2F] are kept in the kernels' own order, else they are computed again in backward.
     """

@@ -36,7 +36,7 @@ def _padded(rows: int) -> int:
 
 
 class VectorSwiGLU(torch.autograd.Function):
-    """``down(silu(gate(x)) * up(x))`` for each expert; the arguments are those of ``ffn_experts._LoopSwiGLU`` but ``triton``.
+    """``down(silu(gate(x)) * up(x))`` for each expert; arguments as of ``ffn_experts._LoopSwiGLU``, without ``triton``.
 
     Where ``stores``, gate and up [R, 2F] are kept in the kernels' own order, else they are computed again in backward.
     """
