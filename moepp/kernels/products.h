@@ -75,17 +75,15 @@ static void pack_rows(const product *p, i64 m, i64 rows, i64 k, i64 depth, float
 
 /* Columns of elements: those of a k on end. */
 static void pack_columns(const product *p, i64 m, i64 rows, i64 k, i64 depth, float *strips) {
-    i64 beyond = p->a_stride - m; /* columns that may be read */
+    i64 beyond = p->a_stride - m, eights = smaller_of(rows, beyond - 7); /* columns that may be read; as many at a time */
     for (i64 j = 0; j < depth; j++) {
         const element *from = (const element *)p->a + (k + j) * p->a_stride + m;
         float *to = strips + j * STRIP;
         fetch(from + COLUMNS_AHEAD * p->a_stride, rows);
-        for (i64 i = 0; i < rows; i += STRIP, to += STRIP_SIZE) {
-            if (i + 8 <= beyond)
-                _mm256_storeu_ps(to, load_8(from + i));
-            else
-                store_float(to, load(from + i, smaller_of(STRIP, beyond - i)), STRIP);
-        }
+        i64 i = 0;
+        for (; i < eights; i += STRIP, to += STRIP_SIZE) _mm256_storeu_ps(to, load_8(from + i));
+        for (; i < rows; i += STRIP, to += STRIP_SIZE)
+            store_float(to, load(from + i, smaller_of(STRIP, beyond - i)), STRIP);
     }
 }
 

@@ -52,8 +52,10 @@ typedef uint16_t element;
 INLINE vf load(const element *p, i64 n) {
     vh h = {0};
     memcpy(&h, p, n * sizeof(element));
-#ifdef __AVX512F__
-    vu wide = (vu)_mm512_cvtepu16_epi32((__m256i)h); /* which the compiler does in three steps */
+#if defined(__AVX512F__) /* which the compiler does in three steps */
+    vu wide = (vu)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(__AVX2__)
+    vu wide = (vu)_mm256_cvtepu16_epi32((__m128i)h);
 #else
     vu wide = __builtin_convertvector(h, vu);
 #endif
