@@ -138,6 +138,23 @@ def all_reduce_sum(tensor: Tensor, group: Group | None) -> Tensor:
     return tensor
 
 
+@dataclass
+class PendingReduction:
+    """An all-reduce under way, or nothing where there is one rank."""
+
+    work: Any
+
+    def wait(self) -> None:
+        """Block (or make the current stream wait) until it has finished."""
+        if self.work is not None:
+            self.work.wait()
+
+
+def start_all_reduce_sum(tensor: Tensor, group: Group | None) -> PendingReduction:
+    """As :func:`all_reduce_sum`, without waiting: nothing may touch the tensor before the wait."""
+    return PendingReduction(dist.all_reduce(tensor, group=group, async_op=True) if size(group) > 1 else None)
+
+
 def all_reduce_max(tensor: Tensor, group: Group | None) -> Tensor:
     """Maximum in place over the group."""
     if size(group) > 1:

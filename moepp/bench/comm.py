@@ -1,4 +1,5 @@
-"""The expert exchange on real collectives: bytes against the formula, time against a bare all-to-all, overlap.
+"""The expert exchange on real collectives: bytes against the formula, time against a bare all-to-all, overlap; and the
+sum of gradients beside backward.
 
 Three ways to place the experts of the same layer: *vanilla* (FFN experts alone, sharded), *MoE++* (zero-computation
 experts on every rank, so that only FFN slots travel), *all sharded* (zero-computation experts on one rank each, as any
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moepp import comm
+from moepp.bench import reduction
 from moepp.bench.cases import CASES, Case, ForcedRouting, balanced_logits, random_tokens
 from moepp.bench.processes import run_processes
 from moepp.bench.tables import Record
@@ -28,6 +30,7 @@ from moepp.moe.kernels import sort_slots
 from moepp.moe.router import compute_gates
 
 WARMUP = 2
+LAYER_TOKENS_PER_MODEL_TOKEN = 4  # a whole model does more with a token
 ROUNDS_PER_STEP = 5  # an exchange takes milliseconds, and they vary more
 
 
@@ -45,7 +48,9 @@ class Options:
 
 
 def run(options: Options) -> dict[str, list[Record]]:
-    """Tables ``exchange`` (bytes and times of a dispatch and a combine) and ``overlap`` (layer steps)."""
+    """Tables ``exchange`` (bytes and times of a dispatch and a combine), ``overlap`` (layer steps) and ``gradients``
+    (steps of a small model)."""
+    gradients: list[Record] = []
     exchange: list[Record] = []
     overlap: list[Record] = []
     for ep_size in options.ep_sizes:
@@ -54,7 +59,9 @@ def run(options: Options) -> dict[str, list[Record]]:
         for records in zip(*(one[1] for one in by_rank), strict=True):
             slowest = max(records, key=lambda record: record["ms"])
             overlap.append({"ep": ep_size} | slowest)
-    return {"exchange": exchange, "overlap": overlap}
+        num_tokens = max(options.num_tokens // LAYER_TOKENS_PER_MODEL_TOKEN, 1)
+        gradients += reduction.run(ep_size, num_tokens, options.dtype, options.rounds)
+    return {"exchange": exchange, "overlap": overlap, "gradients": gradients}
 
 
 def _world() -> comm.Group:

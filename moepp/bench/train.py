@@ -25,6 +25,7 @@ from moepp.bench.processes import run_processes
 from moepp.bench.tables import Record
 from moepp.bench.timing import clock_for, summarize, threads
 from moepp.config import ModelConfig, MoEConfig, OptimConfig
+from moepp.engine.gradients import BUCKET_ELEMENTS
 from moepp.engine.native import NativeEngine
 from moepp.host_memory import keep_freed_memory
 from moepp.model.accounting import balanced_ffn_per_token, count_parameters, flops_per_token
@@ -85,14 +86,14 @@ class Options:
 class Step:
     """One contestant's training step on random tokens, timed by stage."""
 
-    def __init__(self, name: str, options: Options) -> None:
+    def __init__(self, name: str, options: Options, bucket_elements: int = BUCKET_ELEMENTS) -> None:
         self.options = options
         self.clock = clock_for(options.device, torch.get_num_threads())
         torch.manual_seed(0)
         build = _build_transformers if name in TRANSFORMERS else _build_ours
         model, self.loss = build(name, options)
         groups = build_groups(1, options.device)
-        self.engine = NativeEngine(model, groups, OptimConfig(), accumulation_steps=1)
+        self.engine = NativeEngine(model, groups, OptimConfig(), 1, bucket_elements)
         shape = (options.batch_size, options.seq_len + 1)
         tokens = torch.randint(0, options.vocab_size, shape, generator=torch.Generator().manual_seed(1))
         self.tokens = tokens.to(options.device)

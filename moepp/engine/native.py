@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,63 +11,9 @@ from torch import Tensor, nn
 from moepp import comm
 from moepp.config import OptimConfig
 from moepp.engine.engine import Fetch, StepResult, make_optimizer, read_plain_state, write_plain_state
+from moepp.engine.gradients import BUCKET_ELEMENTS, FlatGroup, GradientReduction
 from moepp.parallel.groups import ParallelGroups
-from moepp.parallel.parameters import ParameterGroup, group_parameters
-
-
-class _FlatGroup:
-    """Parameters of one group with their gradients in one flat fp32 buffer, so that one collective reduces them."""
-
-    def __init__(self, group: ParameterGroup, model_is_fp32: bool) -> None:
-        self.group = group
-        parameters = list(group.parameters.values())
-        # In fp32 the parameters are their own masters; in bf16 the masters are fp32 copies.
-        self.masters = parameters if model_is_fp32 else [nn.Parameter(p.detach().float()) for p in parameters]
-        self.parameters = parameters
-        self._accumulates_itself = model_is_fp32  # autograd does, into the views
-        self._written = [False] * len(parameters)
-        self.grad = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
-        self.grad_views: list[Tensor] = []
-        offset = 0
-        for index, (parameter, master) in enumerate(zip(parameters, self.masters, strict=True)):
-            view = self.grad[offset : offset + parameter.numel()].view_as(parameter)
-            offset += parameter.numel()
-            self.grad_views.append(view)
-            master.grad = view
-            if not model_is_fp32:
-                parameter.register_post_accumulate_grad_hook(self._accumulate(index))
-
-    def _accumulate(self, index: int) -> Any:
-        def hook(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            if self._written[index]:
-                self.grad_views[index].add_(parameter.grad)
-            else:  # a quarter of the time of zeroing and adding
-                self.grad_views[index].copy_(parameter.grad)
-                self._written[index] = True
-            parameter.grad = None
-
-        return hook
-
-    def finish_grad(self) -> Tensor:
-        """The gradient of all micro-batches, flat; zeros where no loss reached a parameter."""
-        if not self._accumulates_itself:
-            for view, written in zip(self.grad_views, self._written, strict=True):
-                if not written:
-                    view.zero_()
-        return self.grad
-
-    def clear_grad(self) -> None:
-        """Forget it, for the next step."""
-        self._written = [False] * len(self._written)
-        if self._accumulates_itself:
-            self.grad.zero_()
-
-    def write_back(self) -> None:
-        """Round the fp32 masters into the model's parameters."""
-        if self.masters is not self.parameters:
-            for parameter, master in zip(self.parameters, self.masters, strict=True):
-                parameter.data.copy_(master.data)
+from moepp.parallel.parameters import group_parameters
 
 
 def _square(grad: Tensor) -> Tensor:
@@ -78,7 +23,15 @@ def _square(grad: Tensor) -> Tensor:
 
 
 class NativeEngine:
-    """Gradients are summed in fp32: dense parameters over all ranks, FFN experts over the ranks that hold them."""
+    """Gradients are summed in fp32: dense parameters over all ranks, FFN experts over the ranks that hold them.
+
+    Args:
+        model: on this rank's device, in its precision.
+        groups: over which ranks.
+        optim: of the optimizer.
+        accumulation_steps: calls of :meth:`backward` for each of :meth:`step`; with the last one the sums begin.
+        bucket_elements: gradients that are summed at a time.
+    """
 
     def __init__(
         self,
@@ -86,6 +39,7 @@ class NativeEngine:
         groups: ParallelGroups,
         optim: OptimConfig,
         accumulation_steps: int,
+        bucket_elements: int = BUCKET_ELEMENTS,
     ) -> None:
         self.model = model
         self._groups = groups
@@ -93,7 +47,10 @@ class NativeEngine:
         # The same divisor for every parameter: all micro-batches of all ranks.
         self._loss_scale = 1.0 / (accumulation_steps * groups.world_size)
         is_fp32 = next(model.parameters()).dtype == torch.float32
-        self._flat = [_FlatGroup(group, is_fp32) for group in group_parameters(model.named_parameters())]
+        self._flat = [FlatGroup(group, is_fp32) for group in group_parameters(model.named_parameters())]
+        reduced = [(flat, groups.edp if flat.group.expert else groups.world) for flat in self._flat]
+        self._reduction = GradientReduction(reduced, list(model.parameters()), bucket_elements)
+        self._accumulation_steps, self._num_backwards = accumulation_steps, 0
         self._optimizer = make_optimizer(
             [
                 {"params": flat.masters, "weight_decay": optim.weight_decay if flat.group.decay else 0.0}
@@ -103,11 +60,14 @@ class NativeEngine:
         )
 
     def backward(self, loss: Tensor) -> None:
+        self._num_backwards += 1
+        assert self._num_backwards <= self._accumulation_steps, "gradients of this step are being summed already"
+        self._reduction.expect(is_last=self._num_backwards == self._accumulation_steps)
         (loss * self._loss_scale).backward()
 
     def step(self, lr: float, update: bool = True) -> StepResult:
-        for flat in self._flat:
-            comm.all_reduce_sum(flat.finish_grad(), self._groups.edp if flat.group.expert else self._groups.world)
+        self._reduction.finish()
+        self._num_backwards = 0
         grad_norm = self._grad_norm()
         skipped = not update or not math.isfinite(grad_norm)
         if not skipped:

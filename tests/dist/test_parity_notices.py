@@ -58,9 +58,19 @@ def gradient_that_crosses_ranks_halved(model: Transformer, groups: ParallelGroup
     return patch.object(comm._FinishExchange, "backward", staticmethod(lambda ctx, grad: right(ctx, grad / 2)))
 
 
-def _skip_sum(wrong: Callable[[Tensor, Any], bool]) -> Any:
-    right = comm.all_reduce_sum
-    return patch.object(comm, "all_reduce_sum", lambda x, group: x if wrong(x, group) else right(x, group))
+@contextlib.contextmanager
+def _skip_sum(wrong: Callable[[Tensor, Any], bool]) -> Iterator[None]:
+    at_once, started = comm.all_reduce_sum, comm.start_all_reduce_sum
+    nothing_to_wait_for = comm.PendingReduction(None)
+    with (
+        patch.object(comm, "all_reduce_sum", lambda x, group: x if wrong(x, group) else at_once(x, group)),
+        patch.object(
+            comm,
+            "start_all_reduce_sum",
+            lambda x, group: nothing_to_wait_for if wrong(x, group) else started(x, group),
+        ),
+    ):
+        yield
 
 
 def _is_gradient(tensor: Tensor) -> bool:

@@ -188,6 +188,7 @@ def test_quick_exchange_benchmark_sends_exactly_the_formula(tmp_path):
     assert rows["all sharded"]["x vanilla"] == pytest.approx(1, rel=0.1)
     ways = {"blocking", "beside zero-computation experts", "in 2 parts"}
     assert {row["exchange"] for row in tables["overlap"]} == ways
+    assert [row["gradients summed"] for row in tables["gradients"]] == ["after backward", "during backward"]
 
 
 @pytest.mark.slow
