@@ -13,7 +13,7 @@
 #define STRIP 6        /* rows of C at a time */
 #define PANEL 16       /* columns of C at a time */
 #define K_BLOCK 256    /* of k at a time */
-#define M_BLOCK 192
+#define M_BLOCK 192 /* rows of A at a time, of both parts */
 #define STRIP_SIZE (STRIP * K_BLOCK + 8) /* floats, with room for writing 8 where 6 count */
 #define BLOCK_SIZE (M_BLOCK * PANEL)     /* floats of a block's C for one panel */
 
@@ -208,19 +208,15 @@ static workspace new_workspace(i64 N) {
 
 static void free_workspace(workspace w) { free(w.strips); }
 
-/* Rows of each part in a block: whole strips, and as many blocks for each thread. */
-static i64 rows_of_block(const product *p) {
-    i64 most = M_BLOCK / p->parts, threads = omp_get_num_threads();
-    i64 blocks = ((p->M + most - 1) / most + threads - 1) / threads * threads;
-    return smaller_of(most, strips_of((p->M + blocks - 1) / blocks) * STRIP);
-}
+#define UNIT (4 * STRIP) /* rows: whole strips and half panels */
 
-/* Called by all threads of a parallel region; ends with all of them. */
+/* Called by all threads of a parallel region, each of which takes a part of the rows; ends with all of them. */
 static void multiply(const product *p, workspace w) {
-    i64 block = rows_of_block(p), panels = panels_of(p->N);
-    OMP(omp for schedule(static))
-    for (i64 m = 0; m < p->M; m += block) {
-        i64 rows = smaller_of(block, p->M - m), strips = strips_of(rows);
+    i64 units = (p->M + UNIT - 1) / UNIT, threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    i64 start = units * thread / threads * UNIT, stop = smaller_of(units * (thread + 1) / threads * UNIT, p->M);
+    i64 block = M_BLOCK / p->parts, panels = panels_of(p->N);
+    for (i64 m = start; m < stop; m += block) {
+        i64 rows = smaller_of(block, stop - m), strips = strips_of(rows);
         for (i64 k = 0; k < p->K; k += K_BLOCK) {
             i64 depth = smaller_of(K_BLOCK, p->K - k);
             for (int part = 0; part < p->parts; part++)
@@ -232,5 +228,6 @@ static void multiply(const product *p, workspace w) {
             }
         }
     }
+    OMP(omp barrier)
 }
 #endif

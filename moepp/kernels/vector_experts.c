@@ -41,12 +41,13 @@ INLINE void put_act(const product *p, i64 m, i64 n, i64 panel, const float (*act
     transpose_block(act[0], n, block);
     i64 tokens = smaller_of(PANEL, p->N - panel * PANEL), column = m % PANEL, here = smaller_of(n, PANEL - column);
     for (i64 j = 0; j < tokens; j++) {
-        float *to = p->act + (m / PANEL * p->N + panel * PANEL + j) * PANEL;
-        if (here == PANEL) {
-            memcpy(to, block[j], PANEL * sizeof(float));
+        float *to = p->act + (m / PANEL * p->N + panel * PANEL + j) * PANEL, *next = to + p->N * PANEL;
+        if (n == PANEL && column % 8 == 0) { /* as a rule */
+            memcpy(to + column, block[j], 8 * sizeof(float));
+            memcpy(column ? next : to + 8, block[j] + 8, 8 * sizeof(float));
         } else {
             memcpy(to + column, block[j], here * sizeof(float));
-            memcpy(to + p->N * PANEL, block[j] + here, (n - here) * sizeof(float));
+            memcpy(next, block[j] + here, (n - here) * sizeof(float));
         }
     }
 }
