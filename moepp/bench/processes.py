@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import queue
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -70,7 +72,16 @@ def _collect(results: Any, processes: list[Any], timeout_seconds: float) -> dict
     return found
 
 
+def _end_with_parent() -> None:
+    """A killed benchmark leaves nothing behind that computes on."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
 def _enter(work: Callable[..., Any], rank: int, world_size: int, store: str, results: Any, args: tuple) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     keep_freed_memory()
