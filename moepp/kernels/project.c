@@ -16,6 +16,7 @@
 #define TOKENS 2
 #endif
 #define OUTPUTS 6
+#define AT_A_TIME 32 /* tokens in backward, whose rows stay in the caches while all columns go by */
 
 INLINE void project_step(const element *x, const float *weight, float *out, i64 D, i64 P, int tokens, int outputs) {
     vf total[TOKENS][OUTPUTS] = {0};
@@ -49,48 +50,61 @@ static void project_by_vectors(const element *x, const float *weight, float *out
     }
 }
 
+/* Weights[P, D] and sums of their gradients lie as [D / LANES, P, LANES] in backward, so that those of a few columns stay
+ * in the first-level cache. Here: LANES columns of some tokens, with n < LANES the last ones. */
 INLINE void project_backward_step(const element *x, const float *weight, const float *grad, const element *base,
-                                  element *grad_x, float *grad_weight, i64 D, i64 P, int tokens) {
-    FOR_COLUMNS(d, n, D, {
-        vf row[2 * TOKENS];
-        vf total[2 * TOKENS] = {0};
+                                  element *grad_x, float *sums, i64 D, i64 P, i64 n, int tokens) {
+    vf row[2 * TOKENS];
+    vf total[2 * TOKENS] = {0};
+    for (int i = 0; i < tokens; i++) {
+        row[i] = load(x + i * D, n);
+        if (base) total[i] = load(base + i * D, n);
+    }
+    for (i64 p = 0; p < P; p++) {
+        vf w = load_float(weight + p * LANES, LANES), grad_w = load_float(sums + p * LANES, LANES);
         for (int i = 0; i < tokens; i++) {
-            row[i] = load(x + i * D + d, n);
-            if (base) total[i] = load(base + i * D + d, n);
+            total[i] += grad[i * P + p] * w;
+            grad_w += grad[i * P + p] * row[i];
         }
-        for (i64 p = 0; p < P; p++) {
-            vf w = load_float(weight + p * D + d, n), grad_w = load_float(grad_weight + p * D + d, n);
-            for (int i = 0; i < tokens; i++) {
-                total[i] += grad[i * P + p] * w;
-                grad_w += grad[i * P + p] * row[i];
-            }
-            store_float(grad_weight + p * D + d, grad_w, n);
-        }
-        for (int i = 0; i < tokens; i++) store(grad_x + i * D + d, total[i], n);
-    })
+        store_float(sums + p * LANES, grad_w, LANES);
+    }
+    for (int i = 0; i < tokens; i++) store(grad_x + i * D, total[i], n);
+}
+
+INLINE void project_backward_columns(const element *x, const float *weight, const float *grad, const element *base,
+                                     element *grad_x, float *sums, i64 T, i64 D, i64 P, i64 n) {
+    const i64 most = 2 * TOKENS;
+    i64 t = 0;
+    for (; t + most <= T; t += most)
+        project_backward_step(x + t * D, weight, grad + t * P, base ? base + t * D : 0, grad_x + t * D, sums, D, P, n, most);
+    for (; t < T; t++)
+        project_backward_step(x + t * D, weight, grad + t * P, base ? base + t * D : 0, grad_x + t * D, sums, D, P, n, 1);
 }
 
 static void project_backward_by_vectors(const element *x, const float *weight, const float *grad,
                                         const element *base, element *grad_x, float *grad_weight, i64 T, i64 D, i64 P) {
     int threads = omp_get_max_threads();
-    float *partial = calloc((size_t)threads * P * D, sizeof *partial);
+    i64 size = ((D + LANES - 1) / LANES * P + 1) / 2 * 2 * LANES;
+    float *weights = aligned_alloc(64, (threads + 1) * size * sizeof *weights), *sums = weights + size;
+    memset(weights, 0, (threads + 1) * size * sizeof *weights);
+    for (i64 p = 0; p < P; p++)
+        FOR_COLUMNS(d, n, D, { memcpy(weights + d * P + p * LANES, weight + p * D + d, n * sizeof(float)); })
     OMP(omp parallel for schedule(static) if(WORTH_THREADS(T * D)))
-    for (i64 t = 0; t < T; t += 2 * TOKENS) {
-        float *mine = partial + (i64)omp_get_thread_num() * P * D;
-        for (i64 i = t; i < T && i < t + 2 * TOKENS; i++) {
-            const element *from = base ? base + i * D : 0;
-            if (i == t && t + 2 * TOKENS <= T) {
-                project_backward_step(x + i * D, weight, grad + i * P, from, grad_x + i * D, mine, D, P, 2 * TOKENS);
-                break;
-            }
-            project_backward_step(x + i * D, weight, grad + i * P, from, grad_x + i * D, mine, D, P, 1);
-        }
+    for (i64 t = 0; t < T; t += AT_A_TIME) {
+        float *mine = sums + omp_get_thread_num() * size;
+        i64 count = T - t < AT_A_TIME ? T - t : AT_A_TIME;
+        FOR_COLUMNS(d, n, D, {
+            i64 at = t * D + d;
+            project_backward_columns(x + at, weights + d * P, grad + t * P, base ? base + at : 0, grad_x + at, mine + d * P, count,
+                                     D, P, n);
+        })
     }
     for (int thread = 0; thread < threads; thread++)
-        for (i64 i = 0; i < P * D; i++) grad_weight[i] += partial[thread * P * D + i];
-    free(partial);
+        for (i64 p = 0; p < P; p++)
+            for (i64 d = 0; d < D; d++)
+                grad_weight[p * D + d] += sums[thread * size + d / LANES * LANES * P + p * LANES + d % LANES];
+    free(weights);
 }
-
 
 /* ---- on tile registers ---- */
 
