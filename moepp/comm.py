@@ -122,13 +122,47 @@ def finish_exchange(in_flight_RD: Tensor, pending: PendingExchange) -> Tensor:
     return _FinishExchange.apply(in_flight_RD, pending)
 
 
-def exchange_counts(counts_PL: Tensor, group: Group, traffic: Traffic) -> Tensor:
-    """All-to-all of row counts: [P, L] rows for each (rank, local expert) -> [P, L] rows from each rank."""
+def host_reads_at_once(tensor: Tensor) -> bool:
+    """Whether reading values does not wait for a device to compute them."""
+    return tensor.is_cpu
+
+
+@dataclass
+class PendingCounts:
+    """An exchange of row counts [P, L] under way, as nested lists.
+
+    Where the host reads tensors at once, work can run before the others' counts are asked for. On an accelerator the
+    first question waits for both: one synchronisation.
+    """
+
+    sent_PL: Tensor
+    received_PL: Tensor
+    work: Any
+    _values: list[list[list[int]]] | None = None
+
+    def sent(self) -> list[list[int]]:
+        """This rank's rows for each (rank, local expert)."""
+        return self.sent_PL.tolist() if host_reads_at_once(self.sent_PL) else self._both()[0]
+
+    def received(self) -> list[list[int]]:
+        """The rows that come from each rank, for each local expert."""
+        return self._both()[1]
+
+    def _both(self) -> list[list[list[int]]]:
+        if self._values is None:
+            self.work.wait()
+            self._values = torch.stack((self.sent_PL, self.received_PL)).tolist()
+        return self._values
+
+
+def start_count_exchange(counts_PL: Tensor, group: Group, traffic: Traffic) -> PendingCounts:
+    """Launch the all-to-all of row counts: [P, L] rows for each (rank, local expert)."""
+    counts_PL = counts_PL.contiguous()
     received_PL = torch.empty_like(counts_PL)
     traffic.count_bytes += (counts_PL.shape[0] - 1) * counts_PL.shape[1] * counts_PL.element_size()
     traffic.count_exchanges += 1
-    dist.all_to_all_single(received_PL, counts_PL.contiguous(), group=group)
-    return received_PL
+    work = dist.all_to_all_single(received_PL, counts_PL, group=group, async_op=True)
+    return PendingCounts(counts_PL, received_PL, work)
 
 
 def all_reduce_sum(tensor: Tensor, group: Group | None) -> Tensor:

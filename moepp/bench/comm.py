@@ -73,7 +73,9 @@ def _world() -> comm.Group:
 def _merge(ep_size: int, records: list[Record]) -> Record:
     """One row of all ranks: bytes summed, times of the slowest rank."""
     sent, formula = (sum(record[key] for record in records) for key in ("bytes", "formula"))
-    dispatch, exchange, bare = (max(record[key] for record in records) for key in ("whole", "exchange", "bare"))
+    dispatch, counts, exchange, bare = (
+        max(record[key] for record in records) for key in ("whole", "counts", "exchange", "bare")
+    )
     return {
         "ep": ep_size,
         "experts": records[0]["experts"],
@@ -83,9 +85,11 @@ def _merge(ep_size: int, records: list[Record]) -> Record:
         "x vanilla": sent / sum(record["vanilla"] for record in records),
         "expected": records[0]["expected"],
         "dispatch+combine ms": dispatch,
+        "counts ms": counts,
         "exchange ms": exchange,
         "bare all-to-all ms": bare,
         "share of bare bandwidth": bare / exchange,
+        "with counts": bare / (counts + exchange),
     }
 
 
@@ -155,8 +159,10 @@ def _time_exchange(
     outputs_RD = rows_ND.new_zeros(sum(back), rows_ND.shape[1])
     counts_PL = slots.order.counts_E.view(dispatcher.num_ranks, -1)
 
+    def counts() -> None:
+        comm.start_count_exchange(counts_PL, group, traffic).received()
+
     def exchange() -> None:
-        comm.exchange_counts(counts_PL, group, traffic)
         for rows, send, receive in ((rows_ND, there, back), (outputs_RD, back, there)):
             pending, in_flight = comm.start_exchange(rows, send, receive, group, traffic)
             comm.finish_exchange(in_flight, pending)
@@ -167,7 +173,7 @@ def _time_exchange(
             pending.launch(rows, send, receive)
             pending.wait()
 
-    contestants = {"whole": whole, "exchange": exchange, "bare": bare}
+    contestants = {"whole": whole, "counts": counts, "exchange": exchange, "bare": bare}
     return measure(
         contestants, rounds=rounds, clock=time.perf_counter, warmup=WARMUP, before=lambda: comm.barrier(group)
     )

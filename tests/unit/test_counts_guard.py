@@ -17,11 +17,11 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from moepp import MoEConfig, MoELayer, kernels
+from moepp import MoEConfig, MoELayer, comm, kernels
 from moepp.bench.cases import ForcedRouting
 from moepp.bench.memory import saved_bytes
 from moepp.comm import Traffic
-from moepp.moe import ffn_experts
+from moepp.moe import dispatch, ffn_experts
 
 T, D, F = 96, 32, 64
 VANILLA = MoEConfig(4, F, capacity_factor=None, gating_residual=False)
@@ -151,12 +151,16 @@ def test_the_host_waits_once_per_forward_and_never_in_backward(cfg, compiled, mo
     assert counts == {"tolist": 1}, "the sizes of the experts' blocks"
 
 
-def _count_on_rank(rank: int, cfg: MoEConfig) -> tuple[Counter[str], Counter[str], Traffic, int]:
+def _count_on_rank(
+    rank: int, cfg: MoEConfig, like_an_accelerator: bool = False
+) -> tuple[Counter[str], Counter[str], Traffic, int]:
     counts: Counter[str] = Counter()
     waits: Counter[str] = Counter()
     traffic = Traffic()
     layer, x = build(cfg, ep_group=dist.group.WORLD, traffic=traffic)
     with pytest.MonkeyPatch.context() as patch, ForcedRouting(layer, T):
+        if like_an_accelerator:
+            patch.setattr(comm, "host_reads_at_once", lambda tensor: False)
         count_calls(dist, ("all_to_all_single", "all_reduce", "broadcast", "all_gather", "barrier"), counts, patch)
         count_calls(torch.Tensor, HOST_WAITS, waits, patch)
         out = step(layer, x)
@@ -169,9 +173,36 @@ def test_a_layer_exchanges_counts_once_and_rows_twice_each_way_and_only_remote_f
     remote = sum(result[3] for result in results)
     for counts, waits, traffic, _ in results:
         assert counts == {"all_to_all_single": 5}, "counts; rows there and back; their gradients"
-        assert waits == {"tolist": 1}, "the sizes of the blocks to send and to receive"
+        assert waits == {"tolist": 2}, "the sizes of the blocks to send, which are there, and of those to receive"
         assert (traffic.count_exchanges, traffic.row_exchanges) == (1, 4)
         assert traffic.count_bytes == 8 * cfg.num_ffn_experts // 2
     assert sum(result[2].row_bytes for result in results) == 4 * remote * D * 4
     expected = 2 * T * cfg.top_k / 2 * (1 if cfg is VANILLA else cfg.tau * 4 / (cfg.tau * 4 + 4))
     assert abs(remote - expected) < 0.1 * expected
+
+
+def test_a_rank_whose_device_computes_the_counts_waits_for_it_once(pools):
+    for _, waits, _, _ in pools(2).run(_count_on_rank, MOEPP, True):
+        assert waits == {"tolist": 1}, "the sizes of the blocks to send and to receive"
+
+
+def _outputs_and_order_of_work(rank: int, like_an_accelerator: bool) -> tuple[list[str], list[torch.Tensor]]:
+    layer, x = build(MOEPP, ep_group=dist.group.WORLD, traffic=Traffic())
+    events: list[str] = []
+    wait, gather = comm.PendingCounts.received, dispatch.gather_rows
+    with pytest.MonkeyPatch.context() as patch, ForcedRouting(layer, T):
+        patch.setattr(comm.PendingCounts, "received", lambda self: events.append("wait") or wait(self))
+        patch.setattr(dispatch, "gather_rows", lambda *args: events.append("gather") or gather(*args))
+        if like_an_accelerator:
+            patch.setattr(comm, "host_reads_at_once", lambda tensor: False)
+        out = step(layer, x)
+    assert x.grad is not None
+    return events, [out.hidden.detach(), x.grad]
+
+
+def test_rows_are_gathered_while_the_counts_travel_and_come_out_the_same(pools):
+    for (events, values), (_, others) in zip(
+        pools(2).run(_outputs_and_order_of_work, False), pools(2).run(_outputs_and_order_of_work, True), strict=True
+    ):
+        assert events == ["gather", "wait"]
+        assert all(torch.equal(value, other) for value, other in zip(values, others, strict=True))
