@@ -16,7 +16,12 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    Metadata,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -44,8 +49,17 @@ _ALLOWED = {
 }
 
 
+def _memory_format(owner: Any, name: Any) -> _MEM_FORMAT_ENCODING:
+    """Stands for ``getattr``, with which Python 3.11.2, say, pickles members of an enumeration; for one alone."""
+    if owner is not _MEM_FORMAT_ENCODING:
+        raise pickle.UnpicklingError(f"getattr of {owner!r} is not part of a checkpoint index")
+    return _MEM_FORMAT_ENCODING[name]
+
+
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
+        if (module_name, global_name) == ("builtins", "getattr"):
+            return _memory_format
         if global_name not in _ALLOWED.get(module_name, ()):
             raise pickle.UnpicklingError(f"{module_name}.{global_name} is not part of a checkpoint index")
         return super().find_class(module_name, global_name)

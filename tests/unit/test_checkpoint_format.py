@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+import io
 import json
 import os
 import pickle
@@ -198,6 +200,36 @@ def test_index_may_name_nothing_but_what_it_needs(checkpoint: Path, name: str) -
     module, _, attribute = name.rpartition(".")
     (checkpoint / ".metadata").write_bytes(f"c{module}\n{attribute}\n.".encode())
     with pytest.raises(CheckpointError, match="is not part of a checkpoint index"):
+        TensorReader(checkpoint)
+
+
+class PicklerOfOtherPythons(pickle.Pickler):
+    """Members of enumerations as Python 3.11.2 pickles them (Debian 12's), whatever this Python does."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        return (getattr, (type(obj), obj.name)) if isinstance(obj, enum.Enum) else NotImplemented
+
+
+def test_index_written_by_another_python_is_read(checkpoint: Path) -> None:
+    stream = io.BytesIO()
+    PicklerOfOtherPythons(stream).dump(pickle.loads((checkpoint / ".metadata").read_bytes()))
+    assert b"getattr" in stream.getvalue()
+    (checkpoint / ".metadata").write_bytes(stream.getvalue())
+    weight = torch.empty_like(WEIGHT)
+    TensorReader(checkpoint).fill({"w/fp32": weight})
+    assert torch.equal(weight, WEIGHT)
+
+
+class Reach:
+    """Asks for an attribute of a class that an index may name."""
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return getattr, (torch.Size, "__class__")
+
+
+def test_index_may_ask_for_no_attribute_but_a_memory_format(checkpoint: Path) -> None:
+    replace_index(checkpoint, lambda index: Reach())
+    with pytest.raises(CheckpointError, match=r"getattr of .*Size.* is not part of a checkpoint index"):
         TensorReader(checkpoint)
 
 
