@@ -99,15 +99,20 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1; raise it")
     if getattr(args, "threads", None) is not None and min(args.threads) < 1:
         raise ConfigError(f"--threads {min(args.threads)} must be at least 1; raise it")
+    if getattr(args, "threads", None) is not None and max(args.threads) > _num_cores():
+        raise ConfigError(f"--threads {max(args.threads)} must be at most {_num_cores()}, the cores to use; lower it")
     for name in ("json", "plot"):
         path = getattr(args, name, None)
         if path is not None and not path.absolute().parent.is_dir():
             raise ConfigError(f"--{name} {path}: {path.absolute().parent} is not a directory; create it first")
 
 
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _thread_counts(args: argparse.Namespace) -> list[int]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    default = [1] if args.quick or cores == 1 else [1, cores]
+    default = [1] if args.quick or _num_cores() == 1 else [1, _num_cores()]
     return args.threads if args.threads is not None else default
 
 

@@ -142,6 +142,7 @@ def test_table_aligns_numbers_and_shows_what_is_absent():
         (["layer", "--taus", "0"], "--taus 0.0 must be greater than 0"),
         (["peers", "--tokens", "0"], "--tokens 0 must be at least 1"),
         (["layer", "--threads", "0"], "--threads 0 must be at least 1"),
+        (["train", "--threads", "100000"], "--threads 100000 must be at most"),
         (["comm", "--ep", "3"], "--ep 3 must be at least 2 and divide the 8 experts"),
         (["layer", "--json", "no/such/folder/x.json"], "is not a directory"),
         (["train", "--plot", "x.png"], "add --scaling"),
