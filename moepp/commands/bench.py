@@ -97,10 +97,11 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1; raise it")
-    if getattr(args, "threads", None) is not None and min(args.threads) < 1:
-        raise ConfigError(f"--threads {min(args.threads)} must be at least 1; raise it")
-    if getattr(args, "threads", None) is not None and max(args.threads) > _num_cores():
-        raise ConfigError(f"--threads {max(args.threads)} must be at most {_num_cores()}, the cores to use; lower it")
+    threads = getattr(args, "threads", None) or [1]
+    if min(threads) < 1:
+        raise ConfigError(f"--threads {min(threads)} must be at least 1; raise it")
+    if max(threads) > _num_cores():
+        raise ConfigError(f"--threads {max(threads)} must be at most {_num_cores()}, the cores to use; lower it")
     for name in ("json", "plot"):
         path = getattr(args, name, None)
         if path is not None and not path.absolute().parent.is_dir():

@@ -161,11 +161,11 @@ class AllToAllDispatcher:
         counts_GPL = slots.order.counts_E.view(self.num_parts, self.num_ranks, self.experts_per_part)
         counts_PL = counts_GPL.transpose(0, 1).flatten(1)
         # The one host synchronisation of the layer: split sizes must be known. On the CPU the gather runs meanwhile.
-        counts = comm.start_count_exchange(counts_PL, self.group, self.traffic)
-        sent = counts.sent()
+        pending = comm.start_count_exchange(counts_PL, self.group, self.traffic)
+        sent = pending.sent()
         order = slots.rows(sum(map(sum, sent)))
         rows_ND, x_TD = gather_rows(x_TD, order, self.triton)
-        received = counts.received()
+        received = pending.received()
         splits = [(self._counts_of(part, sent), self._counts_of(part, received)) for part in range(self.num_parts)]
         blocks = rows_ND.split([sum(map(sum, there)) for there, _ in splits]) if self.num_parts > 1 else (rows_ND,)
         parts = tuple(self._start(rows, *counts) for rows, counts in zip(blocks, splits, strict=True))
