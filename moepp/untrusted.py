@@ -1,0 +1,188 @@
+"""Files that somebody else may have made: read within limits, parsed without surprises, shown without harm.
+
+Whatever a file brings along ends in a value or in one :class:`~moepp.errors.MoeppError` of one line; text of a file
+goes through :func:`show` or :func:`printable` before it reaches a terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import reprlib
+import stat
+from pathlib import Path
+from typing import Any, NoReturn
+
+from moepp.errors import DataError, MoeppError
+
+MAX_JSON_BYTES = 64 << 20
+MAX_JSON_DEPTH = 100
+MAX_DIGITS = 40  # of an integer; tokenizer_config.json has some of 31
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def show(value: object, limit: int = 60) -> str:
+    """A value of a file, quoted as Python does, for a message: at most ``limit`` characters, on one line.
+
+    Control characters, terminal escapes, line ends, marks that turn the direction of text and everything else that
+    cannot be printed appear as escapes such as ``\\x1b``.
+    """
+    if isinstance(value, str | bytes):
+        shortened = value[: limit + 1]  # escapes only make it longer
+        text = repr(shortened)
+        return text if len(text) <= limit and len(shortened) == len(value) else _shorten(text, limit - 1) + text[-1]
+    try:
+        text = _short_repr(limit).repr(value)
+    except Exception:  # integers beyond the limit of digits, a value whose repr fails
+        text = f"a {type(value).__name__}"
+    return printable(text, limit)
+
+
+def printable(text: object, limit: int = 400) -> str:
+    """Text from a file or a library in a message: on one line, without quotes, nothing in it that a terminal obeys."""
+    source = str(text)
+    cut = " ".join(source[: 2 * limit].split())
+    escaped = "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
+    return escaped if len(escaped) <= limit and len(source) <= 2 * limit else _shorten(escaped, limit)
+
+
+def _shorten(text: str, limit: int) -> str:
+    return text[: max(limit - 3, 0)] + "..."
+
+
+def _short_repr(limit: int) -> reprlib.Repr:
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = limit
+    return short
+
+
+def read_bytes(
+    path: Path, limit_bytes: int, error: type[MoeppError] = DataError, remedy: str = "give another file"
+) -> bytes:
+    """Content of a regular file of at most ``limit_bytes`` bytes. Links are followed; pipes and devices are refused.
+
+    Raises:
+        error: missing, unreadable, no regular file, or larger.
+    """
+    data, reason = None, "it is not a regular file"
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not make this wait
+        with os.fdopen(descriptor, "rb") as stream:
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                data = stream.read(limit_bytes + 1)
+    except OSError as problem:
+        reason = problem.strerror or str(problem)
+    except MemoryError:
+        reason = "it does not fit into memory"
+    except ValueError as problem:  # a NUL in the path
+        reason = str(problem)
+    if data is not None and len(data) > limit_bytes:
+        data, reason = None, f"it is larger than {limit_bytes:,} bytes"
+    if data is None:
+        raise error(f"cannot read {printable(path)}: {printable(reason)}; {remedy}")
+    return data
+
+
+def read_text(
+    path: Path, limit_bytes: int, error: type[MoeppError] = DataError, remedy: str = "give another file"
+) -> str:
+    """As :func:`read_bytes`, in UTF-8; a byte order mark at the start is no part of the text."""
+    try:
+        return read_bytes(path, limit_bytes, error, remedy).decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise error(f"{printable(path)} is not UTF-8 text ({printable(problem)}); {remedy}") from problem
+
+
+def read_json(
+    path: Path,
+    limit_bytes: int = MAX_JSON_BYTES,
+    error: type[MoeppError] = DataError,
+    remedy: str = "give another file",
+) -> Any:
+    """Value in a JSON file; see :func:`read_bytes` for the file and :func:`load_json` for what is refused."""
+    return load_json(read_bytes(path, limit_bytes, error, remedy), path, error, remedy)
+
+
+def load_json(
+    text: str | bytes, where: object, error: type[MoeppError] = DataError, remedy: str = "give another file"
+) -> Any:
+    """Value of a JSON text.
+
+    Refused are bad syntax and bad UTF-8, NaN and infinite numbers (1e999 too), integers of more than
+    :data:`MAX_DIGITS` digits, more than :data:`MAX_JSON_DEPTH` nested values, a key twice in one object, halves of
+    surrogate pairs, and what does not fit into memory.
+
+    Args:
+        text: JSON; bytes in UTF-8.
+        where: what the message calls the text, such as its path or "PATH line 7".
+        error: class of the error.
+        remedy: end of its message.
+
+    Raises:
+        error: the text is refused.
+    """
+    try:
+        source = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        value = _DECODER.decode(source)
+        _require_shallow(value, source)
+        if _SURROGATE.search(source):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        reason = "a \\u escape is half of a surrogate pair"
+    except (RecursionError, _TooDeep):
+        reason = f"more than {MAX_JSON_DEPTH} values inside one another"
+    except MemoryError:
+        reason = "it does not fit into memory"
+    except ValueError as problem:  # bad syntax, bad UTF-8, and what the hooks below refuse
+        reason = printable(problem, 200)
+    raise error(f"{printable(where)} is not valid JSON: {reason}; {remedy}") from None
+
+
+class _TooDeep(Exception):
+    pass
+
+
+def _require_shallow(value: Any, source: str) -> None:
+    """Raise _TooDeep for deep nesting, without recursion of its own; what cannot nest that deep is not looked at."""
+    if source.count("[") + source.count("{") <= MAX_JSON_DEPTH:
+        return
+    level, depth = [value], 0
+    while level := [item for item in level if isinstance(item, list | dict)]:
+        depth += 1
+        if depth > MAX_JSON_DEPTH:
+            raise _TooDeep
+        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {show(twice)} appears twice in one object")
+    return tree
+
+
+def _bounded_int(digits: str) -> int:
+    if len(digits) > MAX_DIGITS + 1:  # and a sign
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def _finite_float(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {show(digits)} is too large")
+    return number
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique_keys, parse_int=_bounded_int, parse_float=_finite_float, parse_constant=_no_constant
+)
