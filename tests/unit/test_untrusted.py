@@ -100,7 +100,7 @@ def test_nesting_up_to_the_limit_is_read():
 def test_the_callers_class_of_error_is_raised(tmp_path):
     for error in (CheckpointError, ConfigError):  # the latter is a ValueError
         for read in (lambda: load_json("?", "x", error), lambda: read_json(tmp_path, error=error)):  # noqa: B023
-            with pytest.raises(error, match="^[^;]*; give another file$"):
+            with pytest.raises(error, match=r"^[^;]*; give another file$"):
                 read()
 
 
