@@ -39,7 +39,6 @@ SEED = 54  # with it no choice of experts hangs on rounding in any setting of th
 GLOBAL_BATCH = 8
 SEQ_LEN = 16
 VOCAB = 32
-TRAIN_SEQUENCES = STEPS * GLOBAL_BATCH
 EVAL_BATCHES = 2
 SECTIONS = [section.name for section in dataclasses.fields(Config)]
 Tensor = torch.Tensor
@@ -54,6 +53,9 @@ class Setting:
     grad_clip: float | None = 0.3  # below every gradient norm, so that each step is clipped
     model: tuple[tuple[str, Any], ...] = ()  # changes of model.*, for example (("tie_embeddings", True),)
     moe: tuple[tuple[str, Any], ...] = ()  # changes of model.moe.*
+    optim: tuple[tuple[str, Any], ...] = ()  # changes of optim.*
+    steps: int = STEPS
+    seq_len: int = SEQ_LEN
 
 
 @dataclass(frozen=True)
@@ -148,13 +150,13 @@ def make_config(setting: Setting, layout: Layout) -> Config:
         "num_layers": 2,
         "num_heads": 2,
         "num_kv_heads": 1,
-        "max_seq_len": SEQ_LEN,
+        "max_seq_len": setting.seq_len,
         "init_std": 0.2,
     }
     tree = {section: {} for section in SECTIONS} | {
         "run": {"seed": SEED},
         "model": model | dict(setting.model) | {"moe": moe | dict(setting.moe)},
-        "data": {"paths": ["made-in-memory"], "seq_len": SEQ_LEN},
+        "data": {"paths": ["made-in-memory"], "seq_len": setting.seq_len},
         "optim": {
             "name": setting.optimizer,
             "lr": 0.5 if is_sgd else 0.01,
@@ -162,11 +164,12 @@ def make_config(setting: Setting, layout: Layout) -> Config:
             "warmup_steps": 3,
             "weight_decay": 0.1,
             "grad_clip": setting.grad_clip,
-        },
+        }
+        | dict(setting.optim),
         "parallel": {"expert": layout.ep, "zero_stage": layout.zero, "exchange_parts": layout.exchange_parts},
         "engine": {"name": layout.engine},
         "train": {
-            "steps": STEPS,
+            "steps": setting.steps,
             "global_batch_size": GLOBAL_BATCH,
             "micro_batch_size": layout.micro_batch,
             "precision": "fp32",
@@ -178,7 +181,7 @@ def make_config(setting: Setting, layout: Layout) -> Config:
     return from_dict(tree)
 
 
-def make_sequences(count: int, seed: int) -> list[dict[str, Tensor]]:
+def make_sequences(count: int, seed: int, vocab_size: int = VOCAB, seq_len: int = SEQ_LEN) -> list[dict[str, Tensor]]:
     """Sequences that can be learnt: each token mostly follows from the one before.
 
     The first half of every global batch uses the lower half of the vocabulary, the second half the upper one. All
@@ -186,11 +189,11 @@ def make_sequences(count: int, seed: int) -> list[dict[str, Tensor]]:
     weights, and rounding alone would say which of them a capacity drops.
     """
     generator = torch.Generator().manual_seed(seed)
-    half = VOCAB // 2
+    half = vocab_size // 2
     sequences = []
     for i in range(count):
         low = 0 if i % GLOBAL_BATCH < GLOBAL_BATCH // 2 else half
-        noise = torch.randint(0, 3, (SEQ_LEN + 1,), generator=generator).tolist()
+        noise = torch.randint(0, 3, (seq_len + 1,), generator=generator).tolist()
         ids = [(i % GLOBAL_BATCH * 3 + i // GLOBAL_BATCH * 5) % half]
         for n in noise[1:]:
             following = (5 * ids[-1] + 3 + n) % half
@@ -203,9 +206,14 @@ def make_sequences(count: int, seed: int) -> list[dict[str, Tensor]]:
 def make_data(cfg: Config, world_size: int, rank: int) -> Data:
     """The product's loader over sequences made in memory."""
     evaluation = EVAL_BATCHES * GLOBAL_BATCH
-    datasets = {"train": make_sequences(TRAIN_SEQUENCES, 1), "valid": make_sequences(evaluation, 2), "test": None}
-    sizes = {"train": TRAIN_SEQUENCES, "valid": evaluation, "test": 0}
-    return Data(datasets, cfg, world_size, rank, num_sequences=sizes, vocab_size=VOCAB, eod=None)
+    training, shape = cfg.train.steps * GLOBAL_BATCH, (cfg.model.vocab_size, cfg.data.seq_len)
+    datasets = {
+        "train": make_sequences(training, 1, *shape),
+        "valid": make_sequences(evaluation, 2, *shape),
+        "test": None,
+    }
+    sizes = {"train": training, "valid": evaluation, "test": 0}
+    return Data(datasets, cfg, world_size, rank, num_sequences=sizes, vocab_size=shape[0], eod=None)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from moepp import comm
 from moepp.config import OptimConfig
 from moepp.engine.deepspeed_state import read_zero_state, write_zero_state
 from moepp.engine.engine import Fetch, StepResult, make_optimizer, read_plain_state, write_plain_state
+from moepp.engine.norms import squared_norm
 from moepp.errors import ConfigError
 from moepp.parallel.groups import ParallelGroups
 from moepp.parallel.parameters import group_parameters, is_expert_parameter
@@ -159,8 +160,7 @@ class DeepSpeedEngine:
         squares = {kind: torch.zeros((), dtype=torch.float64, device=self._groups.device) for kind in (False, True)}
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None:
-                norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float64)
-                squares[is_expert_parameter(name)] += norm.square()
+                squares[is_expert_parameter(name)] += squared_norm(parameter.grad)
         return squares[False], squares[True]
 
     def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -12,14 +12,9 @@ from moepp import comm
 from moepp.config import OptimConfig
 from moepp.engine.engine import Fetch, StepResult, make_optimizer, read_plain_state, write_plain_state
 from moepp.engine.gradients import BUCKET_ELEMENTS, FlatGroup, GradientReduction
+from moepp.engine.norms import squared_norm
 from moepp.parallel.groups import ParallelGroups
 from moepp.parallel.parameters import group_parameters
-
-
-def _square(grad: Tensor) -> Tensor:
-    """Sum of squares in float64, from float32 norms of parts: float64 throughout takes ten times as long."""
-    norms = torch.stack([torch.linalg.vector_norm(part) for part in grad.split(2**22)])
-    return norms.double().square().sum()
 
 
 class NativeEngine:
@@ -86,7 +81,7 @@ class NativeEngine:
         device = self._flat[0].grad.device
         squares = {kind: torch.zeros((), dtype=torch.float64, device=device) for kind in (False, True)}
         for flat in self._flat:
-            squares[flat.group.expert] += _square(flat.grad)
+            squares[flat.group.expert] += squared_norm(flat.grad)
         comm.all_reduce_sum(squares[True], self._groups.ep)
         return float((squares[False] + squares[True]).sqrt())
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moepp.data.tokenizer import Tokenizer
+from moepp.model.cross_entropy import log_softmax
 from moepp.model.generate import GREEDY, Sampling, stream
 from moepp.model.transformer import Transformer
 
@@ -87,7 +88,7 @@ def _token_logprobs(model: Transformer, hidden_CD: Tensor, target_C: Tensor) -> 
     logprobs, greedy = [], []
     for hidden_UD, target_U in zip(hidden_CD.split(SLICE_TOKENS), target_C.split(SLICE_TOKENS), strict=True):
         logits_UV = model.logits(hidden_UD).float()
-        logprobs.append(logits_UV.log_softmax(dim=-1).gather(1, target_U[:, None])[:, 0].double().cpu())
+        logprobs.append(log_softmax(logits_UV).gather(1, target_U[:, None])[:, 0].double().cpu())
         greedy.append((logits_UV.argmax(dim=-1) == target_U).cpu())
     return torch.cat(logprobs), torch.cat(greedy)
 

@@ -19,6 +19,22 @@ INLINE float largest(const element *row, i64 V) {
     return result;
 }
 
+/* sum(exp(row - top)), compensated (Kahan 1965): in a plain float sum the many small terms after a large one are lost. */
+INLINE double sum_of_exponentials(const element *row, float top, i64 V) {
+    vf total = {0}, lost = {0};
+    FOR_COLUMNS(v, n, V, {
+        vf e = exp2_of((load(row + v, n) - top) * 1.44269504f, EXACT);
+        if (n < LANES)
+            for (i64 i = n; i < LANES; i++) e[i] = 0;
+        vf term = e - lost, next = total + term;
+        lost = (next - total) - term;
+        total = next;
+    })
+    double result = 0;
+    for (int i = 0; i < LANES; i++) result += (double)total[i] - lost[i];
+    return result;
+}
+
 /* losses[C] = -log softmax(logits)[label], in place of the logits[C, V] its gradient softmax - one_hot(label) where
  * with_gradient. A token whose label is ignore has no loss, and a gradient of zeros. */
 void cross_entropy(element *logits, const i64 *labels, float *losses, i64 ignore, i64 with_gradient, i64 C, i64 V) {
@@ -32,17 +48,11 @@ void cross_entropy(element *logits, const i64 *labels, float *losses, i64 ignore
             continue;
         }
         float top = largest(row, V);
-        vf total = {0};
-        FOR_COLUMNS(v, n, V, {
-            vf e = exp2_of((load(row + v, n) - top) * 1.44269504f, EXACT);
-            if (n < LANES)
-                for (i64 i = n; i < LANES; i++) e[i] = 0;
-            total += e;
-        })
-        float denominator = sum(total), chosen = load(row + label, 1)[0];
-        losses[c] = logf(denominator) + top - chosen;
+        double denominator = sum_of_exponentials(row, top, V);
+        float chosen = load(row + label, 1)[0];
+        losses[c] = (float)(log(denominator) + ((double)top - chosen));
         if (!with_gradient) continue;
-        float inverse = 1.f / denominator, probability = expf(chosen - top) * inverse;
+        float inverse = (float)(1. / denominator), probability = expf(chosen - top) * inverse;
         FOR_COLUMNS(v, n, V, { store(row + v, exp2_of((load(row + v, n) - top) * 1.44269504f, EXACT) * inverse, n); })
         store(row + label, (vf){probability - 1.f}, 1);
     }

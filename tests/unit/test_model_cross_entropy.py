@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moepp.model import chunked_cross_entropy
+from moepp.model.cross_entropy import log_softmax
 
 TOKENS, WIDTH, VOCAB = 37, 8, 51
 
@@ -72,6 +73,21 @@ def test_bfloat16_softmax_and_loss_are_fp32():
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=0)
     for found, wanted in ((hidden.grad, exact[0].grad), (weight.grad, exact[1].grad)):
         assert (found.double() - wanted).norm() / wanted.norm() < 4e-3  # one bfloat16 rounding is at most 3.9e-3
+
+
+@pytest.mark.parametrize("vocab_size", [8192, 262_144])
+@pytest.mark.parametrize("place", [0, 5000])
+def test_many_small_probabilities_beside_a_large_one_count(vocab_size, place):
+    generator = torch.Generator().manual_seed(0)
+    logits = 0.1 * torch.randn(1, vocab_size, generator=generator) - 17.2  # each below half an ulp of the largest
+    logits[0, place] = 0.0
+    exact = -torch.log_softmax(logits.double(), dim=-1)
+    assert 1e-4 < exact[0, place] < 0.1
+    # One token of width 1 whose logits are the output matrix.
+    for label in (place, 1):
+        loss, _ = chunked_cross_entropy(torch.ones(1, 1), logits.T.contiguous(), torch.tensor([label]))
+        assert abs(float(loss) - float(exact[0, label])) < 1e-6 * max(1.0, float(exact[0, label]))
+    torch.testing.assert_close(-log_softmax(logits).double(), exact, rtol=1e-6, atol=0)
 
 
 def test_bfloat16_weight_gradient_is_summed_in_fp32():

@@ -1,0 +1,49 @@
+"""Sums of squares of millions of float32 numbers, against exact sums."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from moepp.engine.norms import squared_norm
+
+
+def numbers(kind: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    small = torch.randn(2**22 + 12_345, generator=generator) * 1e-4
+    if kind == "large ones first":
+        small[:1000] = 0.3
+    elif kind == "large ones last":
+        small[-1000:] = 0.3
+    elif kind == "one large one in each part":
+        small[:: 2**12] = 1.0
+    elif kind == "equal":
+        small.fill_(0.1)
+    return small
+
+
+@pytest.mark.parametrize(
+    "kind", ["random", "large ones first", "large ones last", "one large one in each part", "equal"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sum_of_squares_is_that_of_exact_arithmetic(kind, dtype):
+    tensor = numbers(kind).to(dtype)
+    exact = math.fsum((tensor.double() ** 2).tolist())
+    found = squared_norm(tensor)
+    assert found.dtype == torch.float64 and found.shape == ()
+    assert float(found) == pytest.approx(exact, rel=1e-12)
+
+
+def test_any_shape_and_strides():
+    matrix = torch.arange(12.0).reshape(3, 4).t()[::2]
+    assert float(squared_norm(matrix)) == float((matrix.double() ** 2).sum())
+    assert float(squared_norm(torch.tensor(3.0))) == 9.0
+    assert float(squared_norm(torch.empty(0, 3))) == 0.0
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_stays_so(value):
+    assert not math.isfinite(float(squared_norm(torch.tensor([1.0, value, 2.0]))))
+    assert math.isfinite(float(squared_norm(torch.full((3,), 3e38))))  # its float32 square would not be
