@@ -42,3 +42,20 @@ class Preempted(MoeppError):
     """The run was told to stop by a signal and saved its state; schedulers requeue it on this exit code."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
+class WriteError(MoeppError, OSError):
+    """A file or folder that cannot be written; made by moepp.files, with the remedy for what the system said.
+
+    Also an OSError with errno, strerror and filename, for those who tell apart what happened.
+
+    Attributes:
+        remedy: what to do, without a final stop.
+    """
+
+    def __init__(self, number: int, path: str, reason: str, remedy: str) -> None:
+        OSError.__init__(self, number, reason, path)
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"cannot write {self.filename}: {self.strerror}; {self.remedy}"

@@ -19,6 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
     ("errors", "host_memory"),
     ("untrusted",),
+    ("write_errors",),
+    ("owners",),
+    ("files",),
     ("config", "kernels"),
     ("comm",),
     ("moe",),
