@@ -124,16 +124,14 @@ _pip() { "$VENV/bin/python" -m pip install -qq --no-input --disable-pip-version-
 
 # torch first and apart: PyPI's build brings gigabytes of CUDA libraries, which a machine without GPU does not need.
 _install_torch() {
-    local requirement version
-    requirement="$("$VENV/bin/python" - "$ROOT/pyproject.toml" <<'PY'
+    local version
+    version="$("$VENV/bin/python" - "$ROOT/pyproject.toml" <<'PY'
 import sys, tomllib
 
 with open(sys.argv[1], "rb") as f:
-    print(next(r for r in tomllib.load(f)["project"]["dependencies"] if r.startswith("torch>=")))
+    print(tomllib.load(f)["tool"]["moepp"]["torch"])
 PY
 )"
-    version="${requirement#torch>=}"
-    version="${version%%,*}"
     if [[ "$1" == cpu ]]; then
         say "installing torch $version, CPU build"
         local index=()
