@@ -70,17 +70,17 @@ def read_bytes(
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not make this wait
         with os.fdopen(descriptor, "rb") as stream:
-            if stat.S_ISREG(os.fstat(descriptor).st_mode):
-                data = stream.read(limit_bytes + 1)
+            status = os.fstat(descriptor)
+            if stat.S_ISREG(status.st_mode):
+                data = stream.read(limit_bytes + 1) if status.st_size <= limit_bytes else None
+                reason = f"it is larger than {limit_bytes:,} bytes"
     except OSError as problem:
         reason = problem.strerror or str(problem)
     except MemoryError:
         reason = "it does not fit into memory"
     except ValueError as problem:  # a NUL in the path
         reason = str(problem)
-    if data is not None and len(data) > limit_bytes:
-        data, reason = None, f"it is larger than {limit_bytes:,} bytes"
-    if data is None:
+    if data is None or len(data) > limit_bytes:
         raise error(f"cannot read {printable(path)}: {printable(reason)}; {remedy}")
     return data
 

@@ -1,12 +1,13 @@
-"""torch.distributed.checkpoint storage, read without executing anything that a checkpoint brings along."""
+"""Tensors of a checkpoint on the disk, in the layout of torch.distributed.checkpoint (DCP).
+
+DCP writes them. They are read without it: its reader unpickles the index.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import os
-import pickle
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,55 +15,15 @@ from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
-    Metadata,
-    StorageMeta,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from moepp import comm
-from moepp.checkpoint.format import INDEX, FileEntry
+from moepp.checkpoint.archive import read_tensor
+from moepp.checkpoint.format import FileEntry
+from moepp.checkpoint.index import StoredTensor, read_index
 from moepp.errors import CheckpointError
-
-# DCP pickles its index. These are all the names that it needs for tensors; anything else is refused, entries that are
-# not tensors (BytesStorageMetadata) above all: DCP would unpickle what they refer to.
-_ALLOWED = {
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata",
-        "TensorStorageMetadata",
-        "ChunkStorageMetadata",
-        "TensorProperties",
-        "MetadataIndex",
-        "StorageMeta",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "pathlib": {"PosixPath"},
-    "pathlib._local": {"PosixPath"},
-    "torch": {"Size", "float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool"},
-}
-
-
-def _memory_format(owner: Any, name: Any) -> _MEM_FORMAT_ENCODING:
-    """Stands for ``getattr``, with which Python 3.11.2, say, pickles members of an enumeration; for one alone."""
-    if owner is not _MEM_FORMAT_ENCODING:
-        raise pickle.UnpicklingError(f"getattr of {owner!r} is not part of a checkpoint index")
-    return _MEM_FORMAT_ENCODING[name]
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        if (module_name, global_name) == ("builtins", "getattr"):
-            return _memory_format
-        if global_name not in _ALLOWED.get(module_name, ()):
-            raise pickle.UnpicklingError(f"{module_name}.{global_name} is not part of a checkpoint index")
-        return super().find_class(module_name, global_name)
+from moepp.untrusted import printable
 
 
 class TensorReader:
@@ -75,14 +36,8 @@ class TensorReader:
             CheckpointError: it is missing, damaged, or refers to anything but tensors and their places.
         """
         self.path = path
-        try:
-            with (path / INDEX).open("rb") as stream:
-                index = _IndexUnpickler(io.BytesIO(stream.read())).load()
-            _require_plain_tensors(index)
-        except Exception as error:  # unpickling damaged bytes can raise almost anything
-            raise CheckpointError(f"{path}: {INDEX} cannot be read ({error}); use another checkpoint") from error
-        self._index = index
-        self.shapes = {key: tuple(entry.size) for key, entry in index.state_dict_metadata.items()}
+        self._tensors = read_index(path)
+        self.shapes = {key: stored.shape for key, stored in self._tensors.items()}
         """Key -> shape of everything stored."""
 
     def fill(self, targets: dict[str, Tensor]) -> None:
@@ -91,33 +46,25 @@ class TensorReader:
         Raises:
             CheckpointError: a key is missing or has another shape, or its file cannot be read.
         """
+        by_file: dict[str, list[tuple[StoredTensor, str]]] = {}
         for key, target in targets.items():
             if key not in self.shapes:
                 raise CheckpointError(f"{self.path} has no {key}; it was saved by another model or optimizer")
-            if self.shapes[key] != tuple(target.shape):
+            stored = self._tensors[key]
+            if stored.shape != tuple(target.shape):
                 raise CheckpointError(
-                    f"{self.path}: {key} has shape {list(self.shapes[key])}, expected {list(target.shape)}; "
+                    f"{self.path}: {key} has shape {list(stored.shape)}, expected {list(target.shape)}; "
                     "use the configuration that it was saved with"
                 )
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for
-                load(dict(targets), storage_reader=_Reader(self.path, self._index), no_dist=True)
-        except (Exception, CheckpointException) as error:  # DCP's own is no Exception; tensors are read weights-only
-            raise CheckpointError(f"{self.path} cannot be read: {cause(error)}; use another checkpoint") from error
-
-
-def _require_plain_tensors(index: Any) -> None:
-    """Raise ValueError unless the index holds tensors in files of the checkpoint's own folder, and nothing else."""
-    if not isinstance(index, Metadata):
-        raise ValueError("it is not a checkpoint index")
-    for key, entry in index.state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            raise ValueError(f"{key} is not a tensor")
-    for place in index.storage_data.values():
-        name = place.relative_path
-        if Path(name).name != name or getattr(place, "transform_descriptors", None):
-            raise ValueError(f"it refers to {name!r}, which is not a plain file of the checkpoint")
+            by_file.setdefault(stored.file, []).append((stored, key))
+        for name, places in by_file.items():
+            try:
+                with (self.path / name).open("rb") as stream:
+                    for stored, key in sorted(places, key=lambda place: place[0].offset):
+                        targets[key].detach().copy_(read_tensor(stream, stored))
+            except (OSError, ValueError, RuntimeError, MemoryError) as error:  # RuntimeError: no memory
+                problem = f"{name}: {printable(error) or type(error).__name__}"
+                raise CheckpointError(f"{self.path} cannot be read: {problem}; use another checkpoint") from error
 
 
 def cause(error: BaseException) -> str:
@@ -127,19 +74,6 @@ def cause(error: BaseException) -> str:
         rank, (error, _) = next(iter(failures.items()))
         return f"rank {rank}: {cause(error)}"
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]
-
-
-class _Reader(FileSystemReader):
-    """DCP's reader with an index that is in memory already."""
-
-    def __init__(self, path: Path, index: Metadata) -> None:
-        super().__init__(path)
-        self._index = index
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._index.storage_meta is None:
-            self._index.storage_meta = StorageMeta()
-        return self._index
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], group: comm.Group | None) -> dict[str, FileEntry]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import errno
 import json
 import os
@@ -18,6 +19,7 @@ import torch
 
 from moepp.checkpoint import Checkpointer, CheckpointInfo, saver, storage, verify
 from moepp.checkpoint import format as fmt
+from moepp.checkpoint.index import read_index
 from moepp.checkpoint.storage import TensorReader
 from moepp.config import CheckpointConfig
 from moepp.engine.engine import Engine
@@ -126,11 +128,10 @@ def test_checkpoint_holds_every_value_once_whatever_the_layout(
 
 def test_ranks_write_equal_shares(pool_4: WorkerPool, tmp_path: Path) -> None:
     pool_4.run(_save, str(tmp_path), 2, False)
-    index = TensorReader(tmp_path / "step-00000003")._index
     written = dict.fromkeys((f"__{rank}_0.distcp" for rank in range(4)), 0)
-    for entry, place in index.storage_data.items():
-        if not entry.fqn.startswith("rank-"):
-            written[place.relative_path] += index.state_dict_metadata[entry.fqn].size.numel()
+    for key, stored in read_index(tmp_path / "step-00000003").items():
+        if not key.startswith("rank-"):
+            written[stored.file] += math.prod(stored.shape)
     everything = 3 * sum(torch.Size(shape).numel() for shape in (DENSE | EXPERTS).values())
     largest = 3 * max(
         torch.Size(shape).numel() // (2 if name in EXPERTS else 1) for name, shape in (DENSE | EXPERTS).items()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import enum
-import io
 import json
 import os
 import pickle
@@ -198,38 +196,8 @@ def test_index_that_would_run_code_is_refused(checkpoint: Path, tmp_path: Path) 
 @pytest.mark.parametrize("name", ["builtins.eval", "torch.load", "torch.Size.__class__", "moepp.cli.main"])
 def test_index_may_name_nothing_but_what_it_needs(checkpoint: Path, name: str) -> None:
     module, _, attribute = name.rpartition(".")
-    (checkpoint / ".metadata").write_bytes(f"c{module}\n{attribute}\n.".encode())
+    (checkpoint / ".metadata").write_bytes(f"\x80\x02c{module}\n{attribute}\n.".encode("latin-1"))
     with pytest.raises(CheckpointError, match="is not part of a checkpoint index"):
-        TensorReader(checkpoint)
-
-
-class PicklerOfOtherPythons(pickle.Pickler):
-    """Members of enumerations as Python 3.11.2 pickles them (Debian 12's), whatever this Python does."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        return (getattr, (type(obj), obj.name)) if isinstance(obj, enum.Enum) else NotImplemented
-
-
-def test_index_written_by_another_python_is_read(checkpoint: Path) -> None:
-    stream = io.BytesIO()
-    PicklerOfOtherPythons(stream).dump(pickle.loads((checkpoint / ".metadata").read_bytes()))
-    assert b"getattr" in stream.getvalue()
-    (checkpoint / ".metadata").write_bytes(stream.getvalue())
-    weight = torch.empty_like(WEIGHT)
-    TensorReader(checkpoint).fill({"w/fp32": weight})
-    assert torch.equal(weight, WEIGHT)
-
-
-class Reach:
-    """Asks for an attribute of a class that an index may name."""
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return getattr, (torch.Size, "__class__")
-
-
-def test_index_may_ask_for_no_attribute_but_a_memory_format(checkpoint: Path) -> None:
-    replace_index(checkpoint, lambda index: Reach())
-    with pytest.raises(CheckpointError, match=r"getattr of .*Size.* is not part of a checkpoint index"):
         TensorReader(checkpoint)
 
 
@@ -249,32 +217,6 @@ def test_index_that_points_to_pickled_objects_is_refused(checkpoint: Path, tmp_p
     with pytest.raises(CheckpointError, match="BytesStorageMetadata is not part of a checkpoint index"):
         read_all(checkpoint)
     assert not marker.exists()
-
-
-def test_tensor_file_that_would_run_code_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    marker = tmp_path / "was-here"
-    torch.save(Evil(marker), checkpoint / "__0_0.distcp")
-    size = (checkpoint / "__0_0.distcp").stat().st_size
-
-    def change(index: Any) -> Any:
-        index.storage_data = {key: type(place)("__0_0.distcp", 0, size) for key, place in index.storage_data.items()}
-        return index
-
-    replace_index(checkpoint, change)
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        read_all(checkpoint)
-    assert not marker.exists()
-
-
-@pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere"])
-def test_index_that_points_outside_is_refused(checkpoint: Path, name: str) -> None:
-    def change(index: Any) -> Any:
-        index.storage_data = {key: type(place)(name, 0, 10) for key, place in index.storage_data.items()}
-        return index
-
-    replace_index(checkpoint, change)
-    with pytest.raises(CheckpointError, match="not a plain file of the checkpoint"):
-        TensorReader(checkpoint)
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", pickle.dumps({"a": 1}), pickle.dumps(None)])

@@ -107,9 +107,9 @@ def test_the_callers_class_of_error_is_raised(tmp_path):
 def test_json_beyond_memory_is_one_line():
     program = (
         "import resource\nfrom moepp.untrusted import load_json\nfrom moepp.errors import DataError\n"
-        "text = '[' + '{},' * 4_000_000 + '{}]'\n"
+        "text = '[' + '{},' * 1_000_000 + '{}]'\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20),) * 2)\n"
         "try:\n    load_json(text, 'x')\nexcept DataError as error:\n    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
