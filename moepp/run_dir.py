@@ -24,7 +24,7 @@ from moepp.config.compare import breaking_differences
 from moepp.errors import RunError
 from moepp.run_lock import RunLock
 
-_CHECKPOINT = re.compile(r"step-\d{8}")
+_CHECKPOINT = re.compile(r"step-[0-9]{8,15}")
 # What a start that failed early can leave behind; nothing of it makes a run.
 _LEFTOVERS = {".lock", "log", "wandb", "data-cache", "environment.json", "environment.json.tmp", "config.yaml.tmp"}
 

@@ -43,7 +43,7 @@ def show(value: object, limit: int = 60) -> str:
 def printable(text: object, limit: int = 400) -> str:
     """Text from a file or a library in a message: on one line, without quotes, nothing in it that a terminal obeys."""
     source = str(text)
-    cut = " ".join(source[: 2 * limit].split())
+    cut = " ".join(source[: 2 * limit].splitlines()).replace("\t", " ")
     escaped = "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
     return escaped if len(escaped) <= limit and len(source) <= 2 * limit else _shorten(escaped, limit)
 

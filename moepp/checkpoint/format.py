@@ -19,36 +19,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moepp.errors import CheckpointError
+from moepp.checkpoint.info import CheckpointInfo, info_from
+from moepp.errors import CheckpointError, MoeppError
+from moepp.untrusted import printable, read_json, show
 
 MANIFEST = "manifest.json"
 INFO = "info.json"
 INDEX = ".metadata"  # DCP's name for it
 FORMAT = "moepp-checkpoint-1"
-_NAME = re.compile(r"step-(\d{8})")
-_REPLACED = re.compile(r"step-(\d{8})\.replaced-\d+")
-_CHUNK = 1 << 22
-
-
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """Contents of ``info.json``.
-
-    Attributes:
-        step: optimizer steps done.
-        tokens: training tokens seen.
-        layout: world_size, expert, engine, zero_stage, precision of the run that saved it.
-        config: the resolved configuration.
-        versions: package versions.
-        run_state: what the trainer and the metrics keep besides tensors.
-    """
-
-    step: int
-    tokens: int
-    layout: dict[str, Any]
-    config: dict[str, Any]
-    versions: dict[str, Any]
-    run_state: dict[str, Any]
+# Eight digits, from 10^8 steps on more: what checkpoint_name makes, and no other spelling of a number.
+_STEP = r"step-([0-9]{8}|[1-9][0-9]{8,14})"
+NAME = re.compile(_STEP)
+_REPLACED = re.compile(_STEP + r"\.replaced-[0-9]{1,9}")
+_FILE = re.compile(r"[A-Za-z0-9_.-]{1,100}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_CHUNK, _MAX_JSON_BYTES = 1 << 22, 256 << 20
 
 
 @dataclass(frozen=True)
@@ -68,21 +53,25 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     """Checkpoints by increasing step; folders being written are not among them."""
     if not checkpoints.is_dir():
         return []
-    return sorted(p for p in checkpoints.iterdir() if _NAME.fullmatch(p.name) and p.is_dir())
+    found = [p for p in checkpoints.iterdir() if NAME.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=step_of)
 
 
 def list_replaced(checkpoints: Path) -> list[Path]:
     """Checkpoints that were set aside, see :func:`set_aside`."""
     if not checkpoints.is_dir():
         return []
-    return sorted(p for p in checkpoints.iterdir() if _REPLACED.fullmatch(p.name) and p.is_dir())
+    found = [p for p in checkpoints.iterdir() if _REPLACED.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=lambda path: (step_of(path), path.name))
 
 
 def step_of(path: Path) -> int:
     """The step in a checkpoint's folder name."""
-    match = _NAME.fullmatch(path.name) or _REPLACED.fullmatch(path.name)
+    match = NAME.fullmatch(path.name) or _REPLACED.fullmatch(path.name)
     if match is None:
-        raise CheckpointError(f"{path} is not named step-<8 digits>; name a folder in checkpoints/ of a run directory")
+        raise CheckpointError(
+            f"{path} is not named step-<8 or more digits>; name a folder in checkpoints/ of a run directory"
+        )
     return int(match.group(1))
 
 
@@ -132,20 +121,28 @@ def read_manifest(path: Path) -> dict[str, FileEntry]:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder; name a checkpoint such as runs/NAME/checkpoints/step-00000100")
+    file = path / MANIFEST
+    if not file.exists():
+        raise CheckpointError(f"{path}: {MANIFEST} is missing, so it is not whole; use another checkpoint")
+    manifest = read_json(file, _MAX_JSON_BYTES, CheckpointError, f"{MANIFEST} is damaged; use another checkpoint")
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise CheckpointError(
-                f"{path} has format {manifest['format']!r}, expected {FORMAT!r}; use the version that wrote it"
+                f"{path} has format {show(manifest['format'])}, expected {FORMAT!r}; use the version that wrote it"
             )
-        files = manifest["files"].items()
-        if any(Path(name).name != name for name, _ in files):
-            raise ValueError("it names files outside the checkpoint")
-        return {str(name): FileEntry(int(file["size"]), str(file["sha256"])) for name, file in files}
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: {MANIFEST} is missing, so it is not whole; use another checkpoint") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: {MANIFEST} is damaged ({error}); use another checkpoint") from error
+        return {name: _entry(name, entry) for name, entry in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__} {printable(error)}" if isinstance(error, KeyError) else printable(error)
+        raise CheckpointError(f"{path}: {MANIFEST} is damaged ({reason}); use another checkpoint") from error
+
+
+def _entry(name: str, entry: dict[str, Any]) -> FileEntry:
+    if not _FILE.fullmatch(name) or name in (".", ".."):
+        raise ValueError(f"it names files outside the checkpoint, {show(name)}")
+    size, sha256 = entry["size"], entry["sha256"]
+    if type(size) is not int or size < 0 or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+        raise ValueError(f"the size or SHA-256 of {name} is none")
+    return FileEntry(size, sha256)
 
 
 def verify(path: Path, share: tuple[int, int] = (0, 1), from_disk: bool = False) -> list[str]:
@@ -185,12 +182,19 @@ def read_info(path: Path) -> CheckpointInfo:
     """Contents of ``info.json``.
 
     Raises:
-        CheckpointError: missing or damaged.
+        CheckpointError: missing, damaged, or of another step than the folder's name says.
     """
     try:
-        return CheckpointInfo(**json.loads((path / INFO).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: {INFO} cannot be read ({error}); use another checkpoint") from error
+        info = info_from(read_json(path / INFO, _MAX_JSON_BYTES, _Unreadable, "it must be whole"))
+        if NAME.fullmatch(path.name) and info.step != step_of(path):
+            raise ValueError(f"it says step {info.step:,}, and the folder is {path.name}")
+        return info
+    except (_Unreadable, ValueError) as error:
+        raise CheckpointError(f"{path}: {INFO} cannot be read ({printable(error)}); use another checkpoint") from None
+
+
+class _Unreadable(MoeppError):
+    pass
 
 
 def total_size(path: Path) -> int:

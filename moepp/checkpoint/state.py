@@ -9,6 +9,7 @@ dense parameters are dealt out over all ranks, experts over the ranks that hold 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 
 from moepp.checkpoint.storage import TensorReader
 from moepp.engine.engine import Engine
+from moepp.errors import CheckpointError
 from moepp.metrics.step_stats import StepStats
 from moepp.parallel.groups import ParallelGroups
 from moepp.parallel.parameters import is_expert_parameter
+from moepp.untrusted import printable
 
 
 def stage(engine: Engine, stats: StepStats, groups: ParallelGroups) -> dict[str, Tensor]:
@@ -103,18 +106,31 @@ def _fill(reader: TensorReader, name: str, buffers: dict[str, Tensor], ep_rank: 
 def _load_stats(reader: TensorReader, stats: StepStats, groups: ParallelGroups, saved_ranks: int) -> None:
     """Each rank takes its own statistics back; in another layout the first rank takes the sum of all."""
     if saved_ranks == groups.world_size:
-        sources = [groups.rank]
+        sources = {groups.rank}
     else:
-        sources = list(range(saved_ranks)) if groups.rank == 0 else []
-    for rank in sources:
-        prefix = f"rank-{rank}/stats."
-        saved = {key: shape for key, shape in reader.shapes.items() if key.startswith(prefix)}
-        tensors = {key: torch.empty(shape, dtype=torch.float64, device=groups.device) for key, shape in saved.items()}
-        reader.fill(tensors)
-        sums = {key.removeprefix(f"rank-{rank}/"): tensor for key, tensor in tensors.items()}
-        if rank != sources[0]:
+        sources = _ranks_with_statistics(reader) if groups.rank == 0 else set()
+    for number, rank in enumerate(sorted(sources)):
+        prefix = f"rank-{rank}/"
+        saved = {key.removeprefix(prefix): shape for key, shape in reader.shapes.items() if _is_statistic(key, prefix)}
+        if saved and saved != stats.state_shapes:
+            raise CheckpointError(
+                f"{reader.path}: the statistics of rank {rank} are of another model; "
+                "use the configuration that it was saved with, or another checkpoint"
+            )
+        sums = {key: torch.empty(shape, dtype=torch.float64, device=groups.device) for key, shape in saved.items()}
+        reader.fill({prefix + key: tensor for key, tensor in sums.items()})
+        if number:
             sums.pop("stats.steps", None)  # all ranks took the same steps: they do not add up
         stats.add_state(sums)
+
+
+def _is_statistic(key: str, prefix: str) -> bool:
+    return key.startswith(f"{prefix}stats.")
+
+
+def _ranks_with_statistics(reader: TensorReader) -> set[int]:
+    matches = (re.match(r"rank-([0-9]{1,9})/stats\.", key) for key in reader.shapes)
+    return {int(match[1]) for match in matches if match}
 
 
 def _rng_state(device: torch.device) -> dict[str, Tensor]:
@@ -125,6 +141,11 @@ def _rng_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def _set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["rng.cpu"])
-    if device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(state[f"rng.{device.type}"], device)
+    try:
+        torch.set_rng_state(state["rng.cpu"])
+        if device.type != "cpu":
+            torch.get_device_module(device).set_rng_state(state[f"rng.{device.type}"], device)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the checkpoint's random number generators are damaged ({printable(error, 100)}); use another checkpoint"
+        ) from error

@@ -69,10 +69,10 @@ def _list(args: argparse.Namespace, run_dir: RunDir) -> int:
     rows = [("step", "tokens", "size", "layout", "state")]
     for path in (*fmt.list_checkpoints(run_dir.checkpoints), *fmt.list_replaced(run_dir.checkpoints)):
         problems = fmt.verify(path)
-        state = "verified" if not problems else "; ".join(problems)
+        tokens, layout, unreadable = _tokens_and_layout(path)
+        state = "; ".join([*problems, *unreadable]) or "verified"
         if path in fmt.list_replaced(run_dir.checkpoints):
             state += f" (set aside as {path.name})"
-        tokens, layout = _tokens_and_layout(path)
         rows.append((str(fmt.step_of(path)), tokens, f"{fmt.total_size(path) / 1e6:,.1f} MB", layout, state))
     if len(rows) == 1:
         print(f"no checkpoint in {run_dir.checkpoints}")
@@ -83,14 +83,15 @@ def _list(args: argparse.Namespace, run_dir: RunDir) -> int:
     return 0
 
 
-def _tokens_and_layout(path: Path) -> tuple[str, str]:
+def _tokens_and_layout(path: Path) -> tuple[str, str, list[str]]:
+    """Two columns of the list, and why they are unknown."""
     try:
         info = fmt.read_info(path)
-    except CheckpointError:
-        return "?", "?"
+    except CheckpointError as error:
+        return "?", "?", [str(error)] if (path / fmt.INFO).is_file() else []
     layout = info.layout
     ranks = f"{layout['world_size']} rank{'s' if layout['world_size'] > 1 else ''}"
-    return f"{info.tokens:,}", f"{ranks}, EP {layout['expert']}, {layout['engine']}, ZeRO {layout['zero_stage']}"
+    return f"{info.tokens:,}", f"{ranks}, EP {layout['expert']}, {layout['engine']}, ZeRO {layout['zero_stage']}", []
 
 
 def _verify(args: argparse.Namespace, run_dir: RunDir) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moepp.untrusted import printable
+
 _ABSENT = "absent"
 # Keys of the model that change neither its shapes nor the function that its weights compute.
 TRAINING_ONLY = {"model.init_std", "model.max_seq_len"} | {
@@ -34,7 +36,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], untrained: bool
     flat_old, flat_new = _flatten(old), _flatten(new)
     keys = [key for key in dict.fromkeys([*flat_new, *flat_old]) if _must_agree(key, untrained) == must_agree]
     return [
-        f"{key}: {flat_old.get(key, _ABSENT)} -> {flat_new.get(key, _ABSENT)}"
+        f"{printable(key)}: {printable(flat_old.get(key, _ABSENT))} -> {printable(flat_new.get(key, _ABSENT))}"
         for key in keys
         if flat_old.get(key, _ABSENT) != flat_new.get(key, _ABSENT)
     ]

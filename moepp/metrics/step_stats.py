@@ -115,6 +115,14 @@ class StepStats:
         """This rank's sums since the last :meth:`reduce`, by name; call it between steps."""
         return {f"stats.{name}": tensor for name, tensor in self._interval.items()}
 
+    @property
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what :meth:`state` returns once a step was committed."""
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("loss_sum", "loss_tokens", "dispatch_bytes", "steps"), ())
+        if layers := len(self.moe_layers):
+            shapes |= {"layers": (layers, len(_COLUMNS)), "load": (layers, self.num_ffn_experts)}
+        return {f"stats.{name}": shape for name, shape in shapes.items()}
+
     def add_state(self, state: Mapping[str, Tensor]) -> None:
         """Add sums that :meth:`state` returned, of this rank or, in another layout, of several."""
         _accumulate(self._interval, {name.removeprefix("stats."): tensor for name, tensor in state.items()})

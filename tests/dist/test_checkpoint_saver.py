@@ -17,7 +17,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from moepp.checkpoint import Checkpointer, CheckpointInfo, saver, storage, verify
+from moepp.checkpoint import Checkpointer, saver, storage, verify
 from moepp.checkpoint import format as fmt
 from moepp.checkpoint.index import read_index
 from moepp.checkpoint.storage import TensorReader
@@ -26,6 +26,7 @@ from moepp.engine.engine import Engine
 from moepp.errors import CheckpointError
 from moepp.metrics.step_stats import StepStats
 from moepp.parallel.groups import ParallelGroups, build_groups, new_cpu_group
+from tests.checkpoint_cases import make_info
 from tests.dist import WorkerPool
 
 Tensor = torch.Tensor
@@ -77,7 +78,7 @@ class Saving:
     def save(self, step: int, background: bool = False) -> list[str]:
         """The problems of one save, waited for."""
         engine = FakeEngine(self.groups, step)
-        info = CheckpointInfo(step, 10 * step, {"world_size": self.groups.world_size}, {}, {}, {})
+        info = make_info(step, 10 * step, self.groups.world_size)
         self.checkpointer.save(cast(Engine, engine), self.stats, info, background)
         engine.set_step(10**6)  # training goes on: the save must not see it
         self.checkpointer.wait()
@@ -374,7 +375,7 @@ def _save_slowly(rank: int, folder: str) -> tuple[float, float, float]:
     saving = Saving(folder)
     with replaced(saver, "write_tensors", slow):
         for step in (1, 2):
-            info = CheckpointInfo(step, 0, {}, {}, {}, {})
+            info = make_info(step)
             saving.checkpointer.save(cast(Engine, FakeEngine(saving.groups, step)), saving.stats, info, background=True)
         saving.checkpointer.close()
     first, second = saving.checkpointer.reports

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from moepp.checkpoint import format as fmt
-from moepp.checkpoint.format import CheckpointInfo
 from moepp.checkpoint.storage import write_tensors
 from moepp.cli import main
+from tests.checkpoint_cases import make_info
 from tests.dist import WorkerPool
 
 LAYOUT = {"world_size": 2, "expert": 2, "engine": "deepspeed", "zero_stage": 1, "precision": "bf16"}
@@ -21,7 +21,7 @@ LAYOUT = {"world_size": 2, "expert": 2, "engine": "deepspeed", "zero_stage": 1, 
 def write_checkpoint(checkpoints: Path, step: int, lr: float) -> Path:
     folder = checkpoints / fmt.checkpoint_name(step)
     folder.mkdir(parents=True)
-    info = CheckpointInfo(step, step * 1000, LAYOUT, {"optim": {"lr": lr}}, {}, {})
+    info = make_info(step, step * 1000, config={"optim": {"lr": lr}}, **LAYOUT)
     files = {fmt.INFO: fmt.write_durably(folder / fmt.INFO, json.dumps(asdict(info)))}
     tensors = {"norm.weight/fp32": torch.ones(4) * step, "same/fp32": torch.arange(3.0)}
     files |= write_tensors(folder, tensors, None)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 
 from moepp import hf, official
-from moepp.checkpoint import Checkpointer, CheckpointInfo
+from moepp.checkpoint import Checkpointer
 from moepp.cli import main
 from moepp.config import CheckpointConfig, from_dict, to_dict
 from moepp.data.tokenizer import Tokenizer
@@ -27,6 +27,7 @@ from moepp.evaluation.tasks import load_benchmarks
 from moepp.metrics.step_stats import StepStats
 from moepp.model.transformer import Transformer
 from moepp.parallel.groups import LaunchEnvironment, ParallelGroups, build_groups, init_process_group, new_cpu_group
+from tests.checkpoint_cases import make_info
 from tests.evaluation_cases import tiny_config, tiny_model, write_benchmarks, write_byte_tokenizer
 
 TASKS = ["sciq", "lambada", "nq", "ai2_arc"]
@@ -76,7 +77,7 @@ def write_run(path: Path, groups: ParallelGroups, tokenizer: Path, model: Transf
     (path / "wandb").mkdir()
     (path / "config.yaml").write_text(json.dumps(to_dict(cfg)))
     engine = NativeEngine(model, groups, cfg.optim, 1)
-    info = CheckpointInfo(5, 40, {}, to_dict(cfg), {}, {})
+    info = make_info(5, 40, config=to_dict(cfg))
     saver = Checkpointer(CheckpointConfig(), groups, path / "checkpoints", new_cpu_group())
     moe = model.cfg.moe
     saver.save(engine, StepStats(model.cfg.moe_layers, moe.num_ffn_experts, moe.top_k), info, background=False)
