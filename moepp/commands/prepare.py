@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 
 from moepp.data.manifest import Manifest
@@ -11,15 +12,17 @@ from moepp.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from data_tools.readers import SUFFIXES, TEXT_UNITS
+    from data_tools.arguments import add_read_arguments
+    from data_tools.inputs import SUFFIXES
+    from data_tools.prepare import MAX_LOST_SHARE
     from data_tools.train_tokenizer import DEFAULT_VOCAB_SIZE
 
     parser.add_argument(
         "inputs",
         nargs="*",
         metavar="INPUT",
-        help=f"files ({', '.join(SUFFIXES)}), folders or quoted globs; documents keep this order, and train, "
-        "validation and test are ranges of it",
+        help=f"files ({', '.join(SUFFIXES)}, in whatever case), folders (links are followed; what is left out is "
+        "named) or quoted globs; documents keep this order, and train, validation and test are ranges of it",
     )
     parser.add_argument("--output", metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx and PREFIX.json")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json of the tokenizers library")
@@ -33,12 +36,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"(VOCAB: {DEFAULT_VOCAB_SIZE} when left out)",
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    parser.add_argument("--text-field", default="text", help="field of .jsonl, column of .parquet (default: text)")
+    add_read_arguments(parser)
     parser.add_argument(
-        "--text-unit", choices=TEXT_UNITS, default="file", help="what a document is in .txt (default: file)"
+        "--max-lost-share",
+        type=float,
+        default=MAX_LOST_SHARE,
+        metavar="SHARE",
+        help="refuse text of which the tokenizer cannot represent more than this share of the characters (no token, "
+        "or the unknown token; white space aside; default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shuffle",
+        type=int,
+        metavar="SEED",
+        help="put the documents in a random order that depends on SEED and their number alone (with --append: the "
+        "new ones)",
     )
     parser.add_argument("--eod-token", metavar="TOKEN", help="token put after each document (default: found by name)")
-    parser.add_argument("--append", action="store_true", help="add to what PREFIX holds")
+    parser.add_argument(
+        "--append", action="store_true", help="add to what PREFIX holds, with the tokenizer that it has"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what PREFIX (and --tokenizer) holds")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.add_argument(
@@ -53,10 +70,10 @@ def run(args: argparse.Namespace) -> int:
 def _run_demo(args: argparse.Namespace) -> int:
     from data_tools.demo import DEMO_FOLDER, build_demo
 
-    given = [
-        name for name in ("output", "tokenizer", "train_tokenizer", "eod_token") if getattr(args, name) is not None
-    ]
-    given += [name for name in ("append", "overwrite") if getattr(args, name)]
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    taken = ("inputs", "demo", "workers", "no_progress")
+    given = [name for name, value in vars(args).items() if name not in taken and value != parser.get_default(name)]
     if args.inputs or given:
         what = "INPUT" if args.inputs else "--" + given[0].replace("_", "-")
         raise ConfigError(f"--demo always makes {DEMO_FOLDER} and takes no {what}; leave it out")
@@ -68,40 +85,40 @@ def _run_demo(args: argparse.Namespace) -> int:
 
 
 def _run_prepare(args: argparse.Namespace) -> int:
-    from data_tools.prepare import PrepareOptions, check_output, prepare
-    from data_tools.train_tokenizer import train_tokenizer_file
+    from data_tools.arguments import read_options
+    from data_tools.prepare import PrepareOptions, prepare
 
     for name, value in (("INPUT", args.inputs), ("--output", args.output), ("--tokenizer", args.tokenizer)):
         if not value:
             raise ConfigError(f"{name} is missing; give it, or --demo for the demo data")
     if args.append and args.train_tokenizer is not None:
-        raise ConfigError("--append needs the tokenizer of the existing data; leave --train-tokenizer out")
+        raise ConfigError(
+            "--append needs the tokenizer of the existing data; leave --train-tokenizer out, or prepare all inputs at "
+            "once to train it on all of them"
+        )
     options = PrepareOptions(
         output=args.output,
         tokenizer=args.tokenizer,
-        text_field=args.text_field,
-        text_unit=args.text_unit,
+        train_vocab=args.train_tokenizer,
+        read=read_options(args),
         eod_token=args.eod_token,
+        max_lost_share=args.max_lost_share,
+        shuffle=args.shuffle,
         workers=args.workers,
         append=args.append,
         overwrite=args.overwrite,
         progress=not args.no_progress,
     )
-    check_output(options)
     start = time.perf_counter()
-    if args.train_tokenizer is not None:
-        train_tokenizer_file(
-            args.inputs,
-            args.tokenizer,
-            args.train_tokenizer,
-            text_field=args.text_field,
-            text_unit=args.text_unit,
-            overwrite=args.overwrite,
-            progress=options.progress,
-        )
-    manifest = prepare(args.inputs, options)
+    manifest = prepare(args.inputs, options, _say)
+    if args.append:
+        _say(f"{args.tokenizer} stays as it is: if it was trained on the earlier input, it has not seen the new one")
     print(f"wrote {args.output}.bin and .idx in {time.perf_counter() - start:.0f} s: {_counts(manifest)}")
     return 0
+
+
+def _say(remark: str) -> None:
+    print(f"note: {remark}", file=sys.stderr)
 
 
 def _counts(manifest: Manifest) -> str:
