@@ -18,9 +18,9 @@ from moepp.untrusted import printable, show
 if TYPE_CHECKING:
     from data_tools.readers import DocumentReader
 
-# One batch of texts is in memory at a time, a page of the file beside it. Prefixes that repeat (DELTA_BYTE_ARRAY) can
-# unfold a few bytes into as many texts of --max-document-bytes each.
 ROWS_PER_BATCH = 64
+# Texts written as differences (DELTA_BYTE_ARRAY) cannot stay folded: a few bytes may stand for a long text in each row.
+ROWS_PER_UNFOLDED_BATCH = 1
 MAX_PAGE_BYTES = 1 << 30  # writers make pages of about 1 MB
 # Text that repeats takes little room, but not this little (gzip at its best makes 1,032 bytes out of one).
 MAX_UNFOLDING = 1_000
@@ -43,9 +43,9 @@ def read_parquet(raw: IO[bytes], file: InputFile, reader: DocumentReader) -> Ite
         largest = largest_page(raw, footer.metadata, columns, path)
         if largest > MAX_PAGE_BYTES:
             raise DataError(f"{path} has a page of {largest:,} bytes; write it with pages of about 1 MB")
-        folded = [name for name in columns if not pyarrow.types.is_null(footer.schema_arrow.field(name).type)]
+        folded = _folded(footer, columns)
         table = pyarrow.parquet.ParquetFile(raw, read_dictionary=folded)
-        yield from _rows(table, columns, file, reader)
+        yield from _rows(table, columns, ROWS_PER_BATCH if folded else ROWS_PER_UNFOLDED_BATCH, file, reader)
     except pyarrow.ArrowException as error:
         raise _broken(path, error) from error
     except OSError as error:
@@ -74,6 +74,15 @@ def _columns(table: Any, fields: tuple[str, ...], path: str) -> list[str]:
     return columns
 
 
+def _folded(footer: Any, columns: list[str]) -> list[str]:
+    """Columns to read as dictionaries: those of text, unless arrow cannot because one of them holds differences."""
+    for group in (footer.metadata.row_group(i) for i in range(footer.metadata.num_row_groups)):
+        for chunk in (group.column(i) for i in range(group.num_columns)):
+            if chunk.path_in_schema in columns and any(kind.startswith("DELTA") for kind in chunk.encodings):
+                return []
+    return [name for name in columns if not pyarrow.types.is_null(footer.schema_arrow.field(name).type)]
+
+
 def _is_text(kind: Any) -> bool:
     types = pyarrow.types
     if types.is_dictionary(kind):
@@ -81,12 +90,14 @@ def _is_text(kind: Any) -> bool:
     return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or types.is_null(kind)
 
 
-def _rows(table: Any, columns: list[str], file: InputFile, reader: DocumentReader) -> Iterator[Document]:
+def _rows(
+    table: Any, columns: list[str], batch_rows: int, file: InputFile, reader: DocumentReader
+) -> Iterator[Document]:
     path = printable(file.path)
     bytes_per_row = file.bytes / max(table.metadata.num_rows, 1)
     allowed = max(UNFOLDED_FREELY, MAX_UNFOLDING * file.bytes)
     row = 0
-    for batch in table.iter_batches(batch_size=ROWS_PER_BATCH, columns=columns):
+    for batch in table.iter_batches(batch_size=batch_rows, columns=columns):
         arrays = [batch.column(name) for name in columns]
         for i in range(batch.num_rows):
             row += 1

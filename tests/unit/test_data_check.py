@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from data_tools.prepare import PrepareOptions, prepare
+from data_tools.readers import ReadOptions
 from moepp.data import check_data
 from moepp.errors import DataError
 from tests.data_files import make_config, numbered_documents, write_indexed, write_word_tokenizer
@@ -27,7 +28,9 @@ def _prepared(folder: Path, name: str, num_words: int = 20, eod_token: str | Non
     path = write_word_tokenizer(folder / f"{name}.tokenizer.json", num_words)
     (folder / f"{name}.txt").write_text("\n".join(" ".join(f"w{i}" for i in range(12)) for _ in range(20)))
     output = str(folder / name)
-    options = PrepareOptions(output, path, text_unit="line", eod_token=eod_token, progress=False)
+    options = PrepareOptions(
+        output, path, read=ReadOptions(text_unit="line"), eod_token=eod_token, progress=False, max_lost_share=1.0
+    )
     prepare([str(folder / f"{name}.txt")], options)
     return output, path
 
@@ -117,7 +120,7 @@ def _large(path: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "part"),
     [
-        (_no_json, "is not JSON"),
+        (_no_json, "is not valid JSON"),
         (_other_json, "is not a tokenizer.json of the tokenizers library"),
         (_large, "has 502 tokens and model.vocab_size is 400"),
     ],
