@@ -1,12 +1,12 @@
 """The ``moepp`` console script: one subcommand per file in ``moepp/commands``, imported when it is asked for.
 
-A command file has a docstring (its first line is the help), ``add_arguments(parser)`` and ``run(args) -> int``. What a
-user can cause is printed as one line on stderr with exit code 2.
+A command file has a docstring (its first line is the help), ``EXAMPLE`` (a command line), ``add_arguments(parser)`` and
+``run(args) -> int``; one that reads its command line itself has ``main(arguments) -> int`` instead. What a user can
+cause is printed as one line on stderr with exit code 2.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import difflib
 import importlib
@@ -14,20 +14,26 @@ import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import moepp.commands
+from moepp.arguments import Parser
+from moepp.environment import version_line
 from moepp.errors import ConfigError, MoeppError
 
 USAGE_EXIT_CODE = 2
 INTERRUPT_EXIT_CODE = 130  # 128 + SIGINT, as shells do
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line like every other wrong input: one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see `{self.prog} --help`")
+# What other trainers and tools call a command.
+_SYNONYMS = {
+    **dict.fromkeys(("pretrain", "run", "fit", "finetune", "resume", "sweep"), "train"),
+    **dict.fromkeys(("evaluate", "evaluation", "test", "benchmark-tasks", "lm-eval", "lm_eval"), "eval"),
+    **dict.fromkeys(("sample", "chat", "infer", "inference", "complete"), "generate"),
+    **dict.fromkeys(("preprocess", "tokenize", "tokenise", "data"), "prepare"),
+    **dict.fromkeys(("convert", "save"), "export"),
+    **dict.fromkeys(("load", "upcycle"), "import"),
+    **dict.fromkeys(("summary", "plot", "status"), "report"),
+    **dict.fromkeys(("ckpt", "checkpoints", "prune", "verify", "diff", "list"), "checkpoint"),
+    **dict.fromkeys(("benchmark", "profile"), "bench"),
+}
 
 
 def commands() -> dict[str, str]:
@@ -55,21 +61,37 @@ def report_errors(run: Callable[[], int]) -> int:
 
 def _dispatch(argv: list[str]) -> int:
     known = commands()
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] in ("-h", "--help", "help"):
         print(_overview(known))
         return 0 if argv else USAGE_EXIT_CODE
+    if argv[0] in ("-V", "--version", "version"):
+        print(version_line())
+        return 0
     if argv[0] not in known:
-        near = difflib.get_close_matches(argv[0], known, n=2)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known commands: {', '.join(known)}"
-        raise ConfigError(f"unknown command {argv[0]!r}; {hint}")
+        raise ConfigError(f"unknown command {argv[0]!r}; {_hint(argv[0], known)}")
     module = importlib.import_module(known[argv[0]])
-    parser = _Parser(prog=f"moepp {argv[0]}", description=module.__doc__, allow_abbrev=False)
+    if hasattr(module, "main"):
+        return module.main(argv[1:])
+    parser = Parser(
+        prog=f"moepp {argv[0]}", description=module.__doc__, epilog=f"example: {module.EXAMPLE}", allow_abbrev=False
+    )
     module.add_arguments(parser)
     return module.run(parser.parse_args(argv[1:]))
 
 
+def _hint(name: str, known: dict[str, str]) -> str:
+    if name.startswith("-"):
+        return "the command comes first, as in `moepp report RUN`; `moepp --help` lists the commands"
+    if _SYNONYMS.get(name.lower()) in known:
+        return f"did you mean {_SYNONYMS[name.lower()]}?"
+    if "=" in name:
+        return f"to train, write `moepp train {name}`"
+    near = difflib.get_close_matches(name.lower(), known, n=2)
+    return f"did you mean {' or '.join(near)}?" if near else f"known commands: {', '.join(known)}"
+
+
 def _overview(known: dict[str, str]) -> str:
-    lines = ["usage: moepp COMMAND ...", "", "commands (moepp COMMAND --help tells more):"]
+    lines = ["usage: moepp COMMAND ...", "", "commands (moepp COMMAND --help tells more; moepp --version):"]
     width = max(map(len, known), default=0)
     return "\n".join([*lines, *(f"  {name:<{width}}  {_summary(module)}" for name, module in known.items())])
 

@@ -48,6 +48,14 @@ def describe_environment(device_name: str, world_size: int) -> dict[str, Any]:
     }
 
 
+def version_line() -> str:
+    """Versions of this package, torch and Python, read without importing torch."""
+    python = platform.python_version()
+    return (
+        f"moepp {_version('moepp') or 'not installed'} (torch {_version('torch') or 'not installed'}, Python {python})"
+    )
+
+
 def cpu_name() -> str:
     """The processor as it calls itself, or its architecture."""
     cpuinfo = Path("/proc/cpuinfo")

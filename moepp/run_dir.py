@@ -100,6 +100,25 @@ class RunDir:
         return RunClaim(run_dir, has_checkpoints, lock)
 
 
+def check_run_dir(path: str | Path, config: Mapping[str, Any], resume: str = "auto") -> Mapping[str, Any] | None:
+    """Look, without writing, whether a run with this configuration could have the directory.
+
+    Returns:
+        The configuration of the run that the directory holds and that would be continued; ``None``: it holds none.
+
+    Raises:
+        RunError: as :meth:`RunDir.claim`, apart from what only writing shows.
+    """
+    run_dir = RunDir(Path(os.path.abspath(os.path.expanduser(path))))
+    try:
+        _refuse_blocked_path(run_dir.path)
+        _refuse_foreign_files(run_dir)
+        _refuse_other_run(run_dir, json.loads(json.dumps(config)), resume)
+        return _read_config(run_dir) if _run_files(run_dir) and not _was_never_trained(run_dir) else None
+    except OSError as error:
+        raise RunError(_unwritable_message(run_dir.path, error)) from error
+
+
 @dataclass(frozen=True)
 class RunClaim:
     """A run directory that this process holds."""
@@ -117,6 +136,15 @@ class RunClaim:
 
     def __exit__(self, *exc_info: object) -> None:
         self.release()
+
+
+def _refuse_blocked_path(path: Path) -> None:
+    """Raise what making a folder at ``path``, or writing into it, would."""
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(existing))
 
 
 def _refuse_foreign_files(run_dir: RunDir) -> None:

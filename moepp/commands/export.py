@@ -25,6 +25,7 @@ from moepp.weights.write import write_json, write_text
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?")
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+EXAMPLE = "moepp export runs/mine exported --format moepp"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from moepp import comm
+from moepp.arguments import may_be_empty
 from moepp.data.tokenizer import Tokenizer
 from moepp.errors import ConfigError
 from moepp.evaluation.load import DTYPES, build_model, find_model, open_tokenizer
@@ -30,12 +31,15 @@ from moepp.parallel.groups import (
 
 TIMEOUT_SECONDS = 1800.0
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a part of a character decodes to
+EXAMPLE = 'moepp generate runs/mine --prompt "The state of the Union" --temperature 0.8 --top-k 40'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("model", metavar="RUN_OR_FOLDER", help="run directory, checkpoint, or folder with config.json")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue; '' starts a document")
+    may_be_empty(
+        parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue; '' starts a document")
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to add (default: 128)")
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0: the most likely token (default); 1: as trained"

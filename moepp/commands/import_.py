@@ -40,6 +40,7 @@ from moepp.weights.write import prepare_folder, write_text
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MODEL_NAME = "imported"
 DEFAULT_SEQ_LEN = 2048  # of the paper; shorter where the model is
+EXAMPLE = "moepp import FOLDER runs/mine data.paths=[data/mine/text]"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,11 @@ import time
 from moepp.data.manifest import Manifest
 from moepp.errors import ConfigError
 
+EXAMPLE = (
+    "moepp prepare corpus/*.jsonl.gz --output data/mine/text --tokenizer data/mine/tokenizer.json "
+    "--train-tokenizer 32768"
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from data_tools.arguments import add_read_arguments

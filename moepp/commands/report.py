@@ -10,6 +10,8 @@ from moepp.errors import DataError, RunError
 from moepp.report import read_inputs, write_report
 from moepp.run_dir import RunDir
 
+EXAMPLE = "moepp report runs/tiny"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""

@@ -1,14 +1,12 @@
 """Typed configuration: schema, loading from Hydra, and validation."""
 
-from moepp.config.load import (
+from moepp.config.command_line import (
     explain_hydra_error,
-    from_dict,
-    from_hydra,
-    known_keys,
+    missing_known_key,
+    refuse_incomplete_overrides,
     refuse_unknown_options,
-    to_dict,
-    unknown_key_message,
 )
+from moepp.config.load import from_dict, from_hydra, known_keys, to_dict
 from moepp.config.model import ModelConfig, MoEConfig, RopeScalingConfig
 from moepp.config.schema import (
     CheckpointConfig,
@@ -25,6 +23,7 @@ from moepp.config.schema import (
     TrainConfig,
     WandbConfig,
 )
+from moepp.config.suggest import unknown_key_message
 from moepp.config.validate import accumulation_steps, micro_batch_size, validate, zero_stage
 
 __all__ = [
@@ -50,6 +49,8 @@ __all__ = [
     "from_hydra",
     "known_keys",
     "micro_batch_size",
+    "missing_known_key",
+    "refuse_incomplete_overrides",
     "refuse_unknown_options",
     "to_dict",
     "unknown_key_message",

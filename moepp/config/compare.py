@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from moepp.untrusted import printable
@@ -30,6 +30,24 @@ def breaking_differences(old: Mapping[str, Any], new: Mapping[str, Any], *, untr
 def other_differences(old: Mapping[str, Any], new: Mapping[str, Any], *, untrained: bool = False) -> list[str]:
     """ "key: old -> new" for every other key that changed."""
     return _differences(old, new, untrained, must_agree=False)
+
+
+def differing_keys(trees: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Dotted keys that do not have the same value in all configurations."""
+    flat = [_flatten(tree) for tree in trees]
+    keys = {key for tree in flat for key in tree}
+    return {key for key in keys if any(tree.get(key, _ABSENT) != flat[0].get(key, _ABSENT) for tree in flat)}
+
+
+def changed_values(old: Mapping[str, Any], new: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """ "key: old -> new" for every one of ``keys`` that both have, or a part of that name, with another value."""
+    flat_old, flat_new = _flatten(old), _flatten(new)
+    prefixes = tuple(f"{key}." for key in keys)
+    return [
+        f"{key}: {flat_old[key]} -> {flat_new[key]}"
+        for key in flat_new
+        if f"{key}.".startswith(prefixes) and key in flat_old and flat_old[key] != flat_new[key]
+    ]
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], untrained: bool, must_agree: bool) -> list[str]:

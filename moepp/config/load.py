@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from moepp.config.schema import Config
+from moepp.config.suggest import unknown_key_message
 from moepp.errors import ConfigError
-
-_LISTED_KEYS = 30  # an error names all known keys up to so many
-_QUOTING = "quote a text with commas or brackets, as 'key=\"a,b\"'"
-# Of Hydra 1.3, short and long.
-_HYDRA_OPTIONS = {
-    *("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "--resolve", "-p", "--package", "-r", "--run"),
-    *("-m", "--multirun", "-sc", "--shell-completion", "-cp", "--config-path", "-cn", "--config-name", "-cd"),
-    *("--config-dir", "--experimental-rerun", "-i", "--info"),
-}
 
 
 def from_hydra(cfg: Any) -> Config:
@@ -64,18 +54,6 @@ def build(cls: type, tree: Any, path: str) -> Any:
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{_join(path, key)} is missing and has no default; set it")
     return cls(**values)
-
-
-def unknown_key_message(key: str, known: list[str]) -> str:
-    """One line for a mistyped key, with the nearest known ones."""
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
-    if near:
-        hint = f"did you mean {' or '.join(near)}?"
-    elif len(known) <= _LISTED_KEYS:
-        hint = f"known keys: {', '.join(sorted(known))}"
-    else:
-        hint = "configs/ lists the known ones"
-    return f"unknown configuration key {key}; {hint}"
 
 
 def known_keys(cls: type = Config, path: str = "") -> list[str]:
@@ -124,7 +102,12 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
             return str(value)
         if isinstance(option, type) and type(value) is option:
             return value
-    raise ConfigError(f"{path}={value!r} has the wrong type {type(value).__name__}; give {_describe(options)}")
+    example = f", for example {path}=[{value}]" if _is_list(options) and isinstance(value, str | int | float) else ""
+    raise ConfigError(f"{path}={value!r} has the wrong type {type(value).__name__}; give {_describe(options)}{example}")
+
+
+def _is_list(options: tuple[Any, ...]) -> bool:
+    return any(typing.get_origin(option) is tuple for option in options)
 
 
 def _describe(options: tuple[Any, ...]) -> str:
@@ -138,40 +121,3 @@ def _join(path: str, key: str) -> str:
 
 def _join_all(path: str, keys: Any) -> list[str]:
     return [_join(path, key) for key in keys]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def explain_hydra_error(error: Exception) -> str:
-    """One line for what Hydra or OmegaConf refused before the typed configuration was reached."""
-    from hydra.errors import OverrideParseException
-
-    text = _one_line(error)
-    if isinstance(error, OverrideParseException):
-        reason = " ".join(str(error).split("See https://")[0].split())
-        return f"{error.override!r} cannot be read ({reason}); write key=value, a list as key=[a,b], and {_QUOTING}"
-    if match := re.match(r"Ambiguous value for argument '([^']+)'", text):
-        return f"{match[1]} gives several values; write a list as key=[a,b], {_QUOTING}, or add -m to sweep over them"
-    if match := re.search(r"Could not find '([^']+)/([^']+)' Available options in '[^']+': (.*?) Config search", text):
-        group, name, choices = match.groups()
-        return f"{group}={name} does not exist in configs/{group}; choose one of {', '.join(choices.split())}"
-    if (match := re.match(r"Could not override '([^']+)'", text)) and "To append to your config" in text:
-        return unknown_key_message(match[1], known_keys())
-    return text
-
-
-def refuse_unknown_options(arguments: Sequence[str]) -> None:
-    """Refuse options that Hydra does not have, such as a setting written with dashes, before it prints its usage.
-
-    Raises:
-        ConfigError: the first such option.
-    """
-    for argument in arguments:
-        name = argument.partition("=")[0]
-        if argument.startswith("-") and name not in _HYDRA_OPTIONS:
-            raise ConfigError(
-                f"{argument} is not an option; write settings as key=value without dashes, and see "
-                "`train.py --help` for the options"
-            )

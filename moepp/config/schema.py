@@ -6,10 +6,16 @@ checked in ``__post_init__``; rules between sections are in :mod:`moepp.config.v
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 from moepp.config.model import ModelConfig
 from moepp.config.require import require, require_above, require_at_least, require_choice
+
+# Of wandb 0.31 (wandb_settings.py), which would only say so when data and model are built.
+_NOT_IN_WANDB_PROJECTS = "/\\#?%:"
+_WANDB_PROJECT_LENGTH = 128
+_FOLDER_NAME_BYTES = 255  # of every common file system
 
 
 @dataclass(frozen=True)
@@ -203,6 +209,17 @@ class WandbConfig:
 
     def __post_init__(self) -> None:
         require_choice("logging.wandb.mode", self.mode, ("offline", "online", "disabled"))
+        bad = sorted(set(self.project) & set(_NOT_IN_WANDB_PROJECTS))
+        require(
+            not bad,
+            f"logging.wandb.project={self.project!r} has {' '.join(bad)} and W&B allows none of "
+            f"{' '.join(_NOT_IN_WANDB_PROJECTS)}; set another logging.wandb.project",
+        )
+        require(
+            0 < len(self.project) <= _WANDB_PROJECT_LENGTH and self.project.isprintable(),
+            f"logging.wandb.project={self.project!r} must be 1 to {_WANDB_PROJECT_LENGTH} printable characters; "
+            "set another logging.wandb.project",
+        )
 
 
 @dataclass(frozen=True)
@@ -227,6 +244,11 @@ class RunConfig:
             bool(self.name) and "/" not in self.name and self.name not in (".", ".."),
             f"run.name={self.name!r} must be a plain folder name; remove slashes, or set run.dir",
         )
+        require(
+            self.name.isprintable() and len(os.fsencode(self.name)) <= _FOLDER_NAME_BYTES,
+            f"run.name={self.name!r} must be at most {_FOLDER_NAME_BYTES} bytes of printable characters; shorten it",
+        )
+        require(self.dir != "", "run.dir is empty; name a folder, or leave it out for runs/<run.name>")
         require_at_least("run.seed", self.seed, 0)
 
     @property

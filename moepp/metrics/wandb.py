@@ -73,7 +73,8 @@ class WandbSink:
         except Exception as error:
             reason = " ".join(str(error).split())
             raise ConfigError(
-                f"W&B does not start with logging.wandb.mode={cfg.mode}: {reason}; use offline or disabled"
+                f"W&B does not start with logging.wandb.mode={cfg.mode}: {reason}; correct logging.wandb, "
+                "or train without W&B: logging.wandb.mode=disabled"
             ) from error
         self._run.define_metric("tokens")
         self._run.define_metric("*", step_metric="tokens")

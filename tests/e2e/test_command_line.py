@@ -168,16 +168,38 @@ def test_launcher_trains_the_same_on_two_processes_with_expert_parallelism(one_p
             assert record[name] == pytest.approx(one[name], rel=1e-5), (record["step"], name)
 
 
-def test_sweep_makes_one_run_directory_per_value(data, tmp_path):
-    settings = [*SETTINGS, *data, "engine=native", "train.steps=1", "train.samples=0", "logging.wandb.mode=disabled"]
-    done = run([sys.executable, str(ROOT / "train.py"), "-m", *settings, "model.moe.tau=0.25,1.0"], tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_sweep_trains_every_job_that_can_be_trained(data, tmp_path):
+    """With the default engine, which keeps state of its process group; one value is refused, the others train."""
+    settings = [*SETTINGS, *data, "train.steps=1", "train.samples=0", "logging.wandb.mode=disabled"]
+    done = run([sys.executable, str(ROOT / "train.py"), "-m", *settings, "model.moe.tau=0.25,-1,1.0"], tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("error: job 1 (model.moe.tau=-1): model.moe.tau=-1.0 ")
+    assert "Traceback" not in done.stderr and "sweep: 2 of 3 jobs done" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["multirun.yaml", "tiny-0", "tiny-1"]
-    runs = [tmp_path / "runs" / "tiny-0", tmp_path / "runs" / "tiny-1"]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["tiny-0", "tiny-2"]
+    runs = [tmp_path / "runs" / "tiny-0", tmp_path / "runs" / "tiny-2"]
     assert [yaml.safe_load((path / "config.yaml").read_text())["model"]["moe"]["tau"] for path in runs] == [0.25, 1.0]
     first, second = (read_records(path)[0] for path in runs)
     assert first["train/loss"] == second["train/loss"] and first["train/balance_loss"] != second["train/balance_loss"]
+
+
+def test_sweep_goes_on_after_a_run_that_fails(data, tmp_path):
+    settings = [*SETTINGS, data[1], "engine=native", "train.steps=1", "train.samples=0", "logging.wandb.mode=disabled"]
+    good = data[0].partition("=")[2]
+    paths = f"data.paths=[/nonexistent/text],{good}"
+    done = run([sys.executable, str(ROOT / "train.py"), "-m", *settings, paths], tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "names no data" in done.stderr and "sweep: 1 of 2 jobs done" in done.stdout
+    assert read_records(tmp_path / "runs" / "tiny-1")
+
+
+def test_sweep_under_a_launcher_is_refused_once(data, tmp_path):
+    done = run(
+        [*LAUNCHERS["torchrun"](), str(ROOT / "train.py"), "-m", *SETTINGS, *data, "optim.lr=1e-3,3e-3"], tmp_path
+    )
+    assert done.returncode != 0 and not (tmp_path / "runs").exists()
+    [message] = re.findall(r"error: -m .*", done.stdout + done.stderr)
+    assert "2 processes" in message and "launch/slurm/sweep.sbatch" in message
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

@@ -83,7 +83,7 @@ def test_whole_numbers_serve_as_numbers_and_numbers_as_texts():
         ("optim.lr", "fast", "optim.lr='fast' has the wrong type str; give a number"),
         ("optim.lr", float("inf"), "optim.lr=inf is not a finite number; give one"),
         ("optim.betas", [0.9, float("nan")], "optim.betas[1]=nan is not a finite number; give one"),
-        ("data.paths", "a", "data.paths='a' has the wrong type str; give a list"),
+        ("data.paths", "a", "data.paths='a' has the wrong type str; give a list, for example data.paths=[a]"),
         ("data.paths", ["a", ["b"]], "data.paths[1]=['b'] has the wrong type list; give a text"),
         ("eval.limit", "all", "eval.limit='all' has the wrong type str; give an integer or null"),
         ("model.moe", None, "model.moe=null is not allowed; give a mapping"),

@@ -22,7 +22,7 @@ LAYERS = (
     ("write_errors",),
     ("owners",),
     ("files",),
-    ("config", "kernels"),
+    ("config", "kernels", "arguments"),
     ("comm",),
     ("moe",),
     ("model",),
@@ -40,6 +40,7 @@ LAYERS = (
     ("build",),
     ("samples",),
     ("run", "report", "model_card", "bench"),
+    ("training",),
     ("commands",),
     ("cli",),
 )

@@ -1,0 +1,97 @@
+"""The argument parser of every command: what argparse would take without a word is refused in one line.
+
+That is an option given twice (argparse keeps the last), an empty text (a path of "" means the current folder), a
+number that is not finite, and one that no machine word holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from moepp.errors import ConfigError
+
+_LARGEST = 2**63 - 1
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line like every other wrong input: one line.
+
+    An argument whose ``may_be_empty`` attribute is set takes an empty text: ``may_be_empty(parser.add_argument(...))``.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._seen: set[str] = set()
+        self.register("action", None, _StoreOnce)
+        self.register("action", "store", _StoreOnce)
+        self.register("action", "store_true", _StoreTrueOnce)
+        self.register("type", float, _finite)
+        self.register("type", int, _integer)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._seen.clear()
+        return super().parse_known_args(args, namespace)
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        if not arg_string.strip() and not getattr(action, "may_be_empty", False):
+            raise argparse.ArgumentError(action, "is empty; give a value")
+        return super()._get_value(action, arg_string)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def see(self, action: argparse.Action, option: str | None) -> None:
+        """Note that an option was given; refuse it the second time."""
+        if option is None:
+            return
+        if action.dest in self._seen:
+            raise argparse.ArgumentError(action, "is given twice; leave one out")
+        self._seen.add(action.dest)
+
+
+def may_be_empty(action: argparse.Action) -> None:
+    """Let an argument be an empty text."""
+    action.may_be_empty = True  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _StoreOnce(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        parser.see(self, option_string)
+        setattr(namespace, self.dest, values)
+
+
+class _StoreTrueOnce(_StoreOnce):
+    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, const=True, default=False, **kwargs)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        super().__call__(parser, namespace, True, option_string)
+
+
+def _number(convert: Callable[[str], Any], what: str) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            return convert(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}; give one") from None
+
+    return read
+
+
+def _to_finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError
+    return value
+
+
+def _to_integer(text: str) -> int:
+    if abs(value := int(text)) > _LARGEST:
+        raise ValueError
+    return value
+
+
+_finite = _number(_to_finite, "a finite number")
+_integer = _number(_to_integer, "an integer of at most 64 bits")
