@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
+import os
 import pkgutil
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from moepp.errors import ConfigError, MoeppError
 
 USAGE_EXIT_CODE = 2
 INTERRUPT_EXIT_CODE = 130  # 128 + SIGINT, as shells do
+PIPE_EXIT_CODE = 141  # 128 + SIGPIPE
 # What other trainers and tools call a command.
 _SYNONYMS = {
     **dict.fromkeys(("pretrain", "run", "fit", "finetune", "resume", "sweep"), "train"),
@@ -57,6 +59,9 @@ def report_errors(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPT_EXIT_CODE
+    except BrokenPipeError:  # `head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has nowhere to go
+        return PIPE_EXIT_CODE
 
 
 def _dispatch(argv: list[str]) -> int:

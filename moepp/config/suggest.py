@@ -79,7 +79,7 @@ def nearest_keys(key: str, known: Sequence[str]) -> list[str]:
     word = _plain(last)
     same_word = [name for name in known if _plain(_last(name)) == word]  # in another section, or spelt otherwise
     meant = _KEY_OF.get(word) or _KEY_OF.get(_plain(key)) or _near_synonym(word)
-    found = same_word + [meant] * (meant in known)
+    found = [*same_word, *(name for name in known if name == meant)]
     if not found:
         own = [_last(name) for name in known if _section(name) == section]
         found = [f"{section}.{name}" for name in difflib.get_close_matches(last, own, n=_SHOWN_KEYS, cutoff=0.5)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,6 +66,8 @@ def _run(arguments: list[str]) -> int:
         raise ConfigError(
             f"--config-dir {options.config_dir} is not a folder; name one that holds model/, data/ or other groups"
         )
+    if options.help or options.hydra_help or options.cfg or options.info:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # shown to `head` or `less`, which may have seen enough
     if not (options.help or options.hydra_help or options.shell_completion):
         refuse_incomplete_overrides(options.overrides)
     if options.multirun and not (options.help or options.hydra_help):
