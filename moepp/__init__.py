@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import moepp.cpu  # noqa: F401  # sets variables that torch reads once, when it is imported
+
 if TYPE_CHECKING:
     from moepp.config import MoEConfig
     from moepp.moe import MoELayer, MoEOutput, MoEStats

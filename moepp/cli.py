@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import moepp.commands
+from moepp import cpu
 from moepp.arguments import Parser
 from moepp.environment import version_line
 from moepp.errors import ConfigError, MoeppError
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report_errors(run: Callable[[], int]) -> int:
     """Run and return its exit code; a user's error becomes one line on stderr and exit code 2."""
     try:
+        cpu.chosen()  # a wrong kind is an error before any work
         return run()
     except MoeppError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

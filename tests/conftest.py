@@ -10,11 +10,26 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests
 import pytest
 import torch
 
+from moepp import cpu  # isort: split  # before torch, which reads once the variables that the package sets
+from moepp.errors import ConfigError
 from tests.dist import WorkerPool
 
 torch.set_num_threads(1)
 if not torch.accelerator.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, by whomever
+
+
+def pytest_configure() -> None:
+    """Refuse a wrong MOEPP_CPU in one line."""
+    try:
+        cpu.chosen()
+    except ConfigError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def pytest_report_header() -> str:
+    """Which CPU kind the tests run on."""
+    return f"cpu kind: {cpu.chosen() or 'the whole machine'} ({cpu.VARIABLE})"
 
 
 @pytest.fixture(scope="module")

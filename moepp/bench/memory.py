@@ -15,7 +15,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from moepp.bench.cases import Case, ForcedRouting, make_layer, random_tokens
 from moepp.bench.tables import Record
+from moepp.kernels import compiled, matmul_transposed, mm
 from moepp.moe import MoELayer
+from moepp.moe.tile_experts import backward_buffer_elements, has_tiles
 from moepp.moe.vector_experts import backward_scratch_bytes, has_vectors
 
 MEGABYTE = 2**20
@@ -39,25 +41,63 @@ def saved_bytes(layer: MoELayer, x_TD: Tensor) -> tuple[int, Any]:
     return sum(saved.values()), out
 
 
-def saved_formula(case: Case, ffn_slots: int, element_size: int) -> int:
-    """Per FFN slot its row and its output (2 D), gate and up (2 F)."""
-    return ffn_slots * (2 * case.hidden_size + 2 * case.ffn_hidden_size) * element_size
+def saved_formula(case: Case, layer: MoELayer, num_tokens: int, ffn_slots: int) -> int:
+    """Per FFN slot its row and its output (2 D), gate and up (2 F).
+
+    Without compiled kernels torch's projection keeps x in float32 besides, where it is of another type.
+    """
+    weight, width = layer.experts.down_proj, case.hidden_size
+    copies_x = compiled(weight) is None and weight.dtype != torch.float32
+    per_slot = (2 * width + 2 * case.ffn_hidden_size) * weight.element_size()
+    return ffn_slots * per_slot + (num_tokens * width * 4 if copies_x else 0)
 
 
 def peak_formula(case: Case, layer: MoELayer, num_tokens: int, ffn_slots: int, busiest: int) -> int:
     """What backward holds at its height, in the experts, beyond weights, x and the output's gradient.
 
     What is saved but the experts' outputs, which are no longer needed; gradients of the experts' weights; of their
-    outputs and rows (2 D a slot); of x by way of the zero-computation experts, and the output (2 D a token); of one
-    expert's gate and up, its activation, and its outputs' gradient transposed (3 F + D a row).
+    outputs and rows (2 D a slot); the output, and the gradient of x by way of the zero-computation experts (D a token
+    each); and :func:`expert_scratch`.
     """
-    width, expert_width = case.hidden_size, case.ffn_hidden_size
-    size = layer.experts.down_proj.element_size()
+    size, width = layer.experts.down_proj.element_size(), case.hidden_size
     gradients = sum(p.numel() for p in layer.experts.parameters())
-    scratch = (3 * expert_width + width) * busiest * size
-    if has_vectors(layer.experts.down_proj):  # which compute in float32
-        scratch = backward_scratch_bytes(width, expert_width, busiest)
-    return saved_formula(case, ffn_slots, size) + (gradients + width * (ffn_slots + 2 * num_tokens)) * size + scratch
+    per_token = width * (2 if layer.cfg.num_zero_computation_experts else 1)
+    held = gradients + width * ffn_slots + per_token * num_tokens
+    return saved_formula(case, layer, num_tokens, ffn_slots) + held * size + expert_scratch(layer, busiest)
+
+
+def expert_scratch(layer: MoELayer, busiest: int) -> int:
+    """Bytes that one expert's backward needs for itself, by the way in which this CPU computes experts.
+
+    On vector registers: all in one float32 buffer. On tile registers: the gradients of gate and up and the activation.
+    By products of torch: the same and the activation's gradient. The last two ways use torch's products, which copy
+    and convert as the CPU wants it: what these need is measured by themselves, at the same sizes.
+    """
+    down_EDF = layer.experts.down_proj.detach()
+    width, expert_width = down_EDF.shape[1:]
+    if has_tiles(down_EDF.new_empty(0, width), expert_width):
+        own = backward_buffer_elements(expert_width, busiest) * down_EDF.element_size()
+        return own + _products_scratch(down_EDF, busiest, transposes_hidden=False)
+    if has_vectors(down_EDF):
+        return backward_scratch_bytes(width, expert_width, busiest)
+    activation = expert_width * busiest * down_EDF.element_size()
+    # Without compiled kernels SwiGLU's gradient needs five more at a time.
+    swiglu = 0 if compiled(down_EDF) else 5 * activation
+    return 4 * activation + max(swiglu, _products_scratch(down_EDF, busiest, transposes_hidden=True))
+
+
+def _products_scratch(down_EDF: Tensor, rows: int, transposes_hidden: bool) -> int:
+    """Most bytes beyond factors and result of the products that give the gradients of an expert's weights."""
+    width, expert_width = down_EDF.shape[1:]
+    x_RD, act_RF = down_EDF.new_zeros(rows, width), down_EDF.new_zeros(rows, expert_width)
+    grad_GR, grad_RG = down_EDF.new_zeros(2 * expert_width, rows), down_EDF.new_zeros(rows, 2 * expert_width)
+    grad_GD, grad_DF = down_EDF.new_zeros(2 * expert_width, width), down_EDF.new_zeros(width, expert_width)
+    gate_up = (
+        (lambda: matmul_transposed(grad_RG, x_RD, grad_GD))
+        if transposes_hidden
+        else (lambda: mm(grad_GR, x_RD, grad_GD))
+    )
+    return max(peak_bytes(gate_up), peak_bytes(lambda: matmul_transposed(x_RD, act_RF, grad_DF)))
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
@@ -86,7 +126,7 @@ def measure_memory(case: Case, tau: float | None, num_tokens: int, dtype: torch.
         "tau": tau,
         "ffn/token": slots / num_tokens,
         "saved MB": saved / MEGABYTE,
-        "saved formula MB": saved_formula(case, slots, x_TD.element_size()) / MEGABYTE,
+        "saved formula MB": saved_formula(case, layer, num_tokens, slots) / MEGABYTE,
         "peak MB": peak / MEGABYTE,
         "peak formula MB": peak_formula(case, layer, num_tokens, slots, busiest) / MEGABYTE,
     }

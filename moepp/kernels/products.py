@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moepp import cpu
+
 
 def multiplies_in_float32(tensor: Tensor) -> bool:
     """Whether products of tensors like this one are computed in float32 and rounded."""
@@ -22,6 +24,9 @@ def multiplies_in_float32(tensor: Tensor) -> bool:
 
 @functools.cache
 def _cpu_has_bfloat16() -> bool:
+    kind = cpu.chosen()
+    if kind is not None and not cpu.KINDS[kind].multiplies_bfloat16:
+        return False  # whatever torch says: not every release looks at the variables
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

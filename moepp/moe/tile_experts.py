@@ -26,6 +26,12 @@ def has_tiles(rows_RD: Tensor, expert_width: int) -> bool:
     return kernels is not None and kernels.has_tiles and multiples
 
 
+def backward_buffer_elements(width_F: int, rows: int) -> int:
+    """Of backward, for the longest chunk: the gradients of gate and up, and the activation."""
+    stride = _leading_dimension(rows)
+    return 2 * width_F * stride + stride * (width_F + _BLOCK)
+
+
 def _padded(rows: int) -> int:
     return -(-rows // _BLOCK) * _BLOCK
 

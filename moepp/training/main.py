@@ -21,6 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from moepp import cpu
 from moepp.config import (
     from_hydra,
     missing_known_key,
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # The deepspeed launcher adds this option; the rank is read from the environment.
     arguments = [argument for argument in arguments if not argument.startswith("--local_rank")]
     try:
+        cpu.chosen()  # a wrong kind is an error before any work
         code = _run(arguments)
     except (MoeppError, HydraException, OmegaConfBaseException) as error:
         leave(error)
