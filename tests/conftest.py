@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests are tiny and may run side by side
 
+# Before torch too, which reads once the variables that the package sets.
+import moepp  # noqa: F401  # isort: skip
+
 import pytest
 import torch
 
-from moepp import cpu  # isort: split  # before torch, which reads once the variables that the package sets
+from moepp import cpu
 from moepp.errors import ConfigError
 from tests.dist import WorkerPool
 

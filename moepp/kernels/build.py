@@ -1,7 +1,7 @@
 """Compiles the C files of this folder for this machine, once per element type, and loads them.
 
-The result is kept in the user's cache folder under a name made from everything it depends on. Several processes may
-build at once: each writes a file of its own and renames it.
+The result is kept in the user's cache folder (:mod:`moepp.kernels.cache`) under a name made from everything it depends
+on. Several processes may want it at once: one builds, the others wait for it.
 """
 
 from __future__ import annotations
@@ -10,17 +10,20 @@ import ctypes
 import functools
 import hashlib
 import logging
-import os
 import platform
-import shutil
-import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from moepp import cpu
+from moepp.errors import ConfigError, WriteError
+from moepp.kernels.cache import Cache, CacheError, find_cache, open_library
+from moepp.kernels.compiler import BuildError, Compiler, find_compiler, run_compiler
+
+logger = logging.getLogger("moepp")
 
 _FOLDER = Path(__file__).parent
 _SOURCES = ("moe.c", "routing.c", "project.c", "experts.c", "vector_experts.c", "transpose.c", "cross_entropy.c")
@@ -69,28 +72,93 @@ class Library:
         getattr(self.handle, name)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
 
 
-class BuildError(Exception):
-    """Why there are no compiled kernels, in one line."""
+@functools.cache
+def library(dtype: torch.dtype) -> Library | None:
+    """The kernels for CPU tensors of ``dtype``; None where they cannot be had, which is said once.
+
+    Raises:
+        ConfigError: ``MOEPP_CPU`` is wrong, or names tile registers that the system does not grant.
+    """
+    kind = cpu.chosen()
+    if dtype not in ELEMENT_BITS or (kind is not None and cpu.KINDS[kind].compiler is None):
+        return None
+    try:
+        kernels = _find_or_build(ELEMENT_BITS[dtype], _attempts(kind))
+    except (BuildError, CacheError, WriteError) as error:
+        _warn_once(
+            f"there are no compiled kernels for the CPU ({error}); torch operations take their place, with the same "
+            "results but slower"
+        )
+        return None
+    if kind == "amx" and dtype == torch.bfloat16 and not kernels.has_tiles:
+        raise ConfigError(f"{cpu.VARIABLE}={kind}, but the system or the compiler has no tile registers; unset it")
+    return kernels
 
 
 @functools.cache
-def library(dtype: torch.dtype) -> Library | None:
-    """The kernels for CPU tensors of ``dtype``; None where they cannot be had, which is said once."""
-    if dtype not in ELEMENT_BITS:
-        return None
-    try:
-        return _load(_compiled(ELEMENT_BITS[dtype]))
-    except (BuildError, OSError) as error:
-        logging.getLogger("moepp").warning(
-            "kernels for the CPU could not be built (%s); torch operations take their place, with the same "
-            "results but slower",
-            error,
-        )
-        return None
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
 
 
-def _load(path: Path) -> Library:
-    handle = ctypes.CDLL(str(path))
+def _attempts(kind: str | None) -> tuple[tuple[str, ...], ...]:
+    """Options to try one after the other; all of them keep to the instructions of a kind that was asked for."""
+    option = None if kind is None else cpu.KINDS[kind].compiler
+    if option is None or option == _NATIVE[:1]:
+        return _ATTEMPTS
+    return ((*option, *_NATIVE[1:], "-fopenmp"), (*option, "-fopenmp"), option)
+
+
+def _find_or_build(bits: int, attempts: tuple[tuple[str, ...], ...]) -> Library:
+    compiler, cache = find_compiler(), find_cache()
+    key = _key(bits, attempts, compiler)
+    name = f"kernels-{bits}-{key.hex()[:20]}.so"
+    for is_last in (False, True):
+        content = cache.read(name, key) or _build(bits, attempts, compiler, cache, name, key)
+        try:
+            return _load(content, cache.folder / name)
+        except (OSError, AttributeError) as error:  # not a library, of another machine, or without a function
+            cache.remove(name)
+            if is_last:
+                raise BuildError(
+                    f"{' '.join(compiler.command)} made a library that cannot be loaded: {error}"
+                ) from error
+    raise AssertionError
+
+
+def _build(
+    bits: int, attempts: tuple[tuple[str, ...], ...], compiler: Compiler, cache: Cache, name: str, key: bytes
+) -> bytes:
+    with cache.lock():
+        if content := cache.read(name, key):
+            return content  # built by another process meanwhile
+        for remark in cache.remarks:
+            _warn_once(f"compiled kernels are kept in {cache.folder}, because {remark}")
+        with cache.scratch() as scratch:
+            content = _compile(bits, attempts, compiler, scratch)
+        try:
+            cache.write(name, key, content)
+        except WriteError as error:
+            _warn_once(f"compiled kernels are used now but cannot be kept: {error}")
+    return content
+
+
+def _compile(bits: int, attempts: tuple[tuple[str, ...], ...], compiler: Compiler, scratch: Path) -> bytes:
+    sources, result = [str(_FOLDER / name) for name in _SOURCES], scratch / "kernels.so"
+    for number, flags in enumerate(attempts, start=1):
+        openmp = ["-Wl,--as-needed", *_torch_openmp()] if "-fopenmp" in flags else []
+        options = [*_FLAGS, *flags, f"-DELEMENT_BITS={bits}", *sources, *openmp, "-lm", "-o", str(result)]
+        try:
+            run_compiler(compiler, options, scratch)
+        except BuildError as error:
+            if number == len(attempts) or error.is_final:
+                raise
+        else:
+            return result.read_bytes()
+    raise AssertionError
+
+
+def _load(content: bytes, path: Path) -> Library:
+    handle = open_library(content, path)
     kinds: dict[str, Any] = {"t": ctypes.c_void_p, "n": ctypes.c_int64}
     for name, signature in _SIGNATURES.items():
         function = getattr(handle, name)
@@ -100,47 +168,20 @@ def _load(path: Path) -> Library:
     return Library(handle, path, bool(handle.has_tiles()), bool(handle.has_vector_experts()))
 
 
-def _compiled(bits: int) -> Path:
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if not compiler:
-        raise BuildError("no C compiler found; install gcc or clang")
+def _key(bits: int, attempts: tuple[tuple[str, ...], ...], compiler: Compiler) -> bytes:
+    """SHA-256 of all that the library depends on."""
     key = hashlib.sha256()
     texts = [(_FOLDER / name).read_bytes() for name in (*_SOURCES, *_HEADERS)]
-    for part in (
-        *texts,
-        repr((_FLAGS, _ATTEMPTS)).encode(),
-        compiler.encode(),
-        torch.__version__.encode(),
-        _processor().encode(),
-    ):
-        key.update(part)
-    folder = _cache_folder()
-    target = folder / f"kernels-{bits}-{key.hexdigest()[:20]}.so"
-    if target.exists():
-        return target
-    with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
-        result = Path(scratch, "kernels.so")
-        _compile(compiler.split(), bits, result)
-        os.replace(result, target)
-    return target
-
-
-def _compile(compiler: list[str], bits: int, result: Path) -> None:
-    problem, sources = "", [str(_FOLDER / name) for name in _SOURCES]
-    for flags in _ATTEMPTS:
-        openmp = _torch_openmp() if "-fopenmp" in flags else []
-        command = [*compiler, *_FLAGS, *flags, f"-DELEMENT_BITS={bits}", *sources, *openmp, "-lm", "-o", str(result)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode == 0:
-            return
-        problem = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[0]
-    raise BuildError(f"{compiler[0]}: {problem}")
+    openmp = [Path(path).name for path in _torch_openmp()]
+    settings = (bits, _FLAGS, attempts, compiler, platform.libc_ver(), torch.__version__, openmp, _processor())
+    for part in (*texts, repr(settings).encode()):
+        key.update(hashlib.sha256(part).digest())
+    return key.digest()
 
 
 def _torch_openmp() -> list[str]:
     """torch's own OpenMP runtime: with a second one the threads of the two would fight for the cores."""
-    found = sorted(Path(torch.__file__).parent.glob("lib/lib*omp*.so*"))
-    return ["-Wl,--as-needed", str(found[0])] if found else []
+    return [str(path) for path in sorted(Path(torch.__file__).parent.glob("lib/lib*omp*.so*"))[:1]]
 
 
 def _processor() -> str:
@@ -152,15 +193,3 @@ def _processor() -> str:
     return platform.machine() + "".join(
         next((line for line in lines if line.startswith(field)), "") for field in ("model name", "flags", "Features")
     )
-
-
-def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    for folder in (Path(root, "moepp"), Path(tempfile.gettempdir(), f"moepp-{os.getuid()}")):
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError:
-            continue
-        if os.access(folder, os.W_OK | os.X_OK) and folder.stat().st_uid == os.getuid():
-            return folder
-    raise BuildError(f"neither {root} nor {tempfile.gettempdir()} is writable")

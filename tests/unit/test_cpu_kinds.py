@@ -1,0 +1,68 @@
+"""The tests that depend on the CPU, on every kind of CPU that this machine can be: each in a pytest of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moepp import cpu
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = (
+    "tests/unit/test_cpu.py",
+    "tests/unit/test_bench.py",
+    "-k",
+    "keep or hold or same_kind or float64 or sizes_say",
+)
+CPU_FILES = (
+    "tests/unit/test_cpu.py",
+    "tests/unit/test_bench.py",
+    "tests/unit/test_kernels.py",
+    "tests/unit/test_products.py",
+    "tests/unit/test_tile_experts.py",
+    "tests/unit/test_vector_experts.py",
+)
+LAYER_FILES = (
+    "tests/unit/test_moe_contract.py",
+    "tests/unit/test_moe_layer.py",
+    "tests/dist/test_moe_expert_parallel.py",
+)
+# Tests that must have run, not been skipped, for a kind to count as tested.
+PROOF = {"amx": "test_tile_experts", "avx2": "test_vector_experts"}
+
+
+def run_pytest(kind: str, *arguments: str, seconds: float) -> str:
+    """The outcome of every test; fails with the failures if there are any."""
+    if lacks := cpu.missing(kind):
+        pytest.skip(f"this machine cannot be {kind}: it has no {', '.join(lacks)}")
+    environment = cpu.environment(kind, os.environ)
+    command = [sys.executable, "-m", "pytest", "-q", "-rA", "--tb=short", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=seconds, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert f"cpu kind: {kind}" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize("kind", cpu.KINDS)
+def test_torch_kernels_memory_and_the_layer_on(kind):
+    """The cheap part: the process keeps to its kind, and the layer is right on it."""
+    outcome = run_pytest(kind, *QUICK, seconds=280)
+    assert "test_this_process_keeps_to_its_kind" in "".join(re.findall("^PASSED.*", outcome, re.MULTILINE))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kind", cpu.KINDS)
+def test_every_test_that_depends_on_the_cpu_passes_on(kind):
+    outcome = run_pytest(kind, *CPU_FILES, *LAYER_FILES, seconds=3500)
+    passed = "".join(re.findall("^PASSED.*", outcome, re.MULTILINE))
+    assert "test_this_process_keeps_to_its_kind" in passed
+    for name, proof in PROOF.items():
+        assert (f"{proof}.py::test_outputs_and_all_gradients" in passed) == (name == kind)
