@@ -38,7 +38,8 @@ def library(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "portable":
             patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-            patch.setattr(build, "_attempts", lambda _: (("-fopenmp",), ()))
+            patch.setattr(cpu, "chosen", lambda: None)
+            patch.setattr(build, "_ATTEMPTS", (("-fopenmp",), ()))
         build.library.cache_clear()
         yield
     build.library.cache_clear()
