@@ -18,7 +18,7 @@ from moepp.weights.pieces import is_stacked
 from moepp.weights.write import MAX_SHARD_BYTES, prepare_folder, write_json, write_text
 
 CODE = Path(__file__).parent / "code"
-CODE_FILES = ("configuration_moepp.py", "layers_moepp.py", "modeling_moepp.py")
+CODE_FILES = ("cache_moepp.py", "configuration_moepp.py", "layers_moepp.py", "mask_moepp.py", "modeling_moepp.py")
 
 
 def save_pretrained(model: Transformer, folder: str | Path, token_ids: TokenIds) -> list[str]:

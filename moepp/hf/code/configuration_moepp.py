@@ -30,11 +30,12 @@ class MoeppConfig(PretrainedConfig):
         gate_normalization: "zero_masked" (softmax over all, zero experts' weights to 0, chosen renormalised), "none"
             (softmax over all), or "topk_softmax" (softmax over the chosen).
         scale_input_by_top_k: multiply the experts' input by num_experts_per_tok.
+        output_router_logits: whether outputs hold the router logits of every MoE layer.
     """
 
     model_type = "moepp"
     _auto_class = "AutoConfig"  # save_pretrained copies this code too
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache", "router_logits"]
 
     def __init__(
         self,
@@ -62,6 +63,7 @@ class MoeppConfig(PretrainedConfig):
         logits_norm_std: float | None = None,
         gate_normalization: str = "zero_masked",
         scale_input_by_top_k: bool = False,
+        output_router_logits: bool = True,
         use_cache: bool = True,
         tie_word_embeddings: bool = False,
         **kwargs: Any,
@@ -90,6 +92,7 @@ class MoeppConfig(PretrainedConfig):
         self.logits_norm_std = logits_norm_std
         self.gate_normalization = gate_normalization
         self.scale_input_by_top_k = scale_input_by_top_k
+        self.output_router_logits = output_router_logits
         self.use_cache = use_cache
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 

@@ -1,18 +1,37 @@
 """The layers of MoE++ language models (arXiv 2410.07348); plain torch.
 
-Letters: B batch, S new positions, P positions seen (cached + new), T = B·S tokens, D width, H query heads, G key/value
+Letters: B batch, S new positions, P keys (cached + new; with a static cache all its places), T = B·S tokens, D width, H query heads, G key/value
 heads, d head size, F FFN width, E FFN experts, C constant experts, Z zero-computation experts, N experts of every kind
 (order FFN, constant, copy, zero), K experts per token, R rows of one expert, V vocabulary.
 """
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from .cache_moepp import Places
 from .configuration_moepp import MoeppConfig
+
+try:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+except ImportError:  # before transformers 4.52
+
+    class GradientCheckpointingLayer(nn.Module):
+        """Computes its forward anew in the backward pass while ``gradient_checkpointing`` is set."""
+
+        gradient_checkpointing = False
+        _gradient_checkpointing_func: Any = None
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            if self.gradient_checkpointing and self.training:
+                return self._gradient_checkpointing_func(partial(super().__call__, **kwargs), *args)
+            return super().__call__(*args, **kwargs)
 
 
 class MoeppRMSNorm(nn.Module):
@@ -41,24 +60,34 @@ class MoeppAttention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(
-        self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Returns the output and the keys and values of all positions."""
+        self,
+        x_BSD: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: Cache | None,
+        places: Places,
+        eager: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the output, and where ``eager`` the attention weights, [B, H, S, P]."""
         query_BHSd = _rotate(self._heads(self.q_proj(x_BSD)), rotation)
         key_BGPd = _rotate(self._heads(self.k_proj(x_BSD)), rotation)
         value_BGPd = self._heads(self.v_proj(x_BSD))
         if cache is not None:
-            key_BGPd, value_BGPd = cache.update(key_BGPd, value_BGPd, self.layer_idx)
-        is_causal = mask is None and query_BHSd.shape[2] == key_BGPd.shape[2]
+            # Static caches before transformers 5.1 store where cache_position says; others do not read it.
+            where = {"cache_position": places.positions_S.to(x_BSD.device)}
+            key_BGPd, value_BGPd = cache.update(key_BGPd, value_BGPd, self.layer_idx, where)
+        if key_BGPd.shape[2] != places.num_keys:
+            raise ValueError(
+                f"{type(cache).__name__} returned {key_BGPd.shape[2]} keys, expected {places.num_keys}; use a DynamicCache"
+            )
         group = query_BHSd.shape[1] // key_BGPd.shape[1]
-        out_BHSd = F.scaled_dot_product_attention(
-            query_BHSd,
-            key_BGPd.repeat_interleave(group, dim=1),
-            value_BGPd.repeat_interleave(group, dim=1),
-            attn_mask=mask,
-            is_causal=is_causal,
-        )
-        return self.o_proj(out_BHSd.transpose(1, 2).reshape(x_BSD.shape)), (key_BGPd, value_BGPd)
+        key_BHPd, value_BHPd = key_BGPd.repeat_interleave(group, dim=1), value_BGPd.repeat_interleave(group, dim=1)
+        if eager:
+            out_BHSd, weights_BHSP = _attend_eagerly(query_BHSd, key_BHPd, value_BHPd, mask)
+        else:
+            weights_BHSP, is_causal = None, mask is None and x_BSD.shape[1] > 1
+            out_BHSd = F.scaled_dot_product_attention(query_BHSd, key_BHPd, value_BHPd, mask, is_causal=is_causal)
+        return self.o_proj(out_BHSd.transpose(1, 2).reshape(x_BSD.shape)), weights_BHSP
 
     def _heads(self, x_BSD: Tensor) -> Tensor:
         return x_BSD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -78,6 +107,17 @@ class MoeppDenseFFN(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x_D)) * self.up_proj(x_D))
 
 
+class MoeppLinearFp32(nn.Linear):
+    """``W x`` in fp32 whatever the weights are stored in; a module, so that adapters and offloading reach it."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return _linear_fp32(x_TD, self.weight)
+
+
 class MoeppRouter(nn.Module):
     """Logits with gating residual, in fp32: ``R(x) + W_g · previous logits``."""
 
@@ -87,9 +127,9 @@ class MoeppRouter(nn.Module):
         if config.router == "linear":
             self.weight = nn.Parameter(torch.empty(n, config.hidden_size))
         else:
-            self.fc1 = nn.Linear(config.hidden_size, 8 * n, bias=False)
-            self.fc2 = nn.Linear(8 * n, n, bias=False)
-        self.gate_map = nn.Linear(n, n, bias=False) if config.gating_residual else None
+            self.fc1 = MoeppLinearFp32(config.hidden_size, 8 * n)
+            self.fc2 = MoeppLinearFp32(8 * n, n)
+        self.gate_map = MoeppLinearFp32(n, n) if config.gating_residual else None
         self.is_linear = config.router == "linear"
 
     def forward(self, x_TD: Tensor, previous_TN: Tensor | None) -> Tensor:
@@ -97,9 +137,9 @@ class MoeppRouter(nn.Module):
             if self.is_linear:
                 logits_TN = _linear_fp32(x_TD, self.weight)
             else:
-                logits_TN = _linear_fp32(torch.tanh(_linear_fp32(x_TD, self.fc1.weight)), self.fc2.weight)
+                logits_TN = self.fc2(torch.tanh(self.fc1(x_TD)))
             if self.gate_map is not None and previous_TN is not None:
-                logits_TN = logits_TN + _linear_fp32(previous_TN, self.gate_map.weight)
+                logits_TN = logits_TN + self.gate_map(previous_TN)
         return logits_TN
 
 
@@ -114,10 +154,11 @@ class MoeppExperts(nn.Module):
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         out_TD = torch.zeros_like(x_TD)
-        for expert in range(self.gate_up_proj.shape[0]):
+        gate_up_proj, down_proj = self.gate_up_proj, self.down_proj  # read once: adapters compute them when read
+        for expert in range(gate_up_proj.shape[0]):
             tokens_R, slots_R = torch.where(ids_TK == expert)
-            gate_RF, up_RF = F.linear(x_TD[tokens_R], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            rows_RD = F.linear(F.silu(gate_RF) * up_RF, self.down_proj[expert])
+            gate_RF, up_RF = F.linear(x_TD[tokens_R], gate_up_proj[expert]).chunk(2, dim=-1)
+            rows_RD = F.linear(F.silu(gate_RF) * up_RF, down_proj[expert])
             weighted_RD = (rows_RD * weights_TK[tokens_R, slots_R, None]).to(x_TD.dtype)
             out_TD = out_TD.index_add(0, tokens_R, weighted_RD)
         return out_TD
@@ -185,7 +226,7 @@ class MoeppSparseFFN(nn.Module):
         return ids_TK, weights_TK
 
 
-class MoeppDecoderLayer(nn.Module):
+class MoeppDecoderLayer(GradientCheckpointingLayer):
     """``h += attention(norm(h)); h += moe_or_mlp(norm(h))``."""
 
     def __init__(self, config: MoeppConfig, layer_idx: int) -> None:
@@ -198,6 +239,40 @@ class MoeppDecoderLayer(nn.Module):
             self.moe = MoeppSparseFFN(config)
         else:
             self.mlp = MoeppDenseFFN(config)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        previous_TN: Tensor | None,
+        rotation: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        places: Places,
+        eager: bool,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Returns the output, the router logits of the last MoE layer, and where ``eager`` the attention weights."""
+        attended_BSD, weights_BHSP = self.self_attn(self.input_layernorm(x_BSD), rotation, mask, cache, places, eager)
+        x_BSD = x_BSD + attended_BSD
+        normed_BSD = self.post_attention_layernorm(x_BSD)
+        if self.is_moe:
+            out_BSD, previous_TN = self.moe(normed_BSD, previous_TN)
+        else:
+            out_BSD = self.mlp(normed_BSD)
+        return x_BSD + out_BSD, previous_TN, weights_BHSP
+
+
+def _attend_eagerly(
+    query_BHSd: Tensor, key_BHPd: Tensor, value_BHPd: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same, with weights to look at; without a mask the new positions are all there are, or one sees all."""
+    scores_BHSP = query_BHSd @ key_BHPd.transpose(2, 3) / query_BHSd.shape[-1] ** 0.5
+    if mask is not None:
+        scores_BHSP = scores_BHSP + mask
+    elif scores_BHSP.shape[2] > 1:
+        future = torch.ones(scores_BHSP.shape[2:], dtype=torch.bool, device=query_BHSd.device).triu(1)
+        scores_BHSP = scores_BHSP.masked_fill(future, torch.finfo(scores_BHSP.dtype).min)
+    weights_BHSP = scores_BHSP.softmax(dim=-1, dtype=torch.float32).to(query_BHSd.dtype)
+    return weights_BHSP @ value_BHPd, weights_BHSP
 
 
 def _linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
@@ -228,22 +303,3 @@ def _rotate(x_BHSd: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     first, second = x_BHSd.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
-
-def attention_mask_table(mask_BP: Tensor | None, sizes: tuple[int, int, int], like: Tensor) -> Tensor | None:
-    """[1 or B, 1, S, P], the lowest number in the future and on padding; None where attention needs no mask."""
-    batch, num_new, num_past = sizes
-    if mask_BP is None and (num_past == 0 or num_new == 1):
-        return None
-    lowest = torch.finfo(like.dtype).min
-    shape = (num_new, num_past + num_new)
-    mask_SP = torch.full(shape, lowest, dtype=like.dtype, device=like.device).triu(num_past + 1)
-    if mask_BP is None:
-        return mask_SP[None, None]
-    if tuple(mask_BP.shape) != (batch, num_past + num_new):
-        raise ValueError(
-            f"attention_mask has shape {list(mask_BP.shape)}, expected {[batch, num_past + num_new]} "
-            "(batch, cached + new positions)"
-        )
-    padding_BP = torch.zeros(mask_BP.shape, dtype=like.dtype, device=like.device)
-    padding_BP = padding_BP.masked_fill(~mask_BP.bool().to(like.device), lowest)
-    return mask_SP[None, None] + padding_BP[:, None, None, :]

@@ -1,7 +1,7 @@
 """MoE++ language models (arXiv 2410.07348) for Hugging Face transformers 4.46 to 5.x. Needs torch and transformers.
 
-Letters: B batch, S new positions, P positions seen (cached + new), D width, G key/value heads, d head size, N experts
-of every kind, T = B·S tokens, V vocabulary.
+Letters: B batch, S new positions, P keys (cached + new), D width, N experts of every kind, T = B·S tokens,
+V vocabulary.
 """
 
 # What the base classes declare differs between versions.
@@ -9,15 +9,18 @@ of every kind, T = B·S tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
+from .cache_moepp import find_places, open_cache, to_legacy
 from .configuration_moepp import MoeppConfig
 from .layers_moepp import (
     MoeppDecoderLayer,
@@ -25,9 +28,14 @@ from .layers_moepp import (
     MoeppRMSNorm,
     MoeppRouter,
     MoeppZeroComputation,
-    attention_mask_table,
     rotation_table,
 )
+from .mask_moepp import attention_mask_table, packed_sequences
+
+# Pipelines know their models, and Trainer's label smoothing the models whose labels it has to shift, by this table.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(MoeppConfig.model_type, "MoeppForCausalLM")
+
+_logger = logging.get_logger(__name__)
 
 # The cache's name in outputs and arguments: "cache" from transformers 5.24 on.
 _CACHE = "cache" if "cache" in MoeModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -39,8 +47,11 @@ class MoeppPreTrainedModel(PreTrainedModel):
     config_class = MoeppConfig
     base_model_prefix = "model"
     _no_split_modules: ClassVar = ["MoeppDecoderLayer"]
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_cache_class = True
+    _supports_static_cache = True
+    _supports_quantized_cache = True
     _skip_keys_device_placement: ClassVar = ["past_key_values", "cache"]
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -79,49 +90,72 @@ class MoeppModel(MoeppPreTrainedModel):
         past_key_values: Cache | tuple | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
+        return_dict: bool | None = None,
         cache: Cache | None = None,
+        cache_position: Tensor | None = None,
         **kwargs: Any,
-    ) -> MoeModelOutputWithPast:
-        """``attention_mask``: [B, P], 0 marks padding. ``position_ids``: [B, S]; None: counted on, padding included.
+    ) -> MoeModelOutputWithPast | tuple:
+        """``attention_mask``: [B, P], 0 marks padding, or [B or 1, heads or 1, S, P], True (or 0) where to attend.
 
-        ``cache`` is another name of ``past_key_values``.
+        ``position_ids``: [B or 1, S]; None: counted on, padding included. Without a mask and a cache, positions that do
+        not count up by one start another sequence in the same row. ``cache`` is another name of ``past_key_values``.
         """
-        past_key_values = past_key_values if cache is None else cache
+        config = self.config
+        past = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        is_legacy = isinstance(past_key_values, tuple | list)
-        cache = _to_cache(past_key_values) if is_legacy else past_key_values
-        if use_cache and cache is None:
-            cache = DynamicCache()
-        (batch, num_new), num_past = hidden_BSD.shape[:2], 0 if cache is None else int(cache.get_seq_length())
+        batch, num_new = hidden_BSD.shape[:2]
+        eager = self._is_eager() or _flag(output_attentions, config, "output_attentions")
+        use_cache = self._use_cache(use_cache, past)
+        cache = open_cache(past, use_cache, config.num_hidden_layers)
+        places = find_places(cache, num_new, cache_position, hidden_BSD.device)
+        sequences_BS = None
         if position_ids is None:
-            position_ids = torch.arange(num_past, num_past + num_new, device=hidden_BSD.device).unsqueeze(0)
-        rotation = rotation_table(self.config, position_ids, num_past + num_new, hidden_BSD.dtype)
-        mask = attention_mask_table(attention_mask, (batch, num_new, num_past), hidden_BSD)
-        hidden_states, router_logits, present = [], [], []
-        previous_TN = None
+            position_ids = places.positions_S.unsqueeze(0)
+        elif attention_mask is None and cache is None:
+            sequences_BS = packed_sequences(position_ids, batch)
+        rotation = rotation_table(config, position_ids, places.num_past + num_new, hidden_BSD.dtype)
+        mask = attention_mask_table(attention_mask, places, sequences_BS, hidden_BSD, config.num_attention_heads)
+        hidden_states, attentions, router_logits, previous_TN = [], [], [], None
         for layer in self.layers:
             hidden_states.append(hidden_BSD)
-            attended_BSD, key_value = layer.self_attn(layer.input_layernorm(hidden_BSD), rotation, mask, cache)
-            present.append(key_value)
-            hidden_BSD = hidden_BSD + attended_BSD
-            normed_BSD = layer.post_attention_layernorm(hidden_BSD)
+            hidden_BSD, previous_TN, weights_BHSP = layer(
+                hidden_BSD, previous_TN, rotation, mask, places, eager, cache=cache
+            )
+            attentions.append(weights_BHSP)
             if layer.is_moe:
-                out_BSD, previous_TN = layer.moe(normed_BSD, previous_TN)
                 router_logits.append(previous_TN)
-            else:
-                out_BSD = layer.mlp(normed_BSD)
-            hidden_BSD = hidden_BSD + out_BSD
         hidden_BSD = self.norm(hidden_BSD)
-        return MoeModelOutputWithPast(
+        if isinstance(past, tuple | list) and cache is not None:
+            cache = to_legacy(cache)
+        result = MoeModelOutputWithPast(
             last_hidden_state=hidden_BSD,
-            hidden_states=(*hidden_states, hidden_BSD) if output_hidden_states else None,
-            router_logits=tuple(router_logits),
-            **{_CACHE: (tuple(present) if is_legacy else cache) if use_cache else None},
+            hidden_states=_chosen((*hidden_states, hidden_BSD), output_hidden_states, config, "output_hidden_states"),
+            attentions=_chosen(attentions, output_attentions, config, "output_attentions"),
+            router_logits=_chosen(router_logits, output_router_logits, config, "output_router_logits"),
+            **{_CACHE: cache if use_cache else None},
         )
+        return result if _flag(return_dict, config, "return_dict") else result.to_tuple()
+
+    def _is_eager(self) -> bool:
+        implementation = getattr(self.config, "_attn_implementation", None)
+        if implementation not in (None, "eager", "sdpa"):
+            raise ValueError(f"attn_implementation={implementation!r} is not supported; use 'sdpa' or 'eager'")
+        return implementation == "eager"
+
+    def _use_cache(self, use_cache: bool | None, past: Any) -> bool:
+        """As for Llama, but without being asked for no cache is kept in training."""
+        if self.training and torch.is_grad_enabled() and any(layer.gradient_checkpointing for layer in self.layers):
+            if past is not None:
+                raise ValueError("gradient checkpointing and past_key_values exclude each other; leave one out")
+            if use_cache:
+                _logger.warning_once("use_cache=True is not compatible with gradient checkpointing; no cache is kept")
+            return False
+        return self.config.use_cache and not self.training if use_cache is None else use_cache
 
 
 class MoeppForCausalLM(MoeppPreTrainedModel, GenerationMixin):
@@ -157,74 +191,65 @@ class MoeppForCausalLM(MoeppPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
         return_dict: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
+        num_logits_to_keep: int = 0,
         cache: Cache | None = None,
+        cache_position: Tensor | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast | tuple:
-        """Logits of the last ``logits_to_keep`` positions (0: of all), and the mean cross-entropy of ``labels``.
+        """Logits of the last ``logits_to_keep`` positions (0: of all) or of the positions that it lists, and the loss.
 
-        ``labels``: [B, S], equal to ``input_ids`` (they are shifted here), -100 where no loss is wanted. The balance
-        loss of pretraining is not added. ``cache`` is another name of ``past_key_values``.
+        ``labels``: [B, S], equal to ``input_ids`` (they are shifted here), -100 where no loss is wanted. The loss is
+        their mean cross-entropy; with ``num_items_in_batch=n`` among ``kwargs`` their sum over n, as Trainer wants it
+        to accumulate gradients. The balance loss of pretraining is not added. ``cache`` is another name of
+        ``past_key_values``, ``num_logits_to_keep`` of ``logits_to_keep``. The rest as for :class:`MoeppModel`.
         """
-        past = past_key_values if cache is None else cache
-        out = self.model(input_ids, attention_mask, position_ids, past, inputs_embeds, use_cache, output_hidden_states)
+        kept = num_logits_to_keep or logits_to_keep
+        if labels is not None and (isinstance(kept, Tensor) or kept):
+            raise ValueError("labels need the logits of all positions; leave logits_to_keep at 0")
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            output_router_logits=output_router_logits,
+            return_dict=True,
+            cache=cache,
+            cache_position=cache_position,
+        )
         hidden_BSD = out.last_hidden_state
-        logits_BSV = self.lm_head(hidden_BSD[:, -logits_to_keep:] if logits_to_keep else hidden_BSD)
+        logits_BSV = self.lm_head(hidden_BSD[:, slice(-kept, None) if isinstance(kept, int) else kept])
         loss = None
         if labels is not None:
-            if logits_to_keep:
-                raise ValueError("labels need the logits of all positions; leave logits_to_keep at 0")
-            shifted_T = labels[:, 1:].flatten().to(logits_BSV.device)
-            loss = F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1).float(), shifted_T)
+            loss = self.loss_function(logits=logits_BSV, labels=labels, vocab_size=logits_BSV.shape[-1], **kwargs)
         result = MoeCausalLMOutputWithPast(
             loss=loss,
             logits=logits_BSV,
             hidden_states=out.hidden_states,
+            attentions=out.attentions,
             router_logits=out.router_logits,
             **{_CACHE: getattr(out, _CACHE)},
         )
-        return result.to_tuple() if return_dict is False else result
+        return result if _flag(return_dict, self.config, "return_dict") else result.to_tuple()
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        past_key_values: Cache | tuple | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        cache: Cache | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """The tokens that the cache does not hold yet; positions count real tokens only."""
-        past = past_key_values if cache is None else cache
-        if past is None:
-            num_past = 0
-        elif isinstance(past, tuple | list):
-            num_past = past[0][0].shape[2]
-        else:
-            num_past = int(past.get_seq_length())
-        inputs: dict[str, Any] = {_CACHE: past, "use_cache": use_cache}
-        inputs["attention_mask"] = attention_mask
-        if inputs_embeds is not None and num_past == 0:
-            inputs["inputs_embeds"] = inputs_embeds
-            num_new = inputs_embeds.shape[1]
-        else:
-            # With inputs_embeds as the prompt, input_ids hold the new tokens only.
-            num_new = 1 if inputs_embeds is not None else input_ids.shape[1] - num_past
-            inputs["input_ids"] = input_ids[:, -num_new:].contiguous()
-        if attention_mask is not None:
-            positions_BP = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-            inputs["position_ids"] = positions_BP[:, -num_new:]
-        if "logits_to_keep" in kwargs:
-            inputs["logits_to_keep"] = kwargs["logits_to_keep"]
-        return inputs
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """For generation with a static cache: which tokens an expert gets is known at run time only, so that
+        there is no one graph to compile; versions before 4.53 would try without being asked."""
+        return self.__call__ if compile_config is None else super().get_compiled_call(compile_config)
 
 
-def _to_cache(past: tuple | list) -> DynamicCache:
-    """From one (keys, values) per layer, as older code passes them."""
-    cache = DynamicCache()
-    for layer, (key_BGPd, value_BGPd) in enumerate(past):
-        cache.update(key_BGPd, value_BGPd, layer)
-    return cache
+def _flag(given: bool | None, config: MoeppConfig, name: str) -> bool:
+    """The argument, or what the configuration says."""
+    return bool(getattr(config, name, False) if given is None else given)
+
+
+def _chosen(values: Sequence[Tensor], given: bool | None, config: MoeppConfig, name: str) -> tuple | None:
+    return tuple(values) if _flag(given, config, name) else None
