@@ -50,7 +50,7 @@ def open_cache(past: Any, use_cache: bool, num_layers: int) -> Cache | None:
             "use a DynamicCache or a StaticCache"
         )
     layers = getattr(past, "layers", None)
-    if layers and getattr(past, "layer_class_to_replicate", None) is None and len(layers) != num_layers:
+    if layers and getattr(past, "layer_class_to_replicate", None) is None and len(layers) < num_layers:
         raise ValueError(f"past_key_values holds {len(layers)} layers, the model has {num_layers}; use its own cache")
     return past
 
@@ -84,7 +84,7 @@ def find_places(cache: Cache | None, num_new: int, cache_position_S: Tensor | No
         return Places(num_past, int(num_past) + num_new, positions_S)
     if isinstance(num_past, int) and num_past + num_new > limit:
         raise ValueError(
-            f"the {type(cache).__name__} holds at most {limit} positions, not the {num_past + num_new} that are needed; "
+            f"the {type(cache).__name__} holds at most {limit} positions, needed are {num_past + num_new}; "
             "make a longer one (max_cache_len)"
         )
     return Places(num_past, limit, positions_S)

@@ -1,8 +1,9 @@
 """The layers of MoE++ language models (arXiv 2410.07348); plain torch.
 
-Letters: B batch, S new positions, P keys (cached + new; with a static cache all its places), T = B·S tokens, D width, H query heads, G key/value
-heads, d head size, F FFN width, E FFN experts, C constant experts, Z zero-computation experts, N experts of every kind
-(order FFN, constant, copy, zero), K experts per token, R rows of one expert, V vocabulary.
+Letters: B batch, S new positions, P keys (cached + new; with a static cache all its places), T = B·S tokens, D width,
+H query heads, G key/value heads, d head size, F FFN width, E FFN experts, C constant experts, Z zero-computation
+experts, N experts of every kind (order FFN, constant, copy, zero), K experts per token, R rows of one expert,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ class MoeppAttention(nn.Module):
             key_BGPd, value_BGPd = cache.update(key_BGPd, value_BGPd, self.layer_idx, where)
         if key_BGPd.shape[2] != places.num_keys:
             raise ValueError(
-                f"{type(cache).__name__} returned {key_BGPd.shape[2]} keys, expected {places.num_keys}; use a DynamicCache"
+                f"the {type(cache).__name__} returned {key_BGPd.shape[2]} keys, expected {places.num_keys}; "
+                "use a DynamicCache"
             )
         group = query_BHSd.shape[1] // key_BGPd.shape[1]
         key_BHPd, value_BHPd = key_BGPd.repeat_interleave(group, dim=1), value_BGPd.repeat_interleave(group, dim=1)
@@ -134,10 +136,7 @@ class MoeppRouter(nn.Module):
 
     def forward(self, x_TD: Tensor, previous_TN: Tensor | None) -> Tensor:
         with torch.autocast(x_TD.device.type, enabled=False):
-            if self.is_linear:
-                logits_TN = _linear_fp32(x_TD, self.weight)
-            else:
-                logits_TN = self.fc2(torch.tanh(self.fc1(x_TD)))
+            logits_TN = _linear_fp32(x_TD, self.weight) if self.is_linear else self.fc2(torch.tanh(self.fc1(x_TD)))
             if self.gate_map is not None and previous_TN is not None:
                 logits_TN = logits_TN + self.gate_map(previous_TN)
         return logits_TN
@@ -302,4 +301,3 @@ def _rotate(x_BHSd: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = rotation
     first, second = x_BHSd.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-

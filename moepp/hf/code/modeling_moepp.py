@@ -95,13 +95,13 @@ class MoeppModel(MoeppPreTrainedModel):
         output_router_logits: bool | None = None,
         return_dict: bool | None = None,
         cache: Cache | None = None,
-        cache_position: Tensor | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast | tuple:
         """``attention_mask``: [B, P], 0 marks padding, or [B or 1, heads or 1, S, P], True (or 0) where to attend.
 
         ``position_ids``: [B or 1, S]; None: counted on, padding included. Without a mask and a cache, positions that do
-        not count up by one start another sequence in the same row. ``cache`` is another name of ``past_key_values``.
+        not count up by one start another sequence in the same row. ``cache`` is another name of ``past_key_values``;
+        ``cache_position`` among ``kwargs`` ([S], older code) must follow the cached positions.
         """
         config = self.config
         past = past_key_values if cache is None else cache
@@ -112,7 +112,7 @@ class MoeppModel(MoeppPreTrainedModel):
         eager = self._is_eager() or _flag(output_attentions, config, "output_attentions")
         use_cache = self._use_cache(use_cache, past)
         cache = open_cache(past, use_cache, config.num_hidden_layers)
-        places = find_places(cache, num_new, cache_position, hidden_BSD.device)
+        places = find_places(cache, num_new, kwargs.get("cache_position"), hidden_BSD.device)
         sequences_BS = None
         if position_ids is None:
             position_ids = places.positions_S.unsqueeze(0)
@@ -121,7 +121,7 @@ class MoeppModel(MoeppPreTrainedModel):
         rotation = rotation_table(config, position_ids, places.num_past + num_new, hidden_BSD.dtype)
         mask = attention_mask_table(attention_mask, places, sequences_BS, hidden_BSD, config.num_attention_heads)
         hidden_states, attentions, router_logits, previous_TN = [], [], [], None
-        for layer in self.layers:
+        for layer in self.layers[: config.num_hidden_layers]:  # assisted decoding with an early exit shortens it
             hidden_states.append(hidden_BSD)
             hidden_BSD, previous_TN, weights_BHSP = layer(
                 hidden_BSD, previous_TN, rotation, mask, places, eager, cache=cache
@@ -140,6 +140,11 @@ class MoeppModel(MoeppPreTrainedModel):
             **{_CACHE: cache if use_cache else None},
         )
         return result if _flag(return_dict, config, "return_dict") else result.to_tuple()
+
+    @staticmethod
+    def _prepare_4d_causal_attention_mask_with_cache_position(attention_mask: Tensor, **kwargs: Any) -> Tensor:
+        """For generation with a static cache in transformers before 4.53; forward makes the mask itself."""
+        return attention_mask
 
     def _is_eager(self) -> bool:
         implementation = getattr(self.config, "_attn_implementation", None)
@@ -198,10 +203,10 @@ class MoeppForCausalLM(MoeppPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_logits_to_keep: int = 0,
         cache: Cache | None = None,
-        cache_position: Tensor | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast | tuple:
-        """Logits of the last ``logits_to_keep`` positions (0: of all) or of the positions that it lists, and the loss.
+        """Logits of the last ``logits_to_keep`` positions (0: of all), or of those that it lists for all rows ([n]) or
+        for each ([B, n], or boolean [B, S], whose logits come as one list); and the loss.
 
         ``labels``: [B, S], equal to ``input_ids`` (they are shifted here), -100 where no loss is wanted. The loss is
         their mean cross-entropy; with ``num_items_in_batch=n`` among ``kwargs`` their sum over n, as Trainer wants it
@@ -223,10 +228,10 @@ class MoeppForCausalLM(MoeppPreTrainedModel, GenerationMixin):
             output_router_logits=output_router_logits,
             return_dict=True,
             cache=cache,
-            cache_position=cache_position,
+            cache_position=kwargs.pop("cache_position", None),
         )
         hidden_BSD = out.last_hidden_state
-        logits_BSV = self.lm_head(hidden_BSD[:, slice(-kept, None) if isinstance(kept, int) else kept])
+        logits_BSV = self.lm_head(_keep(hidden_BSD, kept))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits_BSV, labels=labels, vocab_size=logits_BSV.shape[-1], **kwargs)
@@ -249,6 +254,15 @@ class MoeppForCausalLM(MoeppPreTrainedModel, GenerationMixin):
 def _flag(given: bool | None, config: MoeppConfig, name: str) -> bool:
     """The argument, or what the configuration says."""
     return bool(getattr(config, name, False) if given is None else given)
+
+
+def _keep(hidden_BSD: Tensor, kept: int | Tensor) -> Tensor:
+    if isinstance(kept, int):
+        return hidden_BSD[:, -kept:] if kept else hidden_BSD
+    kept = kept.to(hidden_BSD.device)
+    if kept.dim() != 2:
+        return hidden_BSD[:, kept]
+    return hidden_BSD[kept] if kept.dtype == torch.bool else hidden_BSD.take_along_dim(kept[..., None], dim=1)
 
 
 def _chosen(values: Sequence[Tensor], given: bool | None, config: MoeppConfig, name: str) -> tuple | None:
