@@ -25,12 +25,14 @@ _CODE = {
 }
 
 
-def model_card(found: FoundModel, form: str, dtype: torch.dtype) -> str:
+def model_card(found: FoundModel, form: str, dtype: torch.dtype, has_tokenizer: bool) -> str:
     """Markdown with the metadata block of the Hugging Face hub.
 
     Args:
         found: a checkpoint of a run.
         form: "official" or "moepp".
+        dtype: of the weights.
+        has_tokenizer: whether a tokenizer lies beside them.
     """
     cfg = found.run_config
     assert cfg is not None  # checkpoints carry the configuration of their run
@@ -38,7 +40,7 @@ def model_card(found: FoundModel, form: str, dtype: torch.dtype) -> str:
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- moe\n- moe++\n- moepp\n---",
         f"# {cfg.run.name}",
         _summary(found, dtype),
-        _loading(form),
+        _loading(form, has_tokenizer),
         _data(cfg, found.subject),
         _training(cfg),
         _evaluation(found),
@@ -58,12 +60,18 @@ def _summary(found: FoundModel, dtype: torch.dtype) -> str:
     )
 
 
-def _loading(form: str) -> str:
-    return (
-        f"{_CODE[form]}\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)\n'
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```'
-    )
+def _loading(form: str, has_tokenizer: bool) -> str:
+    model = 'AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)'
+    lines = ["from transformers import AutoModelForCausalLM", "", f"model = {model}"]
+    if has_tokenizer:
+        lines[0] += ", AutoTokenizer"
+        # With trust_remote_code, too: transformers reads config.json for the tokenizer and asks otherwise.
+        lines.append('tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder", trust_remote_code=True)')
+    if has_tokenizer and form == "moepp":
+        lines += ['inputs = tokenizer("The", return_tensors="pt", return_token_type_ids=False)']
+        lines += ["print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))"]
+    code = "\n".join(lines)
+    return f"{_CODE[form]}\n\n```python\n{code}\n```"
 
 
 def _data(cfg: Config, subject: Subject) -> str:

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         max_shard_bytes=max_shard_bytes,
     )
     files += _write_tokenizer(folder, tokenizer, found.cfg.max_seq_len) if tokenizer is not None else []
-    write_text(folder / "README.md", model_card(found, args.format, dtype))
+    write_text(folder / "README.md", model_card(found, args.format, dtype, tokenizer is not None))
     print(f"exported {checkpoint} to {folder}: {', '.join([*files, 'README.md'])}")
     if tokenizer is None:
         print("the run names no tokenizer (data.tokenizer), so none was exported; add one with --tokenizer FILE")

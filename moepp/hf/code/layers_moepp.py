@@ -137,7 +137,9 @@ class MoeppRouter(nn.Module):
     def forward(self, x_TD: Tensor, previous_TN: Tensor | None) -> Tensor:
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TN = _linear_fp32(x_TD, self.weight) if self.is_linear else self.fc2(torch.tanh(self.fc1(x_TD)))
-            if self.gate_map is not None and previous_TN is not None:
+            if self.gate_map is not None and (previous_TN is not None or torch.is_grad_enabled()):
+                # The first layer maps zeros: DistributedDataParallel wants a gradient for every parameter.
+                previous_TN = torch.zeros_like(logits_TN) if previous_TN is None else previous_TN
                 logits_TN = logits_TN + self.gate_map(previous_TN)
         return logits_TN
 
