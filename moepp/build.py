@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from moepp import comm, hf, official, upcycle
-from moepp.checkpoint import Checkpointer
+from moepp.checkpoint import Checkpointer, CheckpointInfo
 from moepp.config import Config, accumulation_steps, micro_batch_size, zero_stage
 from moepp.data import build_data
 from moepp.engine.engine import Engine
@@ -84,11 +85,26 @@ def build_engine(cfg: Config, model: Transformer, groups: ParallelGroups) -> Eng
 
 
 def build_parts(
-    cfg: Config, groups: ParallelGroups, run_dir: RunDir, start_step: int, versions: dict[str, Any]
+    cfg: Config,
+    groups: ParallelGroups,
+    run_dir: RunDir,
+    start: CheckpointInfo | None,
+    versions: dict[str, Any],
+    check_claim: Callable[[], None],
 ) -> Parts:
-    """Everything that :class:`moepp.trainer.Trainer` needs; collective."""
+    """Everything that :class:`moepp.trainer.Trainer` needs; collective.
+
+    Args:
+        cfg: the run's configuration.
+        groups: process groups of the run.
+        run_dir: the run's directory, claimed by rank 0.
+        start: of the checkpoint that the run continues from; None: it starts fresh.
+        versions: package versions, for the checkpoints.
+        check_claim: raises RunError where the directory is not the run's any more; does nothing on other ranks.
+    """
     if cfg.model.moe.triton_kernels:
         require_triton(groups.device)
+    start_step = start.step if start is not None else 0
     starts_fresh = start_step == 0
     if starts_fresh:
         comm.run_together(lambda: check_initial_weights(cfg))
@@ -101,7 +117,10 @@ def build_parts(
     engine = build_engine(cfg, model, groups)
     peak = peak_flops_per_second(device_name(groups.device), cfg.train.precision)
     throughput = Throughput(groups.world_size, peak)
-    checkpointer = Checkpointer(cfg.checkpoint, groups, run_dir.checkpoints, new_cpu_group())
+    checkpointer = Checkpointer(cfg.checkpoint, groups, run_dir.checkpoints, new_cpu_group(), check_claim)
     comm.limit_waits(cfg.parallel.timeout_seconds)
-    sinks = comm.run_together(lambda: open_sinks(run_dir.path, cfg, start_step) if groups.rank == 0 else SinkGroup())
+    offset = start.run_state["skipped_batches"] if start is not None else 0
+    sinks = comm.run_together(
+        lambda: open_sinks(run_dir.path, cfg, start_step, offset, check_claim) if groups.rank == 0 else SinkGroup()
+    )
     return Parts(cfg, groups, model, engine, data, traffic, sinks, throughput, checkpointer, versions)

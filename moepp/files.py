@@ -48,7 +48,7 @@ def write_whole(path: str | Path, data: bytes | str, mode: int = 0o644) -> None:
         WriteError: it cannot be written, or something else than a file is in the way; the old file is untouched.
     """
     content = memoryview(data.encode() if isinstance(data, str) else data)
-    with _explained(path), _new_name(Path(path), mode) as (descriptor, _):
+    with _explained(path), _new_name(Path(path), mode) as descriptor:
         while content:
             content = content[os.write(descriptor, content) :]
 
@@ -67,11 +67,10 @@ def new_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """
     if mode not in ("wb", "w"):
         raise ValueError(f"mode={mode!r} is neither 'wb' nor 'w'")
-    encoding = None if mode == "wb" else "utf-8"
     with (
         _explained(path, in_body=True),
-        _new_name(Path(path), 0o644) as (descriptor, _),
-        open(descriptor, mode, encoding=encoding, closefd=False) as stream,
+        _new_name(Path(path), 0o644) as descriptor,
+        open(descriptor, mode, encoding=None if mode == "wb" else "utf-8", closefd=False) as stream,
     ):
         yield stream
 
@@ -87,15 +86,16 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     Raises:
         WriteError: it cannot be made, or something else than a folder is in the way; the earlier one is untouched.
     """
-    path = Path(path)
+    path = Path(os.path.abspath(path))
     with _explained(path, in_body=True):
         make_folder(path.parent)
         _refuse_other_kind(path, stat.S_ISDIR, "folder")
         _clean(path)
+        mode = path.stat().st_mode & 0o7777 if path.exists() else 0o777 & ~_umask()
         folder, descriptor = _lock_new(path, lambda hidden: os.mkdir(hidden, 0o700))
         try:
             yield folder
-            os.fchmod(descriptor, 0o777 & ~_umask())
+            os.fchmod(descriptor, mode)
             sync_tree(folder)
             _put_in_place(folder, path)
         finally:
@@ -106,10 +106,12 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 def open_append(path: str | Path, mode: int = 0o644) -> IO[bytes]:
     """Open an own file for appending, unbuffered, made if there is none; no link, pipe or file of another user.
 
+    Its descriptor can be read as well: what was written can be had even after somebody has removed the file.
+
     Raises:
         WriteError: it is none of that, or cannot be opened.
     """
-    return open(open_own(path, os.O_WRONLY | os.O_APPEND, mode), "ab", buffering=0)
+    return open(open_own(path, os.O_RDWR | os.O_APPEND, mode), "ab", buffering=0)
 
 
 def open_own(path: str | Path, flags: int, mode: int = 0o644) -> int:
@@ -176,6 +178,28 @@ def move(source: str | Path, target: str | Path, replace: bool = False) -> None:
             sync_folder(folder)
 
 
+def link_tree(source: Path, target: Path) -> None:
+    """Give a file, or a folder's files, a second name; copies where the file system has no hard links.
+
+    Raises:
+        WriteError: it cannot be done.
+    """
+    with _explained(target):
+        if source.is_dir() and not source.is_symlink():
+            shutil.copytree(source, target, symlinks=True, copy_function=_link)
+        else:
+            _link(source, target)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.EMLINK):
+            raise
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
 def sync_folder(path: str | Path) -> None:
     """Force a folder's entries to the disk, so that a rename survives a power failure."""
     _sync(path, os.O_DIRECTORY)
@@ -192,7 +216,7 @@ def sync_tree(path: str | Path) -> None:
 
 
 def is_remains(name: str) -> bool:
-    """Whether this is the hidden name of a file or folder being written, or left behind by a crash."""
+    """Whether this is the hidden name of something being written, or left behind by a crash."""
     return _REMAINS.fullmatch(name) is not None
 
 
@@ -232,14 +256,14 @@ def _is_hidden(place: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _new_name(path: Path, mode: int) -> Iterator[tuple[int, Path]]:
+def _new_name(path: Path, mode: int) -> Iterator[int]:
     """A new locked file beside ``path``, which it replaces at the end; removed after an exception."""
     _refuse_other_kind(path, stat.S_ISREG, "file")
     _clean(path)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     hidden, descriptor = _lock_new(path, lambda hidden: os.close(os.open(hidden, flags, mode)), os.O_WRONLY)
     try:
-        yield descriptor, hidden
+        yield descriptor
         _force(descriptor, hidden)
         os.replace(hidden, path)
         sync_folder(path.parent)

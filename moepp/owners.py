@@ -9,7 +9,7 @@ import secrets
 import stat
 from pathlib import Path
 
-from moepp.write_errors import write_error
+from moepp.write_errors import user_name, write_error
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def require_own(path: str | Path, uid: int) -> None:
     """
     if not _is_own(uid, Path(path).parent):
         remedy = "write to a folder of your own, or have its owner do this"
-        raise write_error(errno.EPERM, path, f"it belongs to {_user(uid)}", remedy)
+        raise write_error(errno.EPERM, path, f"it belongs to {user_name(uid)}", remedy)
 
 
 def require_safe_folder(path: str | Path) -> None:
@@ -43,7 +43,7 @@ def require_safe_folder(path: str | Path) -> None:
         return
     who = "everybody" if found.st_mode & 0o002 else "its group"
     if found.st_uid != 0 and not _is_own(found.st_uid, Path(path)):
-        reason = f"it belongs to {_user(found.st_uid)} and {who} may write to it"
+        reason = f"it belongs to {user_name(found.st_uid)} and {who} may write to it"
         raise write_error(errno.EPERM, path, reason, "use a folder of your own, or run chmod go-w on it")
     if (found.st_dev, found.st_ino) not in _warned:
         _warned.add((found.st_dev, found.st_ino))
@@ -66,12 +66,3 @@ def _uid_of_new_files(folder: Path) -> int:
     finally:
         os.close(descriptor)
         os.unlink(probe)
-
-
-def _user(uid: int) -> str:
-    import pwd
-
-    try:
-        return f"user {pwd.getpwuid(uid).pw_name}"
-    except KeyError:
-        return f"user {uid}"

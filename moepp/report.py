@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from moepp import files
 from moepp.errors import RunError
 from moepp.metrics.jsonl import read_records
 from moepp.metrics.step_stats import KINDS
@@ -30,18 +32,18 @@ def write_report(run_dir: RunDir, inputs: ReportInputs) -> str:
     """Write ``loss.png``, ``summary.md`` and ``report.json`` into the run directory and return the summary.
 
     Raises:
-        RunError: no metrics, or the directory cannot be written.
+        RunError: no metrics.
+        WriteError: the directory cannot be written.
     """
     records = read_records(run_dir.metrics_file)
     if not records:
         raise RunError(f"{run_dir.metrics_file} holds no record yet; train at least train.log_interval steps first")
     text = summary_text(records, inputs, run_dir)
-    try:
-        (run_dir.path / "report.json").write_text(json.dumps(asdict(inputs), indent=2) + "\n", encoding="utf-8")
-        draw_loss(records, run_dir.path / "loss.png", inputs.unigram_entropy)
-        (run_dir.path / "summary.md").write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"cannot write the report into {run_dir.path}: {error.strerror}; fix its permissions") from error
+    picture = io.BytesIO()
+    draw_loss(records, picture, inputs.unigram_entropy)
+    files.write_whole(run_dir.path / "report.json", json.dumps(asdict(inputs), indent=2) + "\n")
+    files.write_whole(run_dir.path / "loss.png", picture.getvalue())
+    files.write_whole(run_dir.path / "summary.md", text)
     return text
 
 
@@ -80,8 +82,8 @@ def summary_text(records: Records, inputs: ReportInputs, run_dir: RunDir) -> str
     return "\n\n".join(sections) + "\n"
 
 
-def draw_loss(records: Records, path: Path, unigram_entropy: float | None = None) -> None:
-    """Draw training and validation loss against tokens into ``path`` (PNG)."""
+def draw_loss(records: Records, stream: BinaryIO, unigram_entropy: float | None = None) -> None:
+    """Draw training and validation loss against tokens into ``stream`` (PNG)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -99,7 +101,7 @@ def draw_loss(records: Records, path: Path, unigram_entropy: float | None = None
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(stream, format="png", dpi=120)
 
 
 def _headline(records: Records) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def _run(cfg: Config, groups: ParallelGroups) -> None:
         run_dir = RunDir(Path(comm.broadcast_object(str(claim.run_dir.path) if claim else None)))
         comm.run_together(lambda: setup_logging(run_dir.path, groups.rank))
         with StopRequest() as stop:
-            _train(cfg, groups, run_dir, environment, stop)
+            _train(cfg, groups, run_dir, environment, stop, claim.check if claim is not None else lambda: None)
     except MoeppError as error:
         _log_to_file(error)
         raise
@@ -138,15 +139,20 @@ def _introduce(cfg: Config, groups: ParallelGroups) -> None:
 
 
 def _train(
-    cfg: Config, groups: ParallelGroups, run_dir: RunDir, environment: dict[str, Any], stop: StopRequest
+    cfg: Config,
+    groups: ParallelGroups,
+    run_dir: RunDir,
+    environment: dict[str, Any],
+    stop: StopRequest,
+    check_claim: Callable[[], None],
 ) -> None:
     logger.info("preparing data and model in %s", run_dir.path)
     checkpoint = choose_checkpoint(cfg, run_dir.checkpoints, groups)
-    start_step = read_info(checkpoint).step if checkpoint is not None else 0
-    if start_step >= cfg.train.steps:
-        logger.info("nothing to do: %s is at step %d; raise train.steps to go on", run_dir.path, start_step)
+    start = read_info(checkpoint) if checkpoint is not None else None
+    if start is not None and start.step >= cfg.train.steps:
+        logger.info("nothing to do: %s is at step %d; raise train.steps to go on", run_dir.path, start.step)
         return
-    parts = build_parts(cfg, groups, run_dir, start_step, environment["packages"])
+    parts = build_parts(cfg, groups, run_dir, start, environment["packages"], check_claim)
     _introduce(cfg, groups)
     with parts.sinks:
         trainer = Trainer(parts)
@@ -157,6 +163,7 @@ def _train(
         except MoeppError:
             parts.checkpointer.close()  # a save in flight is finished before the run ends
             raise
+        comm.run_together(parts.sinks.close)
     if cfg.train.samples:
         write_samples(parts, run_dir.path)
     logger.info("finished step %d; everything is in %s", trainer.step, run_dir.path)

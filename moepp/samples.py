@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from moepp import comm
+from moepp import comm, files
 from moepp.data import Tokenizer
+from moepp.errors import RunError, WriteError
 from moepp.model.generate import generate
 from moepp.trainer import Parts
 
@@ -22,6 +23,9 @@ def write_samples(parts: Parts, run_path: Path) -> None:
     """Write ``samples.json`` in the run directory: a list of {"prompt", "continuation"}; every rank calls it.
 
     Nothing is written where the configuration names no tokenizer: there is no text to show.
+
+    Raises:
+        RunError: the file cannot be written.
     """
     cfg, groups = parts.cfg, parts.groups
     if cfg.data.tokenizer is None:
@@ -43,5 +47,12 @@ def write_samples(parts: Parts, run_path: Path) -> None:
         )
         text = tokenizer.decode(out[0, len(ids) :].tolist())
         samples.append({"prompt": tokenizer.decode(ids.tolist()), "continuation": text})
-    if groups.rank == 0:
-        (run_path / "samples.json").write_text(json.dumps(samples, indent=2, ensure_ascii=False), encoding="utf-8")
+    text = json.dumps(samples, indent=2, ensure_ascii=False)
+    comm.run_together(lambda: _write(run_path / "samples.json", text) if groups.rank == 0 else None)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        files.write_whole(path, text)
+    except WriteError as error:
+        raise RunError(f"training is done and saved, but its samples are not: {error}") from error

@@ -199,7 +199,7 @@ class Trainer:
         self.resume(checkpoint)
         self.rewinds = rewinds
         self.skipped_batches = spike_batch + 1 - self.step
-        self.parts.sinks.rewind(self.step)
+        self.parts.sinks.rewind(self.step, self.skipped_batches)
         logger.warning("rewound to step %d; batches up to %d are left out", self.step, spike_batch)
 
     def log(self, result: StepResult) -> None:

@@ -24,7 +24,7 @@ def write_error(
 def _usual(number: int, path: Path, reason: str | None) -> tuple[str, str]:
     """Reason and remedy of a system error in writing ``path``."""
     reason = reason or os.strerror(number)
-    folder = next((place for place in path.absolute().parents if place.is_dir()), Path("/"))
+    folder = next((place for place in (path.absolute(), *path.absolute().parents) if os.path.isdir(place)), Path("/"))
     if number == errno.ENOSPC:
         return _describe_full(folder)
     if number in (errno.EEXIST, errno.ENOTDIR):
@@ -33,7 +33,7 @@ def _usual(number: int, path: Path, reason: str | None) -> tuple[str, str]:
     usual = {
         errno.EDQUOT: ("your disk quota is used up", f"remove files of yours on the file system of {folder}"),
         errno.EFBIG: ("the file is larger than allowed", "raise the limit (ulimit -f), or use another file system"),
-        errno.EACCES: ("permission denied", f"get permission to write in {folder}, or choose another place"),
+        errno.EACCES: (_describe_denial(path), f"get permission to write in {folder}, or choose another place"),
         errno.EPERM: ("operation not permitted", f"get permission to write in {folder}, or choose another place"),
         errno.EROFS: ("the file system is mounted read-only", "choose another place, or have it mounted for writing"),
         errno.ENAMETOOLONG: ("the name is too long", "choose a shorter one"),
@@ -58,3 +58,21 @@ def _describe_full(folder: Path) -> tuple[str, str]:
         )
     free = space.f_bavail * space.f_frsize / 1e6
     return f"the disk is full ({free:.1f} MB free at {mount})", f"free space at {mount}, or choose another place"
+
+
+def _describe_denial(path: Path) -> str:
+    try:
+        uid = os.lstat(path).st_uid
+    except OSError:
+        return "permission denied"
+    return "permission denied" if uid == os.geteuid() else f"permission denied, it belongs to {user_name(uid)}"
+
+
+def user_name(uid: int) -> str:
+    """A user as messages name one."""
+    import pwd
+
+    try:
+        return f"user {pwd.getpwuid(uid).pw_name}"
+    except KeyError:
+        return f"user {uid}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moepp.errors import RunError
+from moepp import files
 
 Record = dict[str, Any]
 
@@ -43,12 +43,8 @@ def write_json(path: Path, benchmark: str, settings: Record, tables: dict[str, l
     """One JSON object: the benchmark's name, its settings and the machine, and its tables as lists of records.
 
     Raises:
-        RunError: the file cannot be written.
+        WriteError: the file cannot be written.
     """
-    try:
-        path.write_text(
-            json.dumps({"benchmark": benchmark, "settings": settings, "tables": tables}, indent=1) + "\n",
-            encoding="utf-8",
-        )
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}; choose another place for --json") from None
+    files.write_whole(
+        path, json.dumps({"benchmark": benchmark, "settings": settings, "tables": tables}, indent=1) + "\n"
+    )

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moepp import files
 from moepp.bench.cases import ForcedRouting
 from moepp.bench.processes import run_processes
 from moepp.bench.tables import Record
@@ -293,7 +294,8 @@ def plot_scaling(records: list[Record], path: str) -> None:
         axis.set(xlabel=what, ylabel="step, ms", xscale="log", yscale="log")
         axis.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with files.new_file(path) as stream:
+        figure.savefig(stream, format=Path(path).suffix[1:] or "png", dpi=120)
     pyplot.close(figure)
 
 

@@ -10,6 +10,7 @@ checkpoints/step-00000100.replaced-1/ one that the run has gone back behind: kep
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from moepp import files
 from moepp.checkpoint.info import CheckpointInfo, info_from
 from moepp.errors import CheckpointError, MoeppError
 from moepp.untrusted import printable, read_json, show
@@ -90,27 +92,14 @@ def checksum(path: Path, from_disk: bool = False) -> FileEntry:
 def write_durably(path: Path, text: str) -> FileEntry:
     """Write a file and force it to the disk."""
     data = text.encode()
-    with path.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
+    files.write_whole(path, data)
     return FileEntry(len(data), hashlib.sha256(data).hexdigest())
 
 
-def write_manifest(folder: Path, files: dict[str, FileEntry]) -> None:
+def write_manifest(folder: Path, entries: dict[str, FileEntry]) -> None:
     """Write ``manifest.json``."""
-    tree = {"format": FORMAT, "files": {name: asdict(files[name]) for name in sorted(files)}}
+    tree = {"format": FORMAT, "files": {name: asdict(entries[name]) for name in sorted(entries)}}
     write_durably(folder / MANIFEST, json.dumps(tree, indent=2) + "\n")
-    sync_folder(folder)
-
-
-def sync_folder(path: Path) -> None:
-    """Force a folder's entries to the disk, so that a rename survives a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_manifest(path: Path) -> dict[str, FileEntry]:
@@ -213,23 +202,31 @@ def prunable(checkpoints: Path, keep: int, keep_every: int) -> list[Path]:
 def remove(path: Path) -> None:
     """Delete a checkpoint without ever showing half of it: under its temporary name, which no reader looks at."""
     doomed = path.with_name(f".{path.name}.tmp")
-    if doomed.exists():
-        shutil.rmtree(doomed)
-    path.rename(doomed)
-    shutil.rmtree(doomed)
+    _remove_tree(doomed)
+    files.move(path, doomed)
+    _remove_tree(doomed)
 
 
 def remove_remains(checkpoints: Path) -> None:
     """Delete what interrupted saves and removals left behind. Only for who holds the run directory's lock."""
     if checkpoints.is_dir():
         for path in checkpoints.glob(".step-*.tmp"):
-            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _remove_tree(path)
+
+
+def _remove_tree(path: Path) -> None:
+    """Remove a folder if it is there; of a link, the link alone."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def set_aside(path: Path) -> Path:
     """Take a checkpoint out of the run without deleting it; returns its new place."""
     n = 1
-    while (place := path.with_name(f"{path.name}.replaced-{n}")).exists():
+    while os.path.lexists(place := path.with_name(f"{path.name}.replaced-{n}")):
         n += 1
-    path.rename(place)
+    files.move(path, place)
     return place

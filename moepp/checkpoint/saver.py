@@ -17,12 +17,14 @@ from moepp import comm
 from moepp.checkpoint import format as fmt
 from moepp.checkpoint.format import CheckpointInfo, FileEntry
 from moepp.checkpoint.state import stage
-from moepp.checkpoint.storage import cause, write_tensors
+from moepp.checkpoint.storage import cause, source_of, write_tensors
 from moepp.config import CheckpointConfig
 from moepp.engine.engine import Engine
-from moepp.errors import CheckpointError
+from moepp.errors import CheckpointError, MoeppError, WriteError
+from moepp.files import make_own_folder, move
 from moepp.metrics.step_stats import StepStats
 from moepp.parallel.groups import ParallelGroups
+from moepp.write_errors import write_error
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +56,23 @@ class Checkpointer:
     Args:
         group: a gloo group of all ranks that nothing else uses, so that a save in the background never mixes with
             the collectives of training.
+        check_claim: called by the first rank before it changes anything in the folder; raises where the run's
+            directory is not its own any more, and then nothing is removed, least of all what another run is writing.
     """
 
-    def __init__(self, cfg: CheckpointConfig, groups: ParallelGroups, checkpoints: Path, group: comm.Group) -> None:
+    def __init__(
+        self,
+        cfg: CheckpointConfig,
+        groups: ParallelGroups,
+        checkpoints: Path,
+        group: comm.Group,
+        check_claim: Callable[[], None] = lambda: None,
+    ) -> None:
         self.cfg = cfg
         self.groups = groups
         self.checkpoints = checkpoints
         self.group = group
+        self._check_claim = check_claim
         self.reports: list[SaveReport] = []
         self._thread: threading.Thread | None = None
         self._thread_error: BaseException | None = None
@@ -105,7 +117,7 @@ class Checkpointer:
 
         They would otherwise pass for the newest ones of the run that takes another way from here.
         """
-        comm.run_together(lambda: self._set_aside_after(step) if self.groups.rank == 0 else None)
+        comm.run_together(lambda: self._on_first_rank(lambda: self._set_aside_after(step)))
 
     def _set_aside_after(self, step: int) -> None:
         for path in fmt.list_checkpoints(self.checkpoints):
@@ -167,16 +179,25 @@ class Checkpointer:
         try:
             action()
         except CheckpointException as error:  # DCP has told all ranks already
-            problem = cause(error)
+            problem = self._explain(error)
         except Exception as error:  # whatever the storage raises must not end the run
             if comm.is_communication_error(error):
                 raise
-            problem = f"rank {self.groups.rank}: {cause(error)}"
+            problem = f"rank {self.groups.rank}: {self._explain(error)}"
         found = comm.gather_objects(problem, self.group)
         return list(dict.fromkeys(problem for problem in found if problem is not None))
 
+    def _explain(self, error: BaseException) -> str:
+        """What went wrong, with the remedy where the disk is the cause."""
+        rank, source = source_of(error)
+        if isinstance(source, OSError) and not isinstance(source, WriteError) and source.errno:
+            source = write_error(source.errno, source.filename or self.checkpoints, source.strerror)
+        text = str(source) if isinstance(source, MoeppError) else cause(source)
+        return text if rank is None else f"rank {rank}: {text}"
+
     def _on_first_rank(self, action: Callable[[], None]) -> None:
         if self.groups.rank == 0:
+            self._check_claim()
             action()
 
     def _write_tensors(self, temporary: Path, staged: dict[str, Tensor], files: dict[str, FileEntry]) -> None:
@@ -202,16 +223,16 @@ class Checkpointer:
 
 
 def _prepare(temporary: Path, info: CheckpointInfo) -> dict[str, FileEntry]:
+    make_own_folder(temporary.parent)  # somebody may have removed it
     fmt.remove_remains(temporary.parent)
-    temporary.mkdir(parents=True)
+    temporary.mkdir()
     return {fmt.INFO: fmt.write_durably(temporary / fmt.INFO, json.dumps(asdict(info), indent=2) + "\n")}
 
 
 def _rename(temporary: Path, final: Path) -> None:
     if final.exists():
         fmt.set_aside(final)
-    temporary.rename(final)
-    fmt.sync_folder(final.parent)
+    move(temporary, final)
 
 
 def _log(report: SaveReport, final: Path) -> None:

@@ -67,13 +67,20 @@ class TensorReader:
                 raise CheckpointError(f"{self.path} cannot be read: {problem}; use another checkpoint") from error
 
 
-def cause(error: BaseException) -> str:
-    """What went wrong, in one line; DCP wraps each rank's exception in one with a traceback."""
+def source_of(error: BaseException) -> tuple[int | None, BaseException]:
+    """The exception itself, and the rank it comes from: DCP wraps each rank's in one with a traceback."""
     failures = getattr(error, "failures", None)
-    if failures:
-        rank, (error, _) = next(iter(failures.items()))
-        return f"rank {rank}: {cause(error)}"
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    if not failures:
+        return None, error
+    rank, (inner, _) = next(iter(failures.items()))
+    return rank, inner
+
+
+def cause(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    rank, error = source_of(error)
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    return text if rank is None else f"rank {rank}: {text}"
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], group: comm.Group | None) -> dict[str, FileEntry]:

@@ -128,6 +128,7 @@ def _log_to_wandb(found: FoundModel, results: list[BenchmarkResult]) -> None:
     from moepp.metrics.wandb import WandbSink
 
     sink = WandbSink(run_dir.path, cfg.logging.wandb, cfg.run.name, to_dict(cfg), is_resumed=True)
+    sink.step_offset = None  # steps that W&B has seen already would be dropped
     try:
         sink.log(flat_metrics(results), subject.step, subject.tokens)
     finally:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moepp import hf, official
+from moepp import files, hf, official
 from moepp.checkpoint import list_checkpoints, verify
 from moepp.checkpoint.storage import TensorReader
 from moepp.data.tokenizer import Tokenizer
@@ -21,7 +21,7 @@ from moepp.official.config import released_config
 from moepp.official.save import DTYPE_NAMES, ReadParameter, write_released
 from moepp.run_dir import RunDir
 from moepp.weights import whole_parameters
-from moepp.weights.write import write_json, write_text
+from moepp.weights.write import export_folder, write_json
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?")
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
@@ -74,17 +74,18 @@ def run(args: argparse.Namespace) -> int:
         raise CheckpointError(
             f"checkpoint {checkpoint} does not verify: {'; '.join(problems)}; name another checkpoint"
         )
-    files = write(
-        _reader(checkpoint, found),
-        found.cfg,
-        folder,
-        token_ids=token_ids,
-        dtype=dtype,
-        max_shard_bytes=max_shard_bytes,
-    )
-    files += _write_tokenizer(folder, tokenizer, found.cfg.max_seq_len) if tokenizer is not None else []
-    write_text(folder / "README.md", model_card(found, args.format, dtype, tokenizer is not None))
-    print(f"exported {checkpoint} to {folder}: {', '.join([*files, 'README.md'])}")
+    with export_folder(folder) as new:
+        written = write(
+            _reader(checkpoint, found),
+            found.cfg,
+            new,
+            token_ids=token_ids,
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+        )
+        written += _write_tokenizer(new, tokenizer, found.cfg.max_seq_len) if tokenizer is not None else []
+        files.write_whole(new / "README.md", model_card(found, args.format, dtype, tokenizer is not None))
+    print(f"exported {checkpoint} to {folder}: {', '.join([*written, 'README.md'])}")
     if tokenizer is None:
         print("the run names no tokenizer (data.tokenizer), so none was exported; add one with --tokenizer FILE")
     if args.format == "official" and args.code_repo is None:
@@ -126,7 +127,7 @@ def _tokenizer(found: FoundModel, override: str | None) -> Tokenizer | None:
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_seq_len: int) -> list[str]:
     eod = tokenizer.eod_token
-    write_text(folder / "tokenizer.json", tokenizer.to_json())
+    files.write_whole(folder / "tokenizer.json", tokenizer.to_json())
     write_json(
         folder / "tokenizer_config.json",
         {
@@ -147,6 +148,8 @@ def _refuse_foreign_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder} is a file; name a new folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "generation_config.json").is_file():
         raise CheckpointError(f"{folder} holds other files and no earlier export; name a new folder")
+    if folder.resolve() == Path.cwd():
+        raise CheckpointError(f"{folder} is the working directory, which an export would replace; name a new folder")
 
 
 def _bytes(text: str) -> int:

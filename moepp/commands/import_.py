@@ -11,13 +11,13 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moepp import comm, hf, official
+from moepp import comm, files, hf, official
 from moepp.build import build_model, check_initial_weights, device_name, load_initial_weights
 from moepp.checkpoint import Checkpointer, CheckpointInfo
 from moepp.config import Config, ModelConfig, explain_hydra_error, from_hydra, to_dict, validate, zero_stage
@@ -33,9 +33,8 @@ from moepp.parallel.groups import (
     pick_device,
     read_launch_environment,
 )
-from moepp.run_dir import RunDir
+from moepp.run_dir import RunClaim, RunDir
 from moepp.weights.files import read_json
-from moepp.weights.write import prepare_folder, write_text
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MODEL_NAME = "imported"
@@ -125,16 +124,14 @@ def _quoted(text: str) -> str:
 def _write_model(folder: Path, model: ModelConfig) -> None:
     import yaml
 
-    prepare_folder(folder / "model")
-    write_text(folder / "model" / f"{MODEL_NAME}.yaml", yaml.safe_dump(to_dict(model), sort_keys=False))
+    files.make_own_folder(folder / "model")
+    files.write_whole(folder / "model" / f"{MODEL_NAME}.yaml", yaml.safe_dump(to_dict(model), sort_keys=False))
 
 
 def _import(cfg: Config, cfg_with_source: Config, groups: ParallelGroups) -> None:
     comm.run_together(lambda: check_initial_weights(cfg_with_source))
     environment = describe_environment(device_name(groups.device), groups.world_size)
-    claim = comm.run_together(
-        lambda: RunDir.claim(cfg.run.path, to_dict(cfg), environment, "never") if groups.rank == 0 else None
-    )
+    claim = comm.run_together(lambda: _claim(cfg, environment) if groups.rank == 0 else None)
     try:
         run_dir = RunDir(Path(comm.broadcast_object(str(claim.run_dir.path) if claim else None)))
         if claim is not None:
@@ -144,9 +141,14 @@ def _import(cfg: Config, cfg_with_source: Config, groups: ParallelGroups) -> Non
         model = build_model(in_fp32, groups, comm.Traffic())
         comm.run_together(lambda: load_initial_weights(in_fp32, model, groups))
         _save(cfg, model, groups, run_dir, environment["packages"])
+        comm.run_together(lambda: claim.finish_import() if claim is not None else None)
     finally:
         if claim is not None:
             claim.release()
+
+
+def _claim(cfg: Config, environment: dict[str, Any]) -> RunClaim:
+    return RunDir.claim(cfg.run.path, to_dict(cfg), environment, "never", importing=True)
 
 
 def _save(cfg: Config, model: nn.Module, groups: ParallelGroups, run_dir: RunDir, versions: dict) -> None:
@@ -180,9 +182,7 @@ def _save(cfg: Config, model: nn.Module, groups: ParallelGroups, run_dir: RunDir
     checkpointer.save(cast(Engine, _Untrained(model)), stats, info, background=False)
     problems = checkpointer.reports[-1].problems
     if problems:
-        raise CheckpointError(
-            f"cannot write {run_dir.checkpoints}: {'; '.join(problems)}; free space or choose another"
-        )
+        raise CheckpointError(f"the weights could not be saved: {'; '.join(problems)}; then repeat the import")
 
 
 class _Untrained:

@@ -206,6 +206,7 @@ class WandbConfig:
 
     mode: str = "offline"  # "offline", "online" or "disabled"
     project: str = "moepp"
+    git: bool = False  # also give W&B the git remote and commit, command line, program path and host name
 
     def __post_init__(self) -> None:
         require_choice("logging.wandb.mode", self.mode, ("offline", "online", "disabled"))

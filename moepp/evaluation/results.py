@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from moepp.errors import RunError
+from moepp import files
 from moepp.evaluation.names import TITLES
 
 # Metrics that are 1 or 0 for each document, and how the table heads them. The first of these is a benchmark's score.
@@ -160,7 +160,7 @@ def write_results(path: Path, results: Sequence[BenchmarkResult], subject: Subje
     """Write everything as JSON.
 
     Raises:
-        RunError: the file cannot be written.
+        WriteError: the file cannot be written.
     """
     import importlib.metadata
 
@@ -171,11 +171,8 @@ def write_results(path: Path, results: Sequence[BenchmarkResult], subject: Subje
         "results": [asdict(result) for result in results],
         "versions": {name: importlib.metadata.version(name) for name in ("lm-eval", "datasets", "torch")},
     }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_without_nan(content), indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}; fix its permissions or name another file") from error
+    files.make_folder(path.parent)
+    files.write_whole(path, json.dumps(_without_nan(content), indent=2) + "\n")
 
 
 def results_file(run_dir: Path, step: int | None) -> Path:

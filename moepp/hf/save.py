@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moepp import files
 from moepp.config import ModelConfig
 from moepp.hf.config import hf_config
 from moepp.hf.load import pieces_of
@@ -15,7 +16,7 @@ from moepp.official import TokenIds
 from moepp.official.save import DTYPE_NAMES, ReadParameter, generation_config, read_from
 from moepp.weights import whole_parameters, write_tensors
 from moepp.weights.pieces import is_stacked
-from moepp.weights.write import MAX_SHARD_BYTES, prepare_folder, write_json, write_text
+from moepp.weights.write import MAX_SHARD_BYTES, export_folder, write_json
 
 CODE = Path(__file__).parent / "code"
 CODE_FILES = ("cache_moepp.py", "configuration_moepp.py", "layers_moepp.py", "mask_moepp.py", "modeling_moepp.py")
@@ -29,10 +30,11 @@ def save_pretrained(model: Transformer, folder: str | Path, token_ids: TokenIds)
         names of the files written.
 
     Raises:
-        CheckpointError: the folder cannot be written to.
+        WriteError: the folder cannot be written to.
     """
     dtype = model.embed_tokens.weight.dtype
-    return write_hf(read_from(model), model.cfg, Path(folder), token_ids=token_ids, dtype=dtype)
+    with export_folder(Path(folder)) as new:
+        return write_hf(read_from(model), model.cfg, new, token_ids=token_ids, dtype=dtype)
 
 
 def write_hf(
@@ -44,7 +46,10 @@ def write_hf(
     dtype: torch.dtype,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> list[str]:
-    """As :func:`save_pretrained`, from wherever ``read`` takes the parameters, one shard in memory at a time."""
+    """As :func:`save_pretrained`, from wherever ``read`` takes the parameters, one shard in memory at a time.
+
+    ``folder`` is made if missing, and otherwise empty: see :func:`moepp.weights.write.export_folder`.
+    """
     parameters = whole_parameters(cfg)
     names = {piece.key: name for name, shape in parameters.items() for piece in pieces_of(name, shape)}
 
@@ -54,11 +59,11 @@ def write_hf(
             return read(name, None)
         return torch.stack([read(name, expert) for expert in range(parameters[name][0])])
 
-    prepare_folder(folder)
+    files.make_folder(folder)
     write_json(folder / "config.json", hf_config(cfg, token_ids, DTYPE_NAMES[dtype]))
     write_json(folder / "generation_config.json", generation_config(token_ids))
     for name in CODE_FILES:
-        write_text(folder / name, (CODE / name).read_text(encoding="utf-8"))
+        files.write_whole(folder / name, (CODE / name).read_bytes())
     shapes = {key: parameters[name] for key, name in names.items()}
     weights = write_tensors(folder, shapes, read_key, dtype, max_shard_bytes)
     return ["config.json", "generation_config.json", *CODE_FILES, *weights]

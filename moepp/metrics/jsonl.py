@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moepp.errors import RunError
+from moepp import files
+from moepp.errors import RunError, WriteError
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +20,8 @@ class JsonlSink:
     """Appends records to a file, each at once, so that a killed run keeps all but the line in flight.
 
     What cannot be written, because the disk is full for the time being, is kept and written later: a checkpoint that
-    fills the disk must not end the run, nor leave a gap in its metrics.
+    fills the disk must not end the run, nor leave a gap in its metrics. A file that was removed or replaced is put
+    back with all that it held: the open one still has it.
     """
 
     def __init__(self, path: Path, start_step: int = 0) -> None:
@@ -30,16 +32,16 @@ class JsonlSink:
         """
         self._path = path
         self._unwritten = b""
+        self._lost = False
         self._open(start_step)
 
     def _open(self, start_step: int) -> None:
         try:
             _drop_records_after(self._path, start_step)
-            self._file = self._path.open("ab", buffering=0)
-        except OSError as error:
-            raise RunError(
-                f"cannot write {self._path}: {error.strerror}; free the path or set another run.dir"
-            ) from error
+            self._file = files.open_append(self._path)
+            self._size = os.fstat(self._file.fileno()).st_size
+        except WriteError as error:
+            raise RunError(str(error)) from error
 
     def rewind(self, step: int) -> None:
         """Drop the records of steps after ``step``; the next record goes behind what is left."""
@@ -69,10 +71,11 @@ class JsonlSink:
         """Write what is left.
 
         Raises:
-            RunError: there is still no space for it.
+            RunError: there is still no space for it, or records were lost because somebody truncated the file.
         """
         try:
             self._write()
+            os.fsync(self._file.fileno())
         except OSError as error:
             raise RunError(
                 f"{self._path} lacks its last {len(self._unwritten)} bytes: {error.strerror}; free the disk and "
@@ -80,35 +83,76 @@ class JsonlSink:
             ) from error
         finally:
             self._file.close()
+        if self._lost:
+            raise RunError(
+                f"{self._path} was truncated while the run wrote it and lacks records; all else of the run is whole"
+            )
 
     def _write(self) -> None:
+        self._put_back()
         while self._unwritten:
-            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            written = self._file.write(self._unwritten)
+            self._unwritten = self._unwritten[written:]
+            self._size += written
+
+    def _put_back(self) -> None:
+        """Make sure that the open file is still the one at its path, and has what was written to it."""
+        size = os.fstat(self._file.fileno()).st_size
+        if size < self._size:
+            logger.error("%s was truncated from %d to %d bytes: records are lost", self._path, self._size, size)
+            self._lost, self._size = True, size
+        if files.is_at(self._file.fileno(), self._path):
+            return
+        logger.warning("%s was removed or replaced while the run wrote it: its records are written again", self._path)
+        content = os.pread(self._file.fileno(), size, 0)
+        if os.path.lexists(self._path):
+            files.move(self._path, _free_name(self._path))
+        files.write_whole(self._path, content)
+        file = files.open_append(self._path)
+        self._file.close()
+        self._file = file
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; the unfinished last line of a killed run is left out.
+    """The records of a metrics.jsonl.
+
+    Its end may be damaged: the unfinished last line of a killed run is left out, and so, with a warning, are lines
+    that a power failure has left torn or zeroed after the last whole record.
 
     Raises:
-        RunError: no such file, or a line that is not a record.
+        RunError: no such file, or a line that is not a record although a record follows, or no record at all.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"cannot read {path}: {error}; name the directory of a run") from error
-    *lines, _unfinished = text.split("\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            if not (isinstance(record["step"], int) and isinstance(record["tokens"], int)):
-                raise TypeError
-        except (ValueError, TypeError, KeyError):
-            raise RunError(
-                f"{path} line {number} is not a JSON object with step and tokens; remove the line or the file"
-            ) from None
-        records.append(record)
+        *lines, unfinished = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}; name the directory of a run") from error
+    found = [_parse(line) for line in lines]
+    whole = max((number for number, record in enumerate(found, start=1) if record is not None), default=0)
+    records = [record for record in found[:whole] if record is not None]
+    if len(records) < whole or (found and not records and not _is_zeroed(lines)):
+        number = found.index(None) + 1
+        raise RunError(f"{path} line {number} is not a JSON object with step and tokens; remove the line or the file")
+    if whole < len(found):
+        lost = sum(len(line) + 1 for line in lines[whole:])
+        logger.warning("%s: its last %d bytes, from line %d on, are damaged and left out", path, lost, whole + 1)
+    elif (last := _parse(unfinished)) is not None:  # all of it but the end of the line
+        records.append(last)
     return records
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None if there is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        return None
+    if not isinstance(record, dict) or any(type(record.get(name)) is not int for name in ("step", "tokens")):
+        return None
+    return record
+
+
+def _is_zeroed(lines: list[bytes]) -> bool:
+    return all(b"\0" in line for line in lines)
 
 
 def _drop_records_after(path: Path, step: int) -> None:
@@ -116,15 +160,15 @@ def _drop_records_after(path: Path, step: int) -> None:
         return
     kept = [record for record in read_records(path) if record["step"] <= step]
     text = "".join(json.dumps(record) + "\n" for record in kept)
-    if text.encode() == path.read_bytes():
-        return
-    # Replaced in one go: a kill in between leaves the old file or the new one, never half of it.
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    if text.encode() != path.read_bytes():
+        files.write_whole(path, text)
+
+
+def _free_name(path: Path) -> Path:
+    n = 1
+    while os.path.lexists(name := path.with_name(f"{path.name}.replaced-{n}")):
+        n += 1
+    return name
 
 
 def _finite(value: float) -> float | None:

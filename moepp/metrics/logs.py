@@ -6,7 +6,8 @@ import logging
 import sys
 from pathlib import Path
 
-from moepp.errors import RunError
+from moepp import files
+from moepp.errors import RunError, WriteError
 
 _LOGGER = "moepp"
 
@@ -25,6 +26,42 @@ class _ConsoleHandler(logging.Handler):
             self.handleError(record)
 
 
+class _FileHandler(logging.Handler):
+    """Appends to a file of its own; what cannot be written is lost with a word on the console, and ends nothing."""
+
+    def __init__(self, path: Path) -> None:
+        """Open ``path``.
+
+        Raises:
+            WriteError: it cannot be written, is a link, or another user's.
+        """
+        super().__init__()
+        self._path = path
+        self._file = files.open_append(path)
+        self._has_failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = (self.format(record) + "\n").encode(errors="backslashreplace")
+            if not files.is_at(self._file.fileno(), self._path):  # removed, or moved by a log rotation
+                file = files.open_append(self._path)
+                self._file.close()
+                self._file = file
+            while line:
+                line = line[self._file.write(line) :]
+            self._has_failed = False
+        except OSError as error:
+            if not self._has_failed:
+                self._has_failed = True
+                print(f"cannot write {self._path} now, its lines are lost: {error.strerror}", file=sys.stderr)
+        except Exception:
+            self.handleError(record)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 def setup_logging(run_dir: Path, rank: int) -> None:
     """Send the logger ``moepp`` to ``<run_dir>/log/rank-<rank>.txt``, and to stderr: all on rank 0, warnings elsewhere.
 
@@ -35,10 +72,11 @@ def setup_logging(run_dir: Path, rank: int) -> None:
     """
     path = run_dir / "log" / f"rank-{rank}.txt"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file_handler = logging.FileHandler(path, encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}; set another run.dir") from error
+        files.make_folder(run_dir)
+        files.make_own_folder(path.parent)
+        file_handler = _FileHandler(path)
+    except WriteError as error:
+        raise RunError(str(error)) from error
     close_logging()
     file_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     console_handler = _ConsoleHandler(logging.INFO if rank == 0 else logging.WARNING)
@@ -54,7 +92,7 @@ def close_logging() -> None:
     """Close the files and hand the logger ``moepp`` back as it was."""
     logger = logging.getLogger(_LOGGER)
     for handler in list(logger.handlers):
-        if isinstance(handler, _ConsoleHandler | logging.FileHandler):
+        if isinstance(handler, _ConsoleHandler | _FileHandler):
             logger.removeHandler(handler)
             handler.close()
     logger.setLevel(logging.NOTSET)

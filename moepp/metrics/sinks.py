@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from moepp.config.load import to_dict
 from moepp.config.schema import Config
+from moepp.errors import MoeppError
 from moepp.metrics.console import BarSink, LineSink
 from moepp.metrics.jsonl import JsonlSink
 from moepp.metrics.wandb import WandbSink
+
+logger = logging.getLogger(__name__)
 
 Record = Mapping[str, float]
 """Metric name -> value, for example ``{"train/loss": 5.1}``."""
@@ -30,23 +34,48 @@ class Sink(Protocol):
 
 
 class SinkGroup:
-    """Passes each record to every sink; without sinks (every rank but 0) it does nothing."""
+    """Passes each record to every sink; without sinks (every rank but 0) it does nothing.
 
-    def __init__(self, sinks: Sequence[Sink] = ()) -> None:
+    A sink that fails is reported once and gets no more records, for training must not end with it. Only what says
+    itself that the run must stop does: a MoeppError.
+
+    Args:
+        sinks: in the order in which they take a record.
+        check: called before each record and each sync; raises a MoeppError where the run's directory is not its own
+            any more, so that nothing more is written there.
+    """
+
+    def __init__(self, sinks: Sequence[Sink] = (), check: Callable[[], None] = lambda: None) -> None:
         self._sinks = list(sinks)
+        self._check = check
 
     def log(self, record: Record, step: int, tokens: int) -> None:
-        for sink in self._sinks:
-            sink.log(record, step, tokens)
+        self._check()
+        for sink in list(self._sinks):
+            try:
+                sink.log(record, step, tokens)
+            except MoeppError:
+                raise
+            except Exception as error:
+                self._sinks.remove(sink)
+                name = type(sink).__name__
+                logger.warning("%s failed at step %d and gets no more records: %s", name, step, _in_one_line(error))
 
-    def rewind(self, step: int) -> None:
-        """Training goes back to ``step``: drop the later records of metrics.jsonl, which will be written again."""
+    def rewind(self, step: int, offset: int) -> None:
+        """Training goes back to ``step``: drop the later records of metrics.jsonl, which will be written again.
+
+        ``offset``: global batches left out by rewinds so far; with it, W&B's steps go on increasing.
+        """
+        self._check()
         for sink in self._sinks:
             if isinstance(sink, JsonlSink):
                 sink.rewind(step)
+            elif isinstance(sink, WandbSink):
+                sink.step_offset = offset
 
     def sync(self) -> None:
         """Force what metrics.jsonl has to the disk."""
+        self._check()
         for sink in self._sinks:
             if isinstance(sink, JsonlSink):
                 sink.sync()
@@ -57,24 +86,44 @@ class SinkGroup:
         return next((sink.run_id for sink in self._sinks if isinstance(sink, WandbSink)), None)
 
     def close(self) -> None:
-        """Close every sink, even if one of them fails; then raise the first failure."""
-        failure: BaseException | None = None
-        while self._sinks:
+        """Close every sink, even if one of them fails.
+
+        Raises:
+            RunError: metrics.jsonl lacks records, or the directory is another's by now.
+        """
+        failure: Exception | None = None
+        sinks, self._sinks = self._sinks, []
+        if sinks:
             try:
-                self._sinks.pop().close()
-            except Exception as error:
+                self._check()
+            except MoeppError as error:
+                failure = error
+        for sink in reversed(sinks):
+            try:
+                if failure is None or not isinstance(sink, JsonlSink):  # nothing more goes into another's directory
+                    sink.close()
+            except MoeppError as error:
                 failure = failure or error
+            except Exception as error:
+                logger.warning("%s could not be closed: %s", type(sink).__name__, _in_one_line(error))
         if failure is not None:
             raise failure
 
     def __enter__(self) -> SinkGroup:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except MoeppError as error:
+            if kind is None:
+                raise
+            logger.error("%s", error)  # what ends the run already is what the user needs to see
 
 
-def open_sinks(run_dir: Path, cfg: Config, start_step: int) -> SinkGroup:
+def open_sinks(
+    run_dir: Path, cfg: Config, start_step: int, step_offset: int = 0, check: Callable[[], None] = lambda: None
+) -> SinkGroup:
     """The sinks that ``cfg`` asks for, to be called on rank 0 of a run whose directory is claimed.
 
     Args:
@@ -82,6 +131,8 @@ def open_sinks(run_dir: Path, cfg: Config, start_step: int) -> SinkGroup:
         cfg: the run's configuration.
         start_step: optimizer steps done before this start; records of later steps are dropped from metrics.jsonl,
             because they will be computed again.
+        step_offset: global batches left out by rewinds before this start.
+        check: see :class:`SinkGroup`.
 
     Raises:
         RunError: metrics.jsonl cannot be written or is not a metrics file.
@@ -90,7 +141,9 @@ def open_sinks(run_dir: Path, cfg: Config, start_step: int) -> SinkGroup:
     sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl", start_step)]
     try:
         if cfg.logging.wandb.mode != "disabled":
-            sinks.append(WandbSink(run_dir, cfg.logging.wandb, cfg.run.name, to_dict(cfg), is_resumed=start_step > 0))
+            wandb = WandbSink(run_dir, cfg.logging.wandb, cfg.run.name, to_dict(cfg), is_resumed=start_step > 0)
+            wandb.step_offset = step_offset
+            sinks.append(wandb)
     except BaseException:
         SinkGroup(sinks).close()
         raise
@@ -98,4 +151,8 @@ def open_sinks(run_dir: Path, cfg: Config, start_step: int) -> SinkGroup:
     sinks.append(LineSink(cfg.train.steps, start_step, to_console=not has_bar))
     if has_bar:
         sinks.append(BarSink(cfg.train.steps, start_step))
-    return SinkGroup(sinks)
+    return SinkGroup(sinks, check)
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -6,18 +6,26 @@ import configparser
 import logging
 import netrc
 import os
+import queue
+import re
 import secrets
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from moepp import files
 from moepp.config.schema import WandbConfig
-from moepp.errors import ConfigError
+from moepp.errors import ConfigError, RunError, WriteError
 
 logger = logging.getLogger(__name__)
 
 _PUBLIC_SERVER = "https://api.wandb.ai"
+_MAX_WAITING = 10_000  # records that W&B has not taken yet
+_FINISH_SECONDS = {"offline": 30.0, "online": 600.0}  # to flush a file; to send what is left
+_END_SECONDS = 10.0  # for the thread to notice that the service is gone
+_RUN_ID = re.compile(r"[\w-]{1,128}")
 
 
 def require_wandb_login(mode: str) -> None:
@@ -43,7 +51,11 @@ def require_wandb_login(mode: str) -> None:
 
 
 class WandbSink:
-    """Logs every record to one W&B run whose files lie in ``<run_dir>/wandb``."""
+    """Logs every record to one W&B run whose files lie in ``<run_dir>/wandb``.
+
+    W&B works in a thread of its own: whatever its service does, dies or hangs, training goes on and ends well, for
+    metrics.jsonl has every record. A failure is said once.
+    """
 
     def __init__(
         self, run_dir: Path, cfg: WandbConfig, name: str, run_config: Mapping[str, Any], is_resumed: bool
@@ -52,62 +64,124 @@ class WandbSink:
 
         Raises:
             ConfigError: online without a key, or W&B does not start.
+            RunError: ``<run_dir>/wandb`` cannot be written to.
         """
         require_wandb_login(cfg.mode)
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # offline means offline: no crash reports either
         import wandb
 
         self._wandb = wandb
+        self._finish_seconds = _FINISH_SECONDS[cfg.mode]
+        self.step_offset: int | None = 0  # global batches left out by rewinds; None: W&B counts by itself
+        try:
+            run_id = _run_id(run_dir / "wandb" / "run-id", is_resumed)
+        except WriteError as error:
+            raise RunError(str(error)) from error
         try:
             self._run = wandb.init(
                 project=cfg.project,
                 name=name,
-                id=_run_id(run_dir / "wandb" / "run-id", is_resumed),
+                id=run_id,
                 dir=run_dir,
                 config=dict(run_config),
                 mode="online" if cfg.mode == "online" else "offline",
                 # Offline runs are joined by their id when they are synced; wandb warns about resume there.
                 resume="allow" if is_resumed and cfg.mode == "online" else None,
-                # log/ holds the console output already.
-                settings=wandb.Settings(silent=True, console="off", disable_code=True),
+                settings=wandb.Settings(**_settings(cfg)),
             )
+            self._run.define_metric("tokens")
+            self._run.define_metric("*", step_metric="tokens")
         except Exception as error:
-            reason = " ".join(str(error).split())
             raise ConfigError(
-                f"W&B does not start with logging.wandb.mode={cfg.mode}: {reason}; correct logging.wandb, "
+                f"W&B does not start with logging.wandb.mode={cfg.mode}: {_in_one_line(error)}; correct logging.wandb, "
                 "or train without W&B: logging.wandb.mode=disabled"
             ) from error
-        self._run.define_metric("tokens")
-        self._run.define_metric("*", step_metric="tokens")
+        self._records: queue.SimpleQueue[tuple[dict[str, Any], int | None] | None] = queue.SimpleQueue()
         self._has_failed = False
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
 
     @property
     def run_id(self) -> str:
         return self._run.id
 
     def log(self, record: Mapping[str, float], step: int, tokens: int) -> None:
-        """Send one record. A failing W&B ends W&B, not the training: metrics.jsonl has every record."""
+        """Hand over one record.
+
+        W&B's own step is that of the run plus the offset, the number of global batches: so it increases also after a
+        rewind, and the parts of a run that was resumed are disjoint but for steps that are computed again.
+        """
         if self._has_failed:
             return
-        try:
-            # No step=: after a restart wandb would drop the steps that it has seen, and tokens is the axis anyway.
-            self._run.log({"step": step, "tokens": tokens, **record})
-        except Exception as error:
-            self._has_failed = True
-            logger.warning("W&B failed at step %d and gets no more records (metrics.jsonl does): %s", step, error)
+        if self._records.qsize() >= _MAX_WAITING:
+            self._fail(f"at step {step}, because it does not take records any more")
+            return
+        own_step = None if self.step_offset is None else step + self.step_offset
+        self._records.put(({"step": step, "tokens": tokens, **record}, own_step))
 
     def close(self) -> None:
-        """Finish the run and wait until its file is complete."""
-        self._run.finish()
-        self._wandb.teardown()  # finish() alone returns before the file is flushed
+        """Finish the run and wait until its file is complete, but not for ever."""
+        self._records.put(None)
+        self._thread.join(self._finish_seconds)
+        if not self._thread.is_alive():
+            return
+        self._fail(f"to finish within {self._finish_seconds:g} s and is ended; `wandb sync` sends what it has written")
+        self._end_service()
+        self._thread.join(_END_SECONDS)
+
+    def _work(self) -> None:
+        """What the thread does: log until None comes, then finish."""
+        while (item := self._records.get()) is not None:
+            record, step = item
+            if self._has_failed:
+                continue
+            try:
+                self._run.log(record, step=step)
+            except Exception as error:
+                self._fail(f"at step {record['step']}: {_in_one_line(error)}")
+        # finish() alone returns before the file is flushed; teardown() also takes back what wandb does at exit.
+        for end in (self._run.finish, self._wandb.teardown):
+            try:
+                end()
+            except Exception as error:
+                self._fail(f"to finish: {_in_one_line(error)}")
+
+    def _fail(self, what: str) -> None:
+        if not self._has_failed:
+            self._has_failed = True
+            logger.warning("W&B failed %s; it gets no more records (metrics.jsonl does)", what)
+
+    def _end_service(self) -> None:
+        """Kill the service process, whose silence would also hold up the end of this one."""
+        try:
+            service = self._wandb.setup()._connection._proc._process  # there is no public way
+            service.kill()
+        except Exception as error:
+            logger.warning("its service process could not be ended: %s", _in_one_line(error))
+
+
+def _settings(cfg: WandbConfig) -> dict[str, Any]:
+    """Settings of W&B: its files get nothing that tells of this machine or checkout unless ``git`` asks for that."""
+    settings = {"silent": True, "console": "off", "disable_code": True}  # log/ holds the console output already
+    if not cfg.git:
+        settings |= {"disable_git": True, "x_disable_meta": True, "host": "not-recorded"}
+    return settings
 
 
 def _run_id(path: Path, is_resumed: bool) -> str:
-    if is_resumed and path.exists():
-        return path.read_text(encoding="utf-8").strip()
+    if is_resumed and path.is_file():
+        found = path.read_text(encoding="utf-8", errors="replace").strip()
+        if _RUN_ID.fullmatch(found):
+            return found
+        logger.warning("%s holds no id of a W&B run: a new W&B run begins", path)
     run_id = secrets.token_hex(4)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(run_id + "\n", encoding="utf-8")
+    files.make_own_folder(path.parent)
+    files.write_whole(path, run_id + "\n")
     return run_id
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _read_settings() -> dict[str, str]:

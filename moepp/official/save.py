@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moepp import files
 from moepp.config import ModelConfig
 from moepp.model import Transformer
 from moepp.official.config import TokenIds, released_config
@@ -15,7 +16,7 @@ from moepp.official.keys import pieces_of
 from moepp.official.model import OfficialModel
 from moepp.weights import whole_parameters, write_tensors
 from moepp.weights.pieces import is_stacked
-from moepp.weights.write import MAX_SHARD_BYTES, prepare_folder, write_json
+from moepp.weights.write import MAX_SHARD_BYTES, export_folder, write_json
 
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -30,21 +31,22 @@ def save_pretrained(
 
     Args:
         model: on one process, not sharded.
-        folder: created where it does not exist; files of the same names are replaced.
+        folder: created where it does not exist; an earlier export in it is replaced as a whole.
         token_ids: None: the model's own, or those that the format assumes.
 
     Returns:
         names of the files written.
 
     Raises:
-        CheckpointError: what the released code cannot express (a list), or a folder that cannot be written to.
+        CheckpointError: what the released code cannot express (a list).
+        WriteError: the folder cannot be written to.
     """
     decoder = model.transformer if isinstance(model, OfficialModel) else model
     if token_ids is None:
         token_ids = model.token_ids if isinstance(model, OfficialModel) else TokenIds()
-    return write_released(
-        read_from(decoder), decoder.cfg, Path(folder), token_ids=token_ids, dtype=decoder.embed_tokens.weight.dtype
-    )
+    read, dtype = read_from(decoder), decoder.embed_tokens.weight.dtype
+    with export_folder(Path(folder)) as new:
+        return write_released(read, decoder.cfg, new, token_ids=token_ids, dtype=dtype)
 
 
 def read_from(model: Transformer) -> ReadParameter:
@@ -63,7 +65,10 @@ def write_released(
     code_repo: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> list[str]:
-    """As :func:`save_pretrained`, from wherever ``read`` takes the parameters, one shard in memory at a time."""
+    """As :func:`save_pretrained`, from wherever ``read`` takes the parameters, one shard in memory at a time.
+
+    ``folder`` is made if missing, and otherwise empty: see :func:`moepp.weights.write.export_folder`.
+    """
     config = released_config(cfg, token_ids, DTYPE_NAMES[dtype], code_repo)
     sources: dict[str, tuple[str, int | None]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -80,7 +85,7 @@ def write_released(
             return read(name, index)
         return read(name, None)[index]
 
-    prepare_folder(folder)
+    files.make_folder(folder)
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation_config(token_ids))
     return ["config.json", "generation_config.json", *write_tensors(folder, shapes, read_key, dtype, max_shard_bytes)]

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moepp.errors import CheckpointError
+from moepp import files
+from moepp.errors import WriteError
 from moepp.weights.files import INDEX_SUFFIX, SAFETENSORS
+from moepp.write_errors import write_error
 
 MAX_SHARD_BYTES = 5 * 10**9
 # Readers up to transformers 4.46 need it.
 METADATA = {"format": "pt"}
+_SYSTEM_ERROR = re.compile(r"os error (\d+)")
+# Files that one export or another writes: none of an earlier one may stay beside a new one.
+_WRITTEN = re.compile(
+    r"config\.json|generation_config\.json|README\.md|tokenizer\.json|tokenizer_config\.json"
+    r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+    r"|(configuration|layers|modeling)_moepp\.py"
+)
 
 
 def write_tensors(
@@ -35,8 +46,15 @@ def write_tensors(
     Returns:
         names of the files written.
 
+    Args:
+        folder: an empty one; see :func:`export_folder`.
+        shapes: of every key.
+        read: the tensor of a key.
+        dtype: of the file.
+        max_shard_bytes: of one file.
+
     Raises:
-        CheckpointError: the folder cannot be written to.
+        WriteError: the folder cannot be written to.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -47,7 +65,6 @@ def write_tensors(
     names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         names = [SAFETENSORS]
-    _remove_other_weights(folder, names)
     for name, keys in zip(names, shards, strict=True):
         tensors = {key: read(key).detach().to("cpu", dtype, copy=True).contiguous() for key in keys}
         try:
@@ -55,7 +72,7 @@ def write_tensors(
             # safetensors makes files that nobody but their owner can read.
             (folder / name).chmod(0o666 & ~_umask())
         except (OSError, SafetensorError) as error:
-            raise _unwritable(folder, error) from error
+            raise _unwritable(folder / name, error) from error
     if len(shards) > 1:
         weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
@@ -64,33 +81,29 @@ def write_tensors(
     return names
 
 
-def prepare_folder(folder: Path) -> None:
-    """Make the folder.
+@contextlib.contextmanager
+def export_folder(folder: Path) -> Iterator[Path]:
+    """A hidden folder for an export; it becomes ``folder`` when the block ends well, in place of an earlier export.
+
+    What no export writes is kept of the earlier one, such as code that was copied beside the weights.
 
     Raises:
-        CheckpointError: it cannot be made.
+        WriteError: it cannot be made; an earlier export is untouched.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
+    with files.new_folder(folder) as new:
+        yield new
+        for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+            if not _WRITTEN.fullmatch(entry.name) and not (new / entry.name).exists():
+                files.link_tree(entry, new / entry.name)
 
 
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:
     """Write a JSON file.
 
     Raises:
-        CheckpointError: it cannot be written.
+        WriteError: it cannot be written.
     """
-    write_text(path, json.dumps(tree, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file; errors as for :func:`write_json`."""
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise _unwritable(path.parent, error) from error
+    files.write_whole(path, json.dumps(tree, indent=2) + "\n")
 
 
 def _umask() -> int:
@@ -99,17 +112,13 @@ def _umask() -> int:
     return umask
 
 
-def _remove_other_weights(folder: Path, names: list[str]) -> None:
-    """An earlier export with other shards would be found first, or mixed with this one."""
-    stem = SAFETENSORS.removesuffix(".safetensors")
-    for path in (*folder.glob(f"{stem}*.safetensors"), folder / (SAFETENSORS + INDEX_SUFFIX)):
-        if path.name not in names:
-            path.unlink(missing_ok=True)
-
-
-def _unwritable(folder: Path, error: Exception) -> CheckpointError:
-    reason = getattr(error, "strerror", None) or error
-    return CheckpointError(f"cannot write to {folder}: {reason}; choose another folder, or free some space")
+def _unwritable(path: Path, error: Exception) -> WriteError:
+    """safetensors passes on what the system said as text."""
+    number = getattr(error, "errno", None)
+    found = _SYSTEM_ERROR.search(str(error))
+    if number is None and found is not None:
+        number = int(found.group(1))
+    return write_error(number or 0, path, str(error))
 
 
 def _shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:

@@ -262,14 +262,14 @@ def test_save_that_fails_is_reported_and_the_run_goes_on(
     options = [corpus, *NATIVE, "train.steps=9", "checkpoint.interval=3", f"checkpoint.async={background}"]
     run = server.train(tmp_path / "run", 2, [*options, "checkpoint.keep=0"], [("disk_full_at", 1, 6)])
     failure = "checkpoint at step 6 FAILED, training goes on and earlier checkpoints are untouched: rank 1: "
-    assert f"{failure}OSError: [Errno 28] No space left on device" in run.output(0)
+    assert f"{failure}cannot write {tmp_path}/run/checkpoints: the disk is full" in run.output(0)
     assert checkpoint_names(tmp_path / "run") == ["step-00000003", "step-00000009"]
 
 
 def test_last_save_that_fails_is_an_error(server: TrainServer, corpus: str, tmp_path: Path) -> None:
     options = [corpus, *NATIVE, "train.steps=4", "checkpoint.interval=2"]
     run = server.train(tmp_path / "run", 2, options, [("disk_full_at", 0, 4)], exit_codes=[2, 2])
-    assert "its last state could not be saved: rank 0: OSError" in error_lines(run.output(0))[0]
+    assert "its last state could not be saved: rank 0: cannot write " in error_lines(run.output(0))[0]
     assert checkpoint_names(tmp_path / "run") == ["step-00000002"]
 
 

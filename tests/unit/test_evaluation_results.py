@@ -17,7 +17,7 @@ pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 from lm_eval.api.metrics import mean_stderr, pooled_sample_stderr
 
 from moepp.data.tokenizer import Tokenizer
-from moepp.errors import MoeppError, RunError
+from moepp.errors import MoeppError, WriteError
 from moepp.evaluation.data import open_source
 from moepp.evaluation.evaluate import check_tasks, evaluate_all, evaluate_tasks
 from moepp.evaluation.results import (
@@ -162,5 +162,5 @@ def test_file_holds_everything(tmp_path: Path):
 
 def test_unwritable_file_is_a_clear_error(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot write"):
+    with pytest.raises(WriteError, match=r"cannot write .* is not a folder"):
         write_results(tmp_path / "file" / "a.json", RESULTS, Subject("run"), {})

@@ -121,7 +121,7 @@ def test_records_that_never_found_space_are_an_error_at_the_end(tmp_path: Path) 
     sink = JsonlSink(tmp_path / "metrics.jsonl")
     sink._file = FullDisk(sink._file, space=0)
     sink.log({"train/loss": 1.0}, 1, 10)
-    with pytest.raises(RunError, match="No space left on device; free the disk"):
+    with pytest.raises(RunError, match=r"No space left on device; free the disk"):
         sink.close()
 
 
@@ -149,21 +149,172 @@ class Recorder:
 
     def log(self, record: Record, step: int, tokens: int) -> None:
         self.seen.append((dict(record), step, tokens))
+        if self.fails and step > 3:
+            raise OSError("service died\nat once")
 
     def close(self) -> None:
         self.closed += 1
         if self.fails:
-            raise OSError("disk full")
+            raise OSError("no answer")
 
 
-def test_group_passes_records_to_all_and_closes_all_even_after_a_failure() -> None:
+def test_group_passes_records_to_all_and_closes_all_even_after_a_failure(caplog: pytest.LogCaptureFixture) -> None:
     sinks = [Recorder(), Recorder(fails=True), Recorder()]
     group = SinkGroup(sinks)
     group.log({"a": 1.0}, 3, 30)
-    with pytest.raises(OSError, match="disk full"):
-        group.close()
+    group.close()
     assert [sink.seen for sink in sinks] == [[({"a": 1.0}, 3, 30)]] * 3
     assert [sink.closed for sink in sinks] == [1, 1, 1]
+    assert caplog.messages == ["Recorder could not be closed: OSError: no answer"]
+
+
+def test_sink_that_fails_is_reported_once_and_gets_no_more(caplog: pytest.LogCaptureFixture) -> None:
+    sinks = [Recorder(fails=True), Recorder()]
+    group = SinkGroup(sinks)
+    for step in range(1, 7):
+        group.log({"a": 1.0}, step, step)
+    assert [len(sink.seen) for sink in sinks] == [4, 6]
+    assert caplog.messages == ["Recorder failed at step 4 and gets no more records: OSError: service died at once"]
+
+
+def test_group_of_a_directory_that_is_not_its_own_any_more_writes_nothing(tmp_path: Path) -> None:
+    taken = False
+
+    def check() -> None:
+        if taken:
+            raise RunError("taken over")
+
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    group = SinkGroup([sink], check)
+    group.log({"a": 1.0}, 1, 1)
+    taken = True
+    for action in (lambda: group.log({"a": 1.0}, 2, 2), group.sync, lambda: group.rewind(0, 0), group.close):
+        with pytest.raises(RunError, match="taken over"):
+            action()
+    assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_error_that_ends_the_run_is_not_hidden_by_one_in_closing(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    with pytest.raises(KeyError), SinkGroup([sink]):
+        sink._file = FullDisk(sink._file, space=0)
+        sink.log({"a": 1.0}, 1, 1)
+        raise KeyError
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced", "folder replaced"])
+def test_metrics_that_were_removed_or_replaced_are_written_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.parent.mkdir()
+    write(path, [1, 2])
+    sink = JsonlSink(path, start_step=2)
+    sink.log({"train/loss": 3.5}, 3, 300)
+    if how == "removed":
+        path.unlink()
+    elif how == "replaced":
+        other = tmp_path / "other"
+        other.write_text("other\n")
+        other.replace(path)
+    else:
+        path.parent.rename(tmp_path / "moved")
+        path.parent.mkdir()
+    sink.log({"train/loss": 4.5}, 4, 400)
+    sink.log({"train/loss": 5.5}, 5, 500)
+    sink.close()
+    assert [record["step"] for record in read_records(path)] == [1, 2, 3, 4, 5]
+    assert len(caplog.messages) == 1 and "removed or replaced" in caplog.messages[0]
+    if how == "replaced":
+        assert (path.parent / "metrics.jsonl.replaced-1").read_text() == "other\n"
+
+
+def test_metrics_that_were_truncated_are_an_error_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    for step in (1, 2):
+        sink.log({"train/loss": 1.0}, step, step)
+        os.truncate(path, 0)
+    with pytest.raises(RunError, match="was truncated while the run wrote it"):
+        sink.close()
+
+
+WHOLE = b'{"step": 1, "tokens": 10}\n{"step": 2, "tokens": 20}\n'
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        b"\0" * 40 + b"\n",
+        b'{"step": 3, "tok\0\0\0\0\0\0\n',
+        b'{"step": 3, "tok\n',
+        b"\0\0\0\0\n\0\0\n\0\0",
+        b"\xff\xfe{{{\n",
+        b"[" * 100_000 + b"\n",
+    ],
+)
+def test_damaged_end_is_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture, tail: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(WHOLE + tail)
+    assert [record["step"] for record in read_records(path)] == [1, 2]
+    assert "from line 3 on, are damaged and left out" in caplog.messages[0]
+    write(path, [3], start_step=2)  # an unattended restart
+    assert [record["step"] for record in read_records(path)] == [1, 2, 3]
+
+
+def test_file_of_zeros_is_damaged_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\0" * 100 + b"\n")
+    write(path, [1])
+    assert [record["step"] for record in read_records(path)] == [1]
+
+
+def test_damage_before_a_record_is_an_error_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(WHOLE + b"\0\0\0\n" + WHOLE)
+    with pytest.raises(RunError, match=r"metrics\.jsonl line 3 is not"):
+        JsonlSink(path, start_step=5)
+    assert path.read_bytes() == WHOLE + b"\0\0\0\n" + WHOLE
+
+
+def test_last_record_without_the_end_of_its_line_counts(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(WHOLE.rstrip(b"\n"))
+    write(path, [3], start_step=2)
+    assert [record["step"] for record in read_records(path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("place", ["metrics.jsonl", "log", "log/rank-0.txt"])
+def test_planted_link_is_refused(tmp_path: Path, place: str) -> None:
+    run_dir, aim = tmp_path / "run", tmp_path / "aim"
+    (run_dir / place).parent.mkdir(parents=True)
+    if place == "log":
+        aim.mkdir()
+    else:
+        aim.write_text("")
+    (run_dir / place).symlink_to(aim)
+    with pytest.raises(RunError, match="a symbolic link lies there, which is not followed"):
+        JsonlSink(run_dir / place) if place == "metrics.jsonl" else setup_logging(run_dir, 0)
+    assert list(aim.iterdir()) == [] if place == "log" else aim.read_text() == ""
+
+
+def test_log_file_that_is_moved_or_full_does_not_end_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup_logging(tmp_path, 1)
+    logger, path = logging.getLogger("moepp.trainer"), tmp_path / "log" / "rank-1.txt"
+    logger.info("first")
+    path.rename(tmp_path / "log" / "rotated.txt")
+    logger.info("second")
+    assert "first" in (tmp_path / "log" / "rotated.txt").read_text() and "second" in path.read_text()
+    (tmp_path / "log").rename(tmp_path / "gone")
+    for _ in range(3):
+        logger.info("lost")
+    (tmp_path / "gone").rename(tmp_path / "log")
+    logger.info("third")
+    said = capsys.readouterr().err
+    assert said.count("rank-1.txt now, its lines are lost") == 1 and "Traceback" not in said
+    assert "third" in path.read_text()
 
 
 RECORD = {
@@ -212,5 +363,5 @@ def test_every_rank_has_its_log_file_and_rank_0_speaks(tmp_path: Path, capsys: p
 
 def test_log_folder_that_is_a_file_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("")
-    with pytest.raises(RunError, match=r"cannot write .*rank-0\.txt"):
+    with pytest.raises(RunError, match=r"cannot write .*/log: what lies there is not a folder; remove it"):
         setup_logging(tmp_path, 0)
