@@ -39,7 +39,8 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        if not arg_string.strip() and not getattr(action, "may_be_empty", False):
+        leads_on = isinstance(action, argparse._SubParsersAction)  # its values are read again, by the right parser
+        if not (arg_string.strip() or leads_on or getattr(action, "may_be_empty", False)):
             raise argparse.ArgumentError(action, "is empty; give a value")
         return super()._get_value(action, arg_string)  # pyright: ignore[reportAttributeAccessIssue]
 

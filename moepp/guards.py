@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import statistics
 from collections import deque
@@ -11,6 +12,7 @@ from typing import Any
 from moepp.config import GuardConfig
 from moepp.errors import TrainingError
 
+FAR_ABOVE = 1.2  # times the first loss: no run that learns gets there
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -65,6 +67,32 @@ class SkippedSteps:
         """Count a step whose update was left out because of its loss, which was finite."""
         self.total += 1
         self.in_a_row = 0
+
+
+class LossWatch:
+    """Says so when the loss has risen far above where it began: a run that diverges goes on, but not without a word.
+
+    A model that guesses uniformly has a loss of ln V, and one that has just been initialised is close to that.
+    """
+
+    def __init__(self, vocab_size: int, learning_rate: float) -> None:
+        self._guessing = math.log(vocab_size)
+        self._learning_rate = learning_rate
+        self._limit: float | None = None
+        self._has_warned = False
+
+    def remark(self, loss: float, step: int, is_last: bool) -> str | None:
+        """What there is to say about one logged loss: once when it is too high, and at the end if it still is."""
+        is_first = self._limit is None
+        if self._limit is None:
+            self._limit = FAR_ABOVE * min(max(loss, self._guessing), 2 * self._guessing)
+        if loss <= self._limit or (is_first and not is_last) or (self._has_warned and not is_last):
+            return None
+        self._has_warned = True
+        return (
+            f"the loss is {loss:,.6g} at step {step}, far above {self._guessing:.4g}, which guessing gives: training "
+            f"{'has diverged' if is_last else 'diverges'}; lower optim.lr={self._learning_rate:g}"
+        )
 
 
 class SpikeGuard:

@@ -20,6 +20,9 @@ Records = Sequence[Mapping[str, Any]]
 """Lines of metrics.jsonl."""
 
 
+FEW_TOKENS = 1_000_000  # assumption: a shorter run tries whether everything works, and is no attempt to learn
+
+
 @dataclass(frozen=True)
 class ReportInputs:
     """What the summary shows besides the metrics; kept in ``report.json`` so that it can be drawn again."""
@@ -126,14 +129,21 @@ def _loss_section(records: Records, unigram_entropy: float | None) -> str:
     if unigram_entropy is not None:
         lines.append(f"- unigram entropy of the corpus: {unigram_entropy:.4f} nats per token")
         margin = unigram_entropy - loss
-        lines.append(
-            f"- PASS: the validation loss is {margin:.4f} below the unigram entropy: "
-            "the model has learned more than how frequent each token is"
-            if margin > 0
-            else f"- FAIL: the validation loss is {-margin:.4f} above the unigram entropy: "
-            "the model predicts no better than token frequencies alone"
-        )
+        lines.append(f"- {_verdict(margin, evaluation['tokens'])}")
     return "\n".join(lines)
+
+
+def _verdict(margin: float, tokens: int) -> str:
+    """What it means that the validation loss lies so many nats below (above: negative) the unigram entropy."""
+    if margin > 0:
+        return (
+            f"PASS: the validation loss is {margin:.4f} below the unigram entropy: "
+            "the model has learned more than how frequent each token is"
+        )
+    above = f"the validation loss is {-margin:.4f} above the unigram entropy"
+    if tokens < FEW_TOKENS:
+        return f"REMARK: {above}, as is usual after only {tokens:,} tokens; train longer before judging the model"
+    return f"FAIL: {above}: the model predicts no better than token frequencies alone"
 
 
 def _routing_section(records: Records) -> str:

@@ -64,6 +64,15 @@ def run_training(cfg: Config) -> None:
         raise
     finally:
         close_logging()
+        _leave_process_groups()
+
+
+def _leave_process_groups() -> None:
+    """Destroy the process groups; DeepSpeed, which has adopted them, must hear of it, or a second run gets the old."""
+    adopter = sys.modules.get("deepspeed.comm")
+    if adopter is not None and adopter.is_initialized():
+        adopter.destroy_process_group()
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -29,7 +29,7 @@ from moepp.config import Config, accumulation_steps, to_dict, zero_stage
 from moepp.engine.engine import Engine, StepResult
 from moepp.engine.schedule import learning_rate
 from moepp.errors import CheckpointError, Preempted, TrainingError
-from moepp.guards import SkippedSteps, SpikeGuard, StopRequest
+from moepp.guards import LossWatch, SkippedSteps, SpikeGuard, StopRequest
 from moepp.metrics.sinks import SinkGroup
 from moepp.metrics.step_stats import StepStats
 from moepp.metrics.throughput import Throughput
@@ -81,6 +81,7 @@ class Trainer:
         self.stats = StepStats(parts.cfg.model.moe_layers, moe.num_ffn_experts, moe.top_k)
         self.skipped_steps = SkippedSteps(parts.cfg.guard)
         self.spikes = SpikeGuard(parts.cfg.guard)
+        self.loss_watch = LossWatch(parts.cfg.model.vocab_size, parts.cfg.optim.lr)
         self.data_identity = identify_data(parts.cfg)
 
     @property
@@ -211,6 +212,10 @@ class Trainer:
         flops = flops_per_token(self.cfg.model, self.cfg.data.seq_len, record.get("routing/ffn_per_token", 0.0))
         record |= self.parts.throughput.read(flops.forward_backward)
         self.parts.sinks.log(record, self.step, self.tokens)
+        if self.groups.rank == 0 and "train/loss" in record:
+            is_last = self.step == self.cfg.train.steps
+            if remark := self.loss_watch.remark(record["train/loss"], self.step, is_last):
+                logger.warning(remark)
 
     def save(self, background: bool | None = None) -> None:
         """Write a checkpoint of the present state."""

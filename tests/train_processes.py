@@ -190,6 +190,14 @@ class TrainServer:
             run.pids.append(self.ask(request))
         return run
 
+    def start_alone(self, arguments: Sequence[str]) -> TrainRun:
+        """Start ``train.py`` in one process with ``arguments`` and nothing else."""
+        log = self._folder / f"start-{len(self._runs)}-alone.txt"
+        run = TrainRun(self, self._folder, [log])
+        self._runs.append(run)
+        run.pids.append(self.ask({"argv": ["train.py", *arguments], "environ": {}, "log": str(log), "faults": []}))
+        return run
+
     def train(
         self,
         run_dir: Path,

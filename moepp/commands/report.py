@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from moepp.errors import DataError, RunError
+from moepp.errors import ConfigError, DataError, RunError
 from moepp.report import read_inputs, write_report
 from moepp.run_dir import RunDir
 
@@ -29,6 +29,8 @@ def run(args: argparse.Namespace) -> int:
     path = Path(args.run_dir)
     if not path.is_dir():
         raise RunError(f"{path} is not a directory; name the directory of a run")
+    if args.unigram_entropy is not None and args.unigram_entropy < 0:
+        raise ConfigError(f"--unigram-entropy={args.unigram_entropy} is below 0, which no entropy is; correct it")
     run_dir = RunDir(path.resolve())
     inputs = read_inputs(run_dir)
     entropy = args.unigram_entropy if args.unigram_entropy is not None else inputs.unigram_entropy

@@ -15,6 +15,8 @@ from moepp.errors import ConfigError
 from moepp.model.attention import KVCache
 from moepp.model.transformer import Transformer
 
+_SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny  # below it, 0 / temperature is not a number
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -130,7 +132,9 @@ def sample(logits_BV: Tensor, sampling: Sampling = GREEDY, generator: torch.Gene
     """One token per row, [B, 1] int64."""
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=-1, keepdim=True)
-    probs_BV = torch.softmax(logits_BV.float() / sampling.temperature, dim=-1)
+    # The largest logit is taken off first, or a temperature near 0 would make it infinite.
+    logits_BV = logits_BV.float() - logits_BV.float().amax(dim=-1, keepdim=True)
+    probs_BV = torch.softmax(logits_BV / max(sampling.temperature, _SMALLEST_TEMPERATURE), dim=-1)
     probs_BV, ids_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
     if sampling.top_p is not None:
         # A token stays while those before it have not reached p; the first always does.

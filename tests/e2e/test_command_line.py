@@ -183,6 +183,7 @@ def test_sweep_trains_every_job_that_can_be_trained(data, tmp_path):
     assert first["train/loss"] == second["train/loss"] and first["train/balance_loss"] != second["train/balance_loss"]
 
 
+@pytest.mark.slow
 def test_sweep_goes_on_after_a_run_that_fails(data, tmp_path):
     settings = [*SETTINGS, data[1], "engine=native", "train.steps=1", "train.samples=0", "logging.wandb.mode=disabled"]
     good = data[0].partition("=")[2]
@@ -211,6 +212,44 @@ def test_launcher_shows_bad_input_once_and_fails(data, tmp_path, launcher):
     assert "parallel.expert=3 does not divide the 2 processes" in message
     assert "Traceback" not in (done.stdout + done.stderr).split(message)[0]
     assert not (tmp_path / "runs").exists()
+
+
+def test_own_model_file_may_leave_keys_out(data, tmp_path):
+    """A key that no file gives a value can be overridden, through train.py and `moepp train` alike."""
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    text = (ROOT / "configs" / "model" / "tiny.yaml").read_text().replace("  tau: 0.75\n", "")
+    (tmp_path / "mine" / "model" / "mine.yaml").write_text(text)
+    for program in ([sys.executable, str(ROOT / "train.py")], [sys.executable, "-m", "moepp.cli", "train"]):
+        shown = ["--config-dir", "mine", "--cfg", "job", "model=mine", "model.moe.tau=0.5"]
+        done = run([*program, *shown], tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert yaml.safe_load(done.stdout)["model"]["moe"]["tau"] == 0.5
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("-m --info config", "error: --info and --multirun exclude one another"),
+        ("--resolve", "error: --resolve changes what --cfg and --help show"),
+        ("--package run", "error: --package run chooses a part of what --cfg shows"),
+        ("--cfg nothing", "error: argument --cfg/-c: invalid choice: 'nothing'"),
+        ("--config-name nothing", "error: --config-name nothing does not exist"),
+        ("-m --config-dir nothing", "error: --config-dir nothing is not a folder"),
+        (
+            "train.steps 100",
+            "error: 'train.steps' cannot be read: it has no equals sign; write key=value, as train.steps=100",
+        ),
+        ("data.paths=[a=b]", "quote a text with commas, brackets, blanks or equals signs"),
+        ("+model=tiny", "error: model is chosen already; write model=NAME without a plus"),
+        ("-m model=tiny optim.lrr=1,2", "error: unknown configuration key optim.lrr; did you mean optim.lr?"),
+    ],
+)
+def test_command_line_that_contradicts_itself_is_refused_in_one_line(server, arguments, message):
+    process = server.start_alone(arguments.split())
+    assert process.wait(LIMIT_SECONDS) == [2], process.output(0)
+    output = process.output(0)
+    assert message in output and output.count("\n") == 1
 
 
 def test_plain_command_shows_bad_input_in_one_line(tmp_path):

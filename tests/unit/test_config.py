@@ -16,12 +16,14 @@ from moepp.config import (
     from_hydra,
     known_keys,
     micro_batch_size,
+    refuse_incomplete_overrides,
     refuse_unknown_options,
     to_dict,
     unknown_key_message,
     validate,
     zero_stage,
 )
+from moepp.config.suggest import _SYNONYMS
 from moepp.errors import ConfigError
 
 SECTIONS: dict[str, Any] = {section.name: {} for section in dataclasses.fields(Config)} | {
@@ -107,6 +109,44 @@ def test_unknown_key_comes_with_the_nearest_known_ones(key, expected):
     assert expected in refusal(**{key.replace(".", "__"): 1})
 
 
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        # What other trainers call it.
+        ("optim.learning_rate", "did you mean optim.lr?"),
+        ("optim.learning_rat", "did you mean optim.lr?"),
+        ("optim.wd", "did you mean optim.weight_decay?"),
+        ("optim.max_grad_norm", "did you mean optim.grad_clip?"),
+        ("train.batch_size", "did you mean train.global_batch_size or eval.batch_size?"),
+        ("train.max_steps", "did you mean train.steps?"),
+        ("train.gradient_accumulation_steps", "did you mean train.micro_batch_size?"),
+        ("model.n_layers", "did you mean model.num_layers?"),
+        ("model.d_model", "did you mean model.hidden_size?"),
+        ("model.num_experts", "did you mean model.moe.num_ffn_experts?"),
+        ("parallel.ep", "did you mean parallel.expert?"),
+        ("data.path", "did you mean data.paths"),
+        # The right word in the wrong section, or in none.
+        ("train.seed", "did you mean run.seed?"),
+        ("model.top_k", "did you mean model.moe.top_k?"),
+        ("lr", "did you mean optim.lr?"),
+        ("tau", "did you mean model.moe.tau?"),
+        ("logging.mode", "did you mean logging.wandb.mode?"),
+        # Spelt wrongly.
+        ("optim.weight_dcay", "did you mean optim.weight_decay?"),
+        ("optim.lrr", "did you mean optim.lr?"),
+        ("model.taus", "did you mean model.moe.tau?"),
+        ("trian.steps", "did you mean train.steps?"),
+        ("parallel.tp", "known keys: parallel.exchange_parts, parallel.expert"),
+    ],
+)
+def test_unknown_key_suggests_what_was_meant(key, expected):
+    assert expected in unknown_key_message(key, known_keys())
+
+
+def test_every_synonym_stands_for_a_key():
+    assert set(_SYNONYMS) <= set(known_keys())
+
+
 def test_unknown_key_far_from_all_others_does_not_list_a_hundred():
     assert unknown_key_message("zzz", known_keys()) == "unknown configuration key zzz; configs/ lists the known ones"
 
@@ -124,6 +164,31 @@ def test_missing_and_unresolved_values_are_named():
 def test_option_that_hydra_does_not_have_is_refused(option):
     with pytest.raises(ConfigError, match=f"{option} is not an option; write settings as key=value"):
         refuse_unknown_options(["optim.lr=1", option])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["train.steps", "100"],
+            "'train.steps' cannot be read: it has no equals sign; write key=value, as train.steps=100",
+        ),
+        (["a=b", "train.steps"], "write key=value, as train.steps=VALUE"),
+        (["train.steps", "a=b"], "write key=value, as train.steps=VALUE"),
+        (["train.steps=", "100"], "train.steps= '100' cannot be read: no blank may follow the equals sign"),
+        (["=3"], "'=3' cannot be read: it names no key"),
+        ([""], "write key=value, as key=VALUE"),
+    ],
+)
+def test_setting_without_equals_sign_is_refused_with_how_it_is_written(overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        refuse_incomplete_overrides(overrides)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_settings_with_equals_signs_and_deletions_pass():
+    refuse_incomplete_overrides([])
+    refuse_incomplete_overrides(["a=", "~b", "~c=d", "+e='='", "++f=1", "g@h=i"])
 
 
 def test_options_of_hydra_pass():
@@ -193,6 +258,16 @@ def test_fixed_keys_exist():
         ({"train__log_interval": 0}, ["train.log_interval=0"]),
         ({"checkpoint__keep": -1}, ["checkpoint.keep=-1"]),
         ({"logging__wandb__mode": "on"}, ["offline, online, disabled"]),
+        (
+            {"logging__wandb__project": "a/b"},
+            ["logging.wandb.project='a/b' has /", "set another logging.wandb.project"],
+        ),
+        ({"logging__wandb__project": "a:b%c"}, ["has % :"]),
+        ({"logging__wandb__project": "x" * 129}, ["must be 1 to 128 printable characters"]),
+        ({"logging__wandb__project": ""}, ["must be 1 to 128 printable characters"]),
+        ({"run__name": "a\nb"}, ["run.name='a\\nb' must be at most 255 bytes of printable characters"]),
+        ({"run__name": "ä" * 128}, ["at most 255 bytes"]),
+        ({"run__dir": ""}, ["run.dir is empty"]),
         ({"run__name": "a/b"}, ["run.name='a/b'", "remove slashes, or set run.dir"]),
         ({"run__name": ""}, ["run.name=''"]),
         ({"run__seed": -1}, ["run.seed=-1"]),

@@ -10,7 +10,7 @@ import pytest
 
 from moepp.config import GuardConfig
 from moepp.errors import TrainingError
-from moepp.guards import SkippedSteps, SpikeGuard, StopRequest
+from moepp.guards import LossWatch, SkippedSteps, SpikeGuard, StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -74,3 +74,31 @@ def test_window_goes_on_after_a_restart() -> None:
 
 def test_off_by_default() -> None:
     assert not SpikeGuard(GuardConfig()).is_on
+
+
+def remarks(losses: list[float], vocab_size: int = 8192) -> list[int]:
+    """Steps at which the loss is remarked upon."""
+    watch = LossWatch(vocab_size, learning_rate=1e3)
+    return [i for i, loss in enumerate(losses) if watch.remark(loss, i, is_last=i == len(losses) - 1)]
+
+
+def test_run_that_diverges_is_remarked_upon_once_and_at_its_end():
+    assert remarks([9.1, 8.0, 60.0, 700.0, 889403.0]) == [2, 4]
+    assert remarks([9.1, 60.0, 7.0, 6.0]) == [1]
+    assert remarks([889403.0]) == [0], "logged once, when all was over"
+    assert remarks([5e5, 8e5, 9e5]) == [1, 2], "the first record is the mean of steps that have diverged already"
+    assert remarks([3.0, 13.0, 14.0]) == [1, 2], "continued from a checkpoint"
+
+
+def test_run_that_learns_is_not_remarked_upon():
+    assert remarks([9.1, 9.4, 8.0, 7.0]) == []
+    assert remarks([300.0, 9.0, 8.0, 7.0]) == [], "large initial weights"
+    assert remarks([9.05]) == []
+
+
+def test_remark_names_loss_step_and_remedy():
+    text = LossWatch(8192, 1e3).remark(889403.0, 300, is_last=True)
+    assert text == (
+        "the loss is 889,403 at step 300, far above 9.011, which guessing gives: training has diverged; "
+        "lower optim.lr=1000"
+    )
