@@ -8,6 +8,7 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from moepp.data.remedies import read_remedy
 from moepp.errors import DataError
 from moepp.untrusted import printable
 
@@ -105,7 +106,7 @@ def _add(path: str, found: Inputs, seen: dict[object, str]) -> None:
     try:
         status = os.stat(path)
     except OSError as error:
-        raise DataError(f"cannot read {printable(path)}: {error.strerror}; check the file") from error
+        raise DataError(f"cannot read {printable(path)}: {error.strerror}; {read_remedy(error)}") from error
     if not os.access(path, os.R_OK):
         raise DataError(f"cannot read {printable(path)}: Permission denied; check its permissions")
     identity = _identity(path, status)
@@ -180,7 +181,7 @@ def _is_wanted(path: str, found: Inputs) -> bool:
         found.leave_out(DANGLING if os.path.islink(path) else VANISHED, path)
         return False
     except OSError as error:
-        raise DataError(f"cannot read {printable(path)}: {error.strerror}; check the file") from error
+        raise DataError(f"cannot read {printable(path)}: {error.strerror}; {read_remedy(error)}") from error
     if not has_kind(path, *SUFFIXES):
         found.leave_out(OTHER_KIND, path)
         return False

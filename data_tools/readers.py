@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from data_tools.bad_lines import BadLineError, BadLines
 from data_tools.inputs import InputFile, has_kind
+from moepp.data.remedies import read_remedy
 from moepp.errors import DataError
 from moepp.untrusted import printable, show
 
@@ -83,7 +84,9 @@ class DocumentReader:
         except MemoryError as error:
             raise DataError(f"{path} does not fit into memory; lower --max-document-bytes or --workers") from error
         except OSError as error:
-            raise DataError(f"cannot read {path}: {printable(error.strerror or error)}; check the file") from error
+            raise DataError(
+                f"cannot read {path}: {printable(error.strerror or error)}; {read_remedy(error)}"
+            ) from error
 
     def _documents(self, raw: IO[bytes], file: InputFile) -> Iterator[Document]:
         if has_kind(file.path, ".parquet"):

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moepp.data.manifest import Manifest, read_manifest
+from moepp.data.remedies import read_remedy
 from moepp.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -121,7 +122,7 @@ def open_indexed(prefix: str, *, interrupted_append: bool = False) -> IndexedFil
             )
         content = np.memmap(idx_path, mode="r", dtype=np.uint8)
     except OSError as error:
-        raise DataError(f"cannot read {prefix}.bin/.idx: {error.strerror}; check their permissions") from error
+        raise DataError(f"cannot read {prefix}.bin/.idx: {error.strerror}; {read_remedy(error)}") from error
     lengths_Q, offsets_Q, boundaries = _arrays(content, num_sequences, num_boundaries)
     described = _check_arrays(prefix, lengths_Q, offsets_Q, boundaries, dtype)
     manifest = read_manifest(prefix)

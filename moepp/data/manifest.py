@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from moepp.data.remedies import read_remedy
 from moepp.errors import DataError
 
 
@@ -49,7 +50,7 @@ def read_manifest(prefix: str) -> Manifest | None:
             tree = json.load(stream)
         manifest = Manifest(**{**tree, "sources": tuple(tree["sources"])})
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; check its permissions") from error
+        raise DataError(f"cannot read {path}: {error.strerror}; {read_remedy(error)}") from error
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path} is not a manifest of `moepp prepare`; prepare {prefix} again") from error
     hints = {f.name: int if f.type == "int" else str for f in dataclasses.fields(Manifest) if f.name != "sources"}

@@ -10,9 +10,8 @@ picks the dataset of sample i greedily from the samples before it.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import glob
-import hashlib
 import logging
 import os
 import warnings
@@ -24,8 +23,8 @@ import numpy as np
 import torch
 
 from moepp.config import DataConfig
+from moepp.data.cache import building, cache_folder, explained
 from moepp.data.indexed import SPLITS, IndexedFile
-from moepp.errors import DataError
 
 with warnings.catch_warnings():  # it warns of CUDA-only extensions that datasets have no use for
     warnings.simplefilter("ignore")
@@ -121,7 +120,8 @@ def build_datasets(
         path has no whole sequence for it.
 
     Raises:
-        DataError: the cached indices cannot be written or read.
+        DataError: the cached indices cannot be read, or another run builds them for too long.
+        WriteError: they cannot be written.
     """
     config = GPTDatasetConfig(
         random_seed=seed,
@@ -141,15 +141,17 @@ def build_datasets(
         if any(file.split_tokens(data.split)[i] <= data.seq_len for file in files):
             matrix[i] = None
     config.split_matrix = matrix
-    if config.path_to_cache and torch.distributed.get_rank() == 0:
-        _remove_damaged(config.path_to_cache)  # before the barrier at which the other ranks wait for rank 0
-    try:
-        builder = BlendedMegatronDatasetBuilder(EpochGPTDataset, list(num_sequences), lambda: True, config)
-        return tuple(builder.build())
-    except (OSError, ValueError, EOFError) as error:
-        folder = config.path_to_cache
-        reason = " ".join(str(error).split())
-        raise DataError(f"cannot use the dataset indices cached in {folder} ({reason}); delete that folder") from error
+    folder = config.path_to_cache
+    # Rank 0 locks before the barrier at which the other ranks wait for it.
+    alone = building(folder) if folder and torch.distributed.get_rank() == 0 else contextlib.nullcontext()
+    with alone:
+        try:
+            builder = BlendedMegatronDatasetBuilder(EpochGPTDataset, list(num_sequences), lambda: True, config)
+            return tuple(builder.build())
+        except Exception as error:
+            if not isinstance(error, OSError | ValueError | EOFError) and type(error) is not Exception:
+                raise
+            raise explained(error, folder or "memory") from error
 
 
 def _blend(files: Sequence[IndexedFile], data: DataConfig) -> tuple[list[str], list[float] | None]:
@@ -162,21 +164,10 @@ def _blend(files: Sequence[IndexedFile], data: DataConfig) -> tuple[list[str], l
 
 
 def _cache_folder(files: Sequence[IndexedFile], cache_dir: str | None) -> str:
-    # Megatron's cache key knows the path but not the content, so data prepared again under the same name would be
-    # read through stale indices: hence a folder per content. Empty means in memory (None: beside the data).
+    """Where the indices are kept; empty means in memory (None: beside the data)."""
     if cache_dir is None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return ""
-    content = hashlib.blake2b("".join(file.fingerprint() for file in files).encode(), digest_size=8).hexdigest()
-    return os.path.join(os.path.abspath(cache_dir), content)
-
-
-def _remove_damaged(folder: str) -> None:
-    """Remove indices that a killed run left half written: Megatron takes them for whole."""
-    for path in glob.glob(os.path.join(glob.escape(folder), "*.npy")):
-        try:
-            np.load(path, mmap_mode="r")
-        except (ValueError, EOFError):
-            os.remove(path)
+    return cache_folder(files, cache_dir)
 
 
 def _config_of_epoch(config: GPTDatasetConfig, epoch: int) -> GPTDatasetConfig:
