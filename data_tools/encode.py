@@ -13,12 +13,13 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from data_tools.losses import Losses, can_lose, measure, unknown_id
-from moepp.data.tokenizer_guard import no_panic, require_bounded
-from moepp.errors import DataError
+from data_tools.losses import Losses, LossMeter, can_lose
+from moepp.errors import DataError, MoeppError
+from moepp.tokenizer_guard import no_panic, require_bounded
 from moepp.untrusted import printable
 
 # Batches that wait or are in work, per worker: enough that none idles, little enough to bound memory.
@@ -54,28 +55,34 @@ class Encoder:
         self._eod_id = eod_id
         self._dtype = np.dtype(dtype)
         self._path = path
-        self._can_lose = can_lose(tokenizer_json)
-        self._unknown_id = unknown_id(self._tokenizer)
+        self._meter = LossMeter(self._tokenizer) if can_lose(tokenizer_json) else None
 
     def __call__(self, texts: list[str]) -> Encoded:
         """Raises DataError where the tokenizer fails on a text or makes absurdly many tokens of it."""
         # Offsets, which show what was lost, take about a third more time.
-        encode = self._tokenizer.encode_batch if self._can_lose else self._tokenizer.encode_batch_fast
+        needs_offsets = self._meter is not None and self._meter.needs_offsets
+        encode = self._tokenizer.encode_batch if needs_offsets else self._tokenizer.encode_batch_fast
         with no_panic(self._path, silent=True):
             try:
                 encodings = encode(texts, add_special_tokens=False)
+                losses = self._losses(texts, encodings)
+            except MoeppError:
+                raise
             except Exception as error:  # the library raises a bare Exception, for example for a missing unknown token
                 raise DataError(
                     f"tokenizer {printable(self._path)} cannot encode the text ({printable(error, 200)}); "
                     "give another tokenizer"
                 ) from error
+        documents = [np.array([*encoding.ids, self._eod_id], dtype=self._dtype) for encoding in encodings]
+        return Encoded(documents, losses)
+
+    def _losses(self, texts: list[str], encodings: list[Any]) -> Losses:
         losses = Losses()
         for text, encoding in zip(texts, encodings, strict=True):
             require_bounded(len(encoding), text, self._path)
-            if self._can_lose:
-                losses.add(measure(text, encoding, self._unknown_id))
-        documents = [np.array([*encoding.ids, self._eod_id], dtype=self._dtype) for encoding in encodings]
-        return Encoded(documents, losses)
+            if self._meter is not None:
+                losses.add(self._meter(text, encoding))
+        return losses
 
 
 def encode_documents(

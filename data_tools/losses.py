@@ -1,7 +1,8 @@
 """What a tokenizer cannot represent: characters without a token, and those that became the unknown token.
 
 Byte-level tokenizers and those that fall back to bytes lose nothing, which their file shows; with all others every
-document is measured, by the spans of text that its tokens stand for. White space does not count: many tokenizers
+document is measured: by the spans of text that its tokens stand for, or character by character where a tokenizer
+drops some without a trace. White space does not count: many tokenizers
 leave it out on purpose. Changes that normalizers make (lower case, accents in another form) do not count either.
 """
 
@@ -41,28 +42,49 @@ class Losses:
                 self.samples[character] += count
 
 
-def measure(text: str, encoding: Any, unknown_id: int | None) -> Losses:
-    """Losses of one document.
+class LossMeter:
+    """Measures the documents of one tokenizer.
 
-    Args:
-        encoding: of the tokenizers library, with offsets (which ``encode_batch_fast`` leaves out).
-        unknown_id: id of the unknown token, if there is one.
+    Attributes:
+        needs_offsets: whether encodings must come with offsets, which ``encode_batch_fast`` leaves out.
     """
-    length = len(text)
-    offsets_T2 = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-    ids_T = np.array(encoding.ids, dtype=np.int64)
-    known_T = np.ones(len(ids_T), dtype=bool) if unknown_id is None else ids_T != unknown_id
-    edges = np.zeros(length + 1, dtype=np.int64)
-    np.add.at(edges, offsets_T2[known_T, 0], 1)
-    np.add.at(edges, offsets_T2[known_T, 1], -1)
-    lost = [text[i] for i in np.flatnonzero(np.cumsum(edges)[:length] == 0).tolist() if not text[i].isspace()]
-    characters = length - sum(map(str.isspace, text))
-    return Losses(characters, len(lost), int((~known_T).sum()), Counter(lost))
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        model = json.loads(tokenizer.to_str())["model"]
+        self._unknown_id = _unknown_id(tokenizer, model)
+        # BPE without an unknown token drops characters, and its offsets are wrong behind the first of them.
+        self._drops = model.get("type") == "BPE" and self._unknown_id is None
+        self._kept: dict[str, bool] = {}  # characters, for a tokenizer that drops some
+        self.needs_offsets = not self._drops
+
+    def __call__(self, text: str, encoding: Any) -> Losses:
+        """Losses of one document."""
+        characters = len(text) - sum(map(str.isspace, text))
+        if self._drops:
+            counts = Counter(text)
+            self._learn([character for character in counts if character not in self._kept])
+            samples = Counter({c: n for c, n in counts.items() if not self._kept[c] and not c.isspace()})
+            return Losses(characters, samples.total(), 0, samples)
+        offsets_T2 = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        known_T = np.array(encoding.ids, dtype=np.int64) != (-1 if self._unknown_id is None else self._unknown_id)
+        edges = np.zeros(len(text) + 1, dtype=np.int64)
+        np.add.at(edges, offsets_T2[known_T, 0], 1)
+        np.add.at(edges, offsets_T2[known_T, 1], -1)
+        uncovered = np.flatnonzero(np.cumsum(edges)[: len(text)] == 0).tolist()
+        samples = Counter(text[i] for i in uncovered if not text[i].isspace())
+        return Losses(characters, samples.total(), int((~known_T).sum()), samples)
+
+    def _learn(self, characters: list[str]) -> None:
+        """Find out which characters, each by itself, have tokens, and tokens of all their bytes."""
+        encodings = self._tokenizer.encode_batch_fast(characters, add_special_tokens=False)
+        for character, encoding in zip(characters, encodings, strict=True):
+            torn = "\ufffd" in self._tokenizer.decode(encoding.ids) and character != "\ufffd"
+            self._kept[character] = bool(encoding.ids) and not torn
 
 
-def unknown_id(tokenizer: Any) -> int | None:
+def _unknown_id(tokenizer: Any, model: dict[str, Any]) -> int | None:
     """Id of the model's unknown token."""
-    model = json.loads(tokenizer.to_str())["model"]
     if isinstance(model.get("unk_id"), int):  # Unigram
         return model["unk_id"]
     token = model.get("unk_token")

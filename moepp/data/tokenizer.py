@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moepp.data.tokenizer_guard import no_panic, require_safe
 from moepp.errors import DataError
+from moepp.tokenizer_guard import no_panic, require_safe
 from moepp.untrusted import load_json, printable, read_text
 
 MAX_FILE_BYTES = 256 << 20  # a vocabulary of 262,144 tokens takes 33 MB

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
     ("errors", "host_memory"),
     ("untrusted", "cpu"),
-    ("write_errors",),
+    ("write_errors", "tokenizer_guard"),
     ("owners",),
     ("files",),
     ("config", "kernels", "arguments"),
