@@ -203,3 +203,30 @@ def test_a_model_that_the_released_code_cannot_express_is_refused_with_a_hint(tm
     assert main(["export", run, str(tmp_path / "x"), "--format", "moepp", "--dtype", "fp32"]) == 0
     assert same_tensors(tmp_path / "x", tmp_path / "own")
     assert "names no tokenizer" in capsys.readouterr().out
+
+
+def test_the_model_cards_snippet_runs_without_a_question(imported, tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    folder = tmp_path / "x"
+    assert main(["export", str(imported / "run"), str(folder), "--format", "moepp"]) == 0
+    snippet = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert "AutoTokenizer" in snippet and "AutoModelForCausalLM" in snippet
+    snippet = snippet.replace("path/to/this/folder", str(folder)).replace('tokenizer("The"', 'tokenizer("w3 w5"')
+    environ = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", snippet],
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("w3 w5") and len(done.stdout.split()) > 4
+    said = (done.stdout + done.stderr).lower()
+    for sign in ("[y/n]", "trust_remote_code", "model of type", "warning", "not supported"):
+        assert sign not in said, done.stderr

@@ -203,14 +203,14 @@ class MoeppForCausalLM(MoeppPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_logits_to_keep: int = 0,
         cache: Cache | None = None,
-        **kwargs: Any,
+        **loss_kwargs: Any,  # the name that Trainer of transformers 4.46 looks for
     ) -> MoeCausalLMOutputWithPast | tuple:
         """Logits of the last ``logits_to_keep`` positions (0: of all), or of those that it lists for all rows ([n]) or
         for each ([B, n], or boolean [B, S], whose logits come as one list); and the loss.
 
         ``labels``: [B, S], equal to ``input_ids`` (they are shifted here), -100 where no loss is wanted. The loss is
-        their mean cross-entropy; with ``num_items_in_batch=n`` among ``kwargs`` their sum over n, as Trainer wants it
-        to accumulate gradients. The balance loss of pretraining is not added. ``cache`` is another name of
+        their mean cross-entropy; with ``num_items_in_batch=n`` among ``loss_kwargs`` their sum over n, as Trainer wants
+        it to accumulate gradients. The balance loss of pretraining is not added. ``cache`` is another name of
         ``past_key_values``, ``num_logits_to_keep`` of ``logits_to_keep``. The rest as for :class:`MoeppModel`.
         """
         kept = num_logits_to_keep or logits_to_keep
@@ -228,13 +228,13 @@ class MoeppForCausalLM(MoeppPreTrainedModel, GenerationMixin):
             output_router_logits=output_router_logits,
             return_dict=True,
             cache=cache,
-            cache_position=kwargs.pop("cache_position", None),
+            cache_position=loss_kwargs.pop("cache_position", None),
         )
         hidden_BSD = out.last_hidden_state
         logits_BSV = self.lm_head(_keep(hidden_BSD, kept))
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits_BSV, labels=labels, vocab_size=logits_BSV.shape[-1], **kwargs)
+            loss = self.loss_function(logits=logits_BSV, labels=labels, vocab_size=logits_BSV.shape[-1], **loss_kwargs)
         result = MoeCausalLMOutputWithPast(
             loss=loss,
             logits=logits_BSV,
