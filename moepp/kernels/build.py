@@ -7,9 +7,11 @@ on. Several processes may want it at once: one builds, the others wait for it.
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import hashlib
 import logging
+import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +56,7 @@ _SIGNATURES = {
 _FLAGS = ("-O3", "-shared", "-fPIC", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-w")
 # Where the innermost loops begin decides over some 3 percent of their time.
 _NATIVE = ("-march=native", "-mprefer-vector-width=512", "-falign-loops=64")
+_ROOM_BYTES = 4_000_000  # for what a compiler writes on the way
 # Tried in this order: not every compiler knows these flags or has OpenMP.
 _ATTEMPTS = ((*_NATIVE, "-fopenmp"), ("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
 
@@ -97,7 +100,8 @@ def library(dtype: torch.dtype) -> Library | None:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    logger.warning("%s", message)
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # the others of a machine have the same to say
+    logger.log(logging.WARNING if is_first else logging.INFO, "%s", message)
 
 
 def _attempts(kind: str | None) -> tuple[tuple[str, ...], ...]:
@@ -133,6 +137,11 @@ def _build(
             return content  # built by another process meanwhile
         for remark in cache.remarks:
             _warn_once(f"compiled kernels are kept in {cache.folder}, because {remark}")
+        if (free := cache.free_bytes()) < _ROOM_BYTES:
+            raise BuildError(
+                f"{os.strerror(errno.ENOSPC)} in {cache.folder}: {free:,} bytes; free some, or set XDG_CACHE_HOME to "
+                "another folder"
+            )
         with cache.scratch() as scratch:
             content = _compile(bits, attempts, compiler, scratch)
         try:

@@ -80,6 +80,11 @@ class Cache:
             else:
                 path.unlink()
 
+    def free_bytes(self) -> int:
+        """Room on the folder's file system for this user."""
+        found = os.statvfs(self.folder)
+        return found.f_bavail * found.f_frsize
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[bool]:
         """One builder at a time, on file systems with locks. Yields whether the lock is held.

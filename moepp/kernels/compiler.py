@@ -101,7 +101,7 @@ def run_compiler(compiler: Compiler, options: list[str], scratch: Path) -> None:
     if process.returncode != 0:
         full = any(os.strerror(number) in messages for number in (errno.ENOSPC, errno.EDQUOT))
         remedy = f"; free space in {scratch.parent}, or set XDG_CACHE_HOME to another folder" if full else ""
-        problem = _problem(messages, process.returncode)
+        problem = _problem(messages.replace(f"{scratch}/", ""), process.returncode)
         raise BuildError(f"{compiler.command[0]}: {problem}{remedy}", is_final=full or "Killed" in messages)
 
 

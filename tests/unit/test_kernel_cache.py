@@ -54,6 +54,13 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def fresh_library() -> Iterator[None]:
+    build.library.cache_clear()
+    yield
+    build.library.cache_clear()
+
+
+@pytest.fixture
 def folder(sources: Path) -> Path:
     """The cache folder, holding a good library."""
     return build_now().path.parent
@@ -305,6 +312,16 @@ def test_a_full_disk_is_named_with_the_remedy_after_one_attempt(sources, tmp_pat
     assert runs.read_text().count("run") == 1
 
 
+def test_a_disk_that_is_full_already_is_named_without_an_attempt(sources, tmp_path, monkeypatch, caplog, fresh_library):
+    runs = fake_compiler(tmp_path / "cc.sh", monkeypatch, "")
+    monkeypatch.setattr(Cache, "free_bytes", lambda _: 12_345)
+    with caplog.at_level(logging.WARNING, logger="moepp"):
+        assert build.library(torch.float32) is None and build.library(torch.bfloat16) is None
+    (record,) = caplog.records
+    assert "No space left on device in" in record.getMessage() and "12,345 bytes; free some" in record.getMessage()
+    assert not runs.read_text()
+
+
 def test_the_line_with_the_error_is_shown_and_other_options_are_tried(sources, tmp_path, monkeypatch):
     complaint = 'echo "In file included from moe.c:6:" >&2; echo "moe.c:7: warning: x" >&2; echo "cc: error: odd" >&2'
     runs = fake_compiler(tmp_path / "cc.sh", monkeypatch, f'case "$*" in *native*) {complaint}; exit 1;; esac')
@@ -393,13 +410,6 @@ def test_a_place_that_cannot_be_made_is_named_and_the_next_one_taken(sources, tm
     assert "because /proc/nowhere/moepp cannot be made (No such file or directory)" in record.getMessage()
 
 
-@pytest.fixture
-def fresh_library() -> Iterator[None]:
-    build.library.cache_clear()
-    yield
-    build.library.cache_clear()
-
-
 def test_without_any_place_torch_takes_over_with_one_line(sources, tmp_path, monkeypatch, caplog, fresh_library):
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     (tmp_path / "other" / f"moepp-{os.geteuid()}").write_text("a file")
@@ -424,6 +434,15 @@ def test_a_compiler_that_does_not_run_is_named(monkeypatch, cc, reason):
     monkeypatch.setenv("CC", cc)
     with pytest.raises(BuildError, match=f"the C compiler {cc} does not run: .*{reason}"):
         find_compiler()
+
+
+def test_only_the_first_process_of_a_machine_prints_a_warning(monkeypatch, caplog):
+    for rank, level in (("1", "INFO"), ("0", "WARNING")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        build._warn_once.cache_clear()
+        with caplog.at_level(logging.INFO, logger="moepp"):
+            build._warn_once("odd")
+        assert caplog.records[-1].levelname == level
 
 
 def test_a_compiler_may_have_words_behind_it(monkeypatch):
