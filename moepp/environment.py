@@ -10,6 +10,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from moepp import cpu
+
 _PACKAGES = (
     "moepp",
     "torch",
@@ -42,6 +44,7 @@ def describe_environment(device_name: str, world_size: int) -> dict[str, Any]:
         "git": _git(Path(__file__).resolve().parent.parent),
         "device": device_name,
         "cpu": cpu_name(),
+        "cpu_kind": cpu.chosen(),  # None: the machine's own
         "cpu_count": os.cpu_count(),
         "hostname": socket.gethostname(),
         "world_size": world_size,

@@ -22,12 +22,15 @@ QUICK = (
 CPU_FILES = (
     "tests/unit/test_cpu.py",
     "tests/unit/test_bench.py",
+    "tests/unit/test_counts_guard.py",
     "tests/unit/test_kernels.py",
     "tests/unit/test_products.py",
     "tests/unit/test_tile_experts.py",
     "tests/unit/test_vector_experts.py",
 )
 LAYER_FILES = (
+    "tests/unit/test_model_cross_entropy.py",
+    "tests/unit/test_model_transformer.py",
     "tests/unit/test_moe_contract.py",
     "tests/unit/test_moe_layer.py",
     "tests/dist/test_moe_expert_parallel.py",
