@@ -26,6 +26,7 @@ def check_data(cfg: Config) -> None:
     for file in files:
         _check_token_ids(file, cfg)
     _check_tokenizers(files, cfg)
+    _check_document_ends(files, cfg)
     _check_cache_dir(cfg.data.cache_dir)
 
 
@@ -90,6 +91,21 @@ def _check_tokenizers(files: list[IndexedFile], cfg: Config) -> None:
             f"tokenizer {path} is not the one that {next(iter(made_with.values()))} was prepared with "
             "(their checksums differ); point data.tokenizer at that one, or set data.tokenizer=null"
         )
+
+
+def _check_document_ends(files: list[IndexedFile], cfg: Config) -> None:
+    """One token ends all documents, and the tokenizer that will encode prompts has it."""
+    ends = {f.manifest.eod_id: f.prefix for f in files if f.manifest is not None}
+    if len(ends) > 1:
+        told = " and ".join(f"{prefix} (id {eod_id})" for eod_id, prefix in ends.items())
+        raise DataError(
+            f"data.paths {told} end their documents with different tokens; prepare all of them with the same --eod-token"
+        )
+    if cfg.data.tokenizer is None:
+        return
+    tokenizer = Tokenizer(cfg.data.tokenizer, eod_id=next(iter(ends), None))
+    if cfg.eval.tasks:
+        _ = tokenizer.eod_token  # benchmarks start documents with it
 
 
 def _check_cache_dir(cache_dir: str | None) -> None:

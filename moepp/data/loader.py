@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from moepp.config import Config, accumulation_steps, micro_batch_size
-from moepp.data.indexed import SPLITS, IndexedFile, open_indexed
-from moepp.data.tokenizer import Tokenizer
+from moepp.data.indexed import SPLITS, open_indexed
+from moepp.data.vocabulary import read_vocabulary
 from moepp.errors import DataError
 
 
@@ -95,7 +95,8 @@ def build_data(cfg: Config, world_size: int, rank: int, cache_dir: str | None) -
     from moepp.data.megatron import TokenizerIdentity, build_datasets
 
     files = [open_indexed(prefix) for prefix in cfg.data.paths]
-    vocab_size, eod = _vocabulary(files, cfg)
+    vocabulary = read_vocabulary(cfg, files)
+    vocab_size, eod = vocabulary.size or cfg.model.vocab_size, vocabulary.eod_id
     batch = cfg.train.global_batch_size
     evaluation = cfg.train.eval_batches * batch
     datasets = build_datasets(
@@ -127,13 +128,3 @@ def _spare_steps(cfg: Config) -> int:
         return 0
     # A rewind goes back to the newest checkpoint; twice the interval if that one is damaged.
     return cfg.guard.max_rewinds * 2 * max(cfg.checkpoint.interval, 1)
-
-
-def _vocabulary(files: list[IndexedFile], cfg: Config) -> tuple[int, int | None]:
-    for file in files:
-        if file.manifest is not None:
-            return file.manifest.vocab_size, file.manifest.eod_id
-    if cfg.data.tokenizer is not None:
-        tokenizer = Tokenizer(cfg.data.tokenizer)
-        return tokenizer.vocab_size, tokenizer.eod_id
-    return cfg.model.vocab_size, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,20 +23,26 @@ class Tokenizer:
     """Encode plain text and decode token ids.
 
     Text that spells a special token (say ``<|endoftext|>``) is encoded as ordinary text, and whatever truncation,
-    padding or dropout the file asks for is switched off: they would corrupt a training corpus silently.
+    padding or random dropping of merges (BPE dropout) the file asks for is switched off: all of them would corrupt a
+    training corpus silently.
     """
 
-    def __init__(self, path: str, eod_token: str | None = None, named_by: str = "data.tokenizer") -> None:
+    def __init__(
+        self, path: str, eod_token: str | None = None, *, eod_id: int | None = None, named_by: str = "data.tokenizer"
+    ) -> None:
         """Load ``path``.
 
         Args:
+            eod_token: the token that ends a document; None: ``eod_id``, or the first of ``EOD_TOKENS`` in the
+                vocabulary.
+            eod_id: its id, where the data or a checkpoint tell it.
             named_by: the option or configuration key that names it, for messages.
-            eod_token: the token that ends a document; None: the first of ``EOD_TOKENS`` in the vocabulary.
 
         Raises:
-            DataError: missing, unreadable, or not a tokenizer.json.
+            DataError: missing, unreadable, not a tokenizer.json, or without a token of id ``eod_id``.
         """
         self.path = path
+        self.named_by = named_by
         self._tokenizer = _load(path, named_by)
         self._vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self._eod_candidates = EOD_TOKENS if eod_token is None else (eod_token,)
@@ -44,6 +51,17 @@ class Tokenizer:
         self.vocab_size = max(self._vocabulary.values()) + 1
         if self.vocab_size > MAX_VOCAB_SIZE:
             raise DataError(f"tokenizer {path} has the token id {self.vocab_size - 1}; ids end at {MAX_VOCAB_SIZE - 1}")
+        if eod_id is not None and eod_token is None:
+            self._eod_candidates = (self._token_of(eod_id),)
+
+    def _token_of(self, eod_id: int) -> str:
+        token = self._tokenizer.id_to_token(eod_id) if eod_id >= 0 else None
+        if token is None:
+            raise DataError(
+                f"tokenizer {self.path} has no token {eod_id}, with which the training data end their documents; "
+                f"give the tokenizer of the data as {self.named_by}"
+            )
+        return token
 
     @property
     def eod_id(self) -> int:
@@ -57,13 +75,35 @@ class Tokenizer:
         Raises:
             DataError: the vocabulary has none of the names it goes by.
         """
-        for token in self._eod_candidates:
-            if token in self._vocabulary:
-                return token
-        raise DataError(
-            f"tokenizer {self.path} has no end-of-document token ({', '.join(self._eod_candidates)}); "
-            "name one that it has with --eod-token, or add one"
+        if (found := self.guess_eod()) is not None:
+            return found[0]
+        remedy = (
+            "prepare the data with `moepp prepare`, which keeps the token of its --eod-token"
+            if self.named_by == "data.tokenizer"
+            else "name one that it has with --eod-token, or add one"
         )
+        raise DataError(
+            f"tokenizer {self.path} has no end-of-document token ({', '.join(self._eod_candidates)}); {remedy}"
+        )
+
+    def guess_eod(self) -> tuple[str, int] | None:
+        """(token, id) of the end-of-document token where the vocabulary has one, else None."""
+        tokens = [token for token in self._eod_candidates if token in self._vocabulary]
+        return (tokens[0], self._vocabulary[tokens[0]]) if tokens else None
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether the file marks the token as special: it stands for no text."""
+        token = self._tokenizer.get_added_tokens_decoder().get(token_id)
+        return token is not None and token.special
+
+    def token(self, token_id: int) -> str | None:
+        """The token with this id, as the file spells it; None where there is none."""
+        return self._tokenizer.id_to_token(token_id)
+
+    def unused_ids(self, num_ids: int) -> list[int]:
+        """Ids below ``num_ids`` that no token has: padding of the model's vocabulary, and gaps."""
+        used = set(self._vocabulary.values())
+        return [token_id for token_id in range(num_ids) if token_id not in used]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, without special tokens."""
@@ -79,6 +119,21 @@ class Tokenizer:
         """The tokenizer as JSON, truncation, padding and dropout off."""
         return self._tokenizer.to_str()
 
+    def to_plain_json(self) -> str:
+        """As :meth:`to_json`, without what other libraries would add to every text: a begin token, separators.
+
+        Encoding with special tokens then gives what :meth:`encode` gives: the tokens that training saw.
+        """
+        tree = json.loads(self.to_json())
+        tree["post_processor"] = _without_special_tokens(tree.get("post_processor"))
+        return json.dumps(tree, indent=2, ensure_ascii=False)
+
+    @property
+    def add_prefix_space(self) -> bool:
+        """Whether the pre-tokeniser puts a space before the text; transformers asks for it apart from the file."""
+        tree = json.loads(self.to_json()).get("pre_tokenizer") or {}
+        return bool(tree.get("add_prefix_space", False))
+
 
 def plain(tokenizer: Any) -> Any:
     """Switch off everything that would change a corpus: truncation, padding, dropout, special tokens in the text."""
@@ -88,6 +143,30 @@ def plain(tokenizer: Any) -> Any:
         tokenizer.model.dropout = None  # merges left out by chance
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def _without_special_tokens(processor: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What is left of a post-processor that adds no token; it treats offsets and types of tokens as before."""
+    if processor is None:
+        return None
+    kind = processor.get("type")
+    if kind == "ByteLevel":  # trims offsets, adds nothing
+        return processor
+    if kind == "BertProcessing":
+        return None
+    if kind == "RobertaProcessing":
+        kept = {key: processor[key] for key in ("add_prefix_space", "trim_offsets")}
+        return {"type": "ByteLevel", **kept, "use_regex": True}
+    if kind == "TemplateProcessing":
+        pieces = {
+            key: [piece for piece in processor[key] if "SpecialToken" not in piece] for key in ("single", "pair")
+        }
+        return {**processor, **pieces, "special_tokens": {}}
+    if kind == "Sequence":
+        parts = [_without_special_tokens(part) for part in processor["processors"]]
+        kept = [part for part in parts if part is not None]
+        return {**processor, "processors": kept} if kept else None
+    raise DataError(f"the tokenizer's post_processor {kind!r} is not known; remove it from its file")
 
 
 def _load(path: str, named_by: str) -> Any:
