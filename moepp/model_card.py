@@ -9,6 +9,7 @@ import torch
 
 from moepp.config import Config, ModelConfig, to_dict
 from moepp.data.manifest import read_manifest
+from moepp.data.tokenizer import Tokenizer
 from moepp.errors import DataError, RunError
 from moepp.evaluation.load import FoundModel
 from moepp.evaluation.results import BenchmarkResult, Subject, table_text
@@ -25,14 +26,17 @@ _CODE = {
 }
 
 
-def model_card(found: FoundModel, form: str, dtype: torch.dtype, has_tokenizer: bool) -> str:
+def model_card(
+    found: FoundModel, form: str, dtype: torch.dtype, eod_id: int | None = None, tokenizer: Tokenizer | None = None
+) -> str:
     """Markdown with the metadata block of the Hugging Face hub.
 
     Args:
         found: a checkpoint of a run.
         form: "official" or "moepp".
         dtype: of the weights.
-        has_tokenizer: whether a tokenizer lies beside them.
+        eod_id: token that ends a document; None: not known.
+        tokenizer: what was exported beside it, if anything.
     """
     cfg = found.run_config
     assert cfg is not None  # checkpoints carry the configuration of their run
@@ -40,8 +44,9 @@ def model_card(found: FoundModel, form: str, dtype: torch.dtype, has_tokenizer: 
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- moe\n- moe++\n- moepp\n---",
         f"# {cfg.run.name}",
         _summary(found, dtype),
-        _loading(form, has_tokenizer),
+        _loading(form, tokenizer is not None),
         _data(cfg, found.subject),
+        *_document_end(eod_id, tokenizer),
         _training(cfg),
         _evaluation(found),
     ]
@@ -83,6 +88,14 @@ def _data(cfg: Config, subject: Subject) -> str:
         rows.append(f"| {Path(prefix).name} | {share} | {documents} | {tokens} |")
     rows += ["", f"Trained on {subject.tokens:,} tokens of them, in sequences of {cfg.data.seq_len:,} tokens."]
     return "\n".join(rows)
+
+
+def _document_end(eod_id: int | None, tokenizer: Tokenizer | None) -> list[str]:
+    if eod_id is None:
+        return []
+    token = None if tokenizer is None else tokenizer.token(eod_id)
+    what = f"token {eod_id}" if token is None else f"`{token}` (token {eod_id})"
+    return [f"Every document ends with {what}, and a text starts after it. No other token is added to a text."]
 
 
 def _sizes(prefix: str) -> tuple[str, str]:

@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from moepp import comm
 from moepp.build import build_parts, device_name
-from moepp.checkpoint import choose_checkpoint, read_info
+from moepp.checkpoint import choose_checkpoint, continues_same_data, read_info
 from moepp.config import Config, to_dict, validate, zero_stage
-from moepp.data import check_data
+from moepp.data import check_data, vocabulary_remarks
 from moepp.environment import describe_environment
 from moepp.errors import MoeppError, PeerError
 from moepp.guards import StopRequest
@@ -127,7 +127,8 @@ def _check_tasks(cfg: Config, groups: ParallelGroups) -> None:
 
 
 def _claim(cfg: Config, environment: dict[str, Any]) -> RunClaim:
-    return RunDir.claim(cfg.run.path, to_dict(cfg), environment, cfg.run.resume, LOCK_WAIT_SECONDS)
+    same_data = continues_same_data(cfg, RunDir(Path(cfg.run.path).expanduser()).checkpoints)
+    return RunDir.claim(cfg.run.path, to_dict(cfg), environment, cfg.run.resume, LOCK_WAIT_SECONDS, same_data=same_data)
 
 
 def _introduce(cfg: Config, groups: ParallelGroups) -> None:
@@ -163,6 +164,8 @@ def _train(
         return
     parts = build_parts(cfg, groups, run_dir, start, environment["packages"], check_claim)
     _introduce(cfg, groups)
+    for remark in vocabulary_remarks(cfg):
+        logger.warning("%s", remark)
     with parts.sinks:
         trainer = Trainer(parts)
         if checkpoint is not None:
@@ -174,5 +177,5 @@ def _train(
             raise
         comm.run_together(parts.sinks.close)
     if cfg.train.samples:
-        write_samples(parts, run_dir.path)
+        write_samples(parts, run_dir.path, trainer.vocabulary.eod_id)
     logger.info("finished step %d; everything is in %s", trainer.step, run_dir.path)

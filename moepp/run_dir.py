@@ -82,6 +82,7 @@ class RunDir:
         wait_seconds: float = 0.0,
         *,
         importing: bool = False,
+        same_data: bool = False,
     ) -> RunClaim:
         """Create or reopen a run directory and hold it until :meth:`RunClaim.release`; rank 0 only.
 
@@ -95,6 +96,7 @@ class RunDir:
             wait_seconds: how long a process that still uses the directory may take to end.
             importing: the directory is for weights that are about to be written: until
                 :meth:`RunClaim.finish_import` nothing else than another import takes it.
+            same_data: the data are known to be those of the run, so that they may lie elsewhere.
 
         Raises:
             RunError: not a directory, not writable, used by a running process, or holding another run or other files.
@@ -109,7 +111,7 @@ class RunDir:
             lock = RunLock.acquire(run_dir.path / ".lock", wait_seconds)
             try:
                 _settle_import(run_dir, importing)
-                _refuse_other_run(run_dir, config, resume)
+                _refuse_other_run(run_dir, config, resume, same_data)
                 if importing:
                     files.write_whole(run_dir.importing, "")
                 has_checkpoints = _has_checkpoints(run_dir)
@@ -229,7 +231,7 @@ def _settle_import(run_dir: RunDir, importing: bool) -> None:
             file.unlink(missing_ok=True)
 
 
-def _refuse_other_run(run_dir: RunDir, config: Mapping[str, Any], resume: str) -> None:
+def _refuse_other_run(run_dir: RunDir, config: Mapping[str, Any], resume: str, same_data: bool) -> None:
     if not _run_files(run_dir) or _was_never_trained(run_dir):
         return
     if resume == "never":
@@ -242,7 +244,8 @@ def _refuse_other_run(run_dir: RunDir, config: Mapping[str, Any], resume: str) -
             f"run.dir={run_dir.path} already holds a run and run.resume={resume} is not one of its checkpoints; "
             "choose another run.name or run.dir"
         )
-    differences = breaking_differences(_read_config(run_dir), config, untrained=_is_untrained(run_dir))
+    old, untrained = _read_config(run_dir), _is_untrained(run_dir)
+    differences = breaking_differences(old, config, untrained=untrained, same_data=same_data)
     if differences:
         raise RunError(
             f"run.dir={run_dir.path} already holds another run; choose another run.name or run.dir, or undo:\n  "

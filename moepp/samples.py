@@ -19,10 +19,14 @@ TEMPERATURE = 0.8
 TOP_K = 40
 
 
-def write_samples(parts: Parts, run_path: Path) -> None:
+def write_samples(parts: Parts, run_path: Path, eod_id: int | None) -> None:
     """Write ``samples.json`` in the run directory: a list of {"prompt", "continuation"}; every rank calls it.
 
-    Nothing is written where the configuration names no tokenizer: there is no text to show.
+    Continuations stop where the document ends. Nothing is written where the configuration names no tokenizer: there
+    is no text to show.
+
+    Args:
+        eod_id: token that ends the documents of the data; None: not known, and looked up by name.
 
     Raises:
         RunError: the file cannot be written.
@@ -30,7 +34,8 @@ def write_samples(parts: Parts, run_path: Path) -> None:
     cfg, groups = parts.cfg, parts.groups
     if cfg.data.tokenizer is None:
         return
-    tokenizer = Tokenizer(cfg.data.tokenizer)
+    tokenizer = Tokenizer(cfg.data.tokenizer, eod_id=eod_id)
+    end, unused = tokenizer.guess_eod(), tokenizer.unused_ids(cfg.model.vocab_size)
     generator = torch.Generator(device=groups.device).manual_seed(cfg.run.seed)
     samples = []
     for index in range(cfg.train.samples):
@@ -43,6 +48,8 @@ def write_samples(parts: Parts, run_path: Path) -> None:
             min(NEW_TOKENS, cfg.model.max_seq_len - len(ids)),
             temperature=TEMPERATURE,
             top_k=TOP_K,
+            eos_id=None if end is None else end[1],
+            never=unused,
             generator=generator,
         )
         text = tokenizer.decode(out[0, len(ids) :].tolist())

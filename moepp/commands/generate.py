@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from moepp import comm
 from moepp.arguments import may_be_empty
 from moepp.data.tokenizer import Tokenizer
 from moepp.errors import ConfigError
-from moepp.evaluation.load import DTYPES, build_model, find_model, open_tokenizer
+from moepp.evaluation.load import DTYPES, build_model, find_model, open_tokenizer, print_remarks, tokenizer_remarks
 from moepp.model import Transformer
 from moepp.model.generate import Sampling, stream
 from moepp.parallel.groups import (
@@ -50,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=tuple(DTYPES), help="default: as trained; fp32 for a folder")
     parser.add_argument("--expert-parallel", type=int, default=1, metavar="P", help="processes that share the experts")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json (default: the model's own)")
+    parser.add_argument(
+        "--eod-token",
+        metavar="TOKEN",
+        help="token that ends a document, for models that do not know it (runs and exports do)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,12 +69,14 @@ def run(args: argparse.Namespace) -> int:
                 f"--{name.replace('_', '-')}={getattr(args, name)} is below its minimum {minimum}; raise it"
             )
     found = find_model(args.model)
-    tokenizer = open_tokenizer(found, args.tokenizer)
+    tokenizer = open_tokenizer(found, args.tokenizer, args.eod_token)
+    sampling = replace(sampling, never=tuple(tokenizer.unused_ids(found.cfg.vocab_size)))
     with _process_group(args.expert_parallel) as groups:
         model = build_model(found, groups, args.precision)
         generator = torch.Generator(device=groups.device).manual_seed(args.seed)
         pieces = continuation(model, tokenizer, args.prompt, args.max_new_tokens, sampling, generator)
         if groups.rank == 0:
+            print_remarks(tokenizer_remarks(found, tokenizer, args.eod_token))
             _print(args.prompt)
         for piece in pieces:
             if groups.rank == 0:

@@ -9,7 +9,7 @@ import argparse
 import shlex
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,9 +21,11 @@ from moepp import comm, files, hf, official
 from moepp.build import build_model, check_initial_weights, device_name, load_initial_weights
 from moepp.checkpoint import Checkpointer, CheckpointInfo
 from moepp.config import Config, ModelConfig, explain_hydra_error, from_hydra, to_dict, validate, zero_stage
+from moepp.data.manifest import sha256_of
 from moepp.engine.engine import Engine
 from moepp.environment import describe_environment
 from moepp.errors import CheckpointError, ConfigError
+from moepp.evaluation.load import eod_of_folder
 from moepp.metrics.step_stats import StepStats
 from moepp.parallel.groups import (
     ParallelGroups,
@@ -130,6 +132,8 @@ def _write_model(folder: Path, model: ModelConfig) -> None:
 
 
 def _import(cfg: Config, cfg_with_source: Config, groups: ParallelGroups) -> None:
+    source = cfg_with_source.init.path
+    assert source is not None
     comm.run_together(lambda: check_initial_weights(cfg_with_source))
     environment = describe_environment(device_name(groups.device), groups.world_size)
     claim = comm.run_together(lambda: _claim(cfg, environment) if groups.rank == 0 else None)
@@ -141,7 +145,7 @@ def _import(cfg: Config, cfg_with_source: Config, groups: ParallelGroups) -> Non
         in_fp32 = replace(cfg_with_source, train=replace(cfg.train, precision="fp32"))
         model = build_model(in_fp32, groups, comm.Traffic())
         comm.run_together(lambda: load_initial_weights(in_fp32, model, groups))
-        _save(cfg, model, groups, run_dir, environment["packages"])
+        _save(cfg, model, groups, run_dir, _described(cfg, source, environment["packages"]))
         comm.run_together(lambda: claim.finish_import() if claim is not None else None)
     finally:
         if claim is not None:
@@ -152,7 +156,22 @@ def _claim(cfg: Config, environment: dict[str, Any]) -> RunClaim:
     return RunDir.claim(cfg.run.path, to_dict(cfg), environment, "never", importing=True)
 
 
-def _save(cfg: Config, model: nn.Module, groups: ParallelGroups, run_dir: RunDir, versions: dict) -> None:
+@dataclass(frozen=True)
+class _Described:
+    """What a checkpoint tells besides configuration and state."""
+
+    versions: dict[str, Any]
+    eod_id: int | None
+    tokenizer_sha256: str | None
+
+
+def _described(cfg: Config, source: str, versions: dict[str, Any]) -> _Described:
+    path = cfg.data.tokenizer
+    sha256 = sha256_of(path) if path is not None and Path(path).is_file() else None
+    return _Described(versions, eod_of_folder(Path(source)), sha256)
+
+
+def _save(cfg: Config, model: nn.Module, groups: ParallelGroups, run_dir: RunDir, described: _Described) -> None:
     checkpointer = Checkpointer(cfg.checkpoint, groups, run_dir.checkpoints, new_cpu_group())
     moe = cfg.model.moe
     info = CheckpointInfo(
@@ -166,7 +185,7 @@ def _save(cfg: Config, model: nn.Module, groups: ParallelGroups, run_dir: RunDir
             "precision": cfg.train.precision,
         },
         config=to_dict(cfg),
-        versions=versions,
+        versions=described.versions,
         run_state={
             "seed": cfg.run.seed,
             "next_batch": 0,
@@ -178,6 +197,8 @@ def _save(cfg: Config, model: nn.Module, groups: ParallelGroups, run_dir: RunDir
             "data": {},  # none was seen: any may follow
             "wandb_run_id": None,
         },
+        eod_id=described.eod_id,
+        tokenizer_sha256=described.tokenizer_sha256,
     )
     stats = StepStats(cfg.model.moe_layers, moe.num_ffn_experts, moe.top_k)
     checkpointer.save(cast(Engine, _Untrained(model)), stats, info, background=False)

@@ -18,18 +18,29 @@ TRAINING_ONLY = {"model.init_std", "model.max_seq_len"} | {
 }
 
 
-def breaking_differences(old: Mapping[str, Any], new: Mapping[str, Any], *, untrained: bool = False) -> list[str]:
+# Where data and tokenizer lie. The same content may lie elsewhere; who has compared it says so with ``same_data``.
+PLACES_OF_DATA = ("data.paths", "data.tokenizer")
+
+
+def breaking_differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], *, untrained: bool = False, same_data: bool = False
+) -> list[str]:
     """ "key: old -> new" for every key that must stay the same over the life of a run.
 
     Args:
         untrained: no step was taken yet (imported weights): only what the weights were made for must stay.
+        same_data: the content of datasets and tokenizer was compared, so that their paths may differ.
     """
-    return _differences(old, new, untrained, must_agree=True)
+    fixed = {key for key in _keys(old, new) if _must_agree(key, untrained, same_data)}
+    return _differences(old, new, fixed)
 
 
-def other_differences(old: Mapping[str, Any], new: Mapping[str, Any], *, untrained: bool = False) -> list[str]:
-    """ "key: old -> new" for every other key that changed."""
-    return _differences(old, new, untrained, must_agree=False)
+def other_differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], *, untrained: bool = False, same_data: bool = False
+) -> list[str]:
+    """ "key: old -> new" for every other key that changed; arguments as for :func:`breaking_differences`."""
+    free = {key for key in _keys(old, new) if not _must_agree(key, untrained, same_data)}
+    return _differences(old, new, free)
 
 
 def differing_keys(trees: Sequence[Mapping[str, Any]]) -> set[str]:
@@ -50,9 +61,13 @@ def changed_values(old: Mapping[str, Any], new: Mapping[str, Any], keys: Iterabl
     ]
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], untrained: bool, must_agree: bool) -> list[str]:
+def _keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys([*_flatten(new), *_flatten(old)]))
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], wanted: set[str]) -> list[str]:
     flat_old, flat_new = _flatten(old), _flatten(new)
-    keys = [key for key in dict.fromkeys([*flat_new, *flat_old]) if _must_agree(key, untrained) == must_agree]
+    keys = [key for key in _keys(old, new) if key in wanted]
     return [
         f"{printable(key)}: {printable(flat_old.get(key, _ABSENT))} -> {printable(flat_new.get(key, _ABSENT))}"
         for key in keys
@@ -60,11 +75,11 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], untrained: bool
     ]
 
 
-def _must_agree(key: str, untrained: bool) -> bool:
+def _must_agree(key: str, untrained: bool, same_data: bool) -> bool:
     """Model, data, seed and batch decide what the run computes; a place such as the data cache does not."""
     if untrained:
         return key.startswith("model.") and key not in TRAINING_ONLY
-    if key == "data.cache_dir":
+    if key == "data.cache_dir" or (same_data and key in PLACES_OF_DATA):
         return False
     return key.startswith(("model.", "data.")) or key in ("run.seed", "optim.name", "train.global_batch_size")
 

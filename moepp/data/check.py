@@ -99,7 +99,8 @@ def _check_document_ends(files: list[IndexedFile], cfg: Config) -> None:
     if len(ends) > 1:
         told = " and ".join(f"{prefix} (id {eod_id})" for eod_id, prefix in ends.items())
         raise DataError(
-            f"data.paths {told} end their documents with different tokens; prepare all of them with the same --eod-token"
+            f"data.paths {told} end their documents with different tokens; prepare all of them "
+            "with the same --eod-token"
         )
     if cfg.data.tokenizer is None:
         return

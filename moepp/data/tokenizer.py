@@ -158,9 +158,7 @@ def _without_special_tokens(processor: dict[str, Any] | None) -> dict[str, Any] 
         kept = {key: processor[key] for key in ("add_prefix_space", "trim_offsets")}
         return {"type": "ByteLevel", **kept, "use_regex": True}
     if kind == "TemplateProcessing":
-        pieces = {
-            key: [piece for piece in processor[key] if "SpecialToken" not in piece] for key in ("single", "pair")
-        }
+        pieces = {key: [piece for piece in processor[key] if "SpecialToken" not in piece] for key in ("single", "pair")}
         return {**processor, **pieces, "special_tokens": {}}
     if kind == "Sequence":
         parts = [_without_special_tokens(part) for part in processor["processors"]]

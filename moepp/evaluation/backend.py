@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -57,19 +58,45 @@ class HarnessModel(TemplateLM):
         scores: list[tuple[float, bool]] = []
         with self._bar(len(requests), disable_tqdm) as bar:
             for start in range(0, len(requests), SLAB):
-                slab = requests[start : start + SLAB]
-                scores += super().loglikelihood(slab, disable_tqdm=True)
+                slab = [request.args for request in requests[start : start + SLAB]]
+                scores += self._loglikelihood_tokens([(pair, *self._encode_pair(*pair)) for pair in slab])
                 bar.update(len(slab))
         return scores
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens of a context and of what follows; a context without tokens is the end of another document.
+
+        As the harness's backends encode the two together and cut, except where a token spans the cut so that nothing
+        is left to score: then the continuation is encoded alone (EleutherAI/lm-evaluation-harness pull request 4055).
+        """
+        if not continuation:
+            return [self.prefix_token_id], []
+        if not context:
+            ids = self.tok_encode(continuation)
+            starts_with_prefix = len(ids) > 1 and ids[0] == self.prefix_token_id
+            return (ids[:1], ids[1:]) if starts_with_prefix else ([self.prefix_token_id], ids)
+        context_ids, continuation_ids = super()._encode_pair(context, continuation)
+        if not continuation_ids:
+            spaces = context[len(context.rstrip()) :]  # belong to the continuation, as in the harness
+            continuation_ids = self.tok_encode(spaces + continuation)
+        return context_ids or [self.prefix_token_id], continuation_ids
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        rows, places, num_truncated = build_rows([request[1:] for request in requests], self.max_length)
+        scored = [i for i, (_, _, continuation) in enumerate(requests) if continuation]
+        rows, places, num_truncated = build_rows([requests[i][1:] for i in scored], self.max_length)
         self.num_requests += len(requests)
         self.num_truncated += num_truncated
         scores = self._shared.score(rows)
-        return [scores[row][k] for row, k in places]
+        results = [self._without_tokens(request[0]) for request in requests]
+        for i, (row, k) in zip(scored, places, strict=True):
+            results[i] = scores[row][k]
+        return results
+
+    def _without_tokens(self, pair: tuple[str, str] | None) -> tuple[float, bool]:
+        """Score of a continuation without tokens: nothing is certain, text that the tokenizer drops is impossible."""
+        return (0.0, True) if pair is None or not pair[1] else (-math.inf, False)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood in nats of whole texts, each after an end-of-document token.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import torch
 
 from moepp import comm, hf, official
-from moepp.checkpoint import list_checkpoints, load_model, read_info
+from moepp.checkpoint import CheckpointInfo, list_checkpoints, load_model, read_info
 from moepp.checkpoint.resume import verify_together
 from moepp.config import Config, ModelConfig, from_dict
+from moepp.data.manifest import read_manifest, sha256_of
 from moepp.data.tokenizer import Tokenizer
-from moepp.errors import CheckpointError, ConfigError
+from moepp.errors import CheckpointError, ConfigError, DataError
 from moepp.evaluation.results import Subject
 from moepp.model.transformer import Transformer
 from moepp.parallel.groups import ParallelGroups
@@ -32,6 +34,8 @@ class FoundModel:
         precision: "bf16" or "fp32", what it was trained in (fp32 where that is not known).
         subject: what to call it.
         tokenizer: path of its tokenizer.json; None: it names none.
+        eod_id: token that ended the documents it was trained on; None: not known.
+        tokenizer_sha256: of the tokenizer.json that made them; None: not known.
         run_dir, run_config: of a run.
         fill: reads the weights into a model, this rank's share; collective.
     """
@@ -41,6 +45,8 @@ class FoundModel:
     subject: Subject
     tokenizer: Path | None
     fill: Callable[[Transformer, ParallelGroups], None]
+    eod_id: int | None = None
+    tokenizer_sha256: str | None = None
     run_dir: RunDir | None = None
     run_config: Config | None = None
 
@@ -69,24 +75,64 @@ def find_model(place: str) -> FoundModel:
     )
 
 
-def open_tokenizer(found: FoundModel, override: str | None) -> Tokenizer:
-    """The model's tokenizer, or the one that the user names.
+def open_tokenizer(found: FoundModel, override: str | None, eod_token: str | None = None) -> Tokenizer:
+    """The model's tokenizer, or the one that the user names, with the end-of-document token that training saw.
+
+    Args:
+        override: path of a tokenizer.json.
+        eod_token: for models that do not know theirs; others refuse another one. Without it the token is then found
+            by its name, which :func:`tokenizer_remarks` tells.
 
     Raises:
-        ConfigError: there is none, or it has more tokens than the model.
-        DataError: it cannot be read, or has no end-of-document token.
+        ConfigError: there is no tokenizer, it has more tokens than the model, or ``eod_token`` is not the token that
+            the model was trained with.
+        DataError: it cannot be read, is another one than the run's data were made with, or has no end-of-document
+            token.
     """
     path = override if override is not None else found.tokenizer
     if path is None:
         raise ConfigError(f"{found.subject.source} names no tokenizer; give its tokenizer.json with --tokenizer")
-    tokenizer = Tokenizer(str(path))
+    tokenizer = Tokenizer(str(path), eod_token, eod_id=found.eod_id, option="--tokenizer")
     if tokenizer.vocab_size > found.cfg.vocab_size:
         raise ConfigError(
             f"tokenizer {path} has {tokenizer.vocab_size} tokens, but the model knows {found.cfg.vocab_size}; "
             "give the tokenizer that it was trained with"
         )
-    _ = tokenizer.eod_id
+    if override is None and _is_other_tokenizer(found, tokenizer):
+        raise DataError(
+            f"tokenizer {path} is not the one that the data of {found.subject.source} were prepared with (their "
+            "checksums differ); name that one with --tokenizer, or this one, if it encodes the same"
+        )
+    if found.eod_id is not None and tokenizer.eod_id != found.eod_id:
+        raise ConfigError(
+            f"--eod-token={eod_token} is token {tokenizer.eod_id} of {path}, and the documents that "
+            f"{found.subject.source} was trained on end with token {found.eod_id} ({tokenizer.token(found.eod_id)}); "
+            "leave it out"
+        )
     return tokenizer
+
+
+def tokenizer_remarks(found: FoundModel, tokenizer: Tokenizer, eod_token: str | None) -> list[str]:
+    """What was taken for granted when :func:`open_tokenizer` returned ``tokenizer``."""
+    remarks = []
+    if _is_other_tokenizer(found, tokenizer):
+        remarks.append(f"{tokenizer.path} is another file than the tokenizer that the training data were prepared with")
+    if found.eod_id is None and eod_token is None:
+        remarks.append(
+            f"{found.subject.source} does not tell which token ends a document; {tokenizer.eod_token} (id "
+            f"{tokenizer.eod_id}) is taken by its name, --eod-token names another"
+        )
+    return remarks
+
+
+def print_remarks(remarks: list[str]) -> None:
+    """A line each on standard error."""
+    for remark in remarks:
+        print(f"note: {remark}", file=sys.stderr, flush=True)
+
+
+def _is_other_tokenizer(found: FoundModel, tokenizer: Tokenizer) -> bool:
+    return found.tokenizer_sha256 not in (None, sha256_of(tokenizer.path))
 
 
 def build_model(found: FoundModel, groups: ParallelGroups, precision: str | None = None) -> Transformer:
@@ -129,9 +175,48 @@ def _find_checkpoint(checkpoint: Path, place: str) -> FoundModel:
         subject=Subject(place, info.step, info.tokens),
         tokenizer=None if cfg.data.tokenizer is None else Path(cfg.data.tokenizer),
         fill=fill,
+        eod_id=info.eod_id if info.eod_id is not None else _eod_of_data(cfg, info),
+        tokenizer_sha256=info.tokenizer_sha256,
         run_dir=RunDir(run_dir) if (run_dir / "config.yaml").is_file() else None,
         run_config=cfg,
     )
+
+
+def _eod_of_data(cfg: Config, info: CheckpointInfo) -> int | None:
+    """The end-of-document token of the run's data where they still lie at their place, unchanged.
+
+    For checkpoints of versions that did not keep it.
+    """
+    identity = info.run_state.get("data") or {}
+    for prefix in cfg.data.paths:
+        try:
+            manifest = read_manifest(prefix)
+        except DataError:
+            continue
+        if manifest is not None and identity.get(prefix, {}).get("content") == manifest.bin_sha256:
+            return manifest.eod_id
+    return None
+
+
+def eod_of_folder(folder: Path) -> int | None:
+    """The end-of-document token of a folder of weights: its config.json's ``eos_token_id``, if the tokenizer agrees.
+
+    Released configurations often carry the default of the format instead. So the number counts where the folder's
+    tokenizer marks that token as special or its tokenizer_config.json names it, or where there is no tokenizer.
+    """
+    eos_id = read_json(folder / "config.json").get("eos_token_id")
+    if type(eos_id) is not int:
+        return None
+    if not (folder / "tokenizer.json").is_file():
+        return eos_id
+    tokenizer = Tokenizer(str(folder / "tokenizer.json"), option="--tokenizer")
+    token = tokenizer.token(eos_id) if 0 <= eos_id < tokenizer.vocab_size else None
+    if token is None:
+        return None
+    has_settings = (folder / "tokenizer_config.json").is_file()
+    named = read_json(folder / "tokenizer_config.json").get("eos_token") if has_settings else None
+    named = named.get("content") if isinstance(named, dict) else named
+    return eos_id if tokenizer.is_special(eos_id) or named == token else None
 
 
 def _find_folder(folder: Path, place: str) -> FoundModel:
@@ -148,4 +233,5 @@ def _find_folder(folder: Path, place: str) -> FoundModel:
         subject=Subject(place),
         tokenizer=tokenizer if tokenizer.is_file() else None,
         fill=fill,
+        eod_id=eod_of_folder(folder),
     )

@@ -6,7 +6,7 @@ Letters: B batch, S sequence, D width, V vocabulary, C tokens of all continuatio
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -115,7 +115,7 @@ def continue_prompts(
         model,
         ids_BS.to(device),
         first.max_new_tokens,
-        first.sampling,
+        replace(first.sampling, never=tuple(tokenizer.unused_ids(model.cfg.vocab_size))),
         eos_id=tokenizer.eod_id,
         generator=torch.Generator(device=device).manual_seed(SAMPLING_SEED + batch_index),
         attention_mask=mask_BS.to(device),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ class Sampling:
     temperature: float = 0.0  # 0: the most likely token. Otherwise logits are divided by it and a token is drawn
     top_k: int | None = None  # draw among the k most likely tokens only
     top_p: float | None = None  # draw among the fewest most likely tokens whose probability reaches p (nucleus)
+    never: tuple[int, ...] = ()  # ids that are not chosen: rows of the embedding that no token of the tokenizer has
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -50,6 +51,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    never: Sequence[int] = (),
     **options: Any,
 ) -> Tensor:
     """Continue the prompts; options as in :class:`Sampling` and :func:`stream`.
@@ -57,7 +59,7 @@ def generate(
     Returns:
         [B, S + at most max_new_tokens]: prompts and new tokens.
     """
-    sampling = Sampling(temperature, top_k, top_p)
+    sampling = Sampling(temperature, top_k, top_p, tuple(never))
     return torch.cat((input_ids_BS, *stream(model, input_ids_BS, max_new_tokens, sampling, **options)), dim=1)
 
 
@@ -130,6 +132,9 @@ def _next_token(
 
 def sample(logits_BV: Tensor, sampling: Sampling = GREEDY, generator: torch.Generator | None = None) -> Tensor:
     """One token per row, [B, 1] int64."""
+    if sampling.never:
+        never = torch.tensor(sampling.never, device=logits_BV.device)
+        logits_BV = logits_BV.index_fill(1, never, -math.inf)
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=-1, keepdim=True)
     # The largest logit is taken off first, or a temperature near 0 would make it infinite.

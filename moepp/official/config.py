@@ -56,6 +56,7 @@ class TokenIds:
     bos: int | None = 1
     eos: int | None = 2
     pad: int | None = None
+    unused: tuple[int, ...] = ()  # ids that no token of the tokenizer has; they are never to be written
 
 
 def read_config(folder: str | Path) -> ModelConfig:

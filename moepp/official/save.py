@@ -91,7 +91,8 @@ def write_released(
     return ["config.json", "generation_config.json", *write_tensors(folder, shapes, read_key, dtype, max_shard_bytes)]
 
 
-def generation_config(token_ids: TokenIds) -> dict[str, int | bool]:
-    """Contents of ``generation_config.json``: greedy, ending with the end token."""
+def generation_config(token_ids: TokenIds) -> dict[str, int | bool | list[int]]:
+    """Contents of ``generation_config.json``: greedy, ending with the end token, never a row without a token."""
     ids = {"bos_token_id": token_ids.bos, "eos_token_id": token_ids.eos, "pad_token_id": token_ids.pad}
-    return {key: value for key, value in ids.items() if value is not None} | {"do_sample": False}
+    unused = {"suppress_tokens": list(token_ids.unused)} if token_ids.unused else {}
+    return {key: value for key, value in ids.items() if value is not None} | unused | {"do_sample": False}

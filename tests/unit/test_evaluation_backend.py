@@ -137,14 +137,15 @@ def test_rolling_scores_each_token_once(shared: SharedModel):
 
 
 def greedy_text(shared: SharedModel, prompt: str, number: int) -> str:
-    """Greedy decoding without cache, batch or stop texts."""
+    """Greedy decoding among the tokenizer's tokens, without cache, batch or stop texts."""
     model, tokenizer = shared.model, shared.tokenizer
     ids = tokenizer.encode(prompt)[-(MAX_SEQ_LEN - number) :]
     new: list[int] = []
     model.eval()
     with torch.no_grad():
         while len(new) < number and tokenizer.eod_id not in new:
-            new.append(int(model.logits(model(torch.tensor([ids + new])).hidden)[0, -1].argmax()))
+            logits_V = model.logits(model(torch.tensor([ids + new])).hidden)[0, -1]
+            new.append(int(logits_V[: tokenizer.vocab_size].argmax()))
     model.train()
     return tokenizer.decode(new)
 
