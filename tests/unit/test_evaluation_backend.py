@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 
 from lm_eval.api.instance import Instance
 
+from moepp.data.tokenizer import Tokenizer
 from moepp.errors import ConfigError, DataError
 from moepp.evaluation import backend as backend_module
 from moepp.evaluation.backend import HarnessModel, build_rows
@@ -193,3 +195,58 @@ def test_hidden_positions_are_scored_in_slices(shared: SharedModel, monkeypatch:
 def test_tokenizer_of_the_cases_has_single_token_answers(tmp_path: Path):
     encode = write_byte_tokenizer(tmp_path / "t.json").encode
     assert all(len(encode(answer)) == 1 for answer in (" A", " D", " yes", " no"))
+
+
+@pytest.fixture(scope="module")
+def merging(groups: ParallelGroups, tmp_path_factory: pytest.TempPathFactory) -> SharedModel:
+    """A tokenizer whose tokens span words' ends, and which drops characters that it does not know."""
+    from tokenizers import AddedToken, models
+    from tokenizers import Tokenizer as Library
+
+    vocabulary = {token: i for i, token in enumerate(["g", "o", "v", "m", "t", " ", "go", "gov", "govm", "govmt"])}
+    merges = [("g", "o"), ("go", "v"), ("gov", "m"), ("govm", "t")]
+    library = Library(models.BPE(vocab=vocabulary, merges=merges))
+    library.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
+    path = tmp_path_factory.mktemp("merging") / "tokenizer.json"
+    library.save(str(path))
+    return SharedModel(tiny_model(tiny_config(MAX_SEQ_LEN)), Tokenizer(str(path)), groups, batch_size=3)
+
+
+def test_a_token_across_the_join_is_scored_apart(merging: SharedModel):
+    """lm-evaluation-harness pull request 4055: the continuation is encoded alone where nothing is left of it."""
+    encode, eod = merging.tokenizer.encode, merging.tokenizer.eod_id
+    assert len(encode("gov")) == len(encode("govmt")) == 1
+    pairs = {
+        ("gov", "mt"): (encode("gov"), encode("mt")),  # one token for both
+        ("go v", " m"): (encode("go v"), encode(" m")),  # no token across
+        ("", "gov"): ([eod], encode("gov")),
+        (" ", "gov"): ([eod], encode(" gov")),  # the space goes to the continuation
+        ("xyz", "gov"): ([eod], encode("gov")),  # a context that the tokenizer drops
+        ("xyz ", "gov"): ([eod], encode(" gov")),
+    }
+    scores, backend = ask(merging, "loglikelihood", *pairs)
+    for (score, greedy), (context, continuation) in zip(scores, pairs.values(), strict=True):
+        expected, expected_greedy = slow_loglikelihood(merging.model, context, continuation)
+        assert score == pytest.approx(expected, abs=1e-4) and greedy == expected_greedy
+    assert backend.num_requests == len(pairs)
+
+
+def test_continuations_without_tokens_do_not_end_the_evaluation(merging: SharedModel):
+    """Nothing is certain; text that the tokenizer drops cannot be written."""
+    pairs = [("gov", ""), ("", ""), ("gov ", ""), ("gov", "xyz"), ("", "xyz"), ("gov", "mt")]
+    scores, _ = ask(merging, "loglikelihood", *pairs)
+    assert scores[:3] == [(0.0, True)] * 3
+    assert scores[3:5] == [(-math.inf, False)] * 2
+    assert math.isfinite(scores[5][0])
+    totals, _ = ask(merging, "loglikelihood_rolling", ("",), ("xyz",), ("gov",))
+    assert totals[:2] == [0, 0] and totals[2] < 0
+
+
+def test_stops_of_several_tokens_end_a_continuation(shared: SharedModel):
+    free = greedy_text(shared, "bird", 12)
+    stop = free[3:6]
+    assert len(shared.tokenizer.encode(stop)) > 1
+    texts, _ = ask(shared, "generate_until", ("bird", {"until": [stop], "max_gen_toks": 12, "do_sample": False}))
+    assert texts == [free[: free.index(stop)]]
+    texts, _ = ask(shared, "generate_until", ("", {"until": [], "max_gen_toks": 3, "do_sample": False}))
+    assert len(texts) == 1

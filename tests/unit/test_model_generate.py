@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -158,3 +160,19 @@ def test_two_ranks_sharing_the_experts_draw_the_tokens_of_one_process(pool_2, se
     for greedy, sampled in pool_2.run(_generate_on_rank, seed_differs):
         assert torch.equal(greedy, expected)
         assert torch.equal(sampled, drawn)
+
+
+@pytest.mark.parametrize(
+    "options", [Sampling(), Sampling(1.5), Sampling(1.5, top_k=6), Sampling(1.5, top_p=0.9)], ids=str
+)
+def test_ids_without_a_token_are_never_chosen(options):
+    """They are the likeliest by far; the others are chosen as if these rows did not exist."""
+    logits_BV = torch.randn(64, 9, generator=torch.Generator().manual_seed(3))
+    allowed, never = [0, 1, 2, 4, 5, 7], (3, 6, 8)
+    logits_BV[:, list(never)] += 20
+    few = sample(logits_BV[:, allowed], options, torch.Generator().manual_seed(5))
+    chosen = sample(logits_BV, replace(options, never=never), torch.Generator().manual_seed(5))
+    assert set(chosen.flatten().tolist()) <= set(allowed)
+    if options.temperature == 0:
+        assert torch.equal(chosen, torch.tensor(allowed)[few])
+    assert len(set(sample(logits_BV, options, torch.Generator().manual_seed(5)).flatten().tolist()) & set(never)) == 3
