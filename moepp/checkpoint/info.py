@@ -52,7 +52,9 @@ def info_from(tree: Any) -> CheckpointInfo:
     keys = {field.name for field in fields(CheckpointInfo)}
     needed = {field.name for field in fields(CheckpointInfo) if field.default is MISSING}
     if not isinstance(tree, dict) or not needed <= tree.keys() <= keys:
-        found = sorted(tree.keys() - keys or needed - tree.keys())[:3] if isinstance(tree, dict) else type(tree).__name__
+        found = (
+            sorted(tree.keys() - keys or needed - tree.keys())[:3] if isinstance(tree, dict) else type(tree).__name__
+        )
         raise ValueError(f"it must be an object of {', '.join(sorted(keys))}; look at {show(found)}")
     for key in ("layout", "config", "versions", "run_state"):
         _require(isinstance(tree[key], dict), key, tree[key], "an object")

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from data_tools.prepare import PrepareOptions, prepare
-from moepp.checkpoint import CheckpointInfo, continues_same_data, identify_data
+from moepp.checkpoint import continues_same_data, identify_data
 from moepp.checkpoint.format import checkpoint_name
 from moepp.config import Config, to_dict
 from moepp.data import check_data, read_vocabulary
 from moepp.data.vocabulary import vocabulary_remarks
 from moepp.errors import CheckpointError, DataError
+from tests.checkpoint_cases import make_info
 from tests.data_files import make_config, write_word_tokenizer
 
 SUFFIXES = (".bin", ".idx", ".json")
@@ -48,7 +49,9 @@ def save(cfg: Config, checkpoints: Path, *, step: int = 3, old: bool = False) ->
     if step and not old:
         vocabulary = read_vocabulary(cfg)
         facts = (vocabulary.eod_id, vocabulary.tokenizer_sha256)
-    info = CheckpointInfo(step, 10, {}, to_dict(cfg), {}, {"data": identify_data(cfg) if step else {}}, *facts)
+    info = make_info(step, 10, config=to_dict(cfg))
+    state = {**info.run_state, "data": identify_data(cfg) if step else {}}
+    info = replace(info, run_state=state, eod_id=facts[0], tokenizer_sha256=facts[1])
     tree = asdict(info)
     if old:
         del tree["eod_id"], tree["tokenizer_sha256"]
