@@ -77,7 +77,7 @@ def describe(prefix: str, tokenizer_path: str | None = None, split: str = "96,3,
     if tokenizer_path is None:
         report["first tokens"] = first_T
         return report
-    tokenizer = Tokenizer(tokenizer_path, option="--tokenizer")
+    tokenizer = Tokenizer(tokenizer_path, named_by="--tokenizer")
     if high >= tokenizer.vocab_size:
         raise DataError(
             f"{prefix} holds token id {high} and {tokenizer_path} has {tokenizer.vocab_size} tokens; "

@@ -28,15 +28,15 @@ class Tokenizer:
     """
 
     def __init__(
-        self, path: str, eod_token: str | None = None, *, eod_id: int | None = None, named_by: str = "data.tokenizer"
+        self, path: str, eod_token: str | None = None, named_by: str = "data.tokenizer", *, eod_id: int | None = None
     ) -> None:
         """Load ``path``.
 
         Args:
             eod_token: the token that ends a document; None: ``eod_id``, or the first of ``EOD_TOKENS`` in the
                 vocabulary.
-            eod_id: its id, where the data or a checkpoint tell it.
             named_by: the option or configuration key that names it, for messages.
+            eod_id: its id, where the data or a checkpoint tell it.
 
         Raises:
             DataError: missing, unreadable, not a tokenizer.json, or without a token of id ``eod_id``.

@@ -92,7 +92,7 @@ def open_tokenizer(found: FoundModel, override: str | None, eod_token: str | Non
     path = override if override is not None else found.tokenizer
     if path is None:
         raise ConfigError(f"{found.subject.source} names no tokenizer; give its tokenizer.json with --tokenizer")
-    tokenizer = Tokenizer(str(path), eod_token, eod_id=found.eod_id, option="--tokenizer")
+    tokenizer = Tokenizer(str(path), eod_token, eod_id=found.eod_id, named_by="--tokenizer")
     if tokenizer.vocab_size > found.cfg.vocab_size:
         raise ConfigError(
             f"tokenizer {path} has {tokenizer.vocab_size} tokens, but the model knows {found.cfg.vocab_size}; "
@@ -209,7 +209,7 @@ def eod_of_folder(folder: Path) -> int | None:
         return None
     if not (folder / "tokenizer.json").is_file():
         return eos_id
-    tokenizer = Tokenizer(str(folder / "tokenizer.json"), option="--tokenizer")
+    tokenizer = Tokenizer(str(folder / "tokenizer.json"), named_by="--tokenizer")
     token = tokenizer.token(eos_id) if 0 <= eos_id < tokenizer.vocab_size else None
     if token is None:
         return None

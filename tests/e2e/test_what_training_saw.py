@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from data_tools.prepare import PrepareOptions, prepare
+from data_tools.readers import ReadOptions
 from moepp.checkpoint import read_info
 from moepp.cli import main
 from moepp.errors import ConfigError
@@ -45,7 +46,12 @@ def trained(server: TrainServer, tmp_path_factory: pytest.TempPathFactory) -> Pa
     write_tokenizer(folder / "tokenizer.json")
     (folder / "text.txt").write_text("\n".join(f"{TEXT} {i} {TEXT[: i % 30]}" for i in range(60)))
     options = PrepareOptions(
-        str(folder / "text"), str(folder / "tokenizer.json"), text_unit="line", eod_token=END, progress=False
+        str(folder / "text"),
+        str(folder / "tokenizer.json"),
+        read=ReadOptions(text_unit="line"),
+        eod_token=END,
+        max_lost_share=1.0,
+        progress=False,
     )
     assert prepare([str(folder / "text.txt")], options).eod_id == 2
     server.train(folder / "run", 1, train_options(folder, 3))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.prepare import PrepareOptions, prepare
+from data_tools.readers import ReadOptions
 from moepp.checkpoint import continues_same_data, identify_data
 from moepp.checkpoint.format import checkpoint_name
 from moepp.config import Config, to_dict
@@ -31,7 +32,9 @@ def prepared(prefix: Path, tokenizer: str, first: int, eod: str | None = None) -
     prefix.parent.mkdir(parents=True, exist_ok=True)
     lines = [" ".join(f"w{(first + i + k) % 30}" for i in range(12)) for k in range(20)]
     prefix.with_suffix(".txt").write_text("\n".join(lines))
-    options = PrepareOptions(str(prefix), tokenizer, text_unit="line", eod_token=eod, progress=False)
+    options = PrepareOptions(
+        str(prefix), tokenizer, read=ReadOptions(text_unit="line"), eod_token=eod, max_lost_share=1.0, progress=False
+    )
     prepare([str(prefix.with_suffix(".txt"))], options)
     return str(prefix)
 

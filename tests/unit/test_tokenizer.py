@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from data_tools.encode import Encoder
+from data_tools.prepare import PrepareOptions, prepare
 from moepp.cli import main
 from moepp.commands.export import _write_tokenizer
+from moepp.data.indexed import open_indexed
 from moepp.data.tokenizer import Tokenizer
 from moepp.data.vocabulary import padded_size
 from moepp.errors import DataError
@@ -104,8 +105,11 @@ def test_truncation_padding_and_dropout_in_the_file_change_nothing(tmp_path: Pat
     library.save(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer(str(tmp_path / "tokenizer.json"), "</s>")
     assert [tokenizer.encode(TEXTS[0]) for _ in range(5)] == [expected] * 5
-    encoder = Encoder(tokenizer.to_json(), tokenizer.eod_id, "uint16")
-    assert next(iter(encoder([TEXTS[0], "hello"]))).tolist() == [*expected, 1]
+    (tmp_path / "text.txt").write_text(TEXTS[0])
+    prefix = str(tmp_path / "text")
+    options = PrepareOptions(prefix, tokenizer.path, eod_token="</s>", progress=False, max_lost_share=1.0)
+    prepare([f"{prefix}.txt"], options)
+    assert open_indexed(prefix).tokens_T().tolist() == [*expected, 1]
     exported = json.loads(tokenizer.to_plain_json())
     assert exported["truncation"] is exported["padding"] is exported["model"]["dropout"] is None
 
