@@ -201,6 +201,14 @@ def agree_on_flag(flag: bool, group: Group | None) -> bool:
     return bool(all_reduce_max(torch.tensor(int(flag)), group))
 
 
+def agree_on_digest(digest: str, group: Group | None) -> bool:
+    """Whether all ranks have the same digest (32 hexadecimal digits); costs one small reduction over gloo."""
+    words = torch.tensor([int(digest[i : i + 8], 16) for i in range(0, 32, 8)])
+    # The largest value is the smallest one too, which is the negative of the largest negative.
+    most = all_reduce_max(torch.cat((words, -words)), group)
+    return bool((most[:4] == -most[4:]).all())
+
+
 def size(group: Group | None = None) -> int:
     """Number of ranks of the group; 1 where nothing is distributed."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
@@ -255,7 +263,8 @@ def limit_waits(seconds: float) -> None:
 def run_together(action: Callable[[], Any], group: Group | None = None) -> Any:
     """Run ``action`` on every rank; if it raises a :class:`MoeppError` anywhere, raise the same error everywhere.
 
-    Keeps an error that only one rank can see (a disk, a permission) from leaving the others in a hang.
+    Keeps an error that only one rank can see (a disk, a permission) from leaving the others in a hang. The first rank
+    that has one is named, unless it is rank 0, which prints it; a rank with an error of its own prints that too.
     """
     result, problem = None, None
     try:
@@ -263,9 +272,13 @@ def run_together(action: Callable[[], Any], group: Group | None = None) -> Any:
     except MoeppError as error:
         problem = error
     problems = gather_objects(problem, group)
-    for found in problems:
-        if found is not None:
-            if problem is not None:
-                raise problem
-            raise type(found)(str(found))
-    return result
+    failed = [rank for rank, found in enumerate(problems) if found is not None]
+    if not failed:
+        return result
+    first = failed[0]
+    if problem is None:
+        where = f"rank {first}: " if first > 0 else ""
+        raise type(problems[first])(f"{where}{problems[first]}")
+    if first > 0 or str(problem) != str(problems[0]):
+        problem.said_here = True
+    raise problem

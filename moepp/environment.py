@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -25,6 +27,28 @@ _PACKAGES = (
     "pyarrow",
     "triton",
 )
+
+
+# Those that decide what a step computes; the ranks of a run must have the same.
+_COMPUTING = ("torch", "deepspeed", "megatron-core", "numpy", "triton")
+_SOURCES = (".py", ".c", ".h")
+
+
+def code_facts() -> dict[str, str]:
+    """What the ranks of one run must have in common beside the configuration: packages, and the files of this one."""
+    packages = {name: _version(name) or "absent" for name in _COMPUTING}
+    return {"Python": platform.python_version(), **packages, "moepp's source": source_digest()}
+
+
+@functools.cache
+def source_digest(folder: Path | None = None) -> str:
+    """12 hexadecimal digits for names and contents of a package's source files; of this one by default."""
+    folder = folder or Path(__file__).resolve().parent
+    digest = hashlib.blake2b(digest_size=6)
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in _SOURCES):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
 
 
 def describe_environment(device_name: str, world_size: int) -> dict[str, Any]:

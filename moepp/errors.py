@@ -4,14 +4,22 @@
 class MoeppError(Exception):
     """Base of every error that a user can cause; printed as one line, without a traceback.
 
-    ``exit_code`` is what train.py exits with.
+    ``exit_code`` is what train.py exits with. All ranks end with the same error, and the first one prints it;
+    ``said_here`` is set where this rank prints it as well, because its own log must not be empty.
     """
 
     exit_code = 2
+    said_here = False
 
 
 class ConfigError(MoeppError, ValueError):
     """A configuration value, or a combination of values, that cannot work."""
+
+
+class LaunchError(ConfigError):
+    """The launcher's variables, or the processes it started, cannot make up a run; each rank that sees it says it."""
+
+    said_here = True
 
 
 class DataError(MoeppError):

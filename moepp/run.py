@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,17 +14,19 @@ from typing import Any
 import torch.distributed as dist
 
 from moepp import comm
-from moepp.build import build_parts, device_name
+from moepp.build import DTYPES, build_parts, device_name
 from moepp.checkpoint import choose_checkpoint, continues_same_data, read_info
 from moepp.config import Config, to_dict, validate, zero_stage
 from moepp.data import check_data, vocabulary_remarks
 from moepp.environment import describe_environment
-from moepp.errors import MoeppError, PeerError
+from moepp.errors import DataError, MoeppError, PeerError
 from moepp.guards import StopRequest
 from moepp.metrics.logs import close_logging, setup_logging
 from moepp.metrics.wandb import require_wandb_login
 from moepp.model.accounting import count_parameters
+from moepp.parallel.agreement import find_differences
 from moepp.parallel.groups import (
+    LaunchEnvironment,
     ParallelGroups,
     build_groups,
     init_process_group,
@@ -31,6 +34,7 @@ from moepp.parallel.groups import (
     read_launch_environment,
 )
 from moepp.parallel.peers import PeerWatch
+from moepp.rank_facts import file_facts, processor_facts, start_facts
 from moepp.run_dir import RunClaim, RunDir
 from moepp.samples import write_samples
 from moepp.trainer import Trainer
@@ -50,7 +54,9 @@ def run_training(cfg: Config) -> None:
     launch = read_launch_environment()
     validate(cfg, launch.world_size)
     device = pick_device(launch.local_rank)
-    store = init_process_group(launch, device, cfg.parallel.timeout_seconds)
+    store = init_process_group(launch, device, cfg.parallel.timeout_seconds, start_facts(cfg, device))
+    if launch.rank > 0 and launch.local_rank == 0:  # the first of its host, whose log would be empty
+        print(_introduce_rank(launch), flush=True)
     watch = PeerWatch(store, launch.rank, launch.world_size, _leave)
     try:
         _run(cfg, build_groups(cfg.parallel.expert, device))
@@ -79,14 +85,19 @@ def _leave_process_groups() -> None:
 def _run(cfg: Config, groups: ParallelGroups) -> None:
     """Check what can be checked, then train in the run's directory."""
     comm.run_together(lambda: check_data(cfg))
+    _compare_ranks(cfg, groups)
     comm.run_together(lambda: require_wandb_login(cfg.logging.wandb.mode) if groups.rank == 0 else None)
     if cfg.eval.tasks:
         _check_tasks(cfg, groups)
+    remark, remarked_here = find_differences(processor_facts(groups.device, DTYPES[cfg.train.precision]), groups.world)
     environment = describe_environment(device_name(groups.device), groups.world_size)
     claim = comm.run_together(lambda: _claim(cfg, environment) if groups.rank == 0 else None)
     try:
         run_dir = RunDir(Path(comm.broadcast_object(str(claim.run_dir.path) if claim else None)))
         comm.run_together(lambda: setup_logging(run_dir.path, groups.rank))
+        logger.info("%s", _introduce_rank(groups), extra={"to_console": False})
+        if remark and remarked_here:
+            logger.warning("ranks differ in what may change the last bits of results: %s", remark)
         with StopRequest() as stop:
             _train(cfg, groups, run_dir, environment, stop, claim.check if claim is not None else lambda: None)
     except MoeppError as error:
@@ -95,6 +106,20 @@ def _run(cfg: Config, groups: ParallelGroups) -> None:
     finally:
         if claim is not None:
             claim.release()
+
+
+def _compare_ranks(cfg: Config, groups: ParallelGroups) -> None:
+    """Refuse files that are not the same on every rank: each host may have a copy of its own."""
+    facts = comm.run_together(lambda: file_facts(cfg))
+    told, said_here = find_differences(facts, groups.world)
+    if told:
+        error = DataError(f"{told}; copy the same files to every host")
+        error.said_here = said_here
+        raise error
+
+
+def _introduce_rank(launch: LaunchEnvironment | ParallelGroups) -> str:
+    return f"rank {launch.rank} of {launch.world_size} on {socket.gethostname()}"
 
 
 def _peer_error(explanation: str) -> PeerError:

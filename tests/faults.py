@@ -7,6 +7,7 @@ Each is a function of this module whose arguments are plain numbers and strings;
 from __future__ import annotations
 
 import errno
+import importlib
 import math
 import os
 import signal
@@ -22,6 +23,31 @@ def inject(name: str, *args: Any) -> None:
     rank, *rest = args
     if rank in (ALL, int(os.environ["RANK"])):
         globals()[name](*rest)
+
+
+def change_folder(path: str) -> None:
+    """Relative paths mean other files on this rank, as on a host with copies of its own."""
+    os.chdir(path)
+
+
+def die_in(module: str, function: str) -> None:
+    """The rank is killed when it gets to a function of the project."""
+    setattr(importlib.import_module(module), function, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def other_version(package: str) -> None:
+    """This rank's host has another version of a package."""
+    from moepp import environment
+
+    version = environment._version
+    environment._version = lambda name: "0.0.1" if name == package else version(name)
+
+
+def other_processor(name: str) -> None:
+    """This rank's host has another processor."""
+    from moepp import rank_facts
+
+    rank_facts.cpu_name = lambda: name
 
 
 def raise_at(step: int) -> None:

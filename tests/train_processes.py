@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,11 +165,17 @@ class TrainServer:
         assert self._read(START_LIMIT_SECONDS) == "ready"
 
     def start(
-        self, run_dir: Path, ranks: int, overrides: Sequence[str] = (), faults: Sequence[Sequence[Any]] = ()
+        self,
+        run_dir: Path,
+        ranks: int,
+        overrides: Sequence[str] = (),
+        faults: Sequence[Sequence[Any]] = (),
+        differing: Mapping[int, Sequence[str]] | None = None,
     ) -> TrainRun:
         """Start ``train.py`` on ``ranks`` processes with :data:`TINY` and ``overrides``.
 
-        ``faults`` are calls of :func:`tests.faults.inject`: (name, rank, arguments...).
+        ``faults`` are calls of :func:`tests.faults.inject`: (name, rank, arguments...); ``differing`` are overrides of
+        some ranks alone, which come last.
         """
         port = _free_port()
         number = len(self._runs)
@@ -182,7 +188,7 @@ class TrainServer:
             variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
             variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             request = {
-                "argv": ["train.py", f"run.dir={run_dir}", *defaults, *overrides],
+                "argv": ["train.py", f"run.dir={run_dir}", *defaults, *overrides, *(differing or {}).get(rank, ())],
                 "environ": variables,
                 "log": str(logs[rank]),
                 "faults": [list(fault) for fault in faults],

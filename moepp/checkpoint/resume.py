@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from moepp import comm
 from moepp.checkpoint.format import CheckpointInfo, list_checkpoints, read_info, step_of, verify
 from moepp.config import Config, to_dict
 from moepp.config.compare import breaking_differences, other_differences
+from moepp.data.identity import sampled_digest
 from moepp.data.indexed import IndexedFile, open_indexed
 from moepp.data.manifest import sha256_of
 from moepp.data.vocabulary import read_vocabulary
@@ -19,9 +19,12 @@ from moepp.parallel.groups import ParallelGroups
 
 logger = logging.getLogger(__name__)
 
+<<<<<<< HEAD
 _SHA256_DIGITS = 64
 _SAMPLED_BLOCKS, _BLOCK_BYTES = 64, 4096  # how much of a .bin without a manifest is looked at
 
+=======
+>>>>>>> 3a3e1cb (Ranks compare configuration, packages and files before anything starts; launch variables are checked on every rank)
 
 def choose_checkpoint(cfg: Config, checkpoints: Path, groups: ParallelGroups) -> Path | None:
     """The checkpoint that ``run.resume`` means, verified, or ``None`` to start from the beginning; collective.
@@ -102,6 +105,7 @@ def identify_data(cfg: Config) -> dict[str, dict[str, Any]]:
     return {prefix: _identify(open_indexed(prefix)) for prefix in cfg.data.paths}
 
 
+<<<<<<< HEAD
 def _identify(file: IndexedFile, content: str | None = None) -> dict[str, Any]:
     if content is None:
         content = file.manifest.bin_sha256 if file.manifest is not None else _sampled_digest(_bin(file))
@@ -159,6 +163,21 @@ def _unknown_tokenizer(info: CheckpointInfo, cfg: Config) -> list[str]:
     if is_known or was is None or now is None or was == now:
         return []
     return [f"data.tokenizer: {was} -> {now}"]
+=======
+def _identify(file: IndexedFile) -> dict[str, Any]:
+    content = file.manifest.bin_sha256 if file.manifest is not None else sampled_digest(Path(f"{file.prefix}.bin"))
+    return {"tokens": file.num_tokens, "documents": file.documents, "lengths": file.fingerprint(), "content": content}
+
+
+def _data_differences(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> list[str]:
+    """A line per key that changed of each dataset; paths that changed are among the configuration's differences."""
+    return [
+        f"{path} {key}: {old[path][key]} -> {new[path][key]}"
+        for path in old.keys() & new.keys()
+        for key in old[path]
+        if old[path][key] != new[path][key]
+    ]
+>>>>>>> 3a3e1cb (Ranks compare configuration, packages and files before anything starts; launch variables are checked on every rank)
 
 
 def _check_same_run(cfg: Config, path: Path) -> None:

@@ -61,6 +61,7 @@ def changed_values(old: Mapping[str, Any], new: Mapping[str, Any], keys: Iterabl
     ]
 
 
+<<<<<<< HEAD
 def _keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys([*_flatten(new), *_flatten(old)]))
 
@@ -68,6 +69,11 @@ def _keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], wanted: set[str]) -> list[str]:
     flat_old, flat_new = _flatten(old), _flatten(new)
     keys = [key for key in _keys(old, new) if key in wanted]
+=======
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], untrained: bool, must_agree: bool) -> list[str]:
+    flat_old, flat_new = flatten(old), flatten(new)
+    keys = [key for key in dict.fromkeys([*flat_new, *flat_old]) if _must_agree(key, untrained) == must_agree]
+>>>>>>> 3a3e1cb (Ranks compare configuration, packages and files before anything starts; launch variables are checked on every rank)
     return [
         f"{printable(key)}: {printable(flat_old.get(key, _ABSENT))} -> {printable(flat_new.get(key, _ABSENT))}"
         for key in keys
@@ -84,11 +90,12 @@ def _must_agree(key: str, untrained: bool, same_data: bool) -> bool:
     return key.startswith(("model.", "data.")) or key in ("run.seed", "optim.name", "train.global_batch_size")
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

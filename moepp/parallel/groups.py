@@ -7,25 +7,27 @@ group.  8 ranks, P = 4:  EP {0 1 2 3} {4 5 6 7},  EDP {0 4} {1 5} {2 6} {3 7}.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore, Store, rendezvous  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
-from moepp.errors import ConfigError, PeerError
+from moepp.errors import ConfigError, LaunchError, PeerError
+from moepp.parallel.agreement import Facts
+from moepp.parallel.launch import LaunchEnvironment, read_launch_environment
+from moepp.parallel.meeting import join_store, meet
 
-
-@dataclass(frozen=True)
-class LaunchEnvironment:
-    """What the launcher says about this process."""
-
-    rank: int
-    world_size: int
-    local_rank: int
+__all__ = [
+    "LaunchEnvironment",
+    "ParallelGroups",
+    "build_groups",
+    "init_process_group",
+    "new_cpu_group",
+    "pick_device",
+    "read_launch_environment",
+]
 
 
 @dataclass(frozen=True)
@@ -55,55 +57,32 @@ class ParallelGroups:
         return self.world_size // self.ep_size
 
 
-def read_launch_environment(environ: Mapping[str, str] = os.environ) -> LaunchEnvironment:
-    """Rank and world size from torchrun's and deepspeed's variables, or from ``srun`` without them.
+def pick_device(local_rank: int) -> torch.device:
+    """This rank's accelerator, or the CPU where there is none.
 
     Raises:
-        ConfigError: variables are missing or contradictory. A lone process under a Slurm step of several tasks is
-            refused too: silently becoming one of many one-process worlds would train nothing.
+        LaunchError: this host has fewer accelerators than processes.
     """
-    if "RANK" in environ or "WORLD_SIZE" in environ:
-        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        missing = [name for name in names if name not in environ]
-        if missing:
-            raise ConfigError(
-                f"the launcher set some of {', '.join(names)} but not {', '.join(missing)}; start with torchrun, "
-                "deepspeed or srun, or unset them for one process"
-            )
-        rank, world_size = _integer(environ, "RANK"), _integer(environ, "WORLD_SIZE")
-        if not 0 <= rank < world_size:
-            raise ConfigError(f"RANK={rank} is not below WORLD_SIZE={world_size}; check the launcher")
-        return LaunchEnvironment(rank, world_size, int(environ.get("LOCAL_RANK", "0")))
-    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if tasks == 1:
-        return LaunchEnvironment(0, 1, 0)
-    if "MASTER_ADDR" not in environ or "MASTER_PORT" not in environ:
-        raise ConfigError(
-            f"srun started {tasks} tasks but MASTER_ADDR and MASTER_PORT are not set, so they cannot find each other; "
-            "export both, or let srun start torchrun"
-        )
-    return LaunchEnvironment(_integer(environ, "SLURM_PROCID"), tasks, int(environ.get("SLURM_LOCALID", "0")))
-
-
-def _integer(environ: Mapping[str, str], name: str) -> int:
-    try:
-        return int(environ[name])
-    except (KeyError, ValueError):
-        raise ConfigError(f"{name}={environ.get(name)!r} is not an integer; check the launcher") from None
-
-
-def pick_device(local_rank: int) -> torch.device:
-    """This rank's accelerator, or the CPU where there is none."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return torch.device("cpu")
+    count = torch.accelerator.device_count()
+    if local_rank >= count:
+        raise LaunchError(
+            f"LOCAL_RANK={local_rank} has no device: this host offers {count} of type {accelerator.type}; start at "
+            f"most {count} processes on it, or make more devices visible"
+        )
     device = torch.device(accelerator.type, local_rank)
     torch.accelerator.set_device_index(local_rank)
     return device
 
 
-def init_process_group(launch: LaunchEnvironment, device: torch.device, timeout_seconds: float) -> Store:
-    """Join the default process group; one process gets a group of its own without any network.
+def init_process_group(
+    launch: LaunchEnvironment, device: torch.device, timeout_seconds: float, facts: Facts | None = None
+) -> Store:
+    """Meet the other ranks, agree with them on ``facts``, and make the default process group.
+
+    One process needs no network.
 
     CPU tensors always travel over gloo, the accelerator's over its own backend.
 
@@ -111,23 +90,21 @@ def init_process_group(launch: LaunchEnvironment, device: torch.device, timeout_
         The key-value store that brought the ranks together.
 
     Raises:
-        PeerError: not all ranks came in time.
+        ConfigError: the ranks' facts differ, or one of them cannot start; the same on every rank.
+        PeerError: not all ranks came in time, or one left in between.
     """
+    store = meet(join_store(launch, timeout_seconds), launch, facts or {}, timeout_seconds)
     backend = "gloo"
     if device.type != "cpu":
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
     timeout = timedelta(seconds=timeout_seconds)
-    store: Store = HashStore()
     try:
-        if launch.world_size > 1:
-            store, _, _ = next(rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
         dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
     except RuntimeError as error:
-        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = " ".join(str(error).split())[:200]
         raise PeerError(
-            f"rank {launch.rank} cannot join the other ranks of {launch.world_size} at {place} within "
-            f"parallel.timeout_seconds={timeout_seconds:g} ({reason}); check that all were started"
+            f"rank {launch.rank} met the other ranks of {launch.world_size} but cannot connect to all of them "
+            f"({reason}); look for another rank's error, and check the network between the hosts (GLOO_SOCKET_IFNAME)"
         ) from error
     return store
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import NoReturn
@@ -12,7 +13,10 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells do
 
 
 def leave(error: Exception) -> NoReturn:
-    """Print what a user can cause as one line, on the first rank only, and exit with the same code on every rank."""
+    """Print what a user can cause as one line, and exit with the same code on every rank.
+
+    The first rank prints it; others only if their error says so, for example because it is theirs alone.
+    """
     from moepp.config import explain_hydra_error
     from moepp.parallel.refusal import print_once
 
@@ -20,9 +24,13 @@ def leave(error: Exception) -> NoReturn:
     if isinstance(error, PeerError):  # every rank has seen another thing, and the first may be the one that failed
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:
-        print_once(f"error: {message}")
+        print_once(message, here=getattr(error, "said_here", False))
     sys.stdout.flush()
-    os._exit(getattr(error, "exit_code", MoeppError.exit_code))  # exit handlers may wait for ranks that have left
+    code = getattr(error, "exit_code", MoeppError.exit_code)
+    if codes := os.environ.get("MOEPP_EXIT_CODES"):  # launch/torchrun.py ends with it; torchrun forgets it
+        with contextlib.suppress(OSError), open(codes, "a") as stream:
+            stream.write(f"{code}\n")
+    os._exit(code)  # exit handlers may wait for ranks that have left
 
 
 def leave_interrupted() -> NoReturn:

@@ -38,7 +38,7 @@ LAYERS = (
     ("evaluation",),
     ("trainer",),
     ("build",),
-    ("samples",),
+    ("samples", "rank_facts"),
     ("run", "report", "model_card", "bench"),
     ("training",),
     ("commands",),
