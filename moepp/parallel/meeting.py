@@ -16,6 +16,7 @@ sends a few hundred bytes and asks for nothing but the verdict.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -99,11 +100,22 @@ def meet(store: Store, launch: LaunchEnvironment, facts: Facts, timeout_seconds:
             "ranks were meeting; look for rank 0's error"
         ) from error
     if verdict["is"] == "refused":
+        _part(store, launch, name)
         kind = {"config": ConfigError, "launch": LaunchError, "peer": PeerError}[verdict["kind"]]
         error = kind(verdict["message"])
         error.said_here = launch.rank in verdict["speakers"]
         raise error
     return PrefixStore(f"run/{name}", store)
+
+
+def _part(store: Store, launch: LaunchEnvironment, name: str) -> None:
+    """Rank 0, which may keep the store, leaves a meeting last."""
+    with contextlib.suppress(RuntimeError):
+        if launch.rank != 0:
+            store.add(f"start/{name}/heard", 1)
+            return
+        others = store.add(f"start/{name}/arrived", 0) - 1
+        _wait_until(lambda: store.add(f"start/{name}/heard", 0) >= others, GRACE_SECONDS)
 
 
 def announce_meeting(store: Store, launch: LaunchEnvironment) -> str:

@@ -81,8 +81,8 @@ def test_file_that_one_rank_lacks_is_named_with_the_rank(server, tmp_path):
     write_corpus(tmp_path / "a/text")
     folders = [("change_folder", rank, str(tmp_path / name)) for rank, name in enumerate("ab")]
     run = refused(server, tmp_path / "run", ["data.paths=[text]"], {}, folders)
-    assert "error: rank 1: text names no data" in run.output(0)
-    assert "error: text names no data" in run.output(1)
+    assert "error: rank 1: data.paths entry text names no data" in run.output(0)
+    assert "error: data.paths entry text names no data" in run.output(1)
 
 
 @pytest.mark.parametrize(
