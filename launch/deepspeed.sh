@@ -1,15 +1,29 @@
 #!/usr/bin/env bash
 # Trains with DeepSpeed's launcher, which starts the processes of all hosts from one of them over ssh.
-#
-#   one host:       launch/deepspeed.sh --num_gpus 2 -- parallel.expert=2
-#   several hosts:  launch/deepspeed.sh --hostfile hosts -- experiment=moepp_0.6b parallel.expert=8
-#                   (hosts: one line per host, such as `node01 slots=8`; the project lies at the same path on all)
-#
-# Options before -- go to DeepSpeed's launcher, keys after it to train.py.
 set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: launch/deepspeed.sh [launcher's options ...] -- [key=value ...]
+
+Trains with DeepSpeed's launcher, which starts the processes of all hosts from one of them over ssh. Options before --
+go to that launcher (`deepspeed --help` lists them), keys after it to train.py (`python train.py --help`).
+
+  one host:       launch/deepspeed.sh --num_gpus 2 -- parallel.expert=2
+  several hosts:  launch/deepspeed.sh --hostfile hosts -- experiment=moepp_0.6b parallel.expert=8
+                  (hosts: one line per host, such as `node01 slots=8`; the project lies at the same path on all)
+
+SIGTERM and SIGUSR1 save and end with 75 on one host. Processes on other hosts are out of reach: send the signal to
+train.py there. The launcher gives its processes 30 s to end once one of them has. There are no restarts.
+TEXT
+}
 
 launcher=()
 while (($#)) && [[ "$1" != -- ]]; do
+    if [[ "$1" == -h || "$1" == --help ]]; then
+        usage
+        exit
+    fi
     launcher+=("$1")
     shift
 done
@@ -36,5 +50,14 @@ for name in PATH TORCH_DISABLE_SHARE_RDZV_TCP_STORE DS_ACCELERATOR OMP_NUM_THREA
 done
 
 # --no_local_rank: train.py reads LOCAL_RANK from its environment and takes nothing but keys.
-# As a module: the script `deepspeed` does not start from a folder with blanks in its name.
-python -m deepspeed.launcher.runner --no_local_rank "${launcher[@]}" train.py "$@"
+python "$launch/deepspeed.py" --no_local_rank "${launcher[@]}" train.py "$@" &
+runner=$!
+# shellcheck disable=SC2064
+for name in TERM USR1; do trap "kill -$name $runner 2>/dev/null || true" "$name"; done
+status=0
+wait "$runner" || status=$?
+while kill -0 "$runner" 2>/dev/null; do # a trapped signal ends `wait` early
+    status=0
+    wait "$runner" || status=$?
+done
+exit "$status"

@@ -79,8 +79,9 @@ moepp prepare --demo
 end
 
 begin "training"
-torchrun --standalone --nproc_per_node 2 train.py parallel.expert=2 "run.name=$name" "run.dir=${run_dir:=runs/$name}" \
-    "${overrides[@]}"
+run_dir="${run_dir:-runs/$name}"
+python "$launch/torchrun.py" --standalone --nproc_per_node 2 train.py parallel.expert=2 \
+    "run.name=$(hydra_text "$name")" "run.dir=$(hydra_text "$run_dir")" "${overrides[@]}"
 end
 
 begin "report"

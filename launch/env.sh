@@ -11,13 +11,18 @@ if [[ -x "$MOEPP_ROOT/.venv/bin/python" ]]; then
     export VIRTUAL_ENV="$MOEPP_ROOT/.venv" PATH="$MOEPP_ROOT/.venv/bin:$PATH"
 fi
 
+# torchrun passes on the signals at which train.py saves, and waits that long for the save before it kills.
+export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
+
 # Restarted workers rejoin reliably only if the rendezvous store is not shared with the process group.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 
 # Prints how many accelerators this host offers: NVIDIA or AMD, less those hidden by CUDA_VISIBLE_DEVICES.
 count_gpus() {
     if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
-        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^[:space:]]' || true
+        # CUDA itself stops at the first entry that is no device: -1, or Slurm's NoDevFiles.
+        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | sed -n '/^ *-\|^NoDev/,$d;p' | grep -c '[^[:space:]]' || true
     elif command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
         nvidia-smi -L | grep -c '^GPU' || true
     elif command -v rocm-smi >/dev/null && [[ -e /dev/kfd ]]; then
@@ -38,4 +43,25 @@ use_cpu_if_no_gpu() {
 share_cores() {
     local threads=$(($(nproc) / $1))
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 1 ? threads : 1))}"
+}
+
+# fail MESSAGE: one line, and the exit code of a mistake of the user.
+fail() {
+    echo "[$(basename "$0")] error: $*" >&2
+    exit 2
+}
+
+# require_number NAME LEAST MOST: refuses a variable that is set, but not to a whole number in that range.
+require_number() {
+    local value="${!1:-}"
+    [[ -z "$value" ]] || { [[ "$value" =~ ^(0|[1-9][0-9]{0,8})$ ]] && ((value >= $2 && value <= $3)); } ||
+        fail "$1=$(printf %q "$value") is not a whole number from $2 to $3; correct it, or unset it for the default"
+}
+
+# hydra_text TEXT: the text as a quoted value of Hydra's command line, whatever characters it holds.
+hydra_text() {
+    local text
+    # Backslashes count only before a quote, before the end, and before ${, which would refer to another value.
+    text="$(sed -E 's/(\\+)$/\1\1/; s/(\\*)"/\1\1\\"/g; s/(\\*)\$\{/\1\1\\${/g' <<<"$1")"
+    printf '"%s"' "$text"
 }

@@ -192,8 +192,9 @@ def _wait_for_server(launch: LaunchEnvironment, seconds: float) -> None:
     while True:
         left = start + seconds - time.monotonic()
         try:
-            socket.create_connection(address, timeout=max(min(left, CONNECT_SECONDS), 0.1)).close()
-            return
+            with socket.create_connection(address, timeout=max(min(left, CONNECT_SECONDS), 0.1)) as connection:
+                if connection.getsockname() != connection.getpeername():  # on one host a socket may meet itself
+                    return
         except OSError as error:
             problem = error.strerror or str(error)
         waited = time.monotonic() - start

@@ -250,15 +250,6 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize("blind_rank", [0, 1])
-def test_what_one_rank_alone_cannot_see_ends_all_ranks(server, files, tmp_path, blind_rank):
-    """A disk that is not mounted on one host: that rank looks elsewhere for the data."""
-    pair = Pair(server, tmp_path)
-    for rank in (0, 1):
-        pair.start(rank, f"data.paths=[{files}/{'none' if rank == blind_rank else 'good'}]")
-    expect_refusal(pair.run, [f"{files}/none names no data"])
-
-
 def test_no_rank_leaves_before_the_first_has_spoken(server, tmp_path):
     """Launchers end all ranks as soon as one exits; the reason must have been printed by then."""
     pair = Pair(server, tmp_path)
