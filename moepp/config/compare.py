@@ -45,14 +45,14 @@ def other_differences(
 
 def differing_keys(trees: Sequence[Mapping[str, Any]]) -> set[str]:
     """Dotted keys that do not have the same value in all configurations."""
-    flat = [_flatten(tree) for tree in trees]
+    flat = [flatten(tree) for tree in trees]
     keys = {key for tree in flat for key in tree}
     return {key for key in keys if any(tree.get(key, _ABSENT) != flat[0].get(key, _ABSENT) for tree in flat)}
 
 
 def changed_values(old: Mapping[str, Any], new: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
     """ "key: old -> new" for every one of ``keys`` that both have, or a part of that name, with another value."""
-    flat_old, flat_new = _flatten(old), _flatten(new)
+    flat_old, flat_new = flatten(old), flatten(new)
     prefixes = tuple(f"{key}." for key in keys)
     return [
         f"{key}: {flat_old[key]} -> {flat_new[key]}"
