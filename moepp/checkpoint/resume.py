@@ -19,12 +19,8 @@ from moepp.parallel.groups import ParallelGroups
 
 logger = logging.getLogger(__name__)
 
-<<<<<<< HEAD
 _SHA256_DIGITS = 64
-_SAMPLED_BLOCKS, _BLOCK_BYTES = 64, 4096  # how much of a .bin without a manifest is looked at
 
-=======
->>>>>>> 3a3e1cb (Ranks compare configuration, packages and files before anything starts; launch variables are checked on every rank)
 
 def choose_checkpoint(cfg: Config, checkpoints: Path, groups: ParallelGroups) -> Path | None:
     """The checkpoint that ``run.resume`` means, verified, or ``None`` to start from the beginning; collective.
@@ -105,10 +101,9 @@ def identify_data(cfg: Config) -> dict[str, dict[str, Any]]:
     return {prefix: _identify(open_indexed(prefix)) for prefix in cfg.data.paths}
 
 
-<<<<<<< HEAD
 def _identify(file: IndexedFile, content: str | None = None) -> dict[str, Any]:
     if content is None:
-        content = file.manifest.bin_sha256 if file.manifest is not None else _sampled_digest(_bin(file))
+        content = file.manifest.bin_sha256 if file.manifest is not None else sampled_digest(_bin(file))
     return {"tokens": file.num_tokens, "documents": file.documents, "lengths": file.fingerprint(), "content": content}
 
 
@@ -117,21 +112,11 @@ def _identify_like(old: dict[str, Any], file: IndexedFile) -> dict[str, Any]:
     had_manifest = len(str(old.get("content"))) == _SHA256_DIGITS
     if had_manifest == (file.manifest is not None):
         return _identify(file)
-    return _identify(file, sha256_of(str(_bin(file))) if had_manifest else _sampled_digest(_bin(file)))
+    return _identify(file, sha256_of(str(_bin(file))) if had_manifest else sampled_digest(_bin(file)))
 
 
 def _bin(file: IndexedFile) -> Path:
     return Path(f"{file.prefix}.bin")
-
-
-def _sampled_digest(path: Path) -> str:
-    """A digest of blocks spread evenly over a file: cheap for any size, and different for other text."""
-    digest, size = hashlib.blake2b(digest_size=16), path.stat().st_size
-    with path.open("rb") as stream:
-        for i in range(_SAMPLED_BLOCKS):
-            stream.seek(i * max(size - _BLOCK_BYTES, 0) // max(_SAMPLED_BLOCKS - 1, 1))
-            digest.update(stream.read(_BLOCK_BYTES))
-    return digest.hexdigest()
 
 
 def _data_differences(info: CheckpointInfo, cfg: Config) -> list[str]:
@@ -163,21 +148,6 @@ def _unknown_tokenizer(info: CheckpointInfo, cfg: Config) -> list[str]:
     if is_known or was is None or now is None or was == now:
         return []
     return [f"data.tokenizer: {was} -> {now}"]
-=======
-def _identify(file: IndexedFile) -> dict[str, Any]:
-    content = file.manifest.bin_sha256 if file.manifest is not None else sampled_digest(Path(f"{file.prefix}.bin"))
-    return {"tokens": file.num_tokens, "documents": file.documents, "lengths": file.fingerprint(), "content": content}
-
-
-def _data_differences(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> list[str]:
-    """A line per key that changed of each dataset; paths that changed are among the configuration's differences."""
-    return [
-        f"{path} {key}: {old[path][key]} -> {new[path][key]}"
-        for path in old.keys() & new.keys()
-        for key in old[path]
-        if old[path][key] != new[path][key]
-    ]
->>>>>>> 3a3e1cb (Ranks compare configuration, packages and files before anything starts; launch variables are checked on every rank)
 
 
 def _check_same_run(cfg: Config, path: Path) -> None:

@@ -61,19 +61,13 @@ def changed_values(old: Mapping[str, Any], new: Mapping[str, Any], keys: Iterabl
     ]
 
 
-<<<<<<< HEAD
 def _keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys([*_flatten(new), *_flatten(old)]))
+    return list(dict.fromkeys([*flatten(new), *flatten(old)]))
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], wanted: set[str]) -> list[str]:
-    flat_old, flat_new = _flatten(old), _flatten(new)
-    keys = [key for key in _keys(old, new) if key in wanted]
-=======
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], untrained: bool, must_agree: bool) -> list[str]:
     flat_old, flat_new = flatten(old), flatten(new)
-    keys = [key for key in dict.fromkeys([*flat_new, *flat_old]) if _must_agree(key, untrained) == must_agree]
->>>>>>> 3a3e1cb (Ranks compare configuration, packages and files before anything starts; launch variables are checked on every rank)
+    keys = [key for key in _keys(old, new) if key in wanted]
     return [
         f"{printable(key)}: {printable(flat_old.get(key, _ABSENT))} -> {printable(flat_new.get(key, _ABSENT))}"
         for key in keys
