@@ -24,6 +24,7 @@ from moepp.data.indexed import IndexedFile, open_indexed
 from moepp.data.manifest import Manifest, sha256_of
 from moepp.data.tokenizer import Tokenizer
 from moepp.errors import DataError, MoeppError
+from moepp.files import make_folder
 from moepp.untrusted import printable, show
 
 # A batch of documents for one worker: long enough to outweigh the hand-over, short enough for the progress bar.
@@ -150,6 +151,10 @@ def check_output(options: PrepareOptions) -> None:
         raise DataError(f"{present[0]} exists; choose another --output, or give --append or --overwrite")
     if options.train_vocab is not None and os.path.exists(options.tokenizer) and not options.overwrite:
         raise DataError(f"tokenizer {options.tokenizer} exists; leave training out to use it, or give --overwrite")
+    if options.train_vocab is not None:  # found out now, not after the work
+        make_folder(parent := os.path.dirname(os.path.abspath(options.tokenizer)))
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise DataError(f"cannot write {options.tokenizer}: Permission denied; choose a folder you may write to")
 
 
 def _tokenizer(files: list[InputFile], options: PrepareOptions, folder: str) -> Tokenizer:

@@ -18,6 +18,7 @@ from data_tools.encode import BATCHES_IN_FLIGHT_PER_WORKER, Batch, encode_docume
 from data_tools.inspect import verify
 from data_tools.prepare import PrepareOptions, prepare
 from data_tools.readers import ReadOptions
+from moepp.cli import main
 from moepp.data.indexed import open_indexed
 from moepp.data.manifest import Manifest
 from moepp.errors import DataError
@@ -312,3 +313,83 @@ def test_two_runs_cannot_write_one_output(tmp_path: Path, run: Callable[..., Man
         run(tmp_path / "a.jsonl")
     os.close(lock)
     run(tmp_path / "a.jsonl")
+
+
+def _kill_at(moment: str, run: Callable[[], Any], patch: pytest.MonkeyPatch) -> None:
+    """In a forked child: run, and die like a killed process when a function of the engine is called."""
+    child = os.fork()
+    if child == 0:
+        patch.setattr(engine, moment, lambda *_, **__: os._exit(0))
+        run()
+        os._exit(1)  # not reached: it died
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("moment", ["_tokenizer", "_write", "_require_text", "_manifest", "publish"])
+def test_a_run_killed_before_it_publishes_can_be_repeated(
+    tmp_path: Path, run: Callable[..., Manifest], monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    _write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    options: dict[str, Any] = {"train_vocab": 300, "tokenizer": str(tmp_path / "trained.json")}
+    _kill_at(moment, lambda: run(tmp_path / "a.jsonl", **options), monkeypatch)
+    assert _files(tmp_path) == {".out.preparing"} and not (tmp_path / "trained.json").exists()
+    assert run(tmp_path / "a.jsonl", **options) == verify(str(tmp_path / "out"))
+    assert _files(tmp_path) == {"out.bin", "out.idx", "out.json"}
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2, 3, 4])
+def test_a_run_killed_while_it_publishes_with_its_tokenizer_can_be_repeated(
+    tmp_path: Path, run: Callable[..., Manifest], renames: int
+) -> None:
+    _write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    options: dict[str, Any] = {"train_vocab": 300, "tokenizer": str(tmp_path / "trained.json")}
+    if renames < 4:
+        _run_and_die(lambda: run(tmp_path / "a.jsonl", **options), renames)
+        assert (tmp_path / "trained.json").exists() == (renames > 0)
+        assert run(tmp_path / "a.jsonl", **options).tokenizer_file == "trained.json"
+    else:
+        run(tmp_path / "a.jsonl", **options)
+        with pytest.raises(DataError, match=r"out\.bin exists"):  # whole: kept
+            run(tmp_path / "a.jsonl", **options)
+    assert _files(tmp_path) == {"out.bin", "out.idx", "out.json"}
+
+
+def test_files_of_others_are_not_taken_for_those_of_a_killed_run(tmp_path: Path, run: Callable[..., Manifest]) -> None:
+    _write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    _run_and_die(lambda: run(tmp_path / "a.jsonl"), 1)
+    (tmp_path / "other").write_text("mine")
+    os.replace(tmp_path / "other", tmp_path / "out.bin")
+    with pytest.raises(DataError, match=r"out\.bin exists"):
+        run(tmp_path / "a.jsonl")
+    assert (tmp_path / "out.bin").read_text() == "mine"
+
+
+def test_a_planted_link_is_not_emptied(tmp_path: Path, run: Callable[..., Manifest]) -> None:
+    _write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "important").write_text("")
+    (tmp_path / ".out.preparing").symlink_to(tmp_path / "mine")
+    with pytest.raises(DataError, match="cannot write"):
+        run(tmp_path / "a.jsonl")
+    assert (tmp_path / "mine" / "important").exists()
+
+
+def test_command_tells_what_it_leaves_out(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.JSONL").write_text('{"text": "w1"}\n{"text": null}\n{"body": "w2 w3"}\n{"text": ""}\n')
+    (tmp_path / "in" / "notes.md").write_text("w4")
+    given = ["--output", str(tmp_path / "out"), "--tokenizer", tokenizer, "--workers", "1", "--no-progress"]
+    command = ["prepare", str(tmp_path / "in"), *given]
+    assert main(command) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+    assert main([*command, "--text-field", "text,body", "--max-bad-lines", "1"]) == 0
+    captured = capsys.readouterr()
+    assert "2 documents (1 empty documents left out), 5 tokens" in captured.out
+    notes = captured.err.splitlines()
+    assert all(note.startswith("note: ") for note in notes)
+    for expected in ("left out 1 of another kind", "notes.md", "left out 1 bad lines", "line 2: field 'text' is null"):
+        assert any(expected in note for note in notes), expected
+    assert "note: documents by text field: 'text' 2, 'body' 1" in notes
+    (tmp_path / "b.jsonl").write_text('{"text": "w5"}')
+    assert main(["prepare", str(tmp_path / "b.jsonl"), *given, "--append"]) == 0
+    assert "stays as it is" in capsys.readouterr().err
