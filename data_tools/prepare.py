@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -14,10 +13,10 @@ import numpy as np
 
 from data_tools.encode import Batch, Encoded, encode_documents
 from data_tools.inputs import InputFile, find_inputs
-from data_tools.losses import Losses
 from data_tools.order import UNKNOWN_INPUT, one_sided_splits, reorder, shuffled
 from data_tools.readers import DocumentReader, ReadOptions
 from data_tools.staging import publish, staging_folder
+from data_tools.tally import Tally
 from data_tools.train_tokenizer import train_on_files
 from moepp.config.schema import DataConfig
 from moepp.data.indexed import IndexedFile, open_indexed
@@ -25,14 +24,13 @@ from moepp.data.manifest import Manifest, sha256_of
 from moepp.data.tokenizer import Tokenizer
 from moepp.errors import DataError, MoeppError
 from moepp.files import make_folder
-from moepp.untrusted import printable, show
+from moepp.untrusted import printable
 
 # A batch of documents for one worker: long enough to outweigh the hand-over, short enough for the progress bar.
 BATCH_CHARACTERS = 1 << 19
 COPY_CHUNK_BYTES = 1 << 24
 LARGEST_UINT16_VOCABULARY = 65_500  # Megatron's bound (indexed_dataset.py, DType.optimal_dtype)
 MAX_LOST_SHARE = 0.01
-EXAMPLES = 5  # of lost characters
 
 
 @dataclass(frozen=True)
@@ -50,43 +48,6 @@ class PrepareOptions:
     append: bool = False  # add to what PREFIX holds
     overwrite: bool = False  # replace what PREFIX (and, if it is trained, the tokenizer) holds
     progress: bool = True  # progress bar, on a terminal
-
-
-@dataclass
-class _Tally:
-    """What one preparation found, input by input in ``inputs``."""
-
-    reader: DocumentReader
-    documents: int = 0
-    tokens: int = 0
-    empty_documents: int = 0
-    lost_documents: int = 0  # text of which the tokenizer left nothing
-    max_token_id: int = 0
-    losses: Losses = field(default_factory=Losses)
-    inputs: array[int] = field(default_factory=lambda: array("i"))  # number of the input file of each document
-
-    def remarks(self, fields: tuple[str, ...]) -> list[str]:
-        """What a user must know about text that is not there, a line each."""
-        lines = []
-        if bad := self.reader.bad_lines.count:
-            lines += [f"left out {bad:,} bad lines, the first of them:", *self.reader.bad_lines.first]
-        if len(fields) > 1:
-            counts = ", ".join(f"{show(name)} {count:,}" for name, count in self.reader.field_counts.items())
-            lines.append(f"documents by text field: {counts}")
-        if self.losses.lost_characters:
-            lines.append(f"the tokenizer cannot represent {self.lost_text()}")
-        if self.lost_documents:
-            lines.append(f"left out {self.lost_documents:,} documents of which the tokenizer keeps nothing")
-        return lines
-
-    def lost_text(self) -> str:
-        losses = self.losses
-        examples = ", ".join(show(character) for character, _ in losses.samples.most_common(EXAMPLES))
-        unknown = f"; {losses.unknown_tokens:,} unknown tokens" if losses.unknown_tokens else ""
-        return (
-            f"{losses.lost_characters:,} of {losses.characters:,} characters ({losses.share:.2%}{unknown}), "
-            f"for example {examples}"
-        )
 
 
 def prepare(inputs: Sequence[str], options: PrepareOptions, say: Callable[[str], None] = lambda _: None) -> Manifest:
@@ -215,7 +176,7 @@ def _write(
     return manifest
 
 
-def _require_text(tally: _Tally, files: list[InputFile], options: PrepareOptions) -> None:
+def _require_text(tally: Tally, files: list[InputFile], options: PrepareOptions) -> None:
     """Refuse an input of which nothing is left, or too little."""
     if tally.losses.share > options.max_lost_share:
         raise DataError(
@@ -231,7 +192,7 @@ def _require_text(tally: _Tally, files: list[InputFile], options: PrepareOptions
 def _order(
     builder: Any,
     options: PrepareOptions,
-    tally: _Tally,
+    tally: Tally,
     existing: IndexedFile | None,
     new: tuple[list[InputFile], np.dtype, str],
     say: Callable[[str], None],
@@ -296,12 +257,12 @@ def _copy_existing(builder: Any, existing: IndexedFile) -> None:
 
 def _add_documents(
     builder: Any, files: list[InputFile], options: PrepareOptions, target: tuple[Tokenizer, np.dtype]
-) -> _Tally:
+) -> Tally:
     """Read, tokenise and write all documents. ``target``: tokenizer, and type of the .bin."""
     from tqdm import tqdm
 
     tokenizer, dtype = target
-    tally = _Tally(DocumentReader(options.read))
+    tally = Tally(DocumentReader(options.read))
     encoder_arguments = (tokenizer.to_json(), tokenizer.eod_id, dtype.name, options.tokenizer)
     total = sum(file.bytes for file in files)
     with tqdm(
@@ -315,7 +276,7 @@ def _add_documents(
     return tally
 
 
-def _add_batch(builder: Any, encoded: Encoded, batch: Batch, tally: _Tally) -> None:
+def _add_batch(builder: Any, encoded: Encoded, batch: Batch, tally: Tally) -> None:
     tally.losses.add(encoded.losses)
     for tokens_T, number in zip(encoded.documents, batch.inputs, strict=True):
         if len(tokens_T) == 1:  # the end-of-document token alone
@@ -328,7 +289,7 @@ def _add_batch(builder: Any, encoded: Encoded, batch: Batch, tally: _Tally) -> N
         tally.max_token_id = max(tally.max_token_id, int(tokens_T.max()))
 
 
-def _batches(files: list[InputFile], tally: _Tally) -> Iterator[Batch]:
+def _batches(files: list[InputFile], tally: Tally) -> Iterator[Batch]:
     batch, characters = Batch([]), 0
     for number, file in enumerate(files):
         for document in tally.reader.read(file):
@@ -351,7 +312,7 @@ def _manifest(
     tokenizer: Tokenizer,
     options: PrepareOptions,
     existing: IndexedFile | None,
-    tally: _Tally,
+    tally: Tally,
     staged: str,
 ) -> Manifest:
     source = {

@@ -25,6 +25,7 @@ from moepp.data.indexed import open_indexed
 from moepp.data.manifest import Manifest
 from moepp.data.tokenizer import Tokenizer
 from moepp.errors import DataError
+from moepp.tokenizer_guard import require_bounded
 from tests.data_files import write_word_tokenizer
 
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -216,6 +217,12 @@ def test_other_json_is_no_tokenizer(tmp_path: Path, text: str, message: str) -> 
     with pytest.raises(DataError, match=message) as caught:
         _load(tmp_path, text)
     assert "\n" not in str(caught.value)
+
+
+def test_tokens_are_bounded_by_characters() -> None:
+    require_bounded(72 * 37 + 4000, "x" * 37, "t.json")
+    with pytest.raises(DataError, match=r"t\.json makes 10,000,037 tokens out of 37 characters"):
+        require_bounded(10_000_037, "x" * 37, "t.json")
 
 
 def test_usual_normalizers_are_let_pass(tmp_path: Path) -> None:
