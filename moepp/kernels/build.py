@@ -87,7 +87,7 @@ def library(dtype: torch.dtype) -> Library | None:
         return None
     try:
         kernels = _find_or_build(ELEMENT_BITS[dtype], _attempts(kind))
-    except (BuildError, CacheError, WriteError) as error:
+    except (BuildError, CacheError, OSError) as error:
         _warn_once(
             f"there are no compiled kernels for the CPU ({error}); torch operations take their place, with the same "
             "results but slower"

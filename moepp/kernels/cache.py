@@ -19,6 +19,7 @@ import re
 import shutil
 import socket
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -81,9 +82,9 @@ class Cache:
                 path.unlink()
 
     def free_bytes(self) -> int:
-        """Room on the folder's file system for this user."""
+        """Room on the folder's file system for this user, as far as that is known."""
         found = os.statvfs(self.folder)
-        return found.f_bavail * found.f_frsize
+        return found.f_bavail * found.f_frsize if found.f_blocks else sys.maxsize
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[bool]:
