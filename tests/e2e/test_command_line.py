@@ -256,3 +256,30 @@ def test_plain_command_shows_bad_input_in_one_line(tmp_path):
     done = run([sys.executable, str(ROOT / "train.py"), "optim.lr=fast"], tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "error: optim.lr='fast' has the wrong type str; give a number\n"
+
+
+TWICE = """
+import sys, yaml
+from moepp.config import from_dict
+from moepp.run import run_training
+for config in sys.argv[1:]:
+    with open(config) as f:
+        run_training(from_dict(yaml.safe_load(f)))
+"""
+
+
+@pytest.mark.slow
+def test_two_runs_in_one_process_do_not_disturb_each_other(data, tmp_path):
+    """As a launcher plugin or a notebook starts them: DeepSpeed must not keep the first run's process groups."""
+    settings = [*SETTINGS, *data, "logging.wandb.mode=disabled"]
+    shown = run([sys.executable, str(ROOT / "train.py"), "--cfg", "job", "--resolve", *settings], tmp_path)
+    config = yaml.safe_load(shown.stdout)
+    for name in ("a", "b"):
+        config["run"]["name"] = name
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    done = run([sys.executable, "-c", TWICE, "a.yaml", "b.yaml"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second = (read_records(tmp_path / "runs" / name) for name in ("a", "b"))
+    assert [r["train/loss"] for r in first if "train/loss" in r] == [
+        r["train/loss"] for r in second if "train/loss" in r
+    ]
