@@ -23,11 +23,27 @@ from moepp.config import InitConfig, ModelConfig, RopeScalingConfig
 from moepp.errors import CheckpointError, ConfigError
 from moepp.model import Transformer
 from moepp.model.init import random_stream
+from moepp.untrusted import show
 from moepp.weights import Piece, TensorFolder, check_keys, copy_pieces, whole_parameters
 from moepp.weights.agree import require_none
+from moepp.weights.features import refuse_foreign
 from moepp.weights.files import read_json
 
 MODEL_TYPES = ("llama", "mistral")
+# Of config.json, read below.
+_KEYS = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("intermediate_size", "rms_norm_eps", "tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters"),
+    *(
+        "sliding_window",
+        "use_sliding_window",
+        "max_window_layers",
+        "layer_types",
+        "auto_map",
+        "max_position_embeddings",
+    ),
+)
+_EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _MATRICES = ("gate_proj", "up_proj", "down_proj")
 _GATE_UP, _DOWN = ".moe.experts.gate_up_proj", ".moe.experts.down_proj"
 
@@ -45,6 +61,12 @@ def check_folder(folder: str | Path, cfg: ModelConfig) -> TensorFolder:
         shapes = _ffn_shapes(cfg)
         pieces += [Piece(_ffn_key(layer, matrix), shapes[matrix]) for matrix in _MATRICES]
     check_keys(tensors, pieces, _is_unused if not cfg.tie_embeddings else _is_unused_when_tied)
+    is_stored_twice = cfg.tie_embeddings and _LM_HEAD in tensors.shapes
+    if is_stored_twice and not torch.equal(tensors.read(_LM_HEAD), tensors.read(_EMBEDDING)):
+        raise CheckpointError(
+            f"{folder}: config.json ties the embeddings but {_LM_HEAD} differs from {_EMBEDDING}; "
+            "set tie_word_embeddings and model.tie_embeddings to false"
+        )
     return tensors
 
 
@@ -123,15 +145,39 @@ def _require_fit(folder: str | Path, cfg: ModelConfig) -> None:
             f"{path} describes a model of type {tree.get('model_type')!r}, not a dense one in Llama format "
             f"({', '.join(MODEL_TYPES)}); name another folder, or set init.format to what it is"
         )
-    if tree.get("attention_bias") or tree.get("mlp_bias") or tree.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"{path} has biases or an activation other than silu, which this model does not have")
+    refuse_foreign(path, tree, _KEYS)
+    _refuse_windows(path, tree, cfg)
+    _refuse_other_code(path, tree)
     require_none(_differences(path, tree, cfg), folder)
+
+
+def _refuse_windows(path: Path, tree: dict, cfg: ModelConfig) -> None:
+    """A window changes nothing as long as no sequence is longer."""
+    default = 4096 if tree["model_type"] == "mistral" else None  # of transformers' MistralConfig
+    window = tree.get("sliding_window", default)
+    if window is not None and (type(window) is not int or window < cfg.max_seq_len):
+        raise CheckpointError(
+            f"{path}: sliding_window={window} is shorter than model.max_seq_len={cfg.max_seq_len}, and this model "
+            "attends to all positions; lower model.max_seq_len, or use other weights"
+        )
+    kinds = set(tree.get("layer_types") or []) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise CheckpointError(f"{path}: layer_types has {show(sorted(map(str, kinds)))}; use other weights")
+
+
+def _refuse_other_code(path: Path, tree: dict) -> None:
+    names = tree.get("architectures") or []
+    if names and not set(names) & {"LlamaForCausalLM", "MistralForCausalLM"}:
+        raise CheckpointError(f"{path}: architectures={show(names)} is not Llama's or Mistral's; use other weights")
+    if tree.get("auto_map"):
+        raise CheckpointError(f"{path}: auto_map names code of its own, whose model is not known; use other weights")
 
 
 def _differences(path: Path, tree: dict, cfg: ModelConfig) -> list[str]:
     heads = tree.get("num_attention_heads", 32)
     width, ffn = tree.get("hidden_size", 4096), tree.get("intermediate_size", 11008)
-    rope = tree.get("rope_parameters") or {}  # transformers 5 keeps theta and scaling here
+    theta, scaling = _rope(path, tree)
+    _require_numbers(path, {"num_attention_heads": heads, "hidden_size": width, "intermediate_size": ffn})
     wanted = [
         ("model.vocab_size", cfg.vocab_size, tree.get("vocab_size", 32000)),
         ("model.hidden_size", cfg.hidden_size, width),
@@ -139,11 +185,13 @@ def _differences(path: Path, tree: dict, cfg: ModelConfig) -> list[str]:
         ("model.num_heads", cfg.num_heads, heads),
         ("model.num_kv_heads", cfg.num_kv_heads, tree.get("num_key_value_heads") or heads),
         ("the head size", cfg.head_dim, tree.get("head_dim") or width // heads),
-        ("model.rope_theta", cfg.rope_theta, float(rope.get("rope_theta", tree.get("rope_theta", 1e4)))),
-        ("model.rope_scaling", cfg.rope_scaling, _rope_scaling(path, rope or tree.get("rope_scaling"))),
+        ("model.rope_theta", cfg.rope_theta, theta),
+        ("model.rope_scaling", cfg.rope_scaling, scaling),
         ("model.norm_eps", cfg.norm_eps, tree.get("rms_norm_eps", 1e-6)),
         ("model.tie_embeddings", cfg.tie_embeddings, tree.get("tie_word_embeddings", False)),
     ]
+    if scaling is not None and scaling.type == "dynamic":
+        wanted.append(("model.max_seq_len", cfg.max_seq_len, tree.get("max_position_embeddings", 2048)))
     if cfg.moe_layer_interval > 1:
         wanted.append(("model.dense_ffn_hidden_size", cfg.dense_ffn_hidden_size, ffn))
     found = [f"{key}={own} (the weights have {other})" for key, own, other in wanted if own != other]
@@ -155,11 +203,45 @@ def _differences(path: Path, tree: dict, cfg: ModelConfig) -> list[str]:
     return found
 
 
-def _rope_scaling(path: Path, tree: dict | None) -> RopeScalingConfig | None:
-    kind = None if tree is None else tree.get("rope_type", tree.get("type"))
-    if tree is None or kind in (None, "default"):
+def _require_numbers(path: Path, values: dict[str, object]) -> None:
+    for key, value in values.items():
+        if type(value) not in (int, float) or value <= 0:  # pyright: ignore[reportOperatorIssue]
+            raise CheckpointError(f"{path}: {key}={show(value)} is not a positive number; correct it")
+
+
+def _rope(path: Path, tree: dict) -> tuple[float, RopeScalingConfig | None]:
+    """Base and scaling of the rotary embeddings; transformers 5 keeps both in ``rope_parameters``."""
+    old, new = tree.get("rope_scaling") or {}, tree.get("rope_parameters") or {}
+    if not isinstance(old, dict) or not isinstance(new, dict) or any(isinstance(v, dict) for v in new.values()):
+        raise CheckpointError(
+            f"{path}: rope_scaling={show(old)} and rope_parameters={show(new)} must be plain objects, the same for all "
+            "layers; use other weights"
+        )
+    thetas = {value for value in (new.get("rope_theta"), tree.get("rope_theta")) if value is not None} or {1e4}
+    if len(thetas) > 1 or (old and new and old != {key: new[key] for key in new if key != "rope_theta"}):
+        raise CheckpointError(
+            f"{path}: rope_parameters={show(new)} contradicts rope_theta={show(tree.get('rope_theta'))} or "
+            f"rope_scaling={show(old)}; correct it"
+        )
+    (theta,) = thetas
+    _require_numbers(path, {"rope_theta": theta})
+    return float(theta), _rope_scaling(path, new or old)
+
+
+def _rope_scaling(path: Path, tree: dict) -> RopeScalingConfig | None:
+    kind = tree.get("rope_type", tree.get("type"))
+    known = {"rope_type", "type", "rope_theta"} | ({"factor"} if kind in ("linear", "dynamic") else set())
+    foreign = {key: value for key, value in tree.items() if key not in known and value is not None}
+    foreign = {key: value for key, value in foreign.items() if (key, value) != ("partial_rotary_factor", 1)}
+    if kind not in (None, "default", "linear", "dynamic") or foreign:
+        raise CheckpointError(
+            f"{path}: rotary embeddings of type {show(kind)} with {show(foreign)} cannot be expressed here (default, "
+            "linear and dynamic can); use other weights"
+        )
+    if kind in (None, "default"):
         return None
+    _require_numbers(path, {"rope_scaling.factor": tree.get("factor")})
     try:
-        return RopeScalingConfig(str(kind), float(tree.get("factor", 1.0)))
+        return None if tree["factor"] == 1 else RopeScalingConfig(str(kind), float(tree["factor"]))
     except ConfigError as error:
         raise CheckpointError(f"{path}: rope_scaling cannot be expressed here: {error}") from error

@@ -8,6 +8,7 @@ from typing import Any
 from moepp.config import ModelConfig
 from moepp.errors import CheckpointError, ConfigError
 from moepp.official import TokenIds
+from moepp.weights.features import refuse_foreign
 from moepp.weights.files import read_json
 
 MODEL_TYPE = "moepp"
@@ -45,6 +46,7 @@ _MOE = {
     "gate_normalization": "gate_normalization",
     "scale_input_by_top_k": "scale_input_by_top_k",
 }
+_OTHER = ("auto_map", "rotary_scaling_type", "rotary_scaling_factor")
 _TOKEN_IDS = ("bos", "eos", "pad")
 
 
@@ -85,6 +87,7 @@ def read_hf(folder: str | Path) -> tuple[ModelConfig, TokenIds]:
             f"{path} describes a model of type {tree.get('model_type')!r}, not {MODEL_TYPE!r} as `moepp export "
             "--format moepp` writes; name another folder or format"
         )
+    refuse_foreign(path, tree, {*_MODEL, *_MOE, *_OTHER})
     missing = [key for key in (*_MODEL, *_MOE) if key not in tree]
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}; export the model again")

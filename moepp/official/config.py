@@ -8,6 +8,7 @@ from typing import Any
 
 from moepp.config import ModelConfig, MoEConfig, RopeScalingConfig
 from moepp.errors import CheckpointError, ConfigError
+from moepp.weights.features import refuse_foreign
 from moepp.weights.files import read_json
 
 MODEL_TYPE = "MoE++"
@@ -73,6 +74,7 @@ def read_released(folder: str | Path) -> tuple[ModelConfig, TokenIds]:
     path = Path(folder) / "config.json"
     tree = read_json(path)
     _require_model_type(path, tree)
+    refuse_foreign(path, tree, {*_KEYS, "auto_map"})
     values = {key: _value(path, tree, key) for key in _KEYS}
     num_experts = values["num_experts"][0] if values["num_experts"] else None
     if type(num_experts) is not int or num_experts < NUM_ZERO_COMPUTATION:

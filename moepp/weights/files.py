@@ -41,6 +41,7 @@ class TensorFolder:
         open_file = _SafetensorsFile if files[0].endswith(".safetensors") else _BinFile
         for name in files:
             file = _explain(self.path / name, lambda name=name: open_file(self.path / name))
+            self._require_places(name, file, weight_map)
             self._files |= dict.fromkeys(file.shapes, file)
         self.shapes = {key: file.shapes[key] for key, file in sorted(self._files.items())}
         absent = [key for key in weight_map if key not in self.shapes]
@@ -48,6 +49,15 @@ class TensorFolder:
             raise CheckpointError(
                 f"{self.path}: the index names {len(absent)} tensors that its files do not hold ({_few(absent)}); "
                 "copy the folder again"
+            )
+
+    def _require_places(self, name: str, file: _File, weight_map: dict[str, str]) -> None:
+        """Every tensor of a file must be where the index says, so that none is read from another file instead."""
+        misplaced = [key for key in file.shapes if weight_map and weight_map.get(key) != name]
+        if misplaced:
+            raise CheckpointError(
+                f"{self.path / name} holds {len(misplaced)} tensors that the index places elsewhere or does not name "
+                f"({_few(misplaced)}); copy the folder again"
             )
 
     def read(self, key: str, row: int | None = None) -> Tensor:
@@ -115,10 +125,14 @@ def read_json(path: Path) -> dict[str, Any]:
 def _find(folder: Path) -> tuple[list[str], dict[str, str]]:
     """Names of the weight files, and the index's map from key to file (empty where there is no index)."""
     for name in (SAFETENSORS, BIN):
+        index = folder / (name + INDEX_SUFFIX)
+        if index.is_file():
+            files, weight_map = _read_index(folder, index.name)
+            if (folder / name).is_file() and name not in files:
+                raise CheckpointError(f"{folder} holds {name} and an index of other files; remove one of the two")
+            return files, weight_map
         if (folder / name).is_file():
             return [name], {}
-        if (folder / (name + INDEX_SUFFIX)).is_file():
-            return _read_index(folder, name + INDEX_SUFFIX)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; name the folder of a checkpoint in Hugging Face's layout")
     raise CheckpointError(

@@ -187,6 +187,7 @@ def test_newer_and_older_llama_folders_are_read(tmp_path):
     rope = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
     cfg = replace(CFG, rope_scaling=RopeScalingConfig("linear", 4.0), tie_embeddings=True)
     tensors = dense_tensors()
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()  # pickled files name the matrix twice
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
     newer = {"rope_parameters": rope, "rope_theta": None, "tie_word_embeddings": True, "head_dim": 4}
     folder = write_dense(tmp_path, tensors, **newer)
