@@ -20,7 +20,8 @@ from moepp.parallel import meeting
 from moepp.parallel.launch import LaunchEnvironment, read_launch_environment
 
 SPEAK_SECONDS = 30.0  # for all ranks to get as far: processes start at different speeds
-LEAVE_SECONDS = 5.0  # the same where they have met before
+MET_SECONDS = 5.0  # for the first rank to speak where they have met before
+LEAVE_SECONDS = 10.0  # for the others to have heard of it there
 
 
 def print_once(message: str, here: bool = False) -> None:
@@ -75,7 +76,7 @@ def _first_has_printed(launch: LaunchEnvironment, message: str) -> bool:
             if meeting.take_place(store, name, launch.rank):
                 meeting.tell_problem(store, name, launch.rank, message)
             else:
-                limit = LEAVE_SECONDS
+                limit = MET_SECONDS
         if told and store.check([f"start/{told}/printed"]):
             store.add(f"start/{told}/left", 1)
             return meeting.refusal_of(store, told) in ("", message, f"rank 0 cannot start: {message}")
