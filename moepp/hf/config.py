@@ -46,7 +46,7 @@ _MOE = {
     "gate_normalization": "gate_normalization",
     "scale_input_by_top_k": "scale_input_by_top_k",
 }
-_OTHER = ("auto_map", "rotary_scaling_type", "rotary_scaling_factor")
+_OTHER = ("auto_map", "rotary_scaling_type", "rotary_scaling_factor", "output_router_logits")
 _TOKEN_IDS = ("bos", "eos", "pad")
 
 

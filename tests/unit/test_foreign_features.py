@@ -152,3 +152,11 @@ def test_shards_are_read_as_their_index_says(tmp_path: Path) -> None:
     shutil.copy(folder / "model.safetensors", folder / last)
     with pytest.raises(CheckpointError, match="and an index of other files"):
         TensorFolder(folder)
+
+
+def test_configurations_that_transformers_saved_are_read(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from moepp.hf.code.configuration_moepp import MoeppConfig
+
+    MoeppConfig(hidden_size=96, architectures=["MoeppForCausalLM"]).save_pretrained(tmp_path)
+    assert hf.read_config(tmp_path).hidden_size == 96
