@@ -59,7 +59,8 @@ def _wait_for_others(launch: LaunchEnvironment, message: str) -> None:
     if first_seen:
         meeting.refuse_all(store, name, message)
     store.set(f"start/{name}/printed", "yes")
-    deadline = time.monotonic() + (SPEAK_SECONDS if first_seen else LEAVE_SECONDS)
+    all_came = not first_seen and store.add(f"start/{name}/arrived", 0) >= launch.world_size
+    deadline = time.monotonic() + (LEAVE_SECONDS if all_came else SPEAK_SECONDS)
     while store.add(f"start/{name}/left", 0) < launch.world_size - 1 and time.monotonic() < deadline:
         time.sleep(0.01)
 
