@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +18,11 @@ from typing import Any
 import pytest
 import yaml
 
+from moepp import files
 from moepp.environment import describe_environment
 from moepp.errors import RunError
 from moepp.run_dir import RunClaim, RunDir
+from moepp.run_lock import RunLock
 
 CONFIG: dict[str, Any] = {
     "run": {"name": "a", "dir": None, "seed": 1234, "resume": "auto"},
@@ -136,7 +140,7 @@ def test_forked_child_that_outlives_a_killed_run_does_not_keep_the_directory(tmp
         process.kill()
         process.wait()
         os.kill(int(child), 0)  # still there
-        claim(path, {"run": {}}).release()
+        RunDir.claim(path, {"run": {}}, ENVIRONMENT, wait_seconds=20.0).release()  # once the child has got to run
     finally:
         process.kill()
         os.kill(int(child), signal.SIGKILL)
@@ -313,6 +317,179 @@ def test_folder_without_write_permission_is_refused(tmp_path: Path) -> None:
 def test_file_system_that_takes_no_folders_is_refused() -> None:
     message = refusal(Path("/proc/moepp-run"))
     assert "/proc/moepp-run is not writable" in message
+
+
+def test_second_start_after_the_lock_was_removed_stops_the_first(tmp_path: Path) -> None:
+    """As where locks are not passed on between hosts: what is in use looks free."""
+    first = claim(tmp_path / "a")
+    first.check()
+    (tmp_path / "a" / ".lock").unlink()
+    with claim(tmp_path / "a") as second:
+        for _ in range(2):
+            with pytest.raises(RunError, match=f"was taken over by process {os.getpid()} on .*this run stops"):
+                first.check()
+        second.check()
+    first.release()
+    first.check()  # released: it writes nothing any more
+
+
+def test_start_on_another_host_that_sees_no_lock_stops_the_first(tmp_path: Path) -> None:
+    first = claim(tmp_path / "a")
+    (tmp_path / "a" / ".lock").write_text("process 7 on elsewhere\n0123\n")
+    with pytest.raises(RunError, match="was taken over by process 7 on elsewhere"):
+        first.check()
+
+
+def test_lock_that_is_just_gone_is_made_again(tmp_path: Path) -> None:
+    first = claim(tmp_path / "a")
+    (tmp_path / "a" / ".lock").unlink()
+    first.check()
+    assert "in use by process" in refusal(tmp_path / "a")
+    first.check()
+    first.release()
+    claim(tmp_path / "a").release()
+
+
+def test_lock_that_is_removed_while_a_start_waits_for_it_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The classic race: the holder's file is opened, then unlinked, then locked; nobody else would see that lock."""
+    path, opened = tmp_path / ".lock", []
+    open_own = files.open_own
+
+    def open_and_lose(*args: Any) -> int:
+        descriptor = open_own(*args)
+        opened.append(descriptor)
+        if len(opened) == 1:
+            path.unlink()
+        return descriptor
+
+    monkeypatch.setattr(files, "open_own", open_and_lose)
+    with pytest.raises(RunError, match="in use"):
+        RunLock.acquire(path)
+    lock = RunLock.acquire(path, wait_seconds=5.0)
+    monkeypatch.undo()
+    with pytest.raises(RunError, match="in use"):
+        RunLock.acquire(path)
+    lock.release()
+
+
+@pytest.mark.parametrize("how", ["removed", "renamed", "replaced"])
+def test_directory_that_is_gone_stops_the_run_and_is_not_made_again(tmp_path: Path, how: str) -> None:
+    held = claim(tmp_path / "a")
+    shutil.rmtree(tmp_path / "a") if how == "removed" else (tmp_path / "a").rename(tmp_path / "b")
+    if how == "replaced":
+        claim(tmp_path / "a").release()
+    with pytest.raises(RunError, match="was removed, renamed or replaced while this run used it"):
+        held.check()
+    assert (tmp_path / "a").exists() == (how == "replaced")
+
+
+def test_config_that_was_removed_is_written_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with claim(tmp_path / "a") as held:
+        before = held.run_dir.config_file.read_bytes()
+        held.run_dir.config_file.unlink()
+        held.check()
+        assert held.run_dir.config_file.read_bytes() == before
+        assert "config.yaml was removed" in caplog.messages[0]
+
+
+PLANTED = [".lock", "config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "log", "wandb"]
+
+
+@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.parametrize("beside_a_run", [False, True])
+def test_planted_link_is_refused_and_its_aim_untouched(tmp_path: Path, name: str, beside_a_run: bool) -> None:
+    run, aim = tmp_path / "run", tmp_path / "aim"
+    if beside_a_run:
+        finished_run(run)
+        (run / name).rename(aim) if name != ".lock" else aim.write_text("mine")
+        (run / name).unlink(missing_ok=True)
+    else:
+        run.mkdir()
+        aim.mkdir() if name in ("checkpoints", "log", "wandb") else aim.write_text("mine")
+    (run / name).symlink_to(aim)
+    before = sorted(aim.iterdir()) if aim.is_dir() else aim.read_bytes()
+    refusal(run)
+    assert before == (sorted(aim.iterdir()) if aim.is_dir() else aim.read_bytes())
+    assert (run / name).is_symlink()
+
+
+def test_names_that_used_to_be_predictable_are_not_written(tmp_path: Path) -> None:
+    run, aim = tmp_path / "run", tmp_path / "aim"
+    finished_run(run)
+    aim.write_text("mine")
+    for name in ("config.yaml.tmp", "environment.json.tmp", "metrics.jsonl.tmp"):
+        (run / name).symlink_to(aim)
+    claim(run).release()
+    assert aim.read_text() == "mine" and not (run / "config.yaml").is_symlink()
+
+
+def test_planted_hard_link_as_lock_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "aim").write_text("mine")
+    (tmp_path / "run").mkdir()
+    os.link(tmp_path / "aim", tmp_path / "run" / ".lock")
+    assert "is a hard link" in refusal(tmp_path / "run")
+    assert (tmp_path / "aim").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make folders of another user")
+def test_run_of_another_user_is_refused(tmp_path: Path) -> None:
+    finished_run(tmp_path / "theirs")
+    os.chown(tmp_path / "theirs" / ".lock", 12345, -1)
+    assert "belongs to user 12345); write to a folder of your own" in refusal(tmp_path / "theirs")
+    open_to_all = tmp_path / "open"
+    open_to_all.mkdir()
+    os.chown(open_to_all, 12345, -1)
+    open_to_all.chmod(0o777)
+    assert "belongs to user 12345 and everybody may write to it); use a folder of your own" in refusal(open_to_all)
+    assert list(open_to_all.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "replace", "pwrite"])
+def test_full_disk_at_the_start_says_so_and_the_next_start_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, full)
+    message = refusal(tmp_path / "a")
+    assert "the disk is full" in message and "free space at /" in message and "permission" not in message
+    monkeypatch.undo()
+    claim(tmp_path / "a").release()
+    finished_run(tmp_path / "b")
+    monkeypatch.setattr(os, call, full)
+    refusal(tmp_path / "b", changed(train__steps=200))
+    monkeypatch.undo()
+    assert (tmp_path / "b" / "metrics.jsonl").read_text() == '{"step": 10, "tokens": 100}\n'
+    claim(tmp_path / "b", changed(train__steps=200)).release()
+
+
+def test_unfinished_import_is_no_run_and_can_be_repeated(tmp_path: Path) -> None:
+    def importing(path: Path) -> RunClaim:
+        return RunDir.claim(path, CONFIG, ENVIRONMENT, "never", importing=True)
+
+    path = tmp_path / "a"
+    for left in (".step-00000000.tmp", "step-00000000"):  # killed while saving, and between that and the end
+        with importing(path) as held:
+            (held.run_dir.checkpoints / left).mkdir()
+        for resume in ("auto", "never"):
+            assert "holds an import that was not finished; repeat" in refusal(path, resume=resume)
+    with importing(path) as held:
+        assert list(held.run_dir.checkpoints.iterdir()) == []
+        (held.run_dir.checkpoints / "step-00000000").mkdir()
+        held.finish_import()
+    with claim(path) as held:
+        assert held.has_checkpoints
+    with pytest.raises(RunError, match="already holds a run"):
+        importing(path)
+
+
+def test_start_killed_in_its_first_save_can_be_taken_over(tmp_path: Path) -> None:
+    with claim(tmp_path / "a") as held:
+        (held.run_dir.checkpoints / ".step-00000005.tmp").mkdir()
+    claim(tmp_path / "a", changed(model__hidden_size=128)).release()
 
 
 def test_environment_names_versions_and_commit_and_no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
