@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moepp.commands import report as command
-from moepp.errors import RunError
+from moepp.errors import MoeppError, RunError
 from moepp.report import ReportInputs, read_inputs, summary_text, write_report
 from moepp.run_dir import RunDir
 
@@ -155,3 +157,23 @@ def test_damaged_inputs_of_an_earlier_report_are_refused(tmp_path: Path) -> None
     (tmp_path / "report.json").write_text("{")
     with pytest.raises(RunError, match="remove it"):
         read_inputs(RunDir(tmp_path))
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
+def test_full_disk_leaves_the_earlier_report_and_is_named(
+    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    write_report(run_dir, INPUTS)
+    before = {path.name: path.read_bytes() for path in run_dir.path.iterdir()}
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        with pytest.raises(MoeppError, match=r"report\.json: the disk is full .*; free space at /") as caught:
+            write_report(run_dir, ReportInputs(1.0, ("other",)))
+    assert "permission" not in str(caught.value)
+    assert {path.name: path.read_bytes() for path in run_dir.path.iterdir()} == before
+    assert read_inputs(run_dir) == INPUTS
+    write_report(run_dir, INPUTS)
