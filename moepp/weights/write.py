@@ -27,7 +27,7 @@ _SYSTEM_ERROR = re.compile(r"os error (\d+)")
 _WRITTEN = re.compile(
     r"config\.json|generation_config\.json|README\.md|tokenizer\.json|tokenizer_config\.json"
     r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
-    r"|(configuration|layers|modeling)_moepp\.py"
+    r"|\w+_moepp\.py"
 )
 
 
