@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -41,24 +42,29 @@ def trained_steps(run_dir: Path) -> list[int]:
 
 
 @engines("deepspeed")
-def test_run_whose_lock_was_removed_leaves_the_directory_to_the_next_start(
+def test_lock_that_was_removed_is_made_again_and_a_run_that_was_taken_over_stops(
     server: TrainServer, corpus: str, tmp_path: Path, engine: str
 ) -> None:
     options = [corpus, *ENGINES[engine], ENDLESS, "checkpoint.interval=5", "checkpoint.keep=0"]
+    lock = tmp_path / "run" / ".lock"
     first = server.start(tmp_path / "run", 2, options, [SLOW])
-    first.wait_for("step 12/")
-    (tmp_path / "run" / ".lock").unlink()
-    second = server.start(tmp_path / "run", 2, options, [SLOW])
+    first.wait_for("step 7/")
+    lock.unlink()
+    first.wait_for("step 10/")  # by now it is made again
+    second = server.train(tmp_path / "run", 2, options, exit_codes=[2, 2])
+    assert f"is in use by process {first.pids[0]}" in error_lines(second)[0]
+    lock.write_text("process 7 on elsewhere\n0123\n")  # a host that the lock is not passed on to
     assert first.wait(60) == [2, 5]
-    assert f"was taken over by process {second.pids[0]}" in error_lines(first)[0]
-    second.wait_for("step 30/")
-    second.kill(0, signal.SIGTERM)
-    assert second.wait(30) == [75, 75]
+    assert "was taken over by process 7 on elsewhere" in error_lines(first)[0]
+    end = trained_steps(tmp_path / "run")[-1] + 5
+    third = server.start(tmp_path / "run", 2, options, [SLOW])
+    third.wait_for(f"step {end}/")
+    third.kill(0, signal.SIGTERM)
+    assert third.wait(30) == [75, 75]
     steps = trained_steps(tmp_path / "run")
     assert steps == list(range(1, steps[-1] + 1))
     for name in checkpoint_names(tmp_path / "run"):
-        if "replaced" not in name:
-            assert verify(tmp_path / "run" / "checkpoints" / name) == []
+        assert verify(tmp_path / "run" / "checkpoints" / name) == []
 
 
 @engines("native")
@@ -107,13 +113,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def fill(folder: Path) -> Path:
     ballast = folder / "ballast"
-    with ballast.open("wb") as stream:
-        try:
-            while True:
-                stream.write(bytes(4096))
-                stream.flush()
-        except OSError:
-            pass
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as stream:
+        while True:
+            stream.write(bytes(4096))
     return ballast
 
 
