@@ -126,7 +126,7 @@ def test_disk_that_fills_up_costs_nothing_but_time(
     """Full at the start, full while training and saving: one line each time, and the next start goes on."""
     run_dir, ballast = small_disk / "run", fill(small_disk)
     options = [corpus, *ENGINES[engine], f"data.cache_dir={tmp_path}/cache", "checkpoint.interval=5"]
-    full = f"the disk is full (0.0 MB free at {small_disk}); free space at {small_disk}"
+    full = f"the disk is full (0.0 MB free at {small_disk})); free space at {small_disk}"
     run = server.train(run_dir, 2, [*options, "train.steps=30"], exit_codes=[2, 2])
     assert len(error_lines(run)) == 1 and full in error_lines(run)[0] and "Traceback" not in run.output(0)
     ballast.unlink()
