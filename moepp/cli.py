@@ -21,10 +21,12 @@ from moepp import cpu
 from moepp.arguments import Parser
 from moepp.environment import version_line
 from moepp.errors import ConfigError, MoeppError
+from moepp.untrusted import printable
 
 USAGE_EXIT_CODE = 2
 INTERRUPT_EXIT_CODE = 130  # 128 + SIGINT, as shells do
 PIPE_EXIT_CODE = 141  # 128 + SIGPIPE
+_MESSAGE_CHARACTERS = 20_000
 # What other trainers and tools call a command.
 _SYNONYMS = {
     **dict.fromkeys(("pretrain", "run", "fit", "finetune", "resume", "sweep"), "train"),
@@ -56,7 +58,7 @@ def report_errors(run: Callable[[], int]) -> int:
         cpu.chosen()  # a wrong kind is an error before any work
         return run()
     except MoeppError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(error).split()), _MESSAGE_CHARACTERS)}", file=sys.stderr)
         return USAGE_EXIT_CODE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

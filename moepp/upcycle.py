@@ -44,6 +44,12 @@ _KEYS = (
     ),
 )
 _EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_NEVER_NULL = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("rope_theta", "rms_norm_eps"),
+)
+_COUNTS = (*_NEVER_NULL[:5], "num_key_value_heads", "head_dim")
+_NUMBERS = _NEVER_NULL[5:]
 _MATRICES = ("gate_proj", "up_proj", "down_proj")
 _GATE_UP, _DOWN = ".moe.experts.gate_up_proj", ".moe.experts.down_proj"
 
@@ -142,9 +148,10 @@ def _require_fit(folder: str | Path, cfg: ModelConfig) -> None:
     tree = read_json(path)
     if tree.get("model_type") not in MODEL_TYPES:
         raise CheckpointError(
-            f"{path} describes a model of type {tree.get('model_type')!r}, not a dense one in Llama format "
+            f"{path} describes a model of type {show(tree.get('model_type'))}, not a dense one in Llama format "
             f"({', '.join(MODEL_TYPES)}); name another folder, or set init.format to what it is"
         )
+    _require_types(path, tree)
     refuse_foreign(path, tree, _KEYS)
     _refuse_windows(path, tree, cfg)
     _refuse_other_code(path, tree)
@@ -171,6 +178,31 @@ def _refuse_other_code(path: Path, tree: dict) -> None:
         raise CheckpointError(f"{path}: architectures={show(names)} is not Llama's or Mistral's; use other weights")
     if tree.get("auto_map"):
         raise CheckpointError(f"{path}: auto_map names code of its own, whose model is not known; use other weights")
+
+
+def _require_types(path: Path, tree: dict) -> None:
+    """Raise CheckpointError for values that no comparison could read, such as a text for a number."""
+    scalings = [tree[key] for key in ("rope_parameters", "rope_scaling") if isinstance(tree.get(key), dict)]
+    values = {key: tree.get(key) for key in (*_COUNTS, *_NUMBERS, "rope_parameters", "rope_scaling")}
+    values |= {f"{key} of a scaling": scaling.get(key) for scaling in scalings for key in ("factor", "rope_theta")}
+    for key, value in values.items():
+        if key in _COUNTS:
+            is_right, rule = type(value) is int and value > 0, "an integer above 0"
+        elif key in ("rope_parameters", "rope_scaling"):
+            is_right, rule = isinstance(value, dict), "an object"
+        else:
+            is_right, rule = type(value) in (int, float), "a number"
+        if not (is_right or value is None):
+            raise CheckpointError(f"{path}: {key}={show(value)} must be {rule}; correct it")
+    for key in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+        if type(tree.get(key)) not in (bool, type(None)):
+            raise CheckpointError(f"{path}: {key}={show(tree[key])} must be true or false; correct it")
+    if any("factor" in scaling and scaling["factor"] is None for scaling in scalings):
+        raise CheckpointError(f"{path}: factor=null of a scaling must be a number; correct it")
+    has_theta = any(scaling.get("rope_theta") is not None for scaling in scalings)
+    for key in _NEVER_NULL:
+        if key in tree and tree[key] is None and not (key == "rope_theta" and has_theta):
+            raise CheckpointError(f"{path}: {key}=null must be a number; correct it")
 
 
 def _differences(path: Path, tree: dict, cfg: ModelConfig) -> list[str]:

@@ -30,6 +30,7 @@ from moepp.parallel.groups import (
     pick_device,
     read_launch_environment,
 )
+from moepp.untrusted import terminal_text
 
 TIMEOUT_SECONDS = 1800.0
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a part of a character decodes to
@@ -115,7 +116,7 @@ def continuation(
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(terminal_text(text))  # a tokenizer may hold anything
     sys.stdout.flush()
 
 

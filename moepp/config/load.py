@@ -6,12 +6,16 @@ import dataclasses
 import math
 import types
 import typing
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
 from moepp.config.schema import Config
 from moepp.config.suggest import unknown_key_message
 from moepp.errors import ConfigError
+from moepp.untrusted import printable, show
+
+_MAX_INT, _MAX_TEXT = (1 << 64) - 1, 10_000
 
 
 def from_hydra(cfg: Any) -> Config:
@@ -41,12 +45,12 @@ def from_dict(tree: Any) -> Config:
 def build(cls: type, tree: Any, path: str) -> Any:
     """Build dataclass ``cls`` from mapping ``tree``; ``path`` is the key's prefix in messages."""
     if not isinstance(tree, Mapping):
-        raise ConfigError(f"{path or 'configuration'}={tree!r} must be a mapping of keys; see configs/")
+        raise ConfigError(f"{path or 'configuration'}={show(tree)} must be a mapping of keys; see configs/")
     fields = {f.metadata.get("key", f.name): f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for key in tree:
         if key not in fields:
-            raise ConfigError(unknown_key_message(_join(path, str(key)), _join_all(path, fields)))
+            raise ConfigError(unknown_key_message(printable(_join(path, printable(key, 100))), _join_all(path, fields)))
     values = {}
     for key, f in fields.items():
         if key in tree:
@@ -83,6 +87,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def _convert(value: Any, hint: Any, path: str) -> Any:
+    _require_plain(value, path)
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None:
         if type(None) in options:
@@ -102,8 +107,24 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
             return str(value)
         if isinstance(option, type) and type(value) is option:
             return value
-    example = f", for example {path}=[{value}]" if _is_list(options) and isinstance(value, str | int | float) else ""
-    raise ConfigError(f"{path}={value!r} has the wrong type {type(value).__name__}; give {_describe(options)}{example}")
+    example = f", for example {path}=[{show(value)}]" if _is_list(options) and isinstance(value, int | float) else ""
+    if isinstance(value, str) and _is_list(options):
+        example = f", for example {path}=[{printable(value, 60)}]"
+    raise ConfigError(
+        f"{path}={show(value)} has the wrong type {type(value).__name__}; give {_describe(options)}{example}"
+    )
+
+
+def _require_plain(value: Any, path: str) -> None:
+    """Refuse what no setting needs, and what could harm a terminal or a reader of the value."""
+    if isinstance(value, int) and abs(value) > _MAX_INT:
+        raise ConfigError(f"{path} is an integer beyond 64 bits; give a smaller one")
+    if isinstance(value, str):
+        bad = next((c for c in value if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")), None)
+        if bad is not None:
+            raise ConfigError(f"{path}={show(value)} holds the control character {show(bad)}; remove it")
+        if len(value) > _MAX_TEXT:
+            raise ConfigError(f"{path}={show(value)} has {len(value):,} characters; give at most {_MAX_TEXT:,}")
 
 
 def _is_list(options: tuple[Any, ...]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moepp.errors import ConfigError
+from moepp.untrusted import show
 
 
 def require(condition: bool, message: str) -> None:
@@ -13,7 +14,7 @@ def require(condition: bool, message: str) -> None:
 
 def require_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise :class:`ConfigError` unless ``value`` is one of ``choices``."""
-    require(value in choices, f"{key}={value!r} is not one of {', '.join(choices)}; choose one of them")
+    require(value in choices, f"{key}={show(value)} is not one of {', '.join(choices)}; choose one of them")
 
 
 def require_at_least(key: str, value: float, minimum: float) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from moepp.config.model import ModelConfig
 from moepp.config.require import require, require_above, require_at_least, require_choice
+from moepp.untrusted import show
 
 # Of wandb 0.31 (wandb_settings.py), which would only say so when data and model are built.
 _NOT_IN_WANDB_PROJECTS = "/\\#?%:"
@@ -243,11 +244,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         require(
             bool(self.name) and "/" not in self.name and self.name not in (".", ".."),
-            f"run.name={self.name!r} must be a plain folder name; remove slashes, or set run.dir",
+            f"run.name={show(self.name)} must be a plain folder name; remove slashes, or set run.dir",
         )
         require(
             self.name.isprintable() and len(os.fsencode(self.name)) <= _FOLDER_NAME_BYTES,
-            f"run.name={self.name!r} must be at most {_FOLDER_NAME_BYTES} bytes of printable characters; shorten it",
+            f"run.name={show(self.name)} must be at most {_FOLDER_NAME_BYTES} bytes of printable characters; shorten it",
         )
         require(self.dir != "", "run.dir is empty; name a folder, or leave it out for runs/<run.name>")
         require_at_least("run.seed", self.seed, 0)

@@ -11,6 +11,7 @@ import torch
 
 from moepp import comm, hf, official
 from moepp.checkpoint import CheckpointInfo, list_checkpoints, load_model, read_info
+from moepp.checkpoint.format import total_size
 from moepp.checkpoint.resume import verify_together
 from moepp.config import Config, ModelConfig, from_dict
 from moepp.data.manifest import read_manifest, sha256_of
@@ -20,6 +21,8 @@ from moepp.evaluation.results import Subject
 from moepp.model.transformer import Transformer
 from moepp.parallel.groups import ParallelGroups
 from moepp.run_dir import RunDir
+from moepp.untrusted import printable
+from moepp.weights import require_room, weight_bytes
 from moepp.weights.files import read_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -157,8 +160,10 @@ def _find_checkpoint(checkpoint: Path, place: str) -> FoundModel:
     info = read_info(checkpoint)
     try:
         cfg = from_dict(info.config)
+        require_room(cfg.model, total_size(checkpoint), f"{checkpoint}: info.json", torch.float32.itemsize)
     except ConfigError as error:
-        raise CheckpointError(f"{checkpoint}: info.json has a configuration of another version ({error})") from error
+        reason = printable(error)
+        raise CheckpointError(f"{checkpoint}: info.json has a configuration of another version ({reason})") from error
     run_dir = checkpoint.resolve().parent.parent
 
     def fill(model: Transformer, groups: ParallelGroups) -> None:
@@ -226,9 +231,11 @@ def _find_folder(folder: Path, place: str) -> FoundModel:
     def fill(model: Transformer, groups: ParallelGroups) -> None:
         comm.run_together(lambda: form.load_into(model, folder, groups.ep_rank, groups.ep_size), groups.world)
 
+    cfg = form.read_config(folder)
+    require_room(cfg, weight_bytes(folder), folder / "config.json")
     tokenizer = folder / "tokenizer.json"
     return FoundModel(
-        cfg=form.read_config(folder),
+        cfg=cfg,
         precision="fp32",
         subject=Subject(place),
         tokenizer=tokenizer if tokenizer.is_file() else None,

@@ -8,6 +8,7 @@ from typing import Any
 from moepp.config import ModelConfig
 from moepp.errors import CheckpointError, ConfigError
 from moepp.official import TokenIds
+from moepp.untrusted import show
 from moepp.weights.features import refuse_foreign
 from moepp.weights.files import read_json
 
@@ -84,18 +85,21 @@ def read_hf(folder: str | Path) -> tuple[ModelConfig, TokenIds]:
     tree = read_json(path)
     if tree.get("model_type") != MODEL_TYPE:
         raise CheckpointError(
-            f"{path} describes a model of type {tree.get('model_type')!r}, not {MODEL_TYPE!r} as `moepp export "
+            f"{path} describes a model of type {show(tree.get('model_type'))}, not {MODEL_TYPE!r} as `moepp export "
             "--format moepp` writes; name another folder or format"
         )
     refuse_foreign(path, tree, {*_MODEL, *_MOE, *_OTHER})
     missing = [key for key in (*_MODEL, *_MOE) if key not in tree]
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}; export the model again")
+    ids = [tree.get(f"{name}_token_id") for name in _TOKEN_IDS]
+    if bad := [value for value in ids if value is not None and (type(value) is not int or value < 0)]:
+        raise CheckpointError(f"{path}: the token id {show(bad[0])} is no integer of 0 or more; correct it")
     model = {own: tree[theirs] for theirs, own in _MODEL.items()}
     model["moe"] = {own: tree[theirs] for theirs, own in _MOE.items()}
     if tree.get("rotary_scaling_type") is not None:
         model["rope_scaling"] = {"type": tree["rotary_scaling_type"], "factor": tree.get("rotary_scaling_factor")}
     try:
-        return build(ModelConfig, model, "model"), TokenIds(*(tree.get(f"{name}_token_id") for name in _TOKEN_IDS))
+        return build(ModelConfig, model, "model"), TokenIds(*ids)
     except ConfigError as error:
         raise CheckpointError(f"{path} describes a model that cannot be built: {error}") from error

@@ -7,7 +7,16 @@ from pathlib import Path
 from moepp.config import ModelConfig
 from moepp.hf.config import read_config
 from moepp.model import Transformer
-from moepp.weights import Piece, TensorFolder, check_keys, copy_pieces, require_agreement, whole_parameters
+from moepp.weights import (
+    Piece,
+    TensorFolder,
+    check_keys,
+    copy_pieces,
+    require_agreement,
+    require_room,
+    weight_bytes,
+    whole_parameters,
+)
 from moepp.weights.pieces import is_stacked
 
 
@@ -40,5 +49,6 @@ def check_folder(folder: str | Path, cfg: ModelConfig) -> TensorFolder:
 def open_tensors(folder: str | Path, cfg: ModelConfig) -> TensorFolder:
     """The folder's tensors, after comparing their names and shapes with the configuration."""
     tensors = TensorFolder(folder)
+    require_room(cfg, weight_bytes(tensors.path), tensors.path / "config.json")
     check_keys(tensors, [piece for name, shape in whole_parameters(cfg).items() for piece in pieces_of(name, shape)])
     return tensors

@@ -115,12 +115,11 @@ class StepStats:
         """This rank's sums since the last :meth:`reduce`, by name; call it between steps."""
         return {f"stats.{name}": tensor for name, tensor in self._interval.items()}
 
-    @property
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of what :meth:`state` returns once a step was committed."""
+    def state_shapes(self, num_experts: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what :meth:`state` returns once a step was committed; of N experts of every kind."""
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("loss_sum", "loss_tokens", "dispatch_bytes", "steps"), ())
         if layers := len(self.moe_layers):
-            shapes |= {"layers": (layers, len(_COLUMNS)), "load": (layers, self.num_ffn_experts)}
+            shapes |= {"layers": (layers, len(_COLUMNS)), "load": (layers, num_experts)}
         return {f"stats.{name}": shape for name, shape in shapes.items()}
 
     def add_state(self, state: Mapping[str, Tensor]) -> None:

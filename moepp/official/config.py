@@ -8,6 +8,7 @@ from typing import Any
 
 from moepp.config import ModelConfig, MoEConfig, RopeScalingConfig
 from moepp.errors import CheckpointError, ConfigError
+from moepp.untrusted import show
 from moepp.weights.features import refuse_foreign
 from moepp.weights.files import read_json
 
@@ -79,7 +80,7 @@ def read_released(folder: str | Path) -> tuple[ModelConfig, TokenIds]:
     num_experts = values["num_experts"][0] if values["num_experts"] else None
     if type(num_experts) is not int or num_experts < NUM_ZERO_COMPUTATION:
         raise CheckpointError(
-            f"{path}: num_experts={list(values['num_experts'])} must start with the number of experts of every kind, "
+            f"{path}: num_experts={show(values['num_experts'])} must start with the number of experts of every kind, "
             f"at least the {NUM_ZERO_COMPUTATION} zero-computation ones; correct it"
         )
     if values["moe_expert_interval"] != 1:
@@ -129,7 +130,8 @@ def _rope_scaling(tree: dict[str, Any] | None) -> RopeScalingConfig | None:
         return None
     if set(tree) != {"type", "factor"} or not isinstance(tree["factor"], float) or not isinstance(tree["type"], str):
         raise ConfigError(
-            f'rope_scaling={tree} must be {{"type": linear, ntk or dynamic, "factor": a float above 1}}; correct it'
+            f'rope_scaling={show(tree)} must be {{"type": linear, ntk or dynamic, "factor": a float above 1}}; '
+            "correct it"
         )
     return RopeScalingConfig(tree["type"], tree["factor"])
 
@@ -211,7 +213,7 @@ def _require_model_type(path: Path, tree: dict[str, Any]) -> None:
     is_released = model_type == MODEL_TYPE or (model_type is None and ARCHITECTURE in str(tree.get("auto_map")))
     if not is_released:
         raise CheckpointError(
-            f"{path} describes a model of type {model_type!r}, not a released MoE++ checkpoint ({MODEL_TYPE!r}); "
+            f"{path} describes a model of type {show(model_type)}, not a released MoE++ checkpoint ({MODEL_TYPE!r}); "
             "name another folder or format"
         )
 
@@ -223,5 +225,5 @@ def _value(path: Path, tree: dict[str, Any], key: str) -> Any:
         return value
     if type(value) not in types:
         wanted = " or ".join(t.__name__ for t in types)
-        raise CheckpointError(f"{path}: {key}={value!r} is not of type {wanted}; correct it")
+        raise CheckpointError(f"{path}: {key}={show(value)} is not of type {wanted}; correct it")
     return value

@@ -13,7 +13,15 @@ from moepp.model import Transformer
 from moepp.official.config import read_config, read_released
 from moepp.official.keys import pieces_of
 from moepp.official.model import OfficialModel
-from moepp.weights import TensorFolder, check_keys, copy_pieces, require_agreement, whole_parameters
+from moepp.weights import (
+    TensorFolder,
+    check_keys,
+    copy_pieces,
+    require_agreement,
+    require_room,
+    weight_bytes,
+    whole_parameters,
+)
 
 _EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -63,6 +71,7 @@ def check_folder(folder: str | Path, cfg: ModelConfig) -> TensorFolder:
 def open_tensors(folder: str | Path, cfg: ModelConfig) -> TensorFolder:
     """The folder's tensors, after comparing their names and shapes with the configuration."""
     tensors = TensorFolder(folder)
+    require_room(cfg, weight_bytes(tensors.path), tensors.path / "config.json")
     pieces = [piece for name, shape in whole_parameters(cfg).items() for piece in pieces_of(name, shape, cfg)]
     check_keys(tensors, pieces, lambda key: cfg.tie_embeddings and key == _LM_HEAD)
     # Pickled checkpoints of tied models name the one matrix twice.

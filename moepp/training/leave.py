@@ -8,6 +8,7 @@ import sys
 from typing import NoReturn
 
 from moepp.errors import MoeppError, PeerError
+from moepp.untrusted import terminal_text
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells do
 
@@ -20,7 +21,7 @@ def leave(error: Exception) -> NoReturn:
     from moepp.config import explain_hydra_error
     from moepp.parallel.refusal import print_once
 
-    message = str(error) if isinstance(error, MoeppError) else explain_hydra_error(error)
+    message = terminal_text(str(error) if isinstance(error, MoeppError) else explain_hydra_error(error))
     if isinstance(error, PeerError):  # every rank has seen another thing, and the first may be the one that failed
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:

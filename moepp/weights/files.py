@@ -6,8 +6,8 @@ tensors of a large checkpoint takes the memory of those alone.
 
 from __future__ import annotations
 
-import json
-import os
+import pickle
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moepp import untrusted
 from moepp.errors import CheckpointError
+from moepp.untrusted import printable
 
 SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
 INDEX_SUFFIX = ".index.json"
 _DTYPES = {"F64", "F32", "F16", "BF16"}
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")  # in the folder itself
 
 
 class TensorFolder:
@@ -42,6 +46,9 @@ class TensorFolder:
         for name in files:
             file = _explain(self.path / name, lambda name=name: open_file(self.path / name))
             self._require_places(name, file, weight_map)
+            twice = sorted(file.shapes.keys() & self._files.keys())
+            if twice:
+                raise CheckpointError(f"{self.path} holds {_few(twice)} in two files; copy the folder again")
             self._files |= dict.fromkeys(file.shapes, file)
         self.shapes = {key: file.shapes[key] for key, file in sorted(self._files.items())}
         absent = [key for key in weight_map if key not in self.shapes]
@@ -87,11 +94,23 @@ class _BinFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         # Files of torch before 1.6 are no zip archives and cannot be mapped.
-        self._tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        if not isinstance(self._tensors, dict) or not all(isinstance(t, Tensor) for t in self._tensors.values()):
-            raise CheckpointError(f"{path} does not hold tensors by name; give a folder of a whole model's weights")
-        for key, tensor in self._tensors.items():
-            _require_floats(path, key, tensor.is_floating_point(), tensor.dtype)
+        try:
+            self._tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except pickle.UnpicklingError as error:
+            # Not with torch's own words: they advise to load it in a way that runs what it brings along.
+            name = re.search(r"GLOBAL ([\w.]+)", str(error))
+            raise CheckpointError(
+                f"{path} is not read: it holds more than tensors{f' ({name[1][:100]})' if name else ''}, or is "
+                "damaged; copy it again, or give a folder with safetensors"
+            ) from None
+        tensors = self._tensors
+        if not isinstance(tensors, dict) or not all(isinstance(k, str) and _is_plain(t) for k, t in tensors.items()):
+            raise CheckpointError(f"{path} does not hold plain tensors by name; give a folder of a model's weights")
+        size = path.stat().st_size
+        for key, tensor in tensors.items():
+            _require_floats(path, key, tensor.is_floating_point() and tensor.dtype in _FLOATS, tensor.dtype)
+            if tensor.numel() * tensor.itemsize > size:  # a small storage seen many times
+                raise CheckpointError(f"{path}: {printable(key)} is larger than its file; copy it again")
         self.shapes = {key: tuple(tensor.shape) for key, tensor in self._tensors.items()}
 
     def read(self, key: str, row: int | None) -> Tensor:
@@ -99,7 +118,25 @@ class _BinFile:
         return tensor if row is None else tensor[row]
 
 
+def _is_plain(value: object) -> bool:
+    return (
+        type(value) in (Tensor, torch.nn.Parameter)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+    )
+
+
 _File = _SafetensorsFile | _BinFile
+
+
+def weight_bytes(folder: Path) -> int:
+    """Size of all weight files that a folder names.
+
+    Raises:
+        CheckpointError: it names none, or one is missing.
+    """
+    return sum((folder / name).stat().st_size for name in _find(folder)[0])
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -108,15 +145,10 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, unreadable, or something else.
     """
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists() and not path.is_symlink():
         where = f"{path.parent} has no {path.name}" if path.parent.is_dir() else f"{path.parent} is not a folder"
-        raise CheckpointError(f"{where}; name the folder of a checkpoint in Hugging Face's layout") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}; check its permissions") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); copy the folder again") from error
+        raise CheckpointError(f"{where}; name the folder of a checkpoint in Hugging Face's layout")
+    tree = untrusted.read_json(path, error=CheckpointError, remedy="copy the folder again, or check its permissions")
     if not isinstance(tree, dict):
         raise CheckpointError(f"{path} holds a {type(tree).__name__} instead of an object; copy the folder again")
     return tree
@@ -146,7 +178,9 @@ def _read_index(folder: Path, name: str) -> tuple[list[str], dict[str, str]]:
     weight_map = weight_map if isinstance(weight_map, dict) else {}
     suffix = ".safetensors" if name.startswith(SAFETENSORS) else ".bin"
     files = sorted({str(file) for file in weight_map.values()})
-    if not files or any(file != os.path.basename(file) or not file.endswith(suffix) for file in files):
+    is_named = all(isinstance(file, str) for file in weight_map.values())
+    plain = all(_FILE_NAME.fullmatch(file) and file.endswith(suffix) for file in files)
+    if not files or not is_named or not plain:
         raise CheckpointError(f"{folder / name} has no weight_map to {suffix} files; copy the folder again")
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
@@ -159,7 +193,8 @@ def _read_index(folder: Path, name: str) -> tuple[list[str], dict[str, str]]:
 def _require_floats(path: Path, key: str, is_float: bool, dtype: object) -> None:
     if not is_float:
         raise CheckpointError(
-            f"{path}: {key} holds {dtype} instead of floating-point numbers; quantised weights cannot be read"
+            f"{path}: {printable(key, 100)} holds {dtype} instead of floating-point numbers; "
+            "quantised weights cannot be read"
         )
 
 
@@ -170,7 +205,7 @@ def _explain(path: Path, action: Callable[[], Any]) -> Any:
     except CheckpointError:
         raise
     except Exception as error:  # safetensors, pickle and zip raise a dozen unrelated types for damaged bytes
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = printable((str(error).strip().splitlines() or [type(error).__name__])[0], 200)
         raise CheckpointError(
             f"cannot read {path}, it is damaged or not a weight file ({reason}); copy it again"
         ) from error
@@ -178,4 +213,4 @@ def _explain(path: Path, action: Callable[[], Any]) -> Any:
 
 def _few(names: list[str], limit: int = 5) -> str:
     more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(printable(name, 100) for name in names[:limit]) + (f" and {more} more" if more > 0 else "")

@@ -14,6 +14,7 @@ from torch import Tensor
 from moepp.config import ModelConfig
 from moepp.errors import CheckpointError
 from moepp.model import Transformer
+from moepp.untrusted import printable
 from moepp.weights.files import TensorFolder
 
 _SHOWN_KEYS = 40
@@ -62,7 +63,7 @@ def check_keys(folder: TensorFolder, pieces: Iterable[Piece], ignore: Callable[[
     missing = [key for key in expected if key not in folder.shapes]
     unexpected = [key for key in folder.shapes if key not in expected and not (ignore is not None and ignore(key))]
     misshaped = [
-        f"{key} is {list(folder.shapes[key])} instead of {list(shape)}"
+        f"{printable(key, 100)} is {list(folder.shapes[key])} instead of {list(shape)}"
         for key, shape in expected.items()
         if key in folder.shapes and folder.shapes[key] != shape
     ]
@@ -110,4 +111,4 @@ def _view(parameter: Tensor, target: tuple[int | slice, ...]) -> Tensor:
 
 def _listed(keys: list[str]) -> str:
     more = len(keys) - _SHOWN_KEYS
-    return ", ".join(keys[:_SHOWN_KEYS]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(printable(key) for key in keys[:_SHOWN_KEYS]) + (f" and {more} more" if more > 0 else "")

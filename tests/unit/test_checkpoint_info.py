@@ -171,9 +171,11 @@ class OneRank:
 
 
 def test_statistics_are_those_of_the_model(tmp_path: Path) -> None:
-    good = {name: torch.ones(shape) for name, shape in StepStats((0, 1), 4, 2).state_shapes.items()}
+    good = {name: torch.ones(shape) for name, shape in StepStats((0, 1), 4, 2).state_shapes(8).items()}
     cases = {"good": good, "unknown": good | {"stats.x": torch.ones(1)}, "lost": {"stats.steps": torch.ones(())}}
     cases["shape"] = good | {"stats.load": torch.ones(1000, 1000)}
+    cases["few experts"] = good | {"stats.load": torch.ones(2, 3)}
+    cases["scalar"] = good | {"stats.load": torch.ones(())}
     for name, state in cases.items():
         folder = tmp_path / name
         folder.mkdir()

@@ -251,7 +251,7 @@ def damage_bin(folder, how):
     [
         ("no folder", "not a folder"),
         ("no config", "has no config.json"),
-        ("config no json", "not JSON"),
+        ("config no json", "not valid JSON"),
         ("no weights", "holds no weights"),
         ("truncated", "damaged"),
         ("empty", "damaged"),
@@ -272,8 +272,8 @@ def test_folders_that_are_something_else_or_damaged_are_refused(tmp_path, how, m
         ("index climbs", "no weight_map"),
         ("index disagrees", "model.ghost"),
         ("truncated", "damaged"),
-        ("code", "damaged or not a weight file"),
-        ("no tensors", "does not hold tensors by name"),
+        ("code", "is not read: it holds more than tensors"),
+        ("no tensors", "does not hold plain tensors by name"),
     ],
 )
 def test_damaged_or_dangerous_pickles_are_refused(tmp_path, how, message, capsys):
