@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 
 import torch
@@ -12,12 +12,14 @@ from moepp.data.manifest import read_manifest
 from moepp.data.tokenizer import Tokenizer
 from moepp.errors import DataError, RunError
 from moepp.evaluation.load import FoundModel
-from moepp.evaluation.results import BenchmarkResult, Subject, table_text
+from moepp.evaluation.results import Subject, read_results, table_text
 from moepp.metrics.jsonl import read_records
 from moepp.model.accounting import activated_parameters, count_parameters
 from moepp.official.save import DTYPE_NAMES
 from moepp.run_dir import RunDir
+from moepp.untrusted import printable
 
+_NO_FOLDING = 1 << 20  # a text continued on a line of its own could end the block that it stands in
 _PAPER = "https://arxiv.org/abs/2410.07348"
 _CODE = {
     "moepp": "The code in this folder runs it with transformers 4.46 to 5.x.",
@@ -42,7 +44,7 @@ def model_card(
     assert cfg is not None  # checkpoints carry the configuration of their run
     sections = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- moe\n- moe++\n- moepp\n---",
-        f"# {cfg.run.name}",
+        f"# {_plain(cfg.run.name)}",
         _summary(found, dtype),
         _loading(form, tokenizer is not None),
         _data(cfg, found.subject),
@@ -51,6 +53,11 @@ def model_card(
         _evaluation(found),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown and HTML show as it is."""
+    return re.sub(r"([\\`*\[\]<>|&~#])", r"\\\1", printable(text, 200))
 
 
 def _summary(found: FoundModel, dtype: torch.dtype) -> str:
@@ -85,7 +92,7 @@ def _data(cfg: Config, subject: Subject) -> str:
     for prefix, weight in zip(cfg.data.paths, weights, strict=True):
         documents, tokens = _sizes(prefix)
         share = "by size" if weight is None else f"{weight:g}"
-        rows.append(f"| {Path(prefix).name} | {share} | {documents} | {tokens} |")
+        rows.append(f"| {_plain(Path(prefix).name)} | {share} | {documents} | {tokens} |")
     rows += ["", f"Trained on {subject.tokens:,} tokens of them, in sequences of {cfg.data.seq_len:,} tokens."]
     return "\n".join(rows)
 
@@ -117,7 +124,7 @@ def _training(cfg: Config) -> str:
     shown["parallel"] = {"expert": cfg.parallel.expert}
     if cfg.init.path is not None:
         shown["init"] = tree["init"] | {"path": Path(cfg.init.path).name}
-    return f"## Configuration\n\n```yaml\n{yaml.safe_dump(shown, sort_keys=False)}```"
+    return f"## Configuration\n\n```yaml\n{yaml.safe_dump(shown, sort_keys=False, width=_NO_FOLDING)}```"
 
 
 def _without_defaults(model: ModelConfig) -> dict:
@@ -132,7 +139,7 @@ def _evaluation(found: FoundModel) -> str:
     if loss is not None:
         lines += [f"Cross-entropy on held-out text of the training data: {loss:.4f} nats per token.", ""]
     if table is not None:
-        lines += ["```", table, "```", ""]
+        lines += ["```", table.replace("```", "'''"), "```", ""]
     if loss is None and table is None:
         lines.append("None yet.")
     return "\n".join(lines).rstrip()
@@ -153,9 +160,5 @@ def _benchmarks(run_dir: RunDir, subject: Subject) -> str | None:
     files = sorted((run_dir.path / "eval").glob(f"{subject.step:08d}-*.json"))
     if not files:
         return None
-    try:
-        content = json.loads(files[-1].read_text(encoding="utf-8"))
-        results = [BenchmarkResult(**{**result, "notes": tuple(result["notes"])}) for result in content["results"]]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise RunError(f"{files[-1]} is not a file that `moepp eval` wrote ({error}); remove it") from error
+    results = read_results(files[-1])
     return table_text(results, Subject(run_dir.path.name, subject.step, subject.tokens))

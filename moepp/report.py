@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -15,6 +16,7 @@ from moepp.errors import RunError
 from moepp.metrics.jsonl import read_records
 from moepp.metrics.step_stats import KINDS
 from moepp.run_dir import RunDir
+from moepp.untrusted import printable, read_json, show, terminal_text
 
 Records = Sequence[Mapping[str, Any]]
 """Lines of metrics.jsonl."""
@@ -60,16 +62,19 @@ def read_inputs(run_dir: RunDir) -> ReportInputs:
     drawn = _read_json(run_dir.path / "samples.json")
     try:
         samples = [f"{s['prompt']} [...] {s['continuation']}" for s in drawn] if drawn else stored["samples"]
-        return ReportInputs(stored["unigram_entropy"], tuple(samples))
+        entropy = stored["unigram_entropy"]
+        if not isinstance(samples, list) or not all(isinstance(sample, str) for sample in samples):
+            raise TypeError("samples are not texts")
+        if type(entropy) not in (int, float, type(None)):
+            raise TypeError(f"unigram_entropy={show(entropy)} is no number")
+        return ReportInputs(entropy, tuple(terminal_text(sample) for sample in samples))
     except (KeyError, TypeError) as error:
-        raise RunError(f"report.json or samples.json in {run_dir.path} is damaged ({error}); remove it") from error
+        reason = printable(error, 100)
+        raise RunError(f"report.json or samples.json in {run_dir.path} is damaged ({reason}); remove it") from error
 
 
 def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} is damaged ({error}); remove it") from error
+    return read_json(path, error=RunError, remedy=f"{path.name} is damaged; remove it") if path.exists() else None
 
 
 def summary_text(records: Records, inputs: ReportInputs, run_dir: RunDir) -> str:
@@ -150,7 +155,8 @@ def _routing_section(records: Records) -> str:
     record = _last_with(records, "routing/ffn_per_token")
     if record is None:
         return "## Routing\n\nNo routing metrics: the model has no MoE layer, or nothing was logged."
-    layers = sorted(int(name.split("/")[1].removeprefix("layer_")) for name in record if name.endswith("/share_ffn"))
+    matches = (re.fullmatch(r"routing/layer_([0-9]{1,9})/share_ffn", name) for name in record)
+    layers = sorted(int(match[1]) for match in matches if match)
     header = ["layer", *(f"{kind} %" for kind in KINDS), "FFN load max/mean"]
     rows = []
     for layer in layers:

@@ -29,6 +29,7 @@ from moepp.config.compare import breaking_differences
 from moepp.errors import RunError, WriteError
 from moepp.owners import require_safe_folder
 from moepp.run_lock import RunLock
+from moepp.untrusted import read_yaml
 from moepp.write_errors import write_error
 
 logger = logging.getLogger(__name__)
@@ -288,11 +289,9 @@ def _has_checkpoints(run_dir: RunDir) -> bool:
 
 
 def _read_config(run_dir: RunDir) -> dict[str, Any]:
-    import yaml
-
     try:
-        config = yaml.safe_load(run_dir.config_file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        config = read_yaml(run_dir.config_file, RunError)
+    except RunError:
         config = None
     if not isinstance(config, dict):
         raise RunError(

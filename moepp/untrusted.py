@@ -19,7 +19,9 @@ from moepp.errors import DataError, MoeppError
 
 MAX_JSON_BYTES = 64 << 20
 MAX_JSON_DEPTH = 100
+MAX_YAML_BYTES = 4 << 20
 MAX_DIGITS = 40  # of an integer; tokenizer_config.json has some of 31
+_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -46,6 +48,15 @@ def printable(text: object, limit: int = 400) -> str:
     cut = " ".join(source[: 2 * limit].splitlines()).replace("\t", " ")
     escaped = "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
     return escaped if len(escaped) <= limit and len(source) <= 2 * limit else _shorten(escaped, limit)
+
+
+def terminal_text(text: str) -> str:
+    """Text of any length and language whose lines stay: characters that command a terminal become escapes.
+
+    These are control characters except line ends and tabs, halves of surrogate pairs, and the marks that override or
+    isolate the direction of text. Unlike :func:`printable` it leaves what some scripts need between letters.
+    """
+    return _COMMANDS.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def _shorten(text: str, limit: int) -> str:
@@ -139,6 +150,40 @@ def load_json(
     except ValueError as problem:  # bad syntax, bad UTF-8, and what the hooks below refuse
         reason = printable(problem, 200)
     raise error(f"{printable(where)} is not valid JSON: {reason}; {remedy}") from None
+
+
+def read_yaml(path: Path, error: type[MoeppError] = DataError, remedy: str = "give another file") -> Any:
+    """Value of a small YAML file of plain values: see :func:`load_yaml`, and :func:`read_bytes` for the file."""
+    return load_yaml(read_text(path, MAX_YAML_BYTES, error, remedy), path, error, remedy)
+
+
+def load_yaml(text: str, where: object, error: type[MoeppError] = DataError, remedy: str = "give another file") -> Any:
+    """Value of a YAML text. No interpolation is resolved in it: ``${oc.env:HOME}`` stays this text.
+
+    Refused are bad syntax, tags of Python objects, references to anchors (a few lines of which stand for any amount
+    of memory), and more than :data:`MAX_JSON_DEPTH` nested values.
+
+    Raises:
+        error: the text is refused.
+    """
+    import yaml
+
+    try:
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(f"it refers to the anchor {show(event.anchor)}")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_JSON_DEPTH:
+                raise _TooDeep
+        return yaml.safe_load(text)
+    except (RecursionError, _TooDeep):
+        reason = f"more than {MAX_JSON_DEPTH} values inside one another"
+    except MemoryError:
+        reason = "it does not fit into memory"
+    except Exception as problem:  # PyYAML's own, and ValueError, TypeError, ... of dates and numbers that are none
+        reason = printable(problem, 200)
+    raise error(f"{printable(where)} is not valid YAML: {reason}; {remedy}") from None
 
 
 class _TooDeep(Exception):

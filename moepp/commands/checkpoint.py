@@ -18,7 +18,7 @@ from moepp.checkpoint import format as fmt
 from moepp.checkpoint.storage import TensorReader
 from moepp.config import CheckpointConfig, Config, EngineConfig, ParallelConfig, RunConfig, from_dict
 from moepp.config.compare import breaking_differences, other_differences
-from moepp.errors import CheckpointError, ConfigError
+from moepp.errors import CheckpointError, ConfigError, RunError
 from moepp.parallel.groups import (
     ParallelGroups,
     build_groups,
@@ -29,6 +29,7 @@ from moepp.parallel.groups import (
 )
 from moepp.run_dir import RunDir
 from moepp.run_lock import RunLock
+from moepp.untrusted import read_yaml
 
 EXAMPLE = "moepp checkpoint list runs/tiny"
 
@@ -169,11 +170,9 @@ def _prune(args: argparse.Namespace, run_dir: RunDir) -> int:
 
 def _bench(args: argparse.Namespace, run_dir: RunDir) -> int:
     """Save a fresh state of the run's model with the native engine, on this process alone."""
-    import yaml
-
     if args.repeat < 1:
         raise ConfigError(f"--repeat {args.repeat} must be at least 1; raise it")
-    config = from_dict(yaml.safe_load(run_dir.config_file.read_text(encoding="utf-8")))
+    config = from_dict(read_yaml(run_dir.config_file, RunError, "name the directory of a run"))
     config = dataclasses.replace(
         config, run=RunConfig(seed=config.run.seed), parallel=ParallelConfig(), engine=EngineConfig("native")
     )

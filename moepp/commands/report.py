@@ -9,6 +9,7 @@ from pathlib import Path
 from moepp.errors import ConfigError, DataError, RunError
 from moepp.report import read_inputs, write_report
 from moepp.run_dir import RunDir
+from moepp.untrusted import read_yaml, terminal_text
 
 EXAMPLE = "moepp report runs/tiny"
 
@@ -35,18 +36,16 @@ def run(args: argparse.Namespace) -> int:
     inputs = read_inputs(run_dir)
     entropy = args.unigram_entropy if args.unigram_entropy is not None else inputs.unigram_entropy
     inputs = replace(inputs, unigram_entropy=entropy if entropy is not None else _entropy_of_data(run_dir))
-    print(write_report(run_dir, inputs), end="")
+    print(terminal_text(write_report(run_dir, inputs)), end="")
     return 0
 
 
 def _entropy_of_data(run_dir: RunDir) -> float | None:
     """Entropy of the validation tokens; ``None`` for a blend of several corpora, or where the data is gone."""
-    import yaml
-
     from data_tools.inspect import unigram_entropy
 
     try:
-        data = yaml.safe_load(run_dir.config_file.read_text(encoding="utf-8"))["data"]
+        data = read_yaml(run_dir.config_file)["data"]
         return unigram_entropy(data["paths"][0], data["split"], "valid") if len(data["paths"]) == 1 else None
-    except (OSError, KeyError, TypeError, yaml.YAMLError, DataError):
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, DataError):
         return None

@@ -248,7 +248,8 @@ class RunConfig:
         )
         require(
             self.name.isprintable() and len(os.fsencode(self.name)) <= _FOLDER_NAME_BYTES,
-            f"run.name={show(self.name)} must be at most {_FOLDER_NAME_BYTES} bytes of printable characters; shorten it",
+            f"run.name={show(self.name)} must be at most {_FOLDER_NAME_BYTES} bytes of printable characters; "
+            "shorten it",
         )
         require(self.dir != "", "run.dir is empty; name a folder, or leave it out for runs/<run.name>")
         require_at_least("run.seed", self.seed, 0)

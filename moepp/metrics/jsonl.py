@@ -12,8 +12,11 @@ from typing import Any
 
 from moepp import files
 from moepp.errors import RunError, WriteError
+from moepp.untrusted import load_json, read_bytes
 
 logger = logging.getLogger(__name__)
+
+_MAX_BYTES = 8 << 30
 
 
 class JsonlSink:
@@ -122,10 +125,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     Raises:
         RunError: no such file, or a line that is not a record although a record follows, or no record at all.
     """
-    try:
-        *lines, unfinished = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}; name the directory of a run") from error
+    *lines, unfinished = read_bytes(path, _MAX_BYTES, RunError, "name the directory of a run").split(b"\n")
     found = [_parse(line) for line in lines]
     whole = max((number for number, record in enumerate(found, start=1) if record is not None), default=0)
     records = [record for record in found[:whole] if record is not None]
@@ -143,12 +143,12 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def _parse(line: bytes) -> dict[str, Any] | None:
     """The record in a line; None if there is none."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        record = load_json(line, "record", RunError)
+    except RunError:
         return None
     if not isinstance(record, dict) or any(type(record.get(name)) is not int for name in ("step", "tokens")):
         return None
-    return record
+    return record if all(type(value) in (int, float, type(None)) for value in record.values()) else None
 
 
 def _is_zeroed(lines: list[bytes]) -> bool:

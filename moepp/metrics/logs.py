@@ -8,8 +8,16 @@ from pathlib import Path
 
 from moepp import files
 from moepp.errors import RunError, WriteError
+from moepp.untrusted import terminal_text
 
 _LOGGER = "moepp"
+
+
+class _Formatter(logging.Formatter):
+    """Lines whose text cannot command a terminal, wherever it came from."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return terminal_text(super().format(record))
 
 
 class _ConsoleHandler(logging.Handler):
@@ -78,9 +86,9 @@ def setup_logging(run_dir: Path, rank: int) -> None:
     except WriteError as error:
         raise RunError(str(error)) from error
     close_logging()
-    file_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    file_handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     console_handler = _ConsoleHandler(logging.INFO if rank == 0 else logging.WARNING)
-    console_handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
+    console_handler.setFormatter(_Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
     logger = logging.getLogger(_LOGGER)
     logger.setLevel(logging.INFO)
     logger.propagate = False  # the root logger belongs to whoever embeds moepp

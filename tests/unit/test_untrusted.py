@@ -10,7 +10,17 @@ import sys
 import pytest
 
 from moepp.errors import CheckpointError, ConfigError, DataError
-from moepp.untrusted import MAX_JSON_DEPTH, load_json, printable, read_bytes, read_json, read_text, show
+from moepp.untrusted import (
+    MAX_JSON_DEPTH,
+    load_json,
+    load_yaml,
+    printable,
+    read_bytes,
+    read_json,
+    read_text,
+    show,
+    terminal_text,
+)
 
 NASTY = [
     "\x1b]0;title\x07",
@@ -158,3 +168,60 @@ def test_reading_keeps_the_memory_limit_of_the_file(tmp_path):
     with pytest.raises(DataError, match="larger than 1,048,576 bytes"):
         read_json(path, limit_bytes=1 << 20)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
+
+
+# --- text on a terminal, YAML
+
+
+@pytest.mark.parametrize(
+    "text", [t for t in NASTY if t not in ("a\nb\r\nc", "\u200b\ufeff\x00\x7f", "\U000e0041")], ids=ascii
+)
+def test_text_of_a_model_commands_no_terminal(text):
+    shown = terminal_text(f"one\n{text}\ttwo")
+    assert shown.startswith("one\n") and shown.endswith("\ttwo")
+    assert not set(shown) & set("\x1b\x07\x85\x9b\u202e\u2066\u2069\u2028\u2029\ud800\r")
+
+
+def test_text_of_every_language_is_left():
+    text = "Größe\n\tمی‌خواهم 👩‍🚀 漢字 שלום\n"  # joiners between letters included
+    assert terminal_text(text) == text
+
+
+def test_yaml_values_are_read_and_nothing_in_them_is_resolved():
+    text = "a: 1\nb: [x, 2.5, null, true]\nc: {d: '${oc.env:HOME}'}\n"
+    assert load_yaml(text, "x") == {"a": 1, "b": ["x", 2.5, None, True], "c": {"d": "${oc.env:HOME}"}}
+
+
+BOMB = "a: &a [x, x]\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(24)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (BOMB, "anchor"),
+        ("a: &a {b: *a}", "anchor"),
+        ("a: !!python/object/apply:os.mkdir [ran]", "could not determine a constructor"),
+        ("a: !!python/name:os.system ''", "could not determine a constructor"),
+        ("a: !!python/object:os.x {}", "could not determine a constructor"),
+        ("[" * 10**5, "inside one another"),
+        ("{a: " * 200 + "1" + "}" * 200, "inside one another"),
+        ("a: " + "9" * 5000, "digits"),
+        ("a: 2020-99-99", "month must be"),
+        ("a: [", "expected"),
+        ("? [a]\n: b", "unhashable"),
+        ("a: \x1b[2J", "special characters"),
+        ("\t", "cannot start"),
+        ("a: !<tag:\x7f> b", ""),
+    ],
+    ids=range(14),
+)
+def test_bad_yaml_is_one_line(text, reason, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as caught:
+        load_yaml(text, "config.yaml", remedy="restore it")
+    message = str(caught.value)
+    assert message.startswith("config.yaml is not valid YAML: ") and message.endswith("; restore it")
+    assert re.search(reason, message) and message.isprintable() and len(message) < 400
+    assert not list(tmp_path.iterdir())
