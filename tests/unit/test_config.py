@@ -265,7 +265,7 @@ def test_fixed_keys_exist():
         ({"logging__wandb__project": "a:b%c"}, ["has % :"]),
         ({"logging__wandb__project": "x" * 129}, ["must be 1 to 128 printable characters"]),
         ({"logging__wandb__project": ""}, ["must be 1 to 128 printable characters"]),
-        ({"run__name": "a\nb"}, ["run.name='a\\nb' must be at most 255 bytes of printable characters"]),
+        ({"run__name": "a\nb"}, ["run.name='a\\nb' holds the control character '\\n'"]),
         ({"run__name": "ä" * 128}, ["at most 255 bytes"]),
         ({"run__dir": ""}, ["run.dir is empty"]),
         ({"run__name": "a/b"}, ["run.name='a/b'", "remove slashes, or set run.dir"]),
