@@ -236,7 +236,7 @@ def _explained(path: str | Path, in_body: bool = False) -> Iterator[None]:
         yield
     except WriteError as error:
         if in_body and _is_hidden(Path(error.filename)):  # the user knows the folder by its final name
-            raise WriteError(error.errno or 0, str(path), error.strerror, error.remedy) from error
+            raise WriteError(error.errno or 0, str(path), error.strerror or "", error.remedy) from error
         raise
     except OSError as error:
         place = Path(error.filename) if isinstance(error.filename, str) else None

@@ -139,7 +139,10 @@ def check_run_dir(path: str | Path, config: Mapping[str, Any], resume: str = "au
     try:
         _refuse_blocked_path(run_dir.path)
         _refuse_foreign_files(run_dir)
-        _refuse_other_run(run_dir, json.loads(json.dumps(config)), resume)
+        if os.path.lexists(run_dir.importing):
+            _settle_import(run_dir, importing=False)  # refuses
+        # Whether data that lie elsewhere are the same, only the run itself finds out.
+        _refuse_other_run(run_dir, json.loads(json.dumps(config)), resume, same_data=True)
         return _read_config(run_dir) if _run_files(run_dir) and not _was_never_trained(run_dir) else None
     except OSError as error:
         raise RunError(_unwritable_message(run_dir.path, error)) from error

@@ -17,8 +17,8 @@ def write_error(
     A full disk is told from a lack of permission, and so on: each needs another remedy.
     """
     if remedy is None:
-        reason, remedy = _usual(number, Path(path), reason)
-    return WriteError(number, str(path), reason or os.strerror(number), remedy)
+        reason, remedy = _usual(number or 0, Path(path), reason)
+    return WriteError(number or 0, str(path), reason or os.strerror(number or 0), remedy)
 
 
 def _usual(number: int, path: Path, reason: str | None) -> tuple[str, str]:

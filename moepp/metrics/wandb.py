@@ -154,7 +154,8 @@ class WandbSink:
     def _end_service(self) -> None:
         """Kill the service process, whose silence would also hold up the end of this one."""
         try:
-            service = self._wandb.setup()._connection._proc._process  # there is no public way
+            setup: Any = self._wandb.setup()
+            service = setup._connection._proc._process  # there is no public way
             service.kill()
         except Exception as error:
             logger.warning("its service process could not be ended: %s", _in_one_line(error))

@@ -24,7 +24,6 @@ ALLOWED = {
     ("moepp/data/cache.py", "os.open"): "the lock of a cache that users may share; holds nothing, follows no link",
     ("moepp/kernels/cache.py", "open"): "a file in memory, without a name",
     ("moepp/cli.py", "os.open"): "/dev/null",
-    ("moepp/data/cache.py", "os.open"): "a lock file that users may share; nothing is written to it, links are refused",
     ("moepp/training/leave.py", "open"): "a line for the launcher, in a file that it made for that",
     ("data_tools/prepare.py", "open"): "in the locked staging folder of a preparation",
     ("data_tools/order.py", "open"): "in the locked staging folder of a preparation",

@@ -100,11 +100,15 @@ class FullDisk:
         return taken
 
 
+def full_disk(file: Any) -> Any:
+    return FullDisk(file, space=0)
+
+
 def test_records_wait_for_space_on_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "metrics.jsonl"
     sink = JsonlSink(path)
     sink.log({"train/loss": 1.0}, 1, 10)
-    disk = FullDisk(sink._file, space=7)
+    disk: Any = FullDisk(sink._file, space=7)
     sink._file = disk
     for step in (2, 3):
         sink.log({"train/loss": float(step)}, step, 10 * step)
@@ -119,7 +123,7 @@ def test_records_wait_for_space_on_a_full_disk(tmp_path: Path, caplog: pytest.Lo
 
 def test_records_that_never_found_space_are_an_error_at_the_end(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path / "metrics.jsonl")
-    sink._file = FullDisk(sink._file, space=0)
+    sink._file = full_disk(sink._file)
     sink.log({"train/loss": 1.0}, 1, 10)
     with pytest.raises(RunError, match=r"No space left on device; free the disk"):
         sink.close()
@@ -197,7 +201,7 @@ def test_group_of_a_directory_that_is_not_its_own_any_more_writes_nothing(tmp_pa
 def test_error_that_ends_the_run_is_not_hidden_by_one_in_closing(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path / "metrics.jsonl")
     with pytest.raises(KeyError), SinkGroup([sink]):
-        sink._file = FullDisk(sink._file, space=0)
+        sink._file = full_disk(sink._file)
         sink.log({"a": 1.0}, 1, 1)
         raise KeyError
 

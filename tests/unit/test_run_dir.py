@@ -21,7 +21,7 @@ import yaml
 from moepp import files
 from moepp.environment import describe_environment
 from moepp.errors import RunError
-from moepp.run_dir import RunClaim, RunDir
+from moepp.run_dir import RunClaim, RunDir, check_run_dir
 from moepp.run_lock import RunLock
 
 CONFIG: dict[str, Any] = {
@@ -504,3 +504,13 @@ def test_environment_names_versions_and_commit_and_no_variables(monkeypatch: pyt
         head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
         assert environment["git"]["commit"] == head.stdout.strip()
         assert isinstance(environment["git"]["dirty"], bool)
+
+
+def test_looking_ahead_sees_unfinished_imports_and_lets_data_have_moved(tmp_path: Path) -> None:
+    RunDir.claim(tmp_path / "a", CONFIG, ENVIRONMENT, "never", importing=True).release()
+    with pytest.raises(RunError, match="holds an import that was not finished"):
+        check_run_dir(tmp_path / "a", CONFIG)
+    finished_run(tmp_path / "b")
+    assert check_run_dir(tmp_path / "b", changed(data__paths=["elsewhere/text"])) is not None
+    with pytest.raises(RunError, match="already holds another run"):
+        check_run_dir(tmp_path / "b", changed(run__seed=1))
