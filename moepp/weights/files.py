@@ -120,7 +120,8 @@ class _BinFile:
 
 def _is_plain(value: object) -> bool:
     return (
-        type(value) in (Tensor, torch.nn.Parameter)
+        isinstance(value, Tensor)
+        and type(value) in (Tensor, torch.nn.Parameter)
         and value.layout == torch.strided
         and value.device.type == "cpu"
         and not value.is_quantized
