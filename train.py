@@ -4,7 +4,9 @@ Every key of configs/ can be overridden on the command line, e.g. `parallel.expe
 `-m` sweeps over comma-separated values.
 """
 
-from moepp.training.main import main
+import sys
+
+from moepp.cli import main
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main(["train", *sys.argv[1:]]))

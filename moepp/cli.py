@@ -22,6 +22,7 @@ from moepp.arguments import Parser
 from moepp.environment import version_line
 from moepp.errors import ConfigError, MoeppError
 from moepp.untrusted import printable
+from moepp.versions import require_supported_versions
 
 USAGE_EXIT_CODE = 2
 INTERRUPT_EXIT_CODE = 130  # 128 + SIGINT, as shells do
@@ -78,6 +79,7 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     if argv[0] not in known:
         raise ConfigError(f"unknown command {argv[0]!r}; {_hint(argv[0], known)}")
+    require_supported_versions()  # before a command imports what may be too old
     module = importlib.import_module(known[argv[0]])
     if hasattr(module, "main"):
         return module.main(argv[1:])

@@ -22,6 +22,12 @@ class LaunchError(ConfigError):
     said_here = True
 
 
+class VersionError(ConfigError):
+    """A Python or a package that is too old for this project, or missing; each rank says it."""
+
+    said_here = True
+
+
 class DataError(MoeppError):
     """Missing, corrupt, empty or unsuitable training data, tokenizer or corpus."""
 

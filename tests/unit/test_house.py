@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # A module imports only from layers before its own, or from its own part. Each part is one module or package.
 LAYERS = (
     ("errors", "host_memory"),
-    ("untrusted", "cpu"),
+    ("untrusted", "cpu", "versions"),
     ("write_errors", "tokenizer_guard"),
     ("owners",),
     ("files",),
