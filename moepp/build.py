@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from moepp import comm, hf, official, upcycle
+from moepp import comm, hf, official, ops, upcycle
 from moepp.checkpoint import Checkpointer, CheckpointInfo
 from moepp.config import Config, accumulation_steps, micro_batch_size, zero_stage
 from moepp.data import build_data
 from moepp.engine.engine import Engine
-from moepp.kernels import require_triton
 from moepp.metrics.sinks import SinkGroup, open_sinks
 from moepp.metrics.throughput import Throughput, peak_flops_per_second
 from moepp.model.init import init_parameters
 from moepp.model.transformer import Transformer
+from moepp.moe import ExpertParallel
 from moepp.parallel.groups import ParallelGroups, new_cpu_group
 from moepp.run_dir import RunDir
 from moepp.trainer import Parts
@@ -32,15 +32,12 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} {platform.machine()}"
 
 
-def build_model(cfg: Config, groups: ParallelGroups, traffic: comm.Traffic) -> Transformer:
+def build_model(cfg: Config, groups: ParallelGroups, comm_stats: comm.CommStats) -> Transformer:
     """The model on this rank's device, with weights that depend on the seed and the names alone."""
     with torch.device("meta"):
         model = Transformer(
             cfg.model,
-            ep_group=groups.ep,
-            balance_group=groups.world,
-            traffic=traffic,
-            exchange_parts=cfg.parallel.exchange_parts,
+            ExpertParallel(groups.ep, groups.world, comm_stats, cfg.parallel.exchange_chunks),
         )
     model.to_empty(device=groups.device)
     model.to(DTYPES[cfg.train.precision])
@@ -102,16 +99,15 @@ def build_parts(
         versions: package versions, for the checkpoints.
         check_claim: raises RunError where the directory is not the run's any more; does nothing on other ranks.
     """
-    if cfg.model.moe.triton_kernels:
-        require_triton(groups.device)
+    ops.choose_kernels(cfg.runtime.kernels, groups.device)
     start_step = start.step if start is not None else 0
     starts_fresh = start_step == 0
     if starts_fresh:
         comm.run_together(lambda: check_initial_weights(cfg))
     cache_dir = cfg.data.cache_dir or str(run_dir.path / "data-cache")
     data = build_data(cfg, groups.world_size, groups.rank, cache_dir)
-    traffic = comm.Traffic()
-    model = build_model(cfg, groups, traffic)
+    comm_stats = comm.CommStats()
+    model = build_model(cfg, groups, comm_stats)
     if starts_fresh:
         comm.run_together(lambda: load_initial_weights(cfg, model, groups))
     engine = build_engine(cfg, model, groups)
@@ -123,4 +119,4 @@ def build_parts(
     sinks = comm.run_together(
         lambda: open_sinks(run_dir.path, cfg, start_step, offset, check_claim) if groups.rank == 0 else SinkGroup()
     )
-    return Parts(cfg, groups, model, engine, data, traffic, sinks, throughput, checkpointer, versions)
+    return Parts(cfg, groups, model, engine, data, comm_stats, sinks, throughput, checkpointer, versions)

@@ -29,7 +29,7 @@ Group = dist.ProcessGroup
 
 
 @dataclass
-class Traffic:
+class CommStats:
     """What this rank has sent to *other* ranks through the expert exchange, in bytes and calls.
 
     Counts what really crosses: forward, backward, recomputation and evaluation alike. Whoever wants the
@@ -47,7 +47,7 @@ class PendingExchange:
     """State of one row exchange between its start and its finish, forward or backward."""
 
     group: Group
-    traffic: Traffic
+    comm_stats: CommStats
     send_splits: list[int]
     receive_splits: list[int]
     work: Any = None
@@ -60,8 +60,8 @@ class PendingExchange:
         received = rows.new_empty((sum(receive_splits), *rows.shape[1:]))
         own = dist.get_rank(self.group)
         row_size = rows[:1].numel() if rows.dim() == 1 else rows.shape[1:].numel()
-        self.traffic.row_bytes += (sum(send_splits) - send_splits[own]) * row_size * rows.element_size()
-        self.traffic.row_exchanges += 1
+        self.comm_stats.row_bytes += (sum(send_splits) - send_splits[own]) * row_size * rows.element_size()
+        self.comm_stats.row_exchanges += 1
         self.work = dist.all_to_all_single(received, rows, receive_splits, send_splits, group=self.group, async_op=True)
         self.keep_alive = [rows]
         return received
@@ -102,7 +102,7 @@ class _FinishExchange(torch.autograd.Function):
 
 
 def start_exchange(
-    rows_ND: Tensor, send_splits: list[int], receive_splits: list[int], group: Group, traffic: Traffic
+    rows_ND: Tensor, send_splits: list[int], receive_splits: list[int], group: Group, comm_stats: CommStats
 ) -> tuple[PendingExchange, Tensor]:
     """Launch the all-to-all of ``rows_ND`` (differentiable); nothing may read the result before the finish.
 
@@ -111,9 +111,9 @@ def start_exchange(
         send_splits: rows for each rank of the group, summing to N.
         receive_splits: rows from each rank of the group, summing to R.
         group: the expert-parallel process group.
-        traffic: where the bytes are counted.
+        comm_stats: where the bytes are counted.
     """
-    pending = PendingExchange(group, traffic, send_splits, receive_splits)
+    pending = PendingExchange(group, comm_stats, send_splits, receive_splits)
     return pending, _StartExchange.apply(rows_ND, pending)
 
 
@@ -155,12 +155,12 @@ class PendingCounts:
         return self._values
 
 
-def start_count_exchange(counts_PL: Tensor, group: Group, traffic: Traffic) -> PendingCounts:
+def start_count_exchange(counts_PL: Tensor, group: Group, comm_stats: CommStats) -> PendingCounts:
     """Launch the all-to-all of row counts: [P, L] rows for each (rank, local expert)."""
     counts_PL = counts_PL.contiguous()
     received_PL = torch.empty_like(counts_PL)
-    traffic.count_bytes += (counts_PL.shape[0] - 1) * counts_PL.shape[1] * counts_PL.element_size()
-    traffic.count_exchanges += 1
+    comm_stats.count_bytes += (counts_PL.shape[0] - 1) * counts_PL.shape[1] * counts_PL.element_size()
+    comm_stats.count_exchanges += 1
     work = dist.all_to_all_single(received_PL, counts_PL, group=group, async_op=True)
     return PendingCounts(counts_PL, received_PL, work)
 

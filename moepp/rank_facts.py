@@ -17,7 +17,7 @@ from moepp.data.identity import sampled_digest
 from moepp.data.manifest import read_manifest, sha256_of
 from moepp.environment import code_facts, cpu_name
 from moepp.errors import DataError
-from moepp.kernels.build import library
+from moepp.ops.cpu.build import library
 
 _ALL_BLOCKS, _MOST_BLOCKS, _FEWEST_BLOCKS = 4096, 64, 2  # of 4 kB, of all files together and of one
 
@@ -66,8 +66,8 @@ def processor_facts(device: torch.device, precision: torch.dtype) -> dict[str, s
     extras = ", ".join(
         name
         for name, there in (
-            ("tiles", kernels is not None and kernels.has_tiles),
-            ("vector experts", kernels is not None and kernels.has_vector_experts),
+            ("amx", kernels is not None and kernels.has_amx),
+            ("avx2 experts", kernels is not None and kernels.has_avx2_experts),
         )
         if there
     )

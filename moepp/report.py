@@ -14,7 +14,6 @@ from typing import Any, BinaryIO
 from moepp import files
 from moepp.errors import RunError
 from moepp.metrics.jsonl import read_records
-from moepp.metrics.step_stats import KINDS
 from moepp.run_dir import RunDir
 from moepp.untrusted import printable, read_json, show, terminal_text
 
@@ -157,11 +156,13 @@ def _routing_section(records: Records) -> str:
         return "## Routing\n\nNo routing metrics: the model has no MoE layer, or nothing was logged."
     matches = (re.fullmatch(r"routing/layer_([0-9]{1,9})/share_ffn", name) for name in record)
     layers = sorted(int(match[1]) for match in matches if match)
-    header = ["layer", *(f"{kind} %" for kind in KINDS), "FFN load max/mean"]
+    prefix = f"routing/layer_{layers[0]}/share_" if layers else "\0"
+    kinds = [printable(name.removeprefix(prefix)) for name in record if name.startswith(prefix)]
+    header = ["layer", *(f"{kind} %" for kind in kinds), "FFN load max/mean"]
     rows = []
     for layer in layers:
         prefix = f"routing/layer_{layer}"
-        shares = [_number(record.get(f"{prefix}/share_{kind}"), "{:.1f}", 100) for kind in KINDS]
+        shares = [_number(record.get(f"{prefix}/share_{kind}"), "{:.1f}", 100) for kind in kinds]
         rows.append([str(layer), *shares, _number(record.get(f"{prefix}/max_over_mean"), "{:.2f}")])
     dropped = _number(record.get("routing/drop_fraction"), "{:.2f}%", 100)
     return "\n".join(

@@ -60,7 +60,7 @@ class Parts:
     model: Transformer
     engine: Engine
     data: Data
-    traffic: comm.Traffic
+    comm_stats: comm.CommStats
     sinks: SinkGroup
     throughput: Throughput
     checkpointer: Checkpointer
@@ -81,7 +81,7 @@ class Trainer:
         self.rewinds = 0
         self.accumulation_steps = accumulation_steps(parts.cfg, parts.groups.world_size)
         moe = parts.cfg.model.moe
-        self.stats = StepStats(parts.cfg.model.moe_layers, moe.num_ffn_experts, moe.top_k)
+        self.stats = StepStats(parts.cfg.model.moe_layers, tuple(moe.expert_counts), moe.num_ffn_experts, moe.top_k)
         self.skipped_steps = SkippedSteps(parts.cfg.guard)
         self.spikes = SpikeGuard(parts.cfg.guard)
         self.loss_watch = LossWatch(parts.cfg.model.vocab_size, parts.cfg.optim.lr)
@@ -158,8 +158,8 @@ class Trainer:
 
     def train_step(self) -> StepResult:
         """One optimizer step over the global batch; a rewind may follow, and then :attr:`step` goes back."""
-        traffic = self.parts.traffic
-        sent_before = traffic.row_bytes
+        comm_stats = self.parts.comm_stats
+        sent_before = comm_stats.row_bytes
         batch = self.step + self.skipped_batches
         batches = [self._to_device(self.parts.data.train_batch(batch, a)) for a in range(self.accumulation_steps)]
         share_LE = self._global_selection_share(batches)
@@ -177,7 +177,7 @@ class Trainer:
         self.step += 1
         self.parts.throughput.add(self.tokens_per_step)
         broken = "loss" if not is_finite else "gradient"
-        self._settle(result, is_spike, broken, traffic.row_bytes - sent_before)
+        self._settle(result, is_spike, broken, comm_stats.row_bytes - sent_before)
         return result
 
     def _settle(self, result: StepResult, is_spike: bool, broken: str, sent_bytes: int) -> None:

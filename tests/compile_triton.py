@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moepp.kernels import triton_rows
+from moepp.ops.triton import rows as triton_rows
 
 # Types of arguments: bfloat16, float32 and int64 in memory; None and constants of a kernel are compiled into it.
 ELEMENTS, FLOATS, INTEGERS, NUMBER = "*bf16", "*fp32", "*i64", "i32"
@@ -24,12 +24,9 @@ ROWS = {
     "act": ELEMENTS,
     "act_stride": NUMBER,
 }
-SUMS = {"rows": ELEMENTS, "positions": INTEGERS, "weights": FLOATS, "base": ELEMENTS, "scale": FLOATS}
-SUMS |= {"coefficients": FLOATS, "values": ELEMENTS}
-GRADS = {"grad_rows": ELEMENTS, "grad_weights": FLOATS, "grad_base": ELEMENTS, "grad_scale": FLOATS}
-GRADS |= {"grad_coefficients": FLOATS}
-SUM_SIZES = {"K": 2, "C": 2, "BLOCK": 1024}
-NO_FACTORS = {"weights": None, "scale": None, "coefficients": None, "values": None, "K": 2, "C": 0, "BLOCK": 1024}
+SUMS = {"rows": ELEMENTS, "positions": INTEGERS, "weights": FLOATS}
+GRADS = {"grad_rows": ELEMENTS, "grad_weights": FLOATS}
+SUM_SIZES = {"K": 2, "BLOCK": 1024}
 CASES: list[tuple[str, dict[str, str], dict[str, Any]]] = [
     ("swiglu", {**ROWS, "F": NUMBER}, {"BLOCK": 1024}),
     (
@@ -37,8 +34,12 @@ CASES: list[tuple[str, dict[str, str], dict[str, Any]]] = [
         {"gate_up": ELEMENTS, "grad_act": ELEMENTS, "grad_gate_up": ELEMENTS, "act": ELEMENTS, "F": NUMBER},
         {"act": None, "BLOCK": 1024},
     ),
-    ("combine", {**SUMS, "out": ELEMENTS, "D": NUMBER}, SUM_SIZES),
-    ("combine", {**SUMS, "out": ELEMENTS, "D": NUMBER}, NO_FACTORS),
+    ("combine", {**SUMS, "start": ELEMENTS, "out": ELEMENTS, "D": NUMBER}, SUM_SIZES),
+    (
+        "combine",
+        {**SUMS, "start": ELEMENTS, "out": ELEMENTS, "D": NUMBER},
+        {"weights": None, "start": None} | SUM_SIZES,
+    ),
     ("combine_backward", {"grad": ELEMENTS, **SUMS, **GRADS, "D": NUMBER}, SUM_SIZES),
 ]
 

@@ -15,6 +15,7 @@ from moepp.config import ModelConfig, MoEConfig
 from moepp.data.tokenizer import Tokenizer
 from moepp.model.init import init_parameters
 from moepp.model.transformer import Transformer
+from moepp.moe import ExpertParallel
 
 WORDS = ("red", "blue", "old", "new", "cat", "dog", "sun", "sea", "tree", "stone", "bird", "rain")
 
@@ -51,7 +52,7 @@ def tiny_config(max_seq_len: int = 256, **changes: Any) -> ModelConfig:
 
 def tiny_model(cfg: ModelConfig, ep_group: comm.Group | None = None, seed: int = 5) -> Transformer:
     """The same weights on every layout, in training mode."""
-    model = Transformer(cfg, ep_group=ep_group)
+    model = Transformer(cfg, ExpertParallel(ep_group))
     ep_size = 1 if ep_group is None else comm.size(ep_group)
     init_parameters(model, seed, 0 if ep_group is None else comm.rank(ep_group), ep_size)
     return model.train()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moepp import MoEConfig
-from moepp.moe.ffn_experts import FFNExperts
+from moepp.moe.experts import FFNExperts
 
 BF16, FP32 = torch.bfloat16, torch.float32
 KINDS = [0, 1, 15, 16, 17, 31, 32, 33, 64, 300, 700]  # rows of an expert, around the blocks of 16 and 32
@@ -49,7 +49,7 @@ def run(experts: FFNExperts, rows_RD: Tensor, grad_RD: Tensor, counts: list[int]
     """Output and all gradients; ``path`` is the autograd function that must have run."""
     experts.zero_grad()
     leaf = rows_RD.detach().requires_grad_()
-    out = experts(leaf, counts)
+    out = experts(leaf, torch.tensor(counts))
     assert path in type(out.grad_fn).__name__
     out.backward(grad_RD)
     grads = {name: parameter.grad for name, parameter in experts.named_parameters()} | {"rows": leaf.grad}

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from moepp import MoEConfig, MoELayer
-from moepp.comm import Traffic
+from moepp.comm import CommStats
+from moepp.moe import ExpertParallel
 from tests.oracle import Reference, moe_reference
 
 Tensor = torch.Tensor
@@ -42,7 +43,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     with_prev: bool = True  # give previous logits (where the layer has a gating residual)
     training: bool = True
-    exchange_parts: int = 1
+    exchange_chunks: int = 1
     choices: tuple[Choices, ...] | None = None  # of each rank: the routing to force, whatever the seed
 
 
@@ -67,7 +68,7 @@ class Observed:
     aux_loss: Tensor
     stats: dict[str, Tensor]
     grads: dict[str, Tensor | None]  # by parameter name, and "x", "prev"
-    traffic: Traffic
+    comm_stats: CommStats
 
 
 def parameter_shapes(cfg: MoEConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
@@ -145,9 +146,10 @@ def build_layer(case: Case, inputs: Inputs, rank: int = 0, **groups: Any) -> MoE
 
 
 def run_layer(case: Case, rank: int = 0, selection_share: Tensor | None = None, **groups: Any) -> Observed:
-    """Forward and backward on one rank; ``groups`` are MoELayer's ``ep_group`` and ``balance_group``."""
-    inputs, traffic = make_inputs(case), Traffic()
-    layer = build_layer(case, inputs, rank, traffic=traffic, **groups)
+    """Forward and backward on one rank; ``groups`` are ``ep_group`` and ``balance_group``."""
+    inputs, comm_stats = make_inputs(case), CommStats()
+    parallel = ExpertParallel(groups.get("ep_group"), groups.get("balance_group"), comm_stats, case.exchange_chunks)
+    layer = build_layer(case, inputs, rank, parallel=parallel)
     x_TD = inputs.x[rank].to(case.dtype).requires_grad_()
     prev = inputs.prev[rank]
     prev_TN = None if prev is None else prev.to(case.dtype).requires_grad_()
@@ -157,8 +159,10 @@ def run_layer(case: Case, rank: int = 0, selection_share: Tensor | None = None, 
     grads = {name: parameter.grad for name, parameter in layer.named_parameters()} | {"x": x_TD.grad}
     if prev_TN is not None:
         grads["prev"] = prev_TN.grad
-    stats = {field.name: getattr(out.stats, field.name) for field in dataclasses.fields(out.stats)}
-    return Observed(out.hidden.detach(), out.router_logits.detach(), out.aux_loss.detach(), stats, grads, traffic)
+    stats = {f.name: getattr(out.stats, f.name) for f in dataclasses.fields(out.stats) if f.name != "kinds"}
+    shares = stats.pop("share_Z")
+    stats |= {f"share_{kind}": share for kind, share in zip(out.stats.kinds, shares, strict=True)}
+    return Observed(out.hidden.detach(), out.router_logits.detach(), out.aux_loss.detach(), stats, grads, comm_stats)
 
 
 @dataclass(frozen=True)
@@ -226,7 +230,7 @@ def _assert_stats(case: Case, observed: dict[str, Tensor], wanted: dict[str, Any
         if name == "z_loss" and case.cfg.z_loss_weight == 0:
             continue  # not computed while it is switched off
         target = torch.tensor(wanted[name], dtype=torch.float64)
-        exact = name in ("load_E", "num_tokens", "ffn_slots", "remote_slots")
+        exact = name in ("load_E", "num_tokens", "ffn_assignments", "remote_assignments")
         tolerance = 0.0 if exact else TOLERANCE[torch.float32]
         torch.testing.assert_close(value.double(), target, rtol=tolerance, atol=tolerance, msg=_message(case, name))
 
@@ -285,7 +289,7 @@ def draw_case(seed: int, dtype: torch.dtype, ranks: int = 1, ep_size: int = 1) -
         dtype=dtype,
         with_prev=pick.random() < 0.8,
         training=pick.random() < 0.9,
-        exchange_parts=pick.choice(_divisors(counts["num_ffn_experts"] // ep_size)) if ep_size > 1 else 1,
+        exchange_chunks=pick.choice(_divisors(counts["num_ffn_experts"] // ep_size)) if ep_size > 1 else 1,
     )
     while True:
         case = dataclasses.replace(case, seed=pick.randrange(2**31))

@@ -157,8 +157,8 @@ def _statistics(
         "drop_fraction": (cfg.top_k * tokens - len(kept)) / slots,
         "load_E": load,
         "num_tokens": tokens,
-        "ffn_slots": len(kept_ffn),
-        "remote_slots": sum(expert // per_device != ep_rank for expert in kept_ffn),
+        "ffn_assignments": len(kept_ffn),
+        "remote_assignments": sum(expert // per_device != ep_rank for expert in kept_ffn),
     }
 
 

@@ -68,12 +68,12 @@ class Layout:
     zero: int = 0
     micro_batch: int | None = None  # sequences per rank and forward; None: no accumulation
     recompute: bool = False
-    exchange_parts: int = 1
+    exchange_chunks: int = 1
 
     def __str__(self) -> str:
         engine = f"{self.engine} z{self.zero}" if self.engine == "deepspeed" else self.engine
         extras = [f"micro-batch {self.micro_batch}"] * (self.micro_batch is not None) + ["recompute"] * self.recompute
-        extras += [f"exchange in {self.exchange_parts}"] * (self.exchange_parts > 1)
+        extras += [f"exchange in {self.exchange_chunks}"] * (self.exchange_chunks > 1)
         return ", ".join([f"{self.ranks} x EP{self.ep}", engine, *extras])
 
 
@@ -166,7 +166,7 @@ def make_config(setting: Setting, layout: Layout) -> Config:
             "grad_clip": setting.grad_clip,
         }
         | dict(setting.optim),
-        "parallel": {"expert": layout.ep, "zero_stage": layout.zero, "exchange_parts": layout.exchange_parts},
+        "parallel": {"expert": layout.ep, "zero_stage": layout.zero, "exchange_chunks": layout.exchange_chunks},
         "engine": {"name": layout.engine},
         "train": {
             "steps": setting.steps,
@@ -242,8 +242,8 @@ def train(rank: int, setting: Setting, layout: Layout, sabotage: Callable[..., A
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     cfg, groups = make_config(setting, layout), group_of(layout.ep)
-    traffic = comm.Traffic()
-    model = build_model(cfg, groups, traffic)
+    comm_stats = comm.CommStats()
+    model = build_model(cfg, groups, comm_stats)
     if setting.one_sided:
         make_one_sided(model)
     history = History()
@@ -261,7 +261,7 @@ def train(rank: int, setting: Setting, layout: Layout, sabotage: Callable[..., A
             model=model,
             engine=build_engine(cfg, model, groups),
             data=make_data(cfg, groups.world_size, rank),
-            traffic=traffic,
+            comm_stats=comm_stats,
             sinks=SinkGroup([history]),
             throughput=Throughput(groups.world_size, None),
             checkpointer=cast(Any, None),  # nothing is saved: the steps are taken one by one

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from moepp.config import MoEConfig
 from moepp.moe import MoELayer
-from moepp.moe.kernels import count_experts, linear_fp32
+from moepp.moe.gates import compute_gates
 from moepp.moe.losses import balance_loss
-from moepp.moe.router import compute_gates
+from moepp.moe.router import LinearRouter
+from moepp.ops import count_experts, linear_fp32
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ class ForcedRouting:
 
 def learn_balance(layer: MoELayer, x_TD: Tensor, steps: int = 150, lr: float = 2e-4) -> None:
     """Train the router alone on the balance loss, so that its routing is learned instead of forced."""
-    weight = layer.router.input_weight
+    assert isinstance(layer.router, LinearRouter)
+    weight = layer.router.weight
     master = weight.detach().float().clone().requires_grad_()
     optimizer = torch.optim.Adam([master], lr=lr)
     for _ in range(steps):

@@ -24,10 +24,10 @@ from moepp.bench.cases import CASES, Case, ForcedRouting, balanced_logits, rando
 from moepp.bench.processes import run_processes
 from moepp.bench.tables import Record
 from moepp.bench.timing import Timing, measure
-from moepp.moe import MoELayer
-from moepp.moe.dispatch import AllToAllDispatcher, FFNSlots, Receipt
-from moepp.moe.kernels import sort_slots
-from moepp.moe.router import compute_gates
+from moepp.moe import ExpertParallel, MoELayer
+from moepp.moe.dispatch import AllToAllDispatcher, Assignments, Chunk, DispatchMetadata
+from moepp.moe.gates import compute_gates
+from moepp.ops import count_experts, sort_assignments
 
 WARMUP = 2
 LAYER_TOKENS_PER_MODEL_TOKEN = 4  # a whole model does more with a token
@@ -108,24 +108,25 @@ def _exchange(rank: int, world_size: int, case: Case, name: str, tau: float | No
     cfg = case.config(tau)
     num_sharded = cfg.num_experts if name == "all sharded" else cfg.num_ffn_experts
     gates = compute_gates(balanced_logits(cfg, options.num_tokens, seed=rank), cfg)
-    slots = FFNSlots(sort_slots(gates.topk_ids_TK, num_sharded), gates.weights_TK)
+    ids_TK = gates.topk_ids_TK
+    load_E = count_experts(ids_TK.flatten(), cfg.num_experts)
+    ffn = sort_assignments(ids_TK, num_sharded)
+    assignments = Assignments(ids_TK, gates.weights_TK, ffn, load_E, load_E.new_zeros(()))
     x_TD = random_tokens(options.num_tokens, case.hidden_size, options.dtype, torch.device("cpu")).detach()
-    group, traffic = _world(), comm.Traffic()
-    dispatcher = AllToAllDispatcher(group, traffic, num_sharded)
+    group, comm_stats = _world(), comm.CommStats()
+    dispatcher = AllToAllDispatcher(ExpertParallel(group, stats=comm_stats), num_sharded)
 
-    def whole() -> Receipt:
-        receipt, _ = dispatcher.dispatch(x_TD, slots)
-        [part] = receipt.parts
-        dispatcher.combine([dispatcher.send_back(dispatcher.receive(part), part)], receipt, None)
-        return receipt
+    def whole() -> tuple[Chunk, DispatchMetadata]:
+        [chunk], metadata = dispatcher.dispatch(x_TD, assignments)
+        dispatcher.combine([dispatcher.send_back(dispatcher.receive(chunk), chunk)], metadata, None)
+        return chunk, metadata
 
-    receipt = whole()
-    sent = traffic.row_bytes  # of a dispatch and a combine
+    chunk, metadata = whole()
+    sent = comm_stats.row_bytes  # of a dispatch and a combine
     row_bytes = case.hidden_size * x_TD.element_size()
-    [part] = receipt.parts
-    returned = sum(part.receive_splits) - part.receive_splits[rank]
-    formula = (_remote_slots(gates.topk_ids_TK, num_sharded, rank, world_size) + returned) * row_bytes
-    timings = _time_exchange(whole, dispatcher, slots, receipt, x_TD, options.rounds * ROUNDS_PER_STEP)
+    returned = sum(chunk.receive_splits) - chunk.receive_splits[rank]
+    formula = (_remote_assignments(gates.topk_ids_TK, num_sharded, rank, world_size) + returned) * row_bytes
+    timings = _time_exchange(whole, dispatcher, chunk, metadata, x_TD, options.rounds * ROUNDS_PER_STEP)
     # Every FFN slot of a balanced vanilla layer travels with probability (P - 1) / P.
     share = num_sharded / cfg.num_experts if tau is None or name == "all sharded" else 1 / case.limit(tau)
     return {
@@ -138,8 +139,8 @@ def _exchange(rank: int, world_size: int, case: Case, name: str, tau: float | No
     }
 
 
-def _remote_slots(topk_ids_TK: Tensor, num_sharded: int, rank: int, world_size: int) -> int:
-    """Slots whose expert lives elsewhere, counted from the choices alone."""
+def _remote_assignments(topk_ids_TK: Tensor, num_sharded: int, rank: int, world_size: int) -> int:
+    """Assignments whose expert lives elsewhere, counted from the choices alone."""
     owner_TK = topk_ids_TK // (num_sharded // world_size)
     return int(((topk_ids_TK < num_sharded) & (owner_TK != rank)).sum())
 
@@ -147,29 +148,28 @@ def _remote_slots(topk_ids_TK: Tensor, num_sharded: int, rank: int, world_size: 
 def _time_exchange(
     whole: Callable[[], object],
     dispatcher: AllToAllDispatcher,
-    slots: FFNSlots,
-    receipt: Receipt,
+    chunk: Chunk,
+    metadata: DispatchMetadata,
     x_TD: Tensor,
     rounds: int,
 ) -> dict[str, Timing]:
-    group, traffic = dispatcher.group, comm.Traffic()
-    rows_ND = x_TD[receipt.order.token_ids_R]
-    [part] = receipt.parts
-    there, back = part.send_splits, part.receive_splits
+    group, comm_stats = dispatcher.group, comm.CommStats()
+    rows_ND = x_TD[metadata.order.token_ids_R]
+    there, back = chunk.send_splits, chunk.receive_splits
     outputs_RD = rows_ND.new_zeros(sum(back), rows_ND.shape[1])
-    counts_PL = slots.order.counts_E.view(dispatcher.num_ranks, -1)
+    counts_PL = chunk.counts_E.new_tensor(chunk.received_PL)
 
     def counts() -> None:
-        comm.start_count_exchange(counts_PL, group, traffic).received()
+        comm.start_count_exchange(counts_PL, group, comm_stats).received()
 
     def exchange() -> None:
         for rows, send, receive in ((rows_ND, there, back), (outputs_RD, back, there)):
-            pending, in_flight = comm.start_exchange(rows, send, receive, group, traffic)
+            pending, in_flight = comm.start_exchange(rows, send, receive, group, comm_stats)
             comm.finish_exchange(in_flight, pending)
 
     def bare() -> None:
         for rows, send, receive in ((rows_ND, there, back), (outputs_RD, back, there)):
-            pending = comm.PendingExchange(group, traffic, send, receive)
+            pending = comm.PendingExchange(group, comm_stats, send, receive)
             pending.launch(rows, send, receive)
             pending.wait()
 
@@ -182,12 +182,10 @@ def _time_exchange(
 class BlockingDispatcher(AllToAllDispatcher):
     """Waits for the rows at once: what the layer would do without overlap, in both passes."""
 
-    def dispatch(self, x_TD: Tensor, slots: FFNSlots) -> tuple[Receipt, Tensor]:
-        receipt, x_TD = super().dispatch(x_TD, slots)
-        [part] = receipt.parts
-        assert part.pending is not None
-        arrived = replace(part, rows=comm.finish_exchange(part.rows, part.pending), pending=None)
-        return replace(receipt, parts=(arrived,)), x_TD
+    def dispatch(self, x_TD: Tensor, assignments: Assignments) -> tuple[list[Chunk], DispatchMetadata]:
+        [chunk], metadata = super().dispatch(x_TD, assignments)
+        assert chunk.pending is not None
+        return [replace(chunk, rows=comm.finish_exchange(chunk.rows, chunk.pending), pending=None)], metadata
 
 
 def _overlap(case: Case, tau: float | None, options: Options) -> list[Record]:
@@ -197,15 +195,16 @@ def _overlap(case: Case, tau: float | None, options: Options) -> list[Record]:
     layer = MoELayer(case.config(tau), case.hidden_size, ep_group=group).to(options.dtype)
     x_TD = random_tokens(options.num_tokens, case.hidden_size, options.dtype, torch.device("cpu"))
     routing = ForcedRouting(layer, options.num_tokens)
-    traffic, num_ffn = comm.Traffic(), layer.cfg.num_ffn_experts
+    comm_stats, num_ffn = comm.CommStats(), layer.cfg.num_ffn_experts
     dispatchers = {
-        "blocking": BlockingDispatcher(group, traffic, num_ffn),
-        "beside zero-computation experts": AllToAllDispatcher(group, traffic, num_ffn),
+        "blocking": BlockingDispatcher(ExpertParallel(group, stats=comm_stats), num_ffn),
+        "beside zero-computation experts": AllToAllDispatcher(ExpertParallel(group, stats=comm_stats), num_ffn),
     }
     local = num_ffn // comm.size(group)
-    for parts in (2, 4):
-        if local % parts == 0:
-            dispatchers[f"in {parts} parts"] = AllToAllDispatcher(group, traffic, num_ffn, parts)
+    for chunks in (2, 4):
+        if local % chunks == 0:
+            parallel = ExpertParallel(group, stats=comm_stats, num_chunks=chunks)
+            dispatchers[f"in {chunks} chunks"] = AllToAllDispatcher(parallel, num_ffn)
 
     def step(dispatcher: AllToAllDispatcher) -> None:
         layer.dispatcher = dispatcher

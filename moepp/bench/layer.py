@@ -16,8 +16,8 @@ from moepp.bench.memory import measure_memory
 from moepp.bench.stages import stage_times
 from moepp.bench.tables import Record
 from moepp.bench.timing import Timing, clock_for, measure, threads
-from moepp.kernels import multiplies_in_float32
 from moepp.moe import MoELayer
+from moepp.ops import multiplies_in_float32
 
 PASSES = ("forward", "forward+backward")
 

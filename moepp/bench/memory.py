@@ -15,10 +15,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from moepp.bench.cases import Case, ForcedRouting, make_layer, random_tokens
 from moepp.bench.tables import Record
-from moepp.kernels import compiled, matmul_transposed, mm
 from moepp.moe import MoELayer
-from moepp.moe.tile_experts import backward_buffer_elements, has_tiles
-from moepp.moe.vector_experts import backward_scratch_bytes, has_vectors
+from moepp.ops.backend import cpu_kernels
+from moepp.ops.cpu.amx_experts import backward_buffer_elements, supports_amx
+from moepp.ops.cpu.avx2_experts import backward_scratch_bytes, supports_avx2
+from moepp.ops.matmul import matmul_transposed, mm
 
 MEGABYTE = 2**20
 
@@ -41,29 +42,28 @@ def saved_bytes(layer: MoELayer, x_TD: Tensor) -> tuple[int, Any]:
     return sum(saved.values()), out
 
 
-def saved_formula(case: Case, layer: MoELayer, num_tokens: int, ffn_slots: int) -> int:
+def saved_formula(case: Case, layer: MoELayer, num_tokens: int, ffn_assignments: int) -> int:
     """Per FFN slot its row and its output (2 D), gate and up (2 F).
 
     Without compiled kernels torch's projection keeps x in float32 besides, where it is of another type.
     """
     weight, width = layer.experts.down_proj, case.hidden_size
-    copies_x = compiled(weight) is None and weight.dtype != torch.float32
+    copies_x = cpu_kernels(weight) is None and weight.dtype != torch.float32
     per_slot = (2 * width + 2 * case.ffn_hidden_size) * weight.element_size()
-    return ffn_slots * per_slot + (num_tokens * width * 4 if copies_x else 0)
+    return ffn_assignments * per_slot + (num_tokens * width * 4 if copies_x else 0)
 
 
-def peak_formula(case: Case, layer: MoELayer, num_tokens: int, ffn_slots: int, busiest: int) -> int:
+def peak_formula(case: Case, layer: MoELayer, num_tokens: int, ffn_assignments: int, busiest: int) -> int:
     """What backward holds at its height, in the experts, beyond weights, x and the output's gradient.
 
     What is saved but the experts' outputs, which are no longer needed; gradients of the experts' weights; of their
-    outputs and rows (2 D a slot); the output, and the gradient of x by way of the zero-computation experts (D a token
-    each); and :func:`expert_scratch`.
+    outputs and rows (2 D an assignment); the output (D a token); and :func:`expert_scratch`. Zero-computation experts
+    come after them.
     """
     size, width = layer.experts.down_proj.element_size(), case.hidden_size
     gradients = sum(p.numel() for p in layer.experts.parameters())
-    per_token = width * (2 if layer.cfg.num_zero_computation_experts else 1)
-    held = gradients + width * ffn_slots + per_token * num_tokens
-    return saved_formula(case, layer, num_tokens, ffn_slots) + held * size + expert_scratch(layer, busiest)
+    held = gradients + width * (ffn_assignments + num_tokens)
+    return saved_formula(case, layer, num_tokens, ffn_assignments) + held * size + expert_scratch(layer, busiest)
 
 
 def expert_scratch(layer: MoELayer, busiest: int) -> int:
@@ -75,14 +75,14 @@ def expert_scratch(layer: MoELayer, busiest: int) -> int:
     """
     down_EDF = layer.experts.down_proj.detach()
     width, expert_width = down_EDF.shape[1:]
-    if has_tiles(down_EDF.new_empty(0, width), expert_width):
+    if supports_amx(down_EDF.new_empty(0, width), expert_width):
         own = backward_buffer_elements(expert_width, busiest) * down_EDF.element_size()
         return own + _products_scratch(down_EDF, busiest, transposes_hidden=False)
-    if has_vectors(down_EDF):
+    if supports_avx2(down_EDF):
         return backward_scratch_bytes(width, expert_width, busiest)
     activation = expert_width * busiest * down_EDF.element_size()
     # Without compiled kernels SwiGLU's gradient needs five more at a time.
-    swiglu = 0 if compiled(down_EDF) else 5 * activation
+    swiglu = 0 if cpu_kernels(down_EDF) else 5 * activation
     return 4 * activation + max(swiglu, _products_scratch(down_EDF, busiest, transposes_hidden=True))
 
 
@@ -118,7 +118,7 @@ def measure_memory(case: Case, tau: float | None, num_tokens: int, dtype: torch.
     grad_TD = torch.ones_like(x_TD)
     with ForcedRouting(layer, num_tokens):
         saved, out = saved_bytes(layer, x_TD)
-        slots, busiest = int(out.stats.ffn_slots), int(out.stats.load_E[: case.num_ffn].max())
+        slots, busiest = int(out.stats.ffn_assignments), int(out.stats.load_E[: case.num_ffn].max())
         del out
         peak = peak_bytes(lambda: layer(x_TD).hidden.backward(grad_TD))
     return {

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
-import moepp.moe.layer as layer_module
 from moepp.moe import MoELayer
 
 _PREFIX = "stage: "
@@ -39,9 +38,9 @@ def _recorded(layer: MoELayer) -> Iterator[None]:
     """Name the stages of the layer's forward for the profiler."""
     with ExitStack() as stack:
         for owner, name, stage in (
-            (layer, "_project", "router"),
             (layer.router, "forward", "router"),
-            (layer, "select", "select"),
+            (layer.router, "choose", "select"),
+            (layer, "assign", "select"),
             (layer.dispatcher, "dispatch", "permute"),
             (layer.dispatcher, "receive", "exchange"),
             (layer.dispatcher, "send_back", "exchange"),
@@ -51,17 +50,13 @@ def _recorded(layer: MoELayer) -> Iterator[None]:
             (layer, "_aux_losses", "losses"),
         ):
             stack.enter_context(_replaced(owner, name, stage))
-        stack.enter_context(_replaced(layer_module, "compute_gates", "select"))
         yield
 
 
 def stage_times(
     layer: MoELayer, forward_backward: Callable[[], object], repeats: int = 5
 ) -> dict[str, tuple[float, float]]:
-    """Milliseconds (forward, backward) of each stage, means over ``repeats`` profiled runs; they add up to the whole.
-
-    The zero-computation experts' pass over [T, D] is part of ``combine``, which makes it anyway.
-    """
+    """Milliseconds (forward, backward) of each stage, means of profiled runs; they add up to the whole."""
     forward_backward()
     with _recorded(layer), profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(repeats):

@@ -122,7 +122,7 @@ def _machine(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     """Device, dtype, and what the report says about them."""
     import torch
 
-    from moepp import kernels
+    from moepp import ops
     from moepp.environment import cpu_name
     from moepp.parallel.groups import pick_device
 
@@ -133,8 +133,8 @@ def _machine(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
         "device": str(device),
         "cpu": cpu_name(),
         "dtype": args.dtype,
-        "kernels": kernels.describe(device, dtype),
-        "experts": kernels.describe_experts(device, dtype),
+        "kernels": ops.describe(device, dtype),
+        "experts": ops.describe_experts(device, dtype),
     }
     return device, dtype, settings
 

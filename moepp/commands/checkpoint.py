@@ -16,7 +16,7 @@ from moepp import comm
 from moepp.checkpoint import Checkpointer, CheckpointInfo
 from moepp.checkpoint import format as fmt
 from moepp.checkpoint.storage import TensorReader
-from moepp.config import CheckpointConfig, Config, EngineConfig, ParallelConfig, RunConfig, from_dict
+from moepp.config import CheckpointConfig, Config, EngineConfig, ParallelConfig, RunConfig, from_stored
 from moepp.config.compare import breaking_differences, other_differences
 from moepp.errors import CheckpointError, ConfigError, RunError
 from moepp.parallel.groups import (
@@ -172,7 +172,7 @@ def _bench(args: argparse.Namespace, run_dir: RunDir) -> int:
     """Save a fresh state of the run's model with the native engine, on this process alone."""
     if args.repeat < 1:
         raise ConfigError(f"--repeat {args.repeat} must be at least 1; raise it")
-    config = from_dict(read_yaml(run_dir.config_file, RunError, "name the directory of a run"))
+    config = from_stored(read_yaml(run_dir.config_file, RunError, "name the directory of a run"))
     config = dataclasses.replace(
         config, run=RunConfig(seed=config.run.seed), parallel=ParallelConfig(), engine=EngineConfig("native")
     )
@@ -194,11 +194,11 @@ def _time_saves(config: Config, groups: ParallelGroups, checkpointer: Checkpoint
     from moepp.build import build_engine, build_model
     from moepp.metrics.step_stats import StepStats
 
-    model = build_model(config, groups, comm.Traffic())
+    model = build_model(config, groups, comm.CommStats())
     engine = build_engine(config, model, groups)
     num_parameters = sum(p.numel() for p in model.parameters())
     moe = config.model.moe
-    stats = StepStats(config.model.moe_layers, moe.num_ffn_experts, moe.top_k)
+    stats = StepStats(config.model.moe_layers, tuple(moe.expert_counts), moe.num_ffn_experts, moe.top_k)
     for number in range(2 * repeat):  # interleaved: a slow moment of the disk hits both
         info = CheckpointInfo(number, 0, {}, {}, {}, {})
         checkpointer.save(engine, stats, info, background=number % 2 == 1)

@@ -144,7 +144,7 @@ def _import(cfg: Config, cfg_with_source: Config, groups: ParallelGroups) -> Non
             _write_model(run_dir.path, cfg.model)
         # The checkpoint holds the masters, which are fp32 whatever the run computes in.
         in_fp32 = replace(cfg_with_source, train=replace(cfg.train, precision="fp32"))
-        model = build_model(in_fp32, groups, comm.Traffic())
+        model = build_model(in_fp32, groups, comm.CommStats())
         comm.run_together(lambda: load_initial_weights(in_fp32, model, groups))
         _save(cfg, model, groups, run_dir, _described(cfg, source, environment["packages"]))
         comm.run_together(lambda: claim.finish_import() if claim is not None else None)
@@ -201,7 +201,7 @@ def _save(cfg: Config, model: nn.Module, groups: ParallelGroups, run_dir: RunDir
         eod_id=described.eod_id,
         tokenizer_sha256=described.tokenizer_sha256,
     )
-    stats = StepStats(cfg.model.moe_layers, moe.num_ffn_experts, moe.top_k)
+    stats = StepStats(cfg.model.moe_layers, tuple(moe.expert_counts), moe.num_ffn_experts, moe.top_k)
     checkpointer.save(cast(Engine, _Untrained(model)), stats, info, background=False)
     problems = checkpointer.reports[-1].problems
     if problems:

@@ -6,7 +6,7 @@ from moepp.config.command_line import (
     refuse_incomplete_overrides,
     refuse_unknown_options,
 )
-from moepp.config.load import from_dict, from_hydra, known_keys, to_dict
+from moepp.config.load import from_dict, from_hydra, from_stored, import_plugins, known_keys, to_dict
 from moepp.config.model import ModelConfig, MoEConfig, RopeScalingConfig
 from moepp.config.schema import (
     CheckpointConfig,
@@ -20,6 +20,7 @@ from moepp.config.schema import (
     OptimConfig,
     ParallelConfig,
     RunConfig,
+    RuntimeConfig,
     TrainConfig,
     WandbConfig,
 )
@@ -41,12 +42,15 @@ __all__ = [
     "ParallelConfig",
     "RopeScalingConfig",
     "RunConfig",
+    "RuntimeConfig",
     "TrainConfig",
     "WandbConfig",
     "accumulation_steps",
     "explain_hydra_error",
     "from_dict",
     "from_hydra",
+    "from_stored",
+    "import_plugins",
     "known_keys",
     "micro_batch_size",
     "missing_known_key",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from moepp.config.load import upgrade
 from moepp.untrusted import printable
 
 _ABSENT = "absent"
@@ -12,8 +13,8 @@ _ABSENT = "absent"
 TRAINING_ONLY = {"model.init_std", "model.max_seq_len"} | {
     f"model.moe.{key}"
     for key in (
-        *("tau", "capacity_factor", "drop_policy", "expert_chunk_rows", "triton_kernels", "balance_loss_weight"),
-        *("balance_loss_scope", "balance_loss_switch_scale", "z_loss_weight"),
+        *("tau", "capacity_factor", "drop_policy", "expert_chunk_rows", "balance_loss_weight"),
+        *("balance_rule", "balance_loss_scope", "balance_loss_switch_scale", "z_loss_weight"),
     )
 }
 
@@ -31,6 +32,7 @@ def breaking_differences(
         untrained: no step was taken yet (imported weights): only what the weights were made for must stay.
         same_data: the content of datasets and tokenizer was compared, so that their paths may differ.
     """
+    old = upgrade(old)
     fixed = {key for key in _keys(old, new) if _must_agree(key, untrained, same_data)}
     return _differences(old, new, fixed)
 
@@ -39,6 +41,7 @@ def other_differences(
     old: Mapping[str, Any], new: Mapping[str, Any], *, untrained: bool = False, same_data: bool = False
 ) -> list[str]:
     """ "key: old -> new" for every other key that changed; arguments as for :func:`breaking_differences`."""
+    old = upgrade(old)
     free = {key for key in _keys(old, new) if not _must_agree(key, untrained, same_data)}
     return _differences(old, new, free)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import importlib
 import math
 import types
 import typing
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moepp.config.schema import Config
@@ -19,7 +21,7 @@ _MAX_INT, _MAX_TEXT = (1 << 64) - 1, 10_000
 
 
 def from_hydra(cfg: Any) -> Config:
-    """Turn Hydra's DictConfig into a :class:`Config`.
+    """Turn Hydra's DictConfig into a :class:`Config`; modules named in ``runtime.plugins`` are imported first.
 
     Raises:
         ConfigError: an unknown, missing or wrongly typed key, or a value out of range.
@@ -34,12 +36,54 @@ def from_hydra(cfg: Any) -> Config:
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{error.full_key} does not resolve: {reason}; correct the reference") from error
+    import_plugins(tree)
     return from_dict(tree)
 
 
 def from_dict(tree: Any) -> Config:
     """Turn nested dictionaries into a :class:`Config`; errors as in :func:`from_hydra`."""
     return build(Config, tree, "")
+
+
+def from_stored(tree: Any) -> Config:
+    """As :func:`from_dict` for a configuration from a run or a checkpoint, of this or an earlier version.
+
+    Its plugins are not imported: what a checkpoint names is not run.
+    """
+    return from_dict(upgrade(tree))
+
+
+def import_plugins(tree: Any) -> None:
+    """Import the modules that register what the configuration names.
+
+    Raises:
+        ConfigError: one cannot be imported.
+    """
+    runtime = tree.get("runtime") if isinstance(tree, Mapping) else None
+    plugins = runtime.get("plugins") if isinstance(runtime, Mapping) else None
+    for name in plugins if isinstance(plugins, Sequence) and not isinstance(plugins, str) else ():
+        try:
+            importlib.import_module(str(name))
+        except ImportError as error:
+            raise ConfigError(
+                f"runtime.plugins names {name}, which cannot be imported ({error}); correct it, or put its folder on "
+                "PYTHONPATH"
+            ) from error
+
+
+def upgrade(tree: Any) -> Any:
+    """A stored configuration of an earlier version with the keys of today."""
+    tree = copy.deepcopy(tree)
+    try:
+        parallel, moe = tree["parallel"], tree["model"]["moe"]
+        if "exchange_parts" in parallel:
+            parallel["exchange_chunks"] = parallel.pop("exchange_parts")
+        moe.setdefault("balance_rule", "heterogeneous")
+        if moe.pop("triton_kernels", False):
+            tree.setdefault("runtime", {})["kernels"] = "triton"
+    except (KeyError, TypeError, AttributeError):
+        pass  # not of the right form: what reads it says so
+    return tree
 
 
 def build(cls: type, tree: Any, path: str) -> Any:
@@ -99,6 +143,9 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
             item_hint = typing.get_args(option)[0]
             return tuple(_convert(item, item_hint, f"{path}[{i}]") for i, item in enumerate(value))
+        if typing.get_origin(option) is Mapping and isinstance(value, Mapping):
+            item_hint = typing.get_args(option)[1]
+            return {str(key): _convert(item, item_hint, f"{path}.{key}") for key, item in value.items()}
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
             if not math.isfinite(value):
                 raise ConfigError(f"{path}={value} is not a finite number; give one")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from moepp.config.require import require, require_above, require_at_least, require_choice
+from moepp.registry import BALANCE_RULES, EXPERT_KINDS, GATE_NORMALIZATIONS, ROUTERS
 
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """One mixture-of-experts layer (MoE++, arXiv 2410.07348). Expert order: FFN, constant, copy, zero.
+    """One mixture-of-experts layer (MoE++, arXiv 2410.07348).
+
+    Expert order: FFN, constant, copy, zero, then registered kinds by name.
 
     Vanilla MoE is the same configuration with no zero-computation experts.
     """
@@ -20,24 +24,30 @@ class MoEConfig:
     num_copy_experts: int = 0  # E(x) = x
     num_constant_experts: int = 0  # E(x) = a1 x + a2 v, [a1, a2] = softmax(W_c x)
     top_k: int = 2  # experts selected per token
-    router: str = "linear"  # "linear" (paper) or "mlp" (D -> 8N, tanh, 8N -> N; released code)
+    router: str = "linear"  # "linear" (paper), "mlp" (D -> 8N, tanh, 8N -> N; released code) or a registered one
     gating_residual: bool = True  # add W_g times the previous MoE layer's router logits
     logits_norm_std: float | None = None  # scale each token's logits to this standard deviation; None: off
-    gate_normalization: str = "zero_masked"  # "zero_masked", "none", "topk_softmax"
+    gate_normalization: str = "zero_masked"  # "zero_masked", "none", "topk_softmax" or a registered one
     scale_input_by_top_k: bool = False  # multiply the experts' input by top_k (released code)
     tau: float = 0.75  # weight of zero-computation experts in Eq. 7, of FFN capacity in Eq. 8
     capacity_factor: float | None = 1.1  # gamma of Eq. 8; None: dropless. Only while training
-    drop_policy: str = "weight"  # which overflowing slots go: lowest "weight" or latest "position"
+    drop_policy: str = "weight"  # which overflowing assignments go: lowest "weight" or latest "position"
     balance_loss_weight: float = 0.01  # beta
     balance_loss_scope: str = "micro_batch"  # tokens that f_i counts: "micro_batch", "data_parallel", "global_batch"
+    balance_rule: str = "heterogeneous"  # Eq. 7, or a registered one
     balance_loss_switch_scale: bool = False  # multiply Eq. 7 by N/K as Switch Transformer does; the paper does not
     z_loss_weight: float = 0.0  # weight of mean(logsumexp(logits)^2) (ST-MoE, arXiv 2202.08906 Eq. 5)
     expert_chunk_rows: int | None = None  # compute experts in chunks of so many rows, again in backward; None: at once
-    triton_kernels: bool = False  # SwiGLU and sums of rows by Triton; for accelerators, never tried on one so far
+    extra_experts: Mapping[str, int] = field(default_factory=dict, hash=False)  # experts of each registered kind
+    router_options: Mapping[str, float] = field(default_factory=dict, hash=False)  # of a registered router
 
     def __post_init__(self) -> None:
         for name in ("num_ffn_experts", "num_zero_experts", "num_copy_experts", "num_constant_experts"):
             require_at_least(f"model.moe.{name}", getattr(self, name), 0)
+        for kind, count in self.extra_experts.items():
+            EXPERT_KINDS.require(kind)
+            require_at_least(f"model.moe.extra_experts.{kind}", count, 0)
+        object.__setattr__(self, "extra_experts", dict(sorted(self.extra_experts.items())))
         require_at_least("model.moe.ffn_hidden_size", self.ffn_hidden_size, 1)
         require(
             self.num_experts > 0,
@@ -48,8 +58,9 @@ class MoEConfig:
             f"model.moe.top_k={self.top_k} must lie between 1 and the {self.num_experts} experts of the layer; "
             "lower top_k or add experts",
         )
-        require_choice("model.moe.router", self.router, ("linear", "mlp"))
-        require_choice("model.moe.gate_normalization", self.gate_normalization, ("zero_masked", "none", "topk_softmax"))
+        ROUTERS.require(self.router)
+        GATE_NORMALIZATIONS.require(self.gate_normalization)
+        BALANCE_RULES.require(self.balance_rule)
         require_choice("model.moe.drop_policy", self.drop_policy, ("weight", "position"))
         require_choice(
             "model.moe.balance_loss_scope",
@@ -73,19 +84,35 @@ class MoEConfig:
 
     @property
     def num_zero_computation_experts(self) -> int:
-        return self.num_zero_experts + self.num_copy_experts + self.num_constant_experts
+        """Experts that every rank computes itself, registered kinds among them."""
+        return self.num_experts - self.num_ffn_experts
 
     @property
     def num_experts(self) -> int:
         """N: all experts of every kind."""
-        return self.num_ffn_experts + self.num_zero_computation_experts
+        return sum(self.expert_counts.values())
+
+    @property
+    def expert_counts(self) -> dict[str, int]:
+        """Experts of each kind, in the order of experts."""
+        kinds = ("ffn", "constant", "copy", "zero")
+        return {kind: getattr(self, f"num_{kind}_experts") for kind in kinds} | dict(self.extra_experts)
+
+    @property
+    def registered_parts(self) -> list[str]:
+        """Settings that name parts from outside the package, as "key=value": exports cannot express them."""
+        parts = [f"extra_experts.{kind}={count}" for kind, count in self.extra_experts.items() if count]
+        if self.router not in ("linear", "mlp"):
+            parts.append(f"router={self.router}")
+        if self.gate_normalization not in ("zero_masked", "none", "topk_softmax"):
+            parts.append(f"gate_normalization={self.gate_normalization}")
+        return [f"model.moe.{part}" for part in parts]
 
     @property
     def kind_slices(self) -> dict[str, slice]:
-        """Index range of each expert kind in the order FFN, constant, copy, zero."""
+        """Index range of each expert kind, in the order of experts."""
         slices, start = {}, 0
-        for kind in ("ffn", "constant", "copy", "zero"):
-            count = getattr(self, f"num_{kind}_experts")
+        for kind, count in self.expert_counts.items():
             slices[kind] = slice(start, start + count)
             start += count
         return slices

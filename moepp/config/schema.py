@@ -117,18 +117,29 @@ class ParallelConfig:
     """How the model is spread over ranks."""
 
     expert: int = 1  # P: ranks that share one set of FFN experts
-    exchange_parts: int = 1  # the expert exchange in so many parts, one computed while the others travel
+    exchange_chunks: int = 1  # chunks of the all-to-all; one is computed while the next is in flight
     zero_stage: int | None = None  # deepspeed: 0, 1 or 2 (None: 1); native: 0
     timeout_seconds: float = 600.0  # longest wait for another rank before the run stops
 
     def __post_init__(self) -> None:
         require_at_least("parallel.expert", self.expert, 1)
-        require_at_least("parallel.exchange_parts", self.exchange_parts, 1)
+        require_at_least("parallel.exchange_chunks", self.exchange_chunks, 1)
         require(
             self.zero_stage in (None, 0, 1, 2),
             f"parallel.zero_stage={self.zero_stage} is not one of 0, 1, 2; choose one of them",
         )
         require_above("parallel.timeout_seconds", self.timeout_seconds, 0)
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """What runs the model, and what is loaded before it."""
+
+    kernels: str = "auto"  # "auto", "torch", "cpu" or "triton": see moepp.ops.backend
+    plugins: tuple[str, ...] = ()  # modules to import first, which register expert kinds, routers and the like
+
+    def __post_init__(self) -> None:
+        require_choice("runtime.kernels", self.kernels, ("auto", "torch", "cpu", "triton"))
 
 
 @dataclass(frozen=True)
@@ -290,5 +301,6 @@ class Config:
     guard: GuardConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
+    runtime: RuntimeConfig = RuntimeConfig()
     eval: EvalConfig = EvalConfig()
     init: InitConfig = InitConfig()

@@ -7,6 +7,11 @@ from collections.abc import Sequence
 
 _LISTED_KEYS = 14  # an error names all known keys of a section up to so many
 _SHOWN_KEYS = 3
+# Keys of earlier versions, and what says the same now.
+RENAMED = {
+    "parallel.exchange_parts": "parallel.exchange_chunks",
+    "model.moe.triton_kernels": "runtime.kernels (triton or auto)",
+}
 
 # Last segment of a key as other trainers have it (lower case, underscores left out) -> the key here.
 _SYNONYMS = {
@@ -95,6 +100,8 @@ def nearest_keys(key: str, known: Sequence[str]) -> list[str]:
 
 def unknown_key_message(key: str, known: Sequence[str]) -> str:
     """One line for a mistyped key, with the nearest known ones."""
+    if key in RENAMED:
+        return f"configuration key {key} is now {RENAMED[key]}; write that instead"
     own = [name for name in known if _section(key) and _section(name) == _section(key)]
     listed = own or known
     if near := nearest_keys(key, known):

@@ -60,16 +60,16 @@ def _validate_parallel(cfg: Config, world_size: int) -> None:
         f"parallel.expert={ep} does not divide model.moe.num_ffn_experts={experts}; "
         "change one of them so that every rank holds the same number of experts",
     )
-    parts = cfg.parallel.exchange_parts
+    parts = cfg.parallel.exchange_chunks
     require(
         parts == 1 or ep > 1,
-        f"parallel.exchange_parts={parts} needs experts on several ranks and parallel.expert=1; "
-        "set parallel.exchange_parts=1 or raise parallel.expert",
+        f"parallel.exchange_chunks={parts} needs experts on several ranks and parallel.expert=1; "
+        "set parallel.exchange_chunks=1 or raise parallel.expert",
     )
     require(
         parts == 1 or (experts // ep > 0 and experts // ep % parts == 0),
-        f"parallel.exchange_parts={parts} does not divide the {experts // ep} FFN experts of each rank "
-        f"(model.moe.num_ffn_experts={experts}, parallel.expert={ep}); lower parallel.exchange_parts",
+        f"parallel.exchange_chunks={parts} does not divide the {experts // ep} FFN experts of each rank "
+        f"(model.moe.num_ffn_experts={experts}, parallel.expert={ep}); lower parallel.exchange_chunks",
     )
     stage = zero_stage(cfg)
     require(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,12 +13,13 @@ from moepp import comm, hf, official
 from moepp.checkpoint import CheckpointInfo, list_checkpoints, load_model, read_info
 from moepp.checkpoint.format import total_size
 from moepp.checkpoint.resume import verify_together
-from moepp.config import Config, ModelConfig, from_dict
+from moepp.config import Config, ModelConfig, from_stored
 from moepp.data.manifest import read_manifest, sha256_of
 from moepp.data.tokenizer import Tokenizer
 from moepp.errors import CheckpointError, ConfigError, DataError
 from moepp.evaluation.results import Subject
 from moepp.model.transformer import Transformer
+from moepp.moe import ExpertParallel
 from moepp.parallel.groups import ParallelGroups
 from moepp.run_dir import RunDir
 from moepp.untrusted import printable
@@ -149,7 +150,7 @@ def build_model(found: FoundModel, groups: ParallelGroups, precision: str | None
         CheckpointError: damaged files, or weights that do not fit.
     """
     with torch.device("meta"):
-        model = Transformer(found.cfg, ep_group=groups.ep)
+        model = Transformer(found.cfg, ExpertParallel(groups.ep))
     model.to_empty(device=groups.device)
     model.to(DTYPES[precision or found.precision])
     found.fill(model, groups)
@@ -159,7 +160,7 @@ def build_model(found: FoundModel, groups: ParallelGroups, precision: str | None
 def _find_checkpoint(checkpoint: Path, place: str) -> FoundModel:
     info = read_info(checkpoint)
     try:
-        cfg = from_dict(info.config)
+        cfg = from_stored(info.config)
         require_room(cfg.model, total_size(checkpoint), f"{checkpoint}: info.json", torch.float32.itemsize)
     except ConfigError as error:
         reason = printable(error)
@@ -175,7 +176,7 @@ def _find_checkpoint(checkpoint: Path, place: str) -> FoundModel:
         comm.run_together(lambda: load_model(checkpoint, model, groups.ep_rank), groups.world)
 
     return FoundModel(
-        cfg=replace(cfg.model, moe=replace(cfg.model.moe, triton_kernels=False)),  # the same function on any machine
+        cfg=cfg.model,
         precision=cfg.train.precision,
         subject=Subject(place, info.step, info.tokens),
         tokenizer=None if cfg.data.tokenizer is None else Path(cfg.data.tokenizer),

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from moepp.data.tokenizer import Tokenizer
-from moepp.model.cross_entropy import log_softmax
 from moepp.model.generate import GREEDY, Sampling, stream
 from moepp.model.transformer import Transformer
+from moepp.ops import log_softmax
 
 SLICE_TOKENS = 1024  # logits [U, V] in fp32 are held for this many positions at a time
 SAMPLING_SEED = 1234  # as lm-evaluation-harness's default

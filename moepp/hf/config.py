@@ -52,7 +52,16 @@ _TOKEN_IDS = ("bos", "eos", "pad")
 
 
 def hf_config(cfg: ModelConfig, ids: TokenIds, dtype: str) -> dict[str, Any]:
-    """Contents of ``config.json``; ``dtype`` of the weights, "float32" or "bfloat16"."""
+    """Contents of ``config.json``; ``dtype`` of the weights, "float32" or "bfloat16".
+
+    Raises:
+        ConfigError: the model has parts that the exported code does not know.
+    """
+    if parts := cfg.moe.registered_parts:
+        raise ConfigError(
+            f"{', '.join(parts)} is registered outside the package, and the exported code does not know it; a model "
+            "with it runs from its checkpoints only"
+        )
     scaling = cfg.rope_scaling
     return {
         "architectures": [ARCHITECTURE],

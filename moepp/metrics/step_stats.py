@@ -13,10 +13,8 @@ from torch import Tensor
 
 from moepp.metrics.values import Reduce, Value, reduce_values
 
-KINDS = ("ffn", "constant", "copy", "zero")
-_SHARES = tuple(f"share_{kind}" for kind in KINDS)
-_MEANS = ("balance_loss", "drop_fraction", *_SHARES)  # over this rank's tokens
-_COUNTS = ("num_tokens", "ffn_slots", "remote_slots")
+_MEANS = ("balance_loss", "drop_fraction")  # over this rank's tokens, as are the shares that follow them
+_COUNTS = ("num_tokens", "ffn_assignments", "remote_assignments")
 _COLUMNS = (*_COUNTS, *_MEANS)
 
 
@@ -26,21 +24,15 @@ class RoutingStats(Protocol):
     @property
     def num_tokens(self) -> Tensor: ...
     @property
-    def ffn_slots(self) -> Tensor: ...
+    def ffn_assignments(self) -> Tensor: ...
     @property
-    def remote_slots(self) -> Tensor: ...
+    def remote_assignments(self) -> Tensor: ...
     @property
     def balance_loss(self) -> Tensor: ...
     @property
     def drop_fraction(self) -> Tensor: ...
     @property
-    def share_ffn(self) -> Tensor: ...
-    @property
-    def share_constant(self) -> Tensor: ...
-    @property
-    def share_copy(self) -> Tensor: ...
-    @property
-    def share_zero(self) -> Tensor: ...
+    def share_Z(self) -> Tensor: ...  # one entry per expert kind
     @property
     def load_E(self) -> Tensor: ...
 
@@ -56,9 +48,17 @@ class StepStats:
         stats.reduce(...)               # each log interval; starts the next interval
     """
 
-    def __init__(self, moe_layers: Sequence[int], num_ffn_experts: int, top_k: int) -> None:
-        """``moe_layers``: transformer layer index of each MoE layer, in the order of the stats passed later."""
+    def __init__(self, moe_layers: Sequence[int], kinds: Sequence[str], num_ffn_experts: int, top_k: int) -> None:
+        """Start the first interval.
+
+        Args:
+            moe_layers: transformer layer index of each MoE layer, in the order of the stats passed later.
+            kinds: names of the expert kinds, in the order of ``share_Z``.
+            num_ffn_experts: the first experts.
+            top_k: K.
+        """
         self.moe_layers = tuple(moe_layers)
+        self.kinds = tuple(kinds)
         self.num_ffn_experts = num_ffn_experts
         self.top_k = top_k
         self._pending: dict[str, Tensor] = {}
@@ -80,8 +80,7 @@ class StepStats:
             "loss_tokens": loss_sum.new_zeros(()) + num_loss_tokens,
         }
         if stats:
-            columns = torch.stack([getattr(layer, name).detach() for layer in stats for name in _COLUMNS])
-            columns_LC = columns.to(torch.float64).view(len(stats), len(_COLUMNS))
+            columns_LC = torch.stack([_columns(layer) for layer in stats]).to(torch.float64)
             # Weighed by the tokens behind them, means add up over micro-batches and ranks of any size.
             columns_LC[:, len(_COUNTS) :] *= columns_LC[:, :1]
             new["layers"] = columns_LC
@@ -132,7 +131,7 @@ class StepStats:
         - ``train/loss``: mean over tokens, nats.
         - ``train/balance_loss``: sum over layers of L_b (Eq. 7, without its weight), mean over tokens.
         - ``routing/ffn_per_token``, ``routing/drop_fraction``: mean over MoE layers, each a mean over tokens.
-        - ``routing/layer_<i>/share_<kind>``: of the router's choices, before drops; the four sum to 1.
+        - ``routing/layer_<i>/share_<kind>``: of the router's choices, before drops; they sum to 1.
         - ``routing/layer_<i>/max_over_mean``: busiest FFN expert over the mean; absent if no FFN expert was chosen.
         - ``comm/dispatch_bytes``: rows sent to other ranks, per step, over all ranks.
         - ``comm/dispatch_bytes_vanilla``: the same if all K slots of each token were FFN slots, with each layer's
@@ -162,14 +161,14 @@ class StepStats:
 
     def _add_routing(self, metrics: dict[str, float], layers_LC: Tensor, load_LE: Tensor) -> None:
         column = {name: layers_LC[:, c] for c, name in enumerate(_COLUMNS)}
-        tokens_L, ffn_L, remote_L = column["num_tokens"], column["ffn_slots"], column["remote_slots"]
+        tokens_L, ffn_L, remote_L = (column[name] for name in _COUNTS)
         per_token = tokens_L.clamp(min=1)  # a layer without tokens has zeros to divide
         metrics["routing/ffn_per_token"] = float((ffn_L / per_token).mean())
         metrics["routing/drop_fraction"] = float((column["drop_fraction"] / per_token).mean())
         for row, index in enumerate(self.moe_layers):
             prefix = f"routing/layer_{index}"
-            for share in _SHARES:
-                metrics[f"{prefix}/{share}"] = float(column[share][row] / per_token[row])
+            for kind, share in zip(self.kinds, layers_LC[row, len(_COLUMNS) :], strict=True):
+                metrics[f"{prefix}/share_{kind}"] = float(share / per_token[row])
             load_E = load_LE[row, : self.num_ffn_experts]
             if load_E.sum() > 0:
                 metrics[f"{prefix}/max_over_mean"] = float(load_E.max() / load_E.mean())
@@ -177,6 +176,12 @@ class StepStats:
             vanilla_L = self.top_k * tokens_L * remote_L / ffn_L.clamp(min=1)
             growth = float(vanilla_L.sum() / remote_L.sum())
             metrics["comm/dispatch_bytes_vanilla"] = metrics["comm/dispatch_bytes"] * growth
+
+
+def _columns(layer: RoutingStats) -> Tensor:
+    """Counts, means and shares of one layer, [C]."""
+    scalars = torch.stack([getattr(layer, name).detach() for name in _COLUMNS])
+    return torch.cat((scalars, layer.share_Z.detach().to(scalars.dtype)))
 
 
 def _accumulate(into: dict[str, Tensor], new: dict[str, Tensor]) -> None:

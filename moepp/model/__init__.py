@@ -1,7 +1,6 @@
 """The decoder around the MoE++ layers: model, initialisation, accounting, sampling."""
 
 from moepp.model.attention import KVCache
-from moepp.model.cross_entropy import chunked_cross_entropy
 from moepp.model.generate import generate
 from moepp.model.init import init_parameters
 from moepp.model.transformer import LossOutput, ModelOutput, Transformer
@@ -11,7 +10,6 @@ __all__ = [
     "LossOutput",
     "ModelOutput",
     "Transformer",
-    "chunked_cross_entropy",
     "generate",
     "init_parameters",
 ]

@@ -10,9 +10,14 @@ lookup are left out, as in ``torch.utils.flop_counter``, against which the tests
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 
+import torch
+from torch import nn
+
 from moepp.config import ModelConfig, MoEConfig
+from moepp.registry import EXPERT_KINDS, ROUTERS
 
 BACKWARD_FACTOR = 2  # each product y = x W has two in backward, for the gradients of x and of W
 
@@ -27,6 +32,7 @@ class ParameterCounts:
     router: int  # M D N (linear) or M (8 N D + 8 N^2) (mlp), with gating residuals + M N^2
     ffn_experts: int  # M N_FFN 3 D F
     constant_experts: int  # M C 3 D
+    registered_experts: int  # of kinds from outside the package
     dense_ffn: int  # (L - M) 3 D F_dense
     lm_head: int  # V D, or 0 where tied
 
@@ -61,9 +67,12 @@ def count_parameters(cfg: ModelConfig) -> ParameterCounts:
     """Every parameter, by kind."""
     moe, width, num_moe = cfg.moe, cfg.hidden_size, len(cfg.moe_layers)
     num_experts = moe.num_experts
-    router = width * num_experts if moe.router == "linear" else 8 * num_experts * (width + num_experts)
-    if moe.gating_residual:
-        router += num_experts**2
+    if moe.router in ("linear", "mlp"):
+        router = width * num_experts if moe.router == "linear" else 8 * num_experts * (width + num_experts)
+        router += num_experts**2 if moe.gating_residual else 0
+    else:
+        router = _size(lambda: ROUTERS.get(moe.router)(moe, width))
+    registered = [_size(lambda k=k, n=n: EXPERT_KINDS.get(k)(n, width)) for k, n in moe.extra_experts.items() if n]
     return ParameterCounts(
         embedding=cfg.vocab_size * width,
         attention=cfg.num_layers * 2 * width * (width + cfg.num_kv_heads * cfg.head_dim),
@@ -71,9 +80,16 @@ def count_parameters(cfg: ModelConfig) -> ParameterCounts:
         router=num_moe * router,
         ffn_experts=num_moe * moe.num_ffn_experts * _swiglu_parameters(cfg, moe.ffn_hidden_size),
         constant_experts=num_moe * moe.num_constant_experts * 3 * width,
+        registered_experts=num_moe * sum(registered),
         dense_ffn=(cfg.num_layers - num_moe) * _swiglu_parameters(cfg, cfg.dense_ffn_hidden_size or 0),
         lm_head=0 if cfg.tie_embeddings else cfg.vocab_size * width,
     )
+
+
+def _size(make: Callable[[], nn.Module]) -> int:
+    """Parameters of a module; takes no memory."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in make().parameters())
 
 
 def activated_parameters(

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from moepp.config import ModelConfig
 from moepp.errors import ConfigError
-from moepp.kernels import multiplies_in_float32
 from moepp.model.linear import Linear
+from moepp.ops import multiplies_in_float32
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def _next_token(
         num_past = 0 if kv_cache is None else kv_cache.length
         positions_BP = None if mask_BP is None else (mask_BP.long().cumsum(-1) - 1).clamp(min=0)[:, num_past:]
         out = model(ids_BP[:, num_past:], positions_BP, mask_BP, kv_cache)
-        return _agree(sample(model.logits(out.hidden[:, -1]), sampling, generator), model.ep_group)
+        return _agree(sample(model.logits(out.hidden[:, -1]), sampling, generator), model.parallel.group)
     finally:
         model.train(was_training)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moepp.errors import ConfigError
 from moepp.model.transformer import Transformer
+from moepp.moe.experts import ExpertKind
 
 _STACKED_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")  # first dimension: the experts of this rank
 
@@ -21,7 +22,8 @@ _STACKED_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")  # first dimens
 def init_parameters(model: Transformer, seed: int, ep_rank: int = 0, ep_size: int = 1) -> None:
     """Draw every parameter of ``model`` in place: in fp32 on the CPU, then cast and copied.
 
-    Matrices, embeddings and routers: N(0, ``cfg.init_std``). Constant experts' vectors: N(0, 1). Norms: 1.
+    Matrices, embeddings and routers: N(0, ``cfg.init_std``). Constant experts' vectors: N(0, 1). Norms: 1. Registered
+    expert kinds may say otherwise.
 
     Args:
         model: any dtype and device; rank ``ep_rank`` of ``ep_size`` holds the FFN experts
@@ -35,9 +37,9 @@ def init_parameters(model: Transformer, seed: int, ep_rank: int = 0, ep_size: in
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ConfigError(f"parameter {name} is on the meta device and has no memory; call model.to_empty() first")
-        std = _std(name, model.cfg.init_std)
-        if std is None:
-            parameter.fill_(1.0)
+        std, constant = _std(name, model.cfg.init_std), _constant(model, name)
+        if constant is not None:
+            parameter.fill_(constant)
         elif name.endswith(_STACKED_EXPERTS):
             if parameter.shape[0] != num_local:
                 raise ConfigError(
@@ -51,10 +53,17 @@ def init_parameters(model: Transformer, seed: int, ep_rank: int = 0, ep_size: in
             parameter.copy_(_draw(parameter.shape, std, f"{seed}/{name}"))
 
 
-def _std(name: str, init_std: float) -> float | None:
-    """Standard deviation of a parameter; None: filled with ones."""
+def _constant(model: Transformer, name: str) -> float | None:
+    """What a parameter is filled with; ``None``: it is drawn."""
     if name.endswith("norm.weight"):
-        return None
+        return 1.0
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    return module.init(leaf) if isinstance(module, ExpertKind) else None
+
+
+def _std(name: str, init_std: float) -> float:
+    """Standard deviation of a parameter."""
     return 1.0 if name.endswith("zero_computation.value") else init_std
 
 

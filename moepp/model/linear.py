@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moepp.kernels import linear
+from moepp.ops import linear
 
 
 class Linear(nn.Linear):

@@ -14,16 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moepp import comm
 from moepp.config import ModelConfig
 from moepp.errors import ConfigError
-from moepp.kernels import linear
 from moepp.model.attention import Attention, AttentionInputs, KVCache, build_attention_mask, rotary_table
-from moepp.model.cross_entropy import chunked_cross_entropy
 from moepp.model.dense_ffn import DenseFFN
 from moepp.model.linear import Linear
 from moepp.model.norm import RMSNorm
-from moepp.moe import MoELayer, MoEStats
+from moepp.moe import ExpertParallel, MoELayer, MoEStats
+from moepp.ops import chunked_cross_entropy, linear
 
 
 @dataclass(frozen=True)
@@ -64,10 +62,7 @@ class TransformerLayer(nn.Module):
         self,
         cfg: ModelConfig,
         layer_index: int,
-        ep_group: comm.Group | None = None,
-        balance_group: comm.Group | None = None,
-        traffic: comm.Traffic | None = None,
-        exchange_parts: int = 1,
+        parallel: ExpertParallel | None = None,
     ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
@@ -76,7 +71,7 @@ class TransformerLayer(nn.Module):
         self.is_moe = layer_index in cfg.moe_layers
         if self.is_moe:
             moe_index = cfg.moe_layers.index(layer_index)
-            self.moe = MoELayer(cfg.moe, cfg.hidden_size, moe_index, ep_group, balance_group, traffic, exchange_parts)
+            self.moe = MoELayer(cfg.moe, cfg.hidden_size, moe_index, parallel=parallel)
         else:
             assert cfg.dense_ffn_hidden_size is not None  # ModelConfig refuses dense layers without a width
             self.mlp = DenseFFN(cfg.hidden_size, cfg.dense_ffn_hidden_size)
@@ -108,27 +103,22 @@ class Transformer(nn.Module):
 
     Args:
         cfg: shapes.
-        ep_group, balance_group, traffic, exchange_parts: passed to every :class:`moepp.moe.MoELayer`.
+        parallel: how the FFN experts are spread over ranks.
 
     Raises:
-        ConfigError: the FFN experts cannot be divided over ``ep_group``.
+        ConfigError: the FFN experts cannot be divided over its group.
     """
 
     def __init__(
         self,
         cfg: ModelConfig,
-        ep_group: comm.Group | None = None,
-        balance_group: comm.Group | None = None,
-        traffic: comm.Traffic | None = None,
-        exchange_parts: int = 1,
+        parallel: ExpertParallel | None = None,
     ) -> None:
         super().__init__()
         self.cfg = cfg
-        self.ep_group = ep_group
+        self.parallel = parallel if parallel is not None else ExpertParallel()
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
-        self.layers = nn.ModuleList(
-            TransformerLayer(cfg, i, ep_group, balance_group, traffic, exchange_parts) for i in range(cfg.num_layers)
-        )
+        self.layers = nn.ModuleList(TransformerLayer(cfg, i, self.parallel) for i in range(cfg.num_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
         if not cfg.tie_embeddings:
             self.lm_head = Linear(cfg.hidden_size, cfg.vocab_size)

@@ -1,6 +1,6 @@
-"""Auxiliary losses of the router, as pure functions.
+"""Auxiliary losses of the router, as pure functions; balance rules can be registered.
 
-Shapes: T tokens, E = N experts of every kind (order FFN, constant, copy, zero), K experts per token.
+Shapes: T tokens, E = N experts of every kind (FFN experts first), K experts per token.
 """
 
 from __future__ import annotations
@@ -9,27 +9,39 @@ import torch
 from torch import Tensor
 
 from moepp.config import MoEConfig
+from moepp.registry import BALANCE_RULES
 
 
 def balance_loss(*, probs_TE: Tensor, selection_share_E: Tensor, cfg: MoEConfig) -> Tensor:
+    """The loss that ``cfg.balance_rule`` names.
+
+    A balance rule is a function with these arguments in :data:`moepp.registry.BALANCE_RULES`.
+
+    Args:
+        probs_TE: scores of all experts (softmax of the router logits), local tokens.
+        selection_share_E: f_i, choices of expert i (before capacity drops) per token of the chosen scope; it sums to
+            K and carries no gradient.
+        cfg: of the layer.
+
+    Returns:
+        Scalar, not multiplied by β; 0 for T = 0.
+    """
+    rule = BALANCE_RULES.get(cfg.balance_rule)
+    return rule(probs_TE=probs_TE, selection_share_E=selection_share_E.detach(), cfg=cfg)
+
+
+@BALANCE_RULES.register("heterogeneous")
+def heterogeneous(*, probs_TE: Tensor, selection_share_E: Tensor, cfg: MoEConfig) -> Tensor:
     """Heterogeneous load-balance loss (MoE++, arXiv 2410.07348, Eq. 7): ``Σ_i η_i f_i P_i``.
 
     η_i is 1 for FFN experts and τ for zero-computation experts; ``P_i`` is the mean of ``probs_TE`` over the local
     tokens (differentiable). Eq. 7 has no factor N; with ``cfg.balance_loss_switch_scale`` the sum is multiplied by
     N/K, as in Switch Transformer (arXiv 2101.03961, Eq. 4), so that perfect balance gives about 1 whatever N.
-
-    Args:
-        probs_TE: softmax of the router logits, local tokens.
-        selection_share_E: f_i, choices of expert i (before capacity drops) per token of the chosen scope; it sums to
-            K and carries no gradient.
-
-    Returns:
-        Scalar, not multiplied by β; 0 for T = 0.
     """
     num_tokens = max(probs_TE.shape[0], 1)
     eta_E = torch.ones_like(selection_share_E)
     eta_E[cfg.num_ffn_experts :] = cfg.tau
-    loss = (eta_E * selection_share_E.detach() * (probs_TE.sum(dim=0) / num_tokens)).sum()
+    loss = (eta_E * selection_share_E * (probs_TE.sum(dim=0) / num_tokens)).sum()
     return loss * (cfg.num_experts / cfg.top_k) if cfg.balance_loss_switch_scale else loss
 
 

@@ -1,107 +1,99 @@
-"""The router: logits with gating residuals, gates, and the choice of experts.
+"""Routers: logits with gating residuals.
 
-Shapes: T tokens, D width, N = E experts of every kind, K experts per token.
+Shapes: T tokens, D width, E = N experts of every kind, K experts per token.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
+from moepp import ops
 from moepp.config import MoEConfig
-from moepp.moe.kernels import gates, has_gates, linear_fp32
+from moepp.moe.gates import Gates, compute_gates
+from moepp.registry import ROUTERS
 
 
 class Router(nn.Module):
     """Router logits with gating residual (MoE++, arXiv 2410.07348, Eq. 6), in fp32 even under autocast.
 
-    ``logits_j = R_j(x) + W_g^j · logits_{j-1}``; R is linear (paper) or a two-layer tanh MLP (released code).
-    The first MoE layer has no predecessor: its previous logits are zeros, so its W_g stays unused but is kept,
+    ``logits_j = R_j(x) + W_g^j · logits_{j-1}``. A subclass says what R is, by :meth:`make_parameters` and
+    :meth:`project`; it may also choose experts in its own way and keep state that is updated after every optimizer
+    step. The first MoE layer has no predecessor: its previous logits are zeros, so its W_g stays unused but is kept,
     as in the released checkpoints.
+
+    Buffers (``register_buffer``) are fp32 whatever the model's precision, part of every checkpoint, and must be the
+    same on every rank; :meth:`after_optimizer_step` gets what it needs for that.
     """
+
+    updates_after_step = False
+    """Whether :meth:`after_optimizer_step` wants to be called; it costs one all-reduce per step."""
 
     def __init__(self, cfg: MoEConfig, hidden_size: int) -> None:
         super().__init__()
-        n = cfg.num_experts
-        if cfg.router == "linear":
-            self.weight = nn.Parameter(torch.empty(n, hidden_size))
-        else:
-            self.fc1 = nn.Linear(hidden_size, 8 * n, bias=False)
-            self.fc2 = nn.Linear(8 * n, n, bias=False)
-        self.gate_map = nn.Linear(n, n, bias=False) if cfg.gating_residual else None
-        self.kind = cfg.router
-        self.num_experts = n
+        self.cfg = cfg
+        self.make_parameters(hidden_size)
+        self.gate_map = nn.Linear(cfg.num_experts, cfg.num_experts, bias=False) if cfg.gating_residual else None
 
-    @property
-    def input_weight(self) -> Tensor:
-        """[P, D]: what x is projected with first (P = N, or 8N for the MLP)."""
-        return self.weight if self.kind == "linear" else self.fc1.weight
+    def make_parameters(self, hidden_size: int) -> None:
+        """Create the parameters and buffers of R."""
+        raise NotImplementedError
 
-    def forward(self, projected_TP: Tensor, prev_logits_TE: Tensor | None) -> Tensor:
+    def project(self, x_TD: Tensor) -> Tensor:
+        """R(x): logits [T, N] before the residual, at least fp32."""
+        raise NotImplementedError
+
+    def forward(self, x_TD: Tensor, prev_logits_TE: Tensor | None) -> Tensor:
         """Logits [T, N] after the residual, before any normalisation; fp32 (fp64 for fp64 input).
 
         Args:
-            projected_TP: ``x @ input_weight.T``, at least fp32.
-            prev_logits_TE: ``router_logits`` of the previous MoE layer.
+            x_TD: the tokens.
+            prev_logits_TE: logits of the previous MoE layer.
         """
-        logits_TE = projected_TP
-        if self.kind == "mlp":
-            logits_TE = linear_fp32(torch.tanh(projected_TP), self.fc2.weight)
+        logits_TE = self.project(x_TD)
         if self.gate_map is not None:
             if prev_logits_TE is None:
-                prev_logits_TE = logits_TE.new_zeros(1, self.num_experts)  # so that W_g gets a gradient: zeros
-            logits_TE = logits_TE + linear_fp32(prev_logits_TE, self.gate_map.weight)
+                prev_logits_TE = logits_TE.new_zeros(1, self.cfg.num_experts)  # so that W_g gets a gradient: zeros
+            logits_TE = logits_TE + ops.linear_fp32(prev_logits_TE, self.gate_map.weight)
         return logits_TE
 
+    def choose(self, logits_TE: Tensor) -> Gates:
+        """The K experts of every token and their gate weights."""
+        return compute_gates(logits_TE, self.cfg)
 
-@dataclass(frozen=True)
-class Gates:
-    """The experts that each token chose.
+    @torch.no_grad()
+    def after_optimizer_step(self, load_E: Tensor) -> None:
+        """Update the buffers.
 
-    Attributes:
-        probs_TE: softmax over all N experts, differentiable; P_i of the balance loss is its mean.
-        topk_ids_TK: chosen experts, best first, int64.
-        weights_TK: their final gate weights, differentiable, before capacity drops.
-    """
-
-    probs_TE: Tensor
-    topk_ids_TK: Tensor
-    weights_TK: Tensor
+        Args:
+            load_E: how often each expert was chosen in this step, before drops: all ranks and micro-batches, fp64.
+        """
 
 
-def compute_gates(logits_TE: Tensor, cfg: MoEConfig) -> Gates:
-    """Softmax, top-K and gate normalisation (``cfg.gate_normalization``), in the logits' precision.
+@ROUTERS.register("linear")
+class LinearRouter(Router):
+    """R(x) = W x, as the paper has it."""
 
-    - ``zero_masked`` (released code): softmax over all experts, top-K, the zero experts' weights set to 0 and the
-      K weights renormalised to sum to 1. A token whose K weights are all 0 keeps zeros.
-    - ``none`` (paper, Eq. 1): softmax over all experts, no renormalisation.
-    - ``topk_softmax`` (Mixtral): softmax over the K chosen logits; a zero expert keeps its weight.
-    """
-    if cfg.logits_norm_std is None and has_gates(logits_TE, cfg.top_k):
-        return Gates(*gates(logits_TE, cfg.top_k, cfg.kind_slices["zero"].start, cfg.gate_normalization))
-    # Experts first: with [T, N], N of a dozen, the CPU spends ten times as long on a softmax.
-    logits_ET = logits_TE.t().contiguous()
-    if cfg.logits_norm_std is not None:
-        logits_ET = logits_ET / (_std_over_experts(logits_ET) / cfg.logits_norm_std)
-    probs_ET = torch.softmax(logits_ET, dim=0)
-    scores_ET = logits_ET if cfg.gate_normalization == "topk_softmax" else probs_ET
-    topk_ids_KT = torch.topk(scores_ET, cfg.top_k, dim=0).indices
-    if cfg.gate_normalization == "topk_softmax":
-        weights_KT = torch.softmax(logits_ET.gather(0, topk_ids_KT), dim=0)
-    else:
-        weights_KT = probs_ET.gather(0, topk_ids_KT)
-    if cfg.gate_normalization == "zero_masked":
-        if cfg.num_zero_experts:
-            weights_KT = weights_KT.masked_fill(topk_ids_KT >= cfg.kind_slices["zero"].start, 0.0)
-        total_T = weights_KT.sum(dim=0)
-        # Only a token that chose zero experts alone sums to 0; dividing by 1 keeps its weights at 0 instead of NaN.
-        weights_KT = weights_KT / torch.where(total_T > 0, total_T, 1.0)
-    return Gates(probs_ET.t(), topk_ids_KT.t().contiguous(), weights_KT.t().contiguous())
+    def make_parameters(self, hidden_size: int) -> None:
+        self.weight = nn.Parameter(torch.empty(self.cfg.num_experts, hidden_size))
+
+    def project(self, x_TD: Tensor) -> Tensor:
+        return ops.project(x_TD, self.weight)
 
 
-def _std_over_experts(logits_ET: Tensor) -> Tensor:
-    """``logits_ET.std(dim=0)``, unbiased, in whole rows: torch's own takes ten times as long over so few numbers."""
-    centered_ET = logits_ET - logits_ET.mean(dim=0)
-    return (centered_ET.square().sum(dim=0) / (logits_ET.shape[0] - 1)).sqrt()
+@ROUTERS.register("mlp")
+class MLPRouter(Router):
+    """R(x) = W_2 tanh(W_1 x) with 8N hidden units, as the released code has it."""
+
+    def make_parameters(self, hidden_size: int) -> None:
+        n = self.cfg.num_experts
+        self.fc1 = nn.Linear(hidden_size, 8 * n, bias=False)
+        self.fc2 = nn.Linear(8 * n, n, bias=False)
+
+    def project(self, x_TD: Tensor) -> Tensor:
+        return ops.linear_fp32(torch.tanh(ops.project(x_TD, self.fc1.weight)), self.fc2.weight)
+
+
+def make_router(cfg: MoEConfig, hidden_size: int) -> Router:
+    """The router that ``cfg.router`` names."""
+    return ROUTERS.get(cfg.router)(cfg, hidden_size)

@@ -201,6 +201,7 @@ def refusals(cfg: ModelConfig) -> list[str]:
         ("moe_layer_interval", cfg.moe_layer_interval, 1),
     )
     reasons = [f"model.{key}={value} (it has {only})" for key, value, only in fixed if value != only]
+    reasons += [f"{part} (registered outside the package)" for part in moe.registered_parts]
     if moe.gate_normalization == "none":
         reasons.append("model.moe.gate_normalization=none (it has zero_masked and topk_softmax)")
     if moe.gate_normalization == "topk_softmax" and moe.scale_input_by_top_k:

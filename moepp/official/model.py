@@ -25,6 +25,7 @@ from moepp.model.attention import Attention, rotary_table
 from moepp.model.norm import RMSNorm
 from moepp.model.transformer import TransformerLayer
 from moepp.moe import MoELayer, MoEStats
+from moepp.moe.router import LinearRouter, MLPRouter
 from moepp.official.config import TokenIds
 
 
@@ -219,9 +220,10 @@ def _attention(
 def _route(moe: MoELayer, x_TD: Tensor, prev_TN: Tensor | None) -> LayerRouting:
     """Router weights act in fp32; the gating residual in its own dtype, its result added in fp32."""
     cfg, router, x_TD = moe.cfg, moe.router, x_TD.float()
-    if cfg.router == "linear":
+    if isinstance(router, LinearRouter):
         logits_TN = F.linear(x_TD, router.weight.float())
     else:
+        assert isinstance(router, MLPRouter)
         logits_TN = F.linear(torch.tanh(F.linear(x_TD, router.fc1.weight.float())), router.fc2.weight.float())
     if prev_TN is not None:
         assert router.gate_map is not None

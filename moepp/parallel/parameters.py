@@ -24,8 +24,11 @@ def is_expert_parameter(name: str) -> bool:
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Weight decay applies to matrices; norms and the constant experts' vectors are left alone."""
-    return parameter.dim() >= 2 and not name.endswith("zero_computation.value")
+    """Weight decay applies to matrices; norms and vectors are left alone.
+
+    The first dimension of a zero-computation expert's parameter counts experts: constant vectors are [C, D].
+    """
+    return parameter.dim() >= (3 if ".zero_computation." in f".{name}" else 2)
 
 
 def group_parameters(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[ParameterGroup]:

@@ -73,7 +73,7 @@ class Saving:
         self.groups = build_groups(ep_size, torch.device("cpu"))
         self.folder = Path(folder)
         self.checkpointer = Checkpointer(CheckpointConfig(**cfg), self.groups, self.folder, new_cpu_group())
-        self.stats = StepStats((0,), 8, 2)
+        self.stats = StepStats((0,), ("ffn", "constant", "copy", "zero"), 8, 2)
 
     def save(self, step: int, background: bool = False) -> list[str]:
         """The problems of one save, waited for."""

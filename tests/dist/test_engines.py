@@ -29,7 +29,7 @@ class Run:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         cfg, groups = make_config(setting, layout), group_of(layout.ep)
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, precision=precision))
-        self.model = build_model(cfg, groups, comm.Traffic())
+        self.model = build_model(cfg, groups, comm.CommStats())
         self.engine = build_engine(cfg, self.model, groups)
         self.data = make_data(cfg, groups.world_size, groups.rank)
         self.losses: list[float] = []
@@ -162,4 +162,4 @@ def test_engine_refuses_an_unknown_zero_stage(pool_2):
 
 def _build_with_zero_3(rank: int) -> None:
     cfg, groups = make_config(Setting(), Layout(2, 2)), group_of(2)
-    DeepSpeedEngine(build_model(cfg, groups, comm.Traffic()), groups, cfg.optim, 1, 1, zero_stage=3)
+    DeepSpeedEngine(build_model(cfg, groups, comm.CommStats()), groups, cfg.optim, 1, 1, zero_stage=3)

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from moepp import MoEConfig, MoELayer
-from moepp.comm import Traffic
+from moepp.comm import CommStats
 from moepp.errors import ConfigError
+from moepp.moe import ExpertParallel
 from tests.dist import subgroups
 from tests.moe_cases import Case, Observed, assert_agrees, build_layer, draw_case, expect, make_inputs, run_layer
 
@@ -32,8 +33,11 @@ def config(ffn: int = 4, constant: int = 2, copy: int = 1, zero: int = 1, **fiel
 
 
 def _groups(case: Case) -> dict[str, Any]:
-    groups = {"ep_group": subgroups(case.ep_size), "balance_group": dist.group.WORLD}
-    return groups | {"exchange_parts": case.exchange_parts}
+    return {"ep_group": subgroups(case.ep_size), "balance_group": dist.group.WORLD}
+
+
+def _parallel(case: Case, stats: CommStats) -> ExpertParallel:
+    return ExpertParallel(*_groups(case).values(), stats, case.exchange_chunks)
 
 
 def _run_cases(rank: int, cases: list[Case]) -> list[Observed]:
@@ -55,10 +59,10 @@ def check_traffic(case: Case, observed: list[Observed]) -> None:
     row = case.hidden_size * torch.finfo(case.dtype).bits // 8
     for start in range(0, len(observed), case.ep_size):
         group = observed[start : start + case.ep_size]
-        remote_slots = sum(int(rank.stats["remote_slots"]) for rank in group)
-        assert sum(rank.traffic.row_bytes for rank in group) == 4 * remote_slots * row, case
+        remote_assignments = sum(int(rank.stats["remote_assignments"]) for rank in group)
+        assert sum(rank.comm_stats.row_bytes for rank in group) == 4 * remote_assignments * row, case
         for rank in group:
-            assert rank.traffic.row_bytes >= 2 * int(rank.stats["remote_slots"]) * row
+            assert rank.comm_stats.row_bytes >= 2 * int(rank.stats["remote_assignments"]) * row
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -97,7 +101,7 @@ def test_forced_routings_agree_with_the_oracle_on_every_rank(pools, ranks, ep_si
                 choices = choices if ranks == 2 else (*choices, SPREAD[1:3], *choices[:1])
                 tokens = tuple(len(rank) for rank in choices)
                 for parts in {1, 4 // ep_size}:
-                    forced = {"ep_size": ep_size, "exchange_parts": parts, "choices": choices}
+                    forced = {"ep_size": ep_size, "exchange_chunks": parts, "choices": choices}
                     cases.append(Case(cfg, tokens, hidden_size=9, dtype=dtype, **forced))
     check(pools(ranks), cases)
 
@@ -107,35 +111,35 @@ def test_row_bytes_of_a_routing_counted_by_hand(pool_2):
     choices = (((0, 2), (1, 6), (3, 5)), ((0, 1), (2, 1), (7, 4)))
     case = Case(config(capacity_factor=None), (3, 3), hidden_size=9, ep_size=2, choices=choices)
     [observed] = check(pool_2, [case])
-    assert [int(rank.stats["remote_slots"]) for rank in observed] == [2, 3]
+    assert [int(rank.stats["remote_assignments"]) for rank in observed] == [2, 3]
     row = 9 * 8
     # A rank sends its own remote rows twice (dispatch; combine's gradient), and its peer's twice (outputs; gradients).
-    assert [rank.traffic.row_bytes for rank in observed] == [(2 * 2 + 2 * 3) * row, (2 * 3 + 2 * 2) * row]
-    assert [rank.traffic.row_exchanges for rank in observed] == [4, 4]
+    assert [rank.comm_stats.row_bytes for rank in observed] == [(2 * 2 + 2 * 3) * row, (2 * 3 + 2 * 2) * row]
+    assert [rank.comm_stats.row_exchanges for rank in observed] == [4, 4]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_exchange_in_parts_sends_the_same_bytes_and_gives_the_same_bits(pool_2, dtype):
     whole = Case(config(8, capacity_factor=None), (40, 31), hidden_size=16, ep_size=2, dtype=dtype)
-    results = [pool_2.run(_run_cases, [dataclasses.replace(whole, exchange_parts=parts)]) for parts in (1, 2, 4)]
+    results = [pool_2.run(_run_cases, [dataclasses.replace(whole, exchange_chunks=parts)]) for parts in (1, 2, 4)]
     for parts, ranks in zip((2, 4), results[1:], strict=True):
         for [one], [other] in zip(results[0], ranks, strict=True):
             assert torch.equal(one.hidden, other.hidden)
             assert one.grads.keys() == other.grads.keys()
             for name, grad in one.grads.items():
                 assert torch.equal(grad, other.grads[name]), name
-            assert (one.traffic.row_bytes, one.traffic.count_bytes) == (other.traffic.row_bytes, other.traffic.count_bytes)
-            assert (other.traffic.row_exchanges, other.traffic.count_exchanges) == (4 * parts, 1)
+            assert (one.comm_stats.row_bytes, one.comm_stats.count_bytes) == (other.comm_stats.row_bytes, other.comm_stats.count_bytes)
+            assert (other.comm_stats.row_exchanges, other.comm_stats.count_exchanges) == (4 * parts, 1)
 
 
 def _build_with_parts(rank: int, ffn: int) -> None:
-    MoELayer(config(ffn), hidden_size=4, ep_group=dist.group.WORLD, exchange_parts=3)
+    MoELayer(config(ffn), hidden_size=4, parallel=ExpertParallel(dist.group.WORLD, num_chunks=3))
 
 
 @pytest.mark.parametrize("ffn", [4, 0])
 def test_parts_that_do_not_divide_the_experts_of_a_rank_are_refused(pool_2, ffn):
     for message in pool_2.run(_build_with_parts, ffn, raises=ConfigError):
-        assert "exchange_parts=3" in message and f"the {ffn // 2} FFN experts" in message and "\n" not in message
+        assert "exchange_chunks=3" in message and f"the {ffn // 2} FFN experts" in message and "\n" not in message
 
 
 def test_dropped_and_zero_computation_slots_are_never_sent(pool_2):
@@ -144,7 +148,7 @@ def test_dropped_and_zero_computation_slots_are_never_sent(pool_2):
     for capacity in (None, 0.5):
         case = Case(config(capacity_factor=capacity), (10, 10), hidden_size=8, ep_size=2, choices=choices)
         [observed] = check(pool_2, [case])
-        kept[capacity] = int(observed[0].stats["remote_slots"])
+        kept[capacity] = int(observed[0].stats["remote_assignments"])
     # gamma tau K T / (tau N_FFN + N_ZC) = 0.5·0.6·20 / 6.4, rounded up
     assert kept == {None: 10, 0.5: 1}
 
@@ -152,7 +156,7 @@ def test_dropped_and_zero_computation_slots_are_never_sent(pool_2):
 def test_bf16_rows_are_sent_in_two_bytes_per_element(pool_2):
     cases = [Case(config(), (9, 4), ep_size=2, dtype=torch.bfloat16, seed=seed) for seed in range(4)]
     observed = check(pool_2, cases)
-    assert all(rank.traffic.row_bytes > 0 for ranks in observed for rank in ranks)
+    assert all(rank.comm_stats.row_bytes > 0 for ranks in observed for rank in ranks)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -164,7 +168,7 @@ def test_vanilla_moe_agrees_with_the_oracle_on_every_rank(pools, ranks, top_k):
 
 def test_layer_without_ffn_experts_works_under_expert_parallelism(pool_2):
     [observed] = check(pool_2, [Case(config(0), (5, 3), ep_size=2)])
-    assert [rank.traffic.row_bytes for rank in observed] == [0, 0]
+    assert [rank.comm_stats.row_bytes for rank in observed] == [0, 0]
 
 
 def test_evaluation_is_dropless_under_expert_parallelism(pool_2):
@@ -174,11 +178,11 @@ def test_evaluation_is_dropless_under_expert_parallelism(pool_2):
 
 
 def _forward_without_gradients(rank: int, case: Case) -> tuple[torch.Tensor, int]:
-    traffic = Traffic()
+    comm_stats = CommStats()
     inputs = make_inputs(case)
     with torch.no_grad():
-        out = build_layer(case, inputs, rank, traffic=traffic, **_groups(case))(inputs.x[rank], inputs.prev[rank])
-    return out.hidden, traffic.row_bytes
+        out = build_layer(case, inputs, rank, parallel=_parallel(case, comm_stats))(inputs.x[rank], inputs.prev[rank])
+    return out.hidden, comm_stats.row_bytes
 
 
 def test_forward_without_gradients_sends_half_of_the_rows(pool_2):
@@ -187,16 +191,16 @@ def test_forward_without_gradients_sends_half_of_the_rows(pool_2):
     results = pool_2.run(_forward_without_gradients, case)
     for rank, (hidden, _) in enumerate(results):
         torch.testing.assert_close(hidden, expected[rank].reference.hidden_TD.detach(), rtol=1e-10, atol=1e-10)
-    remote_slots = sum(rank.reference.stats["remote_slots"] for rank in expected)
-    assert sum(row_bytes for _, row_bytes in results) == 2 * remote_slots * case.hidden_size * 8 > 0
+    remote_assignments = sum(rank.reference.stats["remote_assignments"] for rank in expected)
+    assert sum(row_bytes for _, row_bytes in results) == 2 * remote_assignments * case.hidden_size * 8 > 0
 
 
 def _stack_gradients(rank: int, cases: list[Case], recompute: bool, sharded: bool) -> dict[str, Any]:
     """Three layers with gating residuals and residual connections, on one rank's tokens."""
     inputs = [make_inputs(case) for case in cases]
-    groups = _groups(cases[0]) if sharded else {}
+    parallel = _parallel(cases[0], CommStats()) if sharded else None
     cases = cases if sharded else [dataclasses.replace(case, ep_size=1) for case in cases]
-    layers = [build_layer(case, given, rank, **groups) for case, given in zip(cases, inputs, strict=True)]
+    layers = [build_layer(case, given, rank, parallel=parallel) for case, given in zip(cases, inputs, strict=True)]
     x_TD = inputs[0].x[rank].clone().requires_grad_()
     hidden, logits, loss = x_TD, None, torch.zeros(())
     for layer, given in zip(layers, inputs, strict=True):

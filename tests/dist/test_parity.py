@@ -219,6 +219,6 @@ def test_every_layout_trains_and_evaluates_on_the_same_sequences():
 def test_exchanging_in_parts_leaves_the_numbers_bitwise_alone(pools, layout, parts):
     setting = SETTINGS[-1]  # one rank's experts receive no rows
     wanted = pools(layout.ranks).run(train, setting, layout)
-    observed = pools(layout.ranks).run(train, setting, dataclasses.replace(layout, exchange_parts=parts))
+    observed = pools(layout.ranks).run(train, setting, dataclasses.replace(layout, exchange_chunks=parts))
     for one, other in zip(wanted, observed, strict=True):
         assert deviation(one, other).worst == 0 and one.rows == other.rows

@@ -42,7 +42,7 @@ MARGIN = 1e-5
 
 def initial_weights(rank: int, setting: Setting) -> Weights:
     """What the product starts from."""
-    model = build_model(make_config(setting, REFERENCE), group_of(1), comm.Traffic())
+    model = build_model(make_config(setting, REFERENCE), group_of(1), comm.CommStats())
     if setting.one_sided:
         make_one_sided(model)
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moepp.config import ModelConfig, MoEConfig
 from moepp.config.load import build
-from moepp.kernels import torch_only
 from moepp.model import Transformer, init_parameters
 from moepp.model.accounting import (
     activated_parameters,
@@ -22,6 +21,7 @@ from moepp.model.accounting import (
     flops_per_token,
     max_ffn_per_token,
 )
+from moepp.ops import use_kernels
 
 CONFIG_FOLDER = Path(__file__).parents[2] / "configs" / "model"
 SHIPPED = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
@@ -115,7 +115,7 @@ def test_counts_by_kind_equal_the_models(cfg):
         "mlp": "dense_ffn",
         "lm_head": "lm_head",
     }
-    seen = dict.fromkeys(places.values(), 0)
+    seen = dict.fromkeys([*places.values(), "registered_experts"], 0)
     for name, parameter in on_meta(cfg).named_parameters():
         seen[next(kind for part, kind in places.items() if part in name)] += parameter.numel()
     assert dataclasses.asdict(count_parameters(cfg)) == seen
@@ -138,7 +138,7 @@ def test_flops_equal_torchs_counter(cfg):
     init_parameters(model, 0)
     ids_BS = torch.randint(cfg.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
     # Plain matrix products: the counter sees none of a compiled kernel's, and not all of the fused attention's.
-    with sdpa_kernel(SDPBackend.MATH), torch_only():
+    with sdpa_kernel(SDPBackend.MATH), use_kernels("torch"):
         with FlopCounterMode(display=False) as forward, torch.no_grad():
             out = model.loss(ids_BS, ids_BS)
         with FlopCounterMode(display=False) as both:

@@ -187,7 +187,7 @@ def test_quick_exchange_benchmark_sends_exactly_the_formula(tmp_path):
     # Of the vanilla bytes MoE++ sends the FFN share (1/3 at tau 0.5 of 4+4), sharding everything saves nothing.
     assert rows["MoE++"]["x vanilla"] == pytest.approx(1 / 3, rel=0.1)
     assert rows["all sharded"]["x vanilla"] == pytest.approx(1, rel=0.1)
-    ways = {"blocking", "beside zero-computation experts", "in 2 parts"}
+    ways = {"blocking", "beside zero-computation experts", "in 2 chunks"}
     assert {row["exchange"] for row in tables["overlap"]} == ways
     assert [row["gradients summed"] for row in tables["gradients"]] == ["after backward", "during backward"]
 

@@ -136,7 +136,7 @@ def test_unknown_key_comes_with_the_nearest_known_ones(key, expected):
         ("optim.lrr", "did you mean optim.lr?"),
         ("model.taus", "did you mean model.moe.tau?"),
         ("trian.steps", "did you mean train.steps?"),
-        ("parallel.tp", "known keys: parallel.exchange_parts, parallel.expert"),
+        ("parallel.tp", "known keys: parallel.exchange_chunks, parallel.expert"),
     ],
 )
 def test_unknown_key_suggests_what_was_meant(key, expected):
@@ -229,7 +229,7 @@ def test_fixed_keys_exist():
         ({"model__moe__capacity_factor": 0}, ["model.moe.capacity_factor=0.0", "greater than 0"]),
         ({"model__moe__tau": -0.5}, ["model.moe.tau=-0.5"]),
         ({"model__moe__router": "hash"}, ["'hash' is not one of linear, mlp"]),
-        ({"model__moe__gate_normalization": "l2"}, ["zero_masked, none, topk_softmax"]),
+        ({"model__moe__gate_normalization": "l2"}, ["none, zero_masked, topk_softmax"]),
         ({"model__moe__drop_policy": "random"}, ["weight, position"]),
         ({"model__moe__balance_loss_scope": "node"}, ["micro_batch, data_parallel, global_batch"]),
         ({"data__paths": []}, ["data.paths is empty"]),
@@ -283,8 +283,12 @@ def test_impossible_value_is_refused(changes, parts):
     [
         (2, {"parallel__expert": 3}, ["parallel.expert=3", "does not divide the 2 processes"]),
         (4, {"parallel__expert": 4, "model__moe__num_ffn_experts": 6}, ["does not divide", "num_ffn_experts=6"]),
-        (2, {"parallel__exchange_parts": 2}, ["parallel.exchange_parts=2", "parallel.expert=1", "raise"]),
-        (2, {"parallel__expert": 2, "parallel__exchange_parts": 4}, ["exchange_parts=4", "the 2 FFN experts", "lower"]),
+        (2, {"parallel__exchange_chunks": 2}, ["parallel.exchange_chunks=2", "parallel.expert=1", "raise"]),
+        (
+            2,
+            {"parallel__expert": 2, "parallel__exchange_chunks": 4},
+            ["exchange_chunks=4", "the 2 FFN experts", "lower"],
+        ),
         (8, {"parallel__expert": 8}, ["parallel.expert=8 exceeds model.moe.num_ffn_experts=4", "lower"]),
         (3, {}, ["train.global_batch_size=8", "micro_batch_size 2 x 3 processes", "a multiple of 6"]),
         (16, {}, ["train.global_batch_size=8", "1 x 16 processes"]),

@@ -7,6 +7,7 @@ Letters: T tokens, D width, F expert width, N experts of all kinds, C constant e
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -17,11 +18,13 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from moepp import MoEConfig, MoELayer, comm, kernels
+from moepp import MoEConfig, MoELayer, comm, ops
 from moepp.bench.cases import ForcedRouting
 from moepp.bench.memory import saved_bytes
-from moepp.comm import Traffic
-from moepp.moe import dispatch, ffn_experts
+from moepp.comm import CommStats
+from moepp.moe import ExpertParallel
+from moepp.ops import use_kernels
+from moepp.ops.backend import cpu_kernels
 
 T, D, F = 96, 32, 64
 VANILLA = MoEConfig(4, F, capacity_factor=None, gating_residual=False)
@@ -31,9 +34,11 @@ CONFIGS = {"vanilla": VANILLA, "MoE++": MOEPP}
 SMALL_BYTES_PER_TOKEN = 600
 
 
-def build(cfg: MoEConfig, dtype: torch.dtype = torch.float32, **groups: Any) -> tuple[MoELayer, torch.Tensor]:
+def build(
+    cfg: MoEConfig, dtype: torch.dtype = torch.float32, parallel: ExpertParallel | None = None
+) -> tuple[MoELayer, torch.Tensor]:
     torch.manual_seed(0)
-    layer = MoELayer(cfg, D, **groups).to(dtype)
+    layer = MoELayer(cfg, D, parallel=parallel).to(dtype)
     return layer, torch.randn(T, D).to(dtype).requires_grad_()
 
 
@@ -43,9 +48,9 @@ def step(layer: MoELayer, x: torch.Tensor) -> Any:
     return out
 
 
-def expected_forward_flops(cfg: MoEConfig, ffn_slots: int) -> int:
+def expected_forward_flops(cfg: MoEConfig, ffn_assignments: int) -> int:
     """Matrix products of a forward: SwiGLU experts, router with constant experts' mixing weights, residual, vectors."""
-    experts = ffn_slots * 6 * D * F
+    experts = ffn_assignments * 6 * D * F
     router = 2 * T * D * (cfg.num_experts + 2 * cfg.num_constant_experts)
     residual = 2 * cfg.num_experts**2 if cfg.gating_residual else 0  # of the first layer: one row of zeros
     values = 2 * T * cfg.num_constant_experts * D
@@ -53,11 +58,11 @@ def expected_forward_flops(cfg: MoEConfig, ffn_slots: int) -> int:
 
 
 @pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS.keys())
-def test_forward_computes_the_chosen_ffn_slots_and_nothing_more(cfg):
+def test_forward_computes_the_chosen_ffn_assignments_and_nothing_more(cfg):
     layer, x = build(cfg)
-    with kernels.torch_only(), FlopCounterMode(display=False) as counter:  # counts torch's matrix products
+    with use_kernels("torch"), FlopCounterMode(display=False) as counter:  # counts torch's matrix products
         out = layer(x)
-    slots = int(out.stats.ffn_slots)
+    slots = int(out.stats.ffn_assignments)
     assert 0 < slots < T * cfg.top_k or cfg is VANILLA
     assert counter.get_total_flops() == expected_forward_flops(cfg, slots)
 
@@ -66,26 +71,26 @@ def test_forward_computes_the_chosen_ffn_slots_and_nothing_more(cfg):
 @pytest.mark.parametrize("chunk_rows", [None, 10])
 def test_backward_computes_twice_the_forward_and_a_chunked_one_the_hidden_products_again(cfg, chunk_rows, monkeypatch):
     layer, x = build(MoEConfig(**{**vars(cfg), "expert_chunk_rows": chunk_rows}))
-    monkeypatch.setattr(ffn_experts, "has_vectors", lambda _: False)
+    monkeypatch.setattr(importlib.import_module("moepp.ops.grouped_swiglu"), "supports_avx2", lambda _: False)
     with FlopCounterMode(display=False) as counter:
-        slots = int(step(layer, x).stats.ffn_slots)
+        slots = int(step(layer, x).stats.ffn_assignments)
     experts = slots * 18 * D * F + (slots * 4 * D * F if chunk_rows else 0)
     # Counted are torch's products: with compiled kernels the experts' and the residual's tiny ones, else the router's
     # and the constant experts' too.
     residual = 3 * 2 * cfg.num_experts**2 if cfg.gating_residual else 0
-    others = residual if kernels.compiled(x) else 3 * (expected_forward_flops(cfg, slots) - slots * 6 * D * F)
+    others = residual if cpu_kernels(x) else 3 * (expected_forward_flops(cfg, slots) - slots * 6 * D * F)
     assert experts + others - residual <= counter.get_total_flops() <= experts + others
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk_rows", [None, 16])
 @pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS.keys())
-def test_saved_memory_is_that_of_the_ffn_slots(cfg, chunk_rows, dtype):
+def test_saved_memory_is_that_of_the_ffn_assignments(cfg, chunk_rows, dtype):
     """Per FFN slot: its row and its output (2 D) and, where not computed again, gate and up (2 F)."""
     layer, x = build(MoEConfig(**{**vars(cfg), "expert_chunk_rows": chunk_rows}), dtype)
     found, out = saved_bytes(layer, x)
     per_slot = (2 * D + (2 * F if chunk_rows is None else 0)) * x.element_size()
-    slots = int(out.stats.ffn_slots)
+    slots = int(out.stats.ffn_assignments)
     assert slots * per_slot <= found <= slots * per_slot + T * SMALL_BYTES_PER_TOKEN
 
 
@@ -95,7 +100,7 @@ def test_tokens_without_ffn_expert_save_next_to_nothing():
         layer.router.weight.zero_()
     layer.router.register_forward_hook(lambda _m, _a, out: out + torch.arange(MOEPP.num_experts))
     found, out = saved_bytes(layer, x)
-    assert int(out.stats.ffn_slots) == 0 and found <= T * SMALL_BYTES_PER_TOKEN
+    assert int(out.stats.ffn_assignments) == 0 and found <= T * SMALL_BYTES_PER_TOKEN
 
 
 class LargestTensor(TorchDispatchMode):
@@ -148,36 +153,37 @@ def test_the_host_waits_once_per_forward_and_never_in_backward(cfg, compiled, mo
     if compiled:
         step(layer, x)
     else:
-        with kernels.torch_only():
+        with use_kernels("torch"):
             step(layer, x)
-    assert counts == {"tolist": 1}, "the sizes of the experts' blocks"
+    # The second one is that of the experts' loop over the CPU's kernels; grouped products take the counts as they are.
+    assert counts == {"__int__": 1, "tolist": 1}, "the number of rows"
 
 
 def _count_on_rank(
     rank: int, cfg: MoEConfig, like_an_accelerator: bool = False
-) -> tuple[Counter[str], Counter[str], Traffic, int]:
+) -> tuple[Counter[str], Counter[str], CommStats, int]:
     counts: Counter[str] = Counter()
     waits: Counter[str] = Counter()
-    traffic = Traffic()
-    layer, x = build(cfg, ep_group=dist.group.WORLD, traffic=traffic)
+    comm_stats = CommStats()
+    layer, x = build(cfg, parallel=ExpertParallel(dist.group.WORLD, stats=comm_stats))
     with pytest.MonkeyPatch.context() as patch, ForcedRouting(layer, T):
         if like_an_accelerator:
             patch.setattr(comm, "host_reads_at_once", lambda tensor: False)
         count_calls(dist, ("all_to_all_single", "all_reduce", "broadcast", "all_gather", "barrier"), counts, patch)
         count_calls(torch.Tensor, HOST_WAITS, waits, patch)
         out = step(layer, x)
-    return counts, waits, traffic, int(out.stats.remote_slots)
+    return counts, waits, comm_stats, int(out.stats.remote_assignments)
 
 
 @pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS.keys())
-def test_a_layer_exchanges_counts_once_and_rows_twice_each_way_and_only_remote_ffn_slots(pools, cfg):
+def test_a_layer_exchanges_counts_once_and_rows_twice_each_way_and_only_remote_ffn_assignments(pools, cfg):
     results = pools(2).run(_count_on_rank, cfg)
     remote = sum(result[3] for result in results)
-    for counts, waits, traffic, _ in results:
+    for counts, waits, comm_stats, _ in results:
         assert counts == {"all_to_all_single": 5}, "counts; rows there and back; their gradients"
-        assert waits == {"tolist": 2}, "the sizes of the blocks to send, which are there, and of those to receive"
-        assert (traffic.count_exchanges, traffic.row_exchanges) == (1, 4)
-        assert traffic.count_bytes == 8 * cfg.num_ffn_experts // 2
+        assert waits == {"tolist": 3}, "blocks to send, which are there, blocks to receive, and the experts' loop"
+        assert (comm_stats.count_exchanges, comm_stats.row_exchanges) == (1, 4)
+        assert comm_stats.count_bytes == 8 * cfg.num_ffn_experts // 2
     assert sum(result[2].row_bytes for result in results) == 4 * remote * D * 4
     expected = 2 * T * cfg.top_k / 2 * (1 if cfg is VANILLA else cfg.tau * 4 / (cfg.tau * 4 + 4))
     assert abs(remote - expected) < 0.1 * expected
@@ -185,16 +191,16 @@ def test_a_layer_exchanges_counts_once_and_rows_twice_each_way_and_only_remote_f
 
 def test_a_rank_whose_device_computes_the_counts_waits_for_it_once(pools):
     for _, waits, _, _ in pools(2).run(_count_on_rank, MOEPP, True):
-        assert waits == {"tolist": 1}, "the sizes of the blocks to send and to receive"
+        assert waits == {"tolist": 2}, "sizes of the blocks there and back; the experts' loop on the CPU"
 
 
 def _outputs_and_order_of_work(rank: int, like_an_accelerator: bool) -> tuple[list[str], list[torch.Tensor]]:
-    layer, x = build(MOEPP, ep_group=dist.group.WORLD, traffic=Traffic())
+    layer, x = build(MOEPP, parallel=ExpertParallel(dist.group.WORLD))
     events: list[str] = []
-    wait, gather = comm.PendingCounts.received, dispatch.gather_rows
+    wait, gather = comm.PendingCounts.received, ops.gather_rows
     with pytest.MonkeyPatch.context() as patch, ForcedRouting(layer, T):
         patch.setattr(comm.PendingCounts, "received", lambda self: events.append("wait") or wait(self))
-        patch.setattr(dispatch, "gather_rows", lambda *args: events.append("gather") or gather(*args))
+        patch.setattr(ops, "gather_rows", lambda *args: events.append("gather") or gather(*args))
         if like_an_accelerator:
             patch.setattr(comm, "host_reads_at_once", lambda tensor: False)
         out = step(layer, x)

@@ -25,8 +25,8 @@ CPU_FILES = (
     "tests/unit/test_counts_guard.py",
     "tests/unit/test_kernels.py",
     "tests/unit/test_products.py",
-    "tests/unit/test_tile_experts.py",
-    "tests/unit/test_vector_experts.py",
+    "tests/unit/test_amx_experts.py",
+    "tests/unit/test_avx2_experts.py",
 )
 LAYER_FILES = (
     "tests/unit/test_model_cross_entropy.py",
@@ -36,7 +36,7 @@ LAYER_FILES = (
     "tests/dist/test_moe_expert_parallel.py",
 )
 # Tests that must have run, not been skipped, for a kind to count as tested.
-PROOF = {"amx": "test_tile_experts", "avx2": "test_vector_experts"}
+PROOF = {"amx": "test_amx_experts", "avx2": "test_avx2_experts"}
 
 
 def run_pytest(kind: str, *arguments: str, seconds: float) -> str:

@@ -22,7 +22,7 @@ ALLOWED = {
     ("moepp/owners.py", "os.open"): "a probe that is removed at once: who owns new files here",
     ("moepp/data/indexed.py", "numpy.memmap"): "mapped for reading",
     ("moepp/data/cache.py", "os.open"): "the lock of a cache that users may share; holds nothing, follows no link",
-    ("moepp/kernels/cache.py", "open"): "a file in memory, without a name",
+    ("moepp/ops/cpu/cache.py", "open"): "a file in memory, without a name",
     ("moepp/cli.py", "os.open"): "/dev/null",
     ("moepp/training/leave.py", "open"): "a line for the launcher, in a file that it made for that",
     ("data_tools/prepare.py", "open"): "in the locked staging folder of a preparation",

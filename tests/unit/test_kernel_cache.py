@@ -22,15 +22,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from moepp.kernels import build, cache
-from moepp.kernels.cache import Cache, CacheError, find_cache
-from moepp.kernels.compiler import BuildError, Compiler, find_compiler
+from moepp.ops.cpu import build, cache
+from moepp.ops.cpu.cache import Cache, CacheError, find_cache
+from moepp.ops.cpu.compiler import BuildError, Compiler, find_compiler
 
 CC = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 pytestmark = pytest.mark.skipif(CC is None, reason="no C compiler")
 
 FORK = multiprocessing.get_context("fork")
-ANSWERS = "long has_tiles(void) { return 0; }\nlong has_vector_experts(void) { return 1; }\n"
+ANSWERS = "long has_amx(void) { return 0; }\nlong has_avx2_experts(void) { return 1; }\n"
 FUNCTIONS = ANSWERS + "".join(f"void {name}(void) {{}}\n" for name in build._SIGNATURES)
 # Leaves a mark when it is loaded, before anything of it is called.
 PLANTED = 'int mkdir(const char *, int);\n__attribute__((constructor)) void run(void) {{ mkdir("{}", 0700); }}\n'
@@ -151,19 +151,19 @@ def test_a_damaged_or_unsafe_file_is_built_anew_with_a_warning(folder, damage, c
     damage(path)
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="moepp"):
-        assert build_now().has_vector_experts
+        assert build_now().has_avx2_experts
     assert [path.name in record.getMessage() for record in caplog.records] == [True]
     found = path.lstat()
     assert stat.S_ISREG(found.st_mode) and stat.S_IMODE(found.st_mode) == 0o600
     caplog.clear()
-    assert build_now().has_vector_experts and not caplog.records, "the new one is good"
+    assert build_now().has_avx2_experts and not caplog.records, "the new one is good"
 
 
 @pytest.mark.parametrize("content", [b"", b"no library", FUNCTIONS.encode()], ids=["empty", "short", "text"])
 def test_what_is_no_library_is_built_anew_even_under_a_right_seal(folder, content):
     path, key = build_now().path, build._key(32, ((),), find_compiler())
     Cache(folder).write(path.name, key, content)
-    assert build_now().has_vector_experts
+    assert build_now().has_avx2_experts
 
 
 def test_a_library_without_a_function_is_built_anew_even_under_a_right_seal(folder, tmp_path):
@@ -340,7 +340,7 @@ def test_a_cache_that_fills_up_after_the_build_costs_the_file_alone(sources, mon
 
     monkeypatch.setattr(cache, "write_whole", refuse)
     with caplog.at_level(logging.WARNING, logger="moepp"):
-        assert build_now().has_vector_experts
+        assert build_now().has_avx2_experts
     assert "cannot be kept: cannot write x: No space left on device; free some" in caplog.text
 
 
@@ -397,7 +397,7 @@ def test_without_locks_every_process_builds_for_itself(sources, tmp_path, monkey
     monkeypatch.setattr(cache.fcntl, "flock", no_locks)
     (tmp_path / "cache" / "moepp").mkdir(parents=True, mode=0o700)
     (tmp_path / "cache" / "moepp" / f"build-{cache.socket.gethostname()}-x").mkdir()  # perhaps in use
-    assert build_now().has_vector_experts
+    assert build_now().has_avx2_experts
     assert len(list((tmp_path / "cache" / "moepp").glob("build-*"))) == 1
 
 

@@ -11,12 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moepp import MoEConfig, MoELayer, cpu, kernels
-from moepp.kernels import build
-from moepp.model.cross_entropy import chunked_cross_entropy
-from moepp.moe import kernels as moe_kernels
-from moepp.moe.router import compute_gates
-from moepp.moe.zero_computation import ZeroComputation
+from moepp import MoEConfig, MoELayer, cpu, ops
+from moepp.moe.experts import ZeroComputation
+from moepp.moe.gates import compute_gates
+from moepp.ops import use_kernels
+from moepp.ops.backend import cpu_kernels
+from moepp.ops.cpu import build
+from moepp.ops.cross_entropy import chunked_cross_entropy
+from moepp.ops.matmul import matmul_transposed, transpose
+from moepp.ops.permute import RowOrder, combine_rows, gather_rows
+from moepp.ops.swiglu import swiglu, swiglu_backward
 
 pytestmark = [
     pytest.mark.skipif(
@@ -58,7 +62,7 @@ def assert_close(observed: Tensor, wanted: Tensor, dtype: torch.dtype, name: str
 
 
 def compiled(dtype: torch.dtype) -> None:
-    assert kernels.describe(torch.device("cpu"), dtype) == "compiled"
+    assert ops.describe(torch.device("cpu"), dtype) == "compiled"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -72,14 +76,14 @@ def test_swiglu_and_its_gradient(library, dtype, rows, width):
     wanted.backward(grad.double())
     assert wide.grad is not None
     act, grad_gate_up = torch.empty_like(grad), torch.empty_like(gate_up)
-    moe_kernels.swiglu(gate_up[:, :width], gate_up[:, width:], act)
+    swiglu(gate_up[:, :width], gate_up[:, width:], act)
     assert_close(act, wanted, dtype, "act")
     act.zero_()
-    moe_kernels.swiglu_backward(gate_up, grad, grad_gate_up, act)
+    swiglu_backward(gate_up, grad, grad_gate_up, act)
     assert_close(act, wanted, dtype, "act of backward")
     assert_close(grad_gate_up, wide.grad, dtype, "gradient")
     in_place = gate_up.clone()
-    moe_kernels.swiglu(in_place[:, :width], in_place[:, width:], in_place[:, :width])
+    swiglu(in_place[:, :width], in_place[:, width:], in_place[:, :width])
     assert_close(in_place[:, :width], wanted, dtype, "in place")
     assert torch.equal(in_place[:, width:], gate_up[:, width:])
 
@@ -89,13 +93,13 @@ def test_swiglu_keeps_nan_and_takes_extreme_values(library, dtype):
     gate = torch.tensor([float("nan"), 200.0, -200.0, 3e38, -3e38, float("inf"), 0.0, -0.0] * 3, dtype=dtype)
     up = torch.ones_like(gate)
     act = torch.empty_like(gate).unsqueeze(0)
-    moe_kernels.swiglu(gate.unsqueeze(0), up.unsqueeze(0), act)
+    swiglu(gate.unsqueeze(0), up.unsqueeze(0), act)
     wanted = torch.tensor([float("nan"), 200.0, 0.0, 3e38, 0.0, float("inf"), 0.0, 0.0] * 3, dtype=dtype)
     torch.testing.assert_close(act[0], wanted, rtol=1e-2, atol=1e-30, equal_nan=True)
     assert_nan = draw(2, 64, dtype=dtype)
     assert_nan[1, 40] = float("nan")
     act = torch.empty(2, 32, dtype=dtype)
-    moe_kernels.swiglu(assert_nan[:, :32], assert_nan[:, 32:], act)
+    swiglu(assert_nan[:, :32], assert_nan[:, 32:], act)
     assert act.isnan().sum() == 1 and act[1, 8].isnan()
 
 
@@ -105,11 +109,11 @@ def test_swiglu_keeps_nan_and_takes_extreme_values(library, dtype):
 def test_transpose_also_of_a_part(library, dtype, rows, columns):
     tensor = draw(rows, columns + 3, dtype=dtype)
     out = torch.full((columns, rows + 5), 7.0, dtype=dtype)
-    kernels.transpose(tensor[:, :columns], out[:, :rows])
+    transpose(tensor[:, :columns], out[:, :rows])
     assert torch.equal(out[:, :rows], tensor[:, :columns].t()) and (out[:, rows:] == 7).all()
     product = torch.empty(columns, 9, dtype=dtype)
     left, right = tensor[:, :columns].contiguous(), draw(rows, 9, dtype=dtype)
-    kernels.matmul_transposed(left, right, product)
+    matmul_transposed(left, right, product)
     assert_close(product, left.double().t() @ right.double(), dtype)
 
 
@@ -117,17 +121,18 @@ def test_transpose_also_of_a_part(library, dtype, rows, columns):
 @pytest.mark.parametrize("tokens", [0, 1, 7, 18])
 @pytest.mark.parametrize("outputs", [1, 3, 4, 6, 13, 16])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_projection_and_its_gradients_added_to_those_of_later_uses(library, dtype, tokens, outputs, width):
+def test_projection_and_its_gradients_added_to_those_of_other_uses(library, dtype, tokens, outputs, width):
     x, weight = draw(tokens, width, dtype=dtype), draw(outputs, width, dtype=dtype)
     grad, later = draw(tokens, outputs, seed=1), draw(tokens, width, dtype=dtype, seed=2)
     parts = x.double().requires_grad_(), weight.double().requires_grad_()
     wanted = parts[0] @ parts[1].t()
     torch.autograd.backward([wanted, parts[0] * 1], [grad.double(), later.double()])
     ours = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    out, again = moe_kernels.project(*ours)
-    assert out.dtype == torch.float32 and torch.equal(again, x)
+    shared = ops.share_gradient(ours[0])
+    out = ops.project(shared, ours[1])
+    assert out.dtype == torch.float32 and torch.equal(shared, x)
     assert_close(out, wanted, torch.float32, "projection")
-    torch.autograd.backward([out, again], [grad, later])
+    torch.autograd.backward([out, shared], [grad, later])
     for name, mine, theirs in zip(("x", "weight"), ours, parts, strict=True):
         assert mine.grad is not None and theirs.grad is not None
         assert_close(mine.grad, theirs.grad, dtype, name)
@@ -135,48 +140,39 @@ def test_projection_and_its_gradients_added_to_those_of_later_uses(library, dtyp
 
 def test_a_token_has_the_same_logits_whatever_its_neighbours(library):
     x, weight = draw(13, 70), draw(9, 70)
-    together, _ = moe_kernels.project(x, weight)
+    together = ops.project(x, weight)
     for token in range(13):
-        assert torch.equal(moe_kernels.project(x[token : token + 1], weight)[0][0], together[token])
+        assert torch.equal(ops.project(x[token : token + 1], weight)[0], together[token])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("with_affine", [True, False])
+@pytest.mark.parametrize("with_start", [True, False])
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_gather_and_combine_with_all_gradients(library, dtype, width, with_affine, top_k):
-    tokens, constants = 11, 2
+def test_gather_and_combine_with_all_gradients(library, dtype, width, with_start, top_k):
+    tokens = 11
     experts = torch.randint(0, 6, (tokens, top_k), generator=torch.Generator().manual_seed(width))
-    order = moe_kernels.sort_slots(experts, 4)  # experts 4 and 5 are none
-    rows = moe_kernels.RowOrder(order.slots_S[: int(order.counts_E.sum())], order.positions_TK)
+    order = ops.sort_assignments(experts, 4)  # experts 4 and 5 are none
+    rows = RowOrder(order.assignments_A[: int(order.counts_E.sum())], order.positions_TK)
     inputs = {
         "x": draw(tokens, width, dtype=dtype),
         "weights": draw(tokens, top_k),
-        "scale": draw(tokens, seed=1),
-        "coefficients": draw(tokens, constants),
-        "values": draw(constants, width, dtype=dtype),
+        "start": draw(tokens, width, dtype=dtype, seed=1),
     }
-    inputs["scale"][3] = 0
-    inputs["coefficients"][5] = 0
     grad, factor = draw(tokens, width, dtype=dtype, seed=3), draw(width, dtype=dtype)
 
     def run(values: dict[str, Tensor], native: bool) -> tuple[Tensor, dict[str, Tensor]]:
         leaves = {name: value.requires_grad_() for name, value in values.items()}
-        if native:
-            gathered, x = moe_kernels.gather_rows(leaves["x"], rows)
-        else:
-            gathered, x = leaves["x"][rows.token_ids_R], leaves["x"]
+        gathered = gather_rows(leaves["x"], rows) if native else leaves["x"][rows.token_ids_R]
         outputs = gathered * factor.to(gathered.dtype)
-        affine = moe_kernels.Affine(x, leaves["scale"], leaves["coefficients"], leaves["values"])
         if native:
-            out = moe_kernels.combine_rows(outputs, rows, leaves["weights"], affine if with_affine else None)
+            out = combine_rows(outputs, rows, leaves["weights"], leaves["start"] if with_start else None)
         else:
-            weights_R = leaves["weights"].flatten()[rows.slots_R]
+            weights_R = leaves["weights"].flatten()[rows.assignments_R]
             out = torch.zeros(tokens, width, dtype=torch.float64).index_add(
                 0, rows.token_ids_R, outputs * weights_R.unsqueeze(-1)
             )
-            if with_affine:
-                out = out + x * leaves["scale"].unsqueeze(-1) + leaves["coefficients"] @ leaves["values"]
+            out = out + leaves["start"] if with_start else out
         out.backward(grad.to(out.dtype))
         return out, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
@@ -184,12 +180,37 @@ def test_gather_and_combine_with_all_gradients(library, dtype, width, with_affin
     wanted, wanted_grads = run({name: value.double() for name, value in inputs.items()}, native=False)
     assert_close(out, wanted, dtype)
     assert set(grads) == set(wanted_grads)
-    # What was not selected (a coefficient of 0) has no gradient.
-    for name, index in (("scale", 3), ("coefficients", 5)):
-        if with_affine:
-            wanted_grads[name][index] = 0
     for name, value in wanted_grads.items():
         assert_close(grads[name], value, dtype, name)
+
+
+def uses_of(x: Tensor, weight: Tensor, alpha: Tensor, value: Tensor, shared: bool) -> tuple[Tensor, Tensor]:
+    """A sum over three operations of the layer that read x, and x as they see it."""
+    x = ops.share_gradient(x) if shared else x
+    ids, weights = torch.tensor([[0, 4], [3, 1], [2, 0], [4, 3]]), torch.tensor([[0.3, 0.7]] * 4)
+    sorted_ids = ops.sort_assignments(ids, 3)
+    order = RowOrder(sorted_ids.assignments_A[: int(sorted_ids.counts_E.sum())], sorted_ids.positions_TK)
+    rows = gather_rows(x, order)
+    local = ops.affine_experts(x, ids, weights, alpha, value, range(3, 5))
+    factor = torch.arange(1.0, 1 + x.shape[1])
+    total = (ops.project(x, weight) * 3).sum() + (rows * factor).square().sum() + (local * factor.flip(0)).sum()
+    return total, x
+
+
+@pytest.mark.parametrize("also_outside", [False, True])
+def test_a_shared_gradient_is_the_sum_over_all_uses_of_each_backward_pass_alone(library, also_outside):
+    x, weight, alpha, value = draw(4, 33).requires_grad_(), draw(6, 33).requires_grad_(), draw(1, 2, 33), draw(1, 33)
+
+    def total(shared: bool) -> Tensor:
+        out, seen = uses_of(x, weight, alpha, value, shared)
+        return out + (seen.sin().sum() if also_outside else 0)
+
+    [wanted] = torch.autograd.grad(total(shared=False), [x])
+    loss = total(shared=True)
+    torch.autograd.grad(loss, [weight], retain_graph=True)  # does not come to x: what it sums must not stay
+    for _ in range(2):
+        [found] = torch.autograd.grad(loss, [x], retain_graph=True)
+        assert_close(found, wanted, torch.float32)
 
 
 def gate_config(num_ffn: int, top_k: int, normalization: str) -> MoEConfig:
@@ -218,41 +239,54 @@ def test_gates_and_their_gradient(library, normalization, num_ffn, top_k, tokens
     assert_close(narrow.grad, wide.grad, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [16, 33])
 @pytest.mark.parametrize(("num_constant", "num_copy"), [(2, 1), (0, 2), (3, 0)])
-def test_coefficients_of_zero_computation_experts_and_their_gradients(library, num_constant, num_copy):
+def test_affine_experts_and_their_gradients(library, num_constant, num_copy, width, dtype):
+    """Against the same formulas in float64, which torch carries out."""
     cfg = MoEConfig(3, 8, 2, num_copy, num_constant, top_k=2)
-    tokens, experts = 50, ZeroComputation(cfg, 4)
+    tokens, experts = 50, ZeroComputation(cfg, width)
     ids_TK = torch.stack([torch.randperm(cfg.num_experts, generator=torch.manual_seed(t))[:2] for t in range(tokens)])
-    weights_TK, alpha_TC2, x_TD = draw(tokens, 2).abs(), draw(tokens, num_constant, 2, scale=2.0), draw(tokens, 4)
+    weights_TK, x_TD, grad_TD = (
+        draw(tokens, 2).abs(),
+        draw(tokens, width, dtype=dtype),
+        draw(tokens, width, dtype=dtype),
+    )
+    weights_TK[::7] = 0  # dropped: no output, and no gradient that anything depends on
+    names = ("alpha_proj", "value") if num_constant else ()
+    drawn = {name: draw(*getattr(experts, name).shape, dtype=dtype) for name in names}
     results = []
-    for dtype in (torch.float32, torch.float64):
-        weights, alpha = (value.to(dtype, copy=True).requires_grad_() for value in (weights_TK, alpha_TC2))
-        affine = experts(x_TD, alpha, ids_TK, weights)
-        values = [affine.scale_T, affine.coefficients_TC]
-        torch.autograd.backward(values, [draw(*value.shape, seed=3).to(dtype) for value in values])
-        results.append([*values, weights.grad, alpha.grad] if num_constant else [*values, weights.grad])
+    for kind in (dtype, torch.float64):
+        for name in names:
+            setattr(experts, name, torch.nn.Parameter(drawn[name].to(kind)))
+        x = x_TD.to(kind, copy=True).requires_grad_()
+        weights = weights_TK.to(torch.promote_types(kind, torch.float32), copy=True).requires_grad_()
+        out = experts(x, ids_TK, weights)
+        out.backward(grad_TD.to(kind))
+        found = [out, x.grad, weights.grad.masked_fill(weights_TK == 0, 0)]
+        results.append(found + [getattr(experts, name).grad for name in names])
     for ours, wanted in zip(*results, strict=True):
-        assert_close(ours, wanted, torch.float32)
+        assert_close(ours, wanted, dtype)
 
 
 @pytest.mark.parametrize("num_experts", [1, 7, 40])
 @pytest.mark.parametrize("tokens", [1, 16, 45])
-def test_sorting_and_counting_slots_agree_with_torch(library, num_experts, tokens):
+def test_sorting_and_counting_assignments_agree_with_torch(library, num_experts, tokens):
     for top_k in {1, min(2, num_experts), min(8, num_experts)}:
         ids_TK = torch.topk(draw(tokens, num_experts, seed=top_k), top_k).indices
-        ours, counts_E = moe_kernels.sort_slots(ids_TK, num_experts - 1), moe_kernels.count_experts(ids_TK, num_experts)
-        with kernels.torch_only():
-            theirs = moe_kernels.sort_slots(ids_TK, num_experts - 1)
+        ours, counts_E = ops.sort_assignments(ids_TK, num_experts - 1), ops.count_experts(ids_TK, num_experts)
+        with use_kernels("torch"):
+            theirs = ops.sort_assignments(ids_TK, num_experts - 1)
         count = int(ours.counts_E.sum())
         assert torch.equal(ours.counts_E, theirs.counts_E) and torch.equal(ours.positions_TK, theirs.positions_TK)
-        assert torch.equal(ours.slots_S[:count], theirs.slots_S[:count])
+        assert torch.equal(ours.assignments_A[:count], theirs.assignments_A[:count])
         assert torch.equal(counts_E, torch.bincount(ids_TK.flatten(), minlength=num_experts))
 
 
 def test_among_equal_scores_the_lower_expert_is_chosen_and_nan_gives_distinct_experts(library):
     logits_TE = torch.tensor([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0]]).repeat(20, 1)
-    assert moe_kernels.gates(logits_TE, 3, 3, "none")[1].tolist() == [[1, 2, 0], [0, 1, 2]] * 20
-    broken = moe_kernels.gates(torch.full((18, 5), float("nan")), 3, 5, "none")[1]
+    assert ops.softmax_gates(logits_TE, 3, range(3, 3), "none")[1].tolist() == [[1, 2, 0], [0, 1, 2]] * 20
+    broken = ops.softmax_gates(torch.full((18, 5), float("nan")), 3, range(5, 5), "none")[1]
     assert all(len(set(row)) == 3 and set(row) <= set(range(5)) for row in broken.tolist())
 
 
@@ -266,7 +300,7 @@ def test_cross_entropy_and_its_gradient(library, dtype, vocab):
     wanted = F.cross_entropy(wide, labels, reduction="none")
     wanted.sum().backward()
     assert wide.grad is not None
-    losses, library_of = torch.empty(12), kernels.compiled(logits)
+    losses, library_of = torch.empty(12), cpu_kernels(logits)
     assert library_of is not None
     untouched = logits.clone()
     library_of.call("cross_entropy", untouched, labels, losses, -100, 0, 12, vocab)
@@ -304,7 +338,7 @@ def test_the_layer_is_the_same_with_and_without_compiled_kernels(dtype, chunk_ro
 
     compiled(dtype)
     ours = run()
-    with kernels.torch_only():
+    with use_kernels("torch"):
         theirs = run()
     assert set(ours) == set(theirs)
     for name, value in ours.items():
@@ -321,7 +355,7 @@ def test_without_a_compiler_torch_takes_over_and_says_so_once(monkeypatch, caplo
         with caplog.at_level(logging.WARNING, logger="moepp"):
             layer = MoELayer(MoEConfig(2, 8, 1, 1, 1), 16)
             assert layer(draw(9, 16)).hidden.isfinite().all() and layer(draw(5, 16)).hidden.isfinite().all()
-        assert kernels.describe(torch.device("cpu"), torch.float32) == "torch"
+        assert ops.describe(torch.device("cpu"), torch.float32) == "torch"
         assert len(caplog.records) == 1 and "no-such-compiler" in caplog.text
     finally:
         build.library.cache_clear()
@@ -331,11 +365,11 @@ def test_without_a_compiler_torch_takes_over_and_says_so_once(monkeypatch, caplo
 def test_a_tokens_rows_are_added_in_float32_and_rounded_once(without_compiler):
     """1 + 3 x 1/256 in bfloat16: added one by one each 1/256 would be rounded away."""
     rows = torch.tensor([[1.0], [2**-8], [2**-8], [2**-8]], dtype=torch.bfloat16)
-    order = moe_kernels.RowOrder(torch.arange(4), torch.arange(4).view(1, 4))
+    order = RowOrder(torch.arange(4), torch.arange(4).view(1, 4))
     ones, x = torch.ones(1, 4), torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
-    with kernels.torch_only() if without_compiler else contextlib.nullcontext():
-        total = moe_kernels.combine_rows(rows, order, ones, None)
-        gathered, _ = moe_kernels.gather_rows(x, order)
+    with use_kernels("torch") if without_compiler else contextlib.nullcontext():
+        total = combine_rows(rows, order, ones)
+        gathered = gather_rows(x, order)
         gathered.backward(rows)
     wanted = torch.tensor([[1 + 3 * 2**-8]], dtype=torch.bfloat16)
     assert torch.equal(total, wanted) and x.grad is not None and torch.equal(x.grad, wanted)

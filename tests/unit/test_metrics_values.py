@@ -79,15 +79,27 @@ def test_mean_without_weight_anywhere_is_left_out() -> None:
     assert reduce_values({"a": empty, "b": Value.sum(torch.tensor(2.0))}, alone, alone).keys() == {"b"}
 
 
+KINDS = ("ffn", "constant", "copy", "zero")
+
+
 def layer_stats(
-    tokens: int, ffn_slots: int, remote: int, load: list[int], shares: tuple[float, ...], drop: float, balance: float
+    tokens: int,
+    ffn_assignments: int,
+    remote: int,
+    load: list[int],
+    shares: tuple[float, ...],
+    drop: float,
+    balance: float,
 ) -> Any:
     """Statistics of one layer and pass; ``shares``: ffn, constant, copy, zero."""
-    fields = dict(zip(("share_ffn", "share_constant", "share_copy", "share_zero"), shares, strict=True))
-    fields |= {"drop_fraction": drop, "balance_loss": balance, "z_loss": 0.0, "num_tokens": tokens}
-    fields |= {"ffn_slots": ffn_slots, "remote_slots": remote, "ffn_per_token": ffn_slots / max(tokens, 1)}
+    fields = {"drop_fraction": drop, "balance_loss": balance, "z_loss": 0.0, "num_tokens": tokens}
+    fields |= {
+        "ffn_assignments": ffn_assignments,
+        "remote_assignments": remote,
+        "ffn_per_token": ffn_assignments / max(tokens, 1),
+    }
     tensors = {name: torch.tensor(float(value)) for name, value in fields.items()}
-    return SimpleNamespace(**tensors, load_E=torch.tensor(load, dtype=torch.float32))
+    return SimpleNamespace(**tensors, share_Z=torch.tensor(shares), load_E=torch.tensor(load, dtype=torch.float32))
 
 
 # Two ranks, two steps, two micro-batches in the first step; experts: 2 FFN, 1 constant, 1 copy, 1 zero; K = 2.
@@ -123,7 +135,7 @@ def fill(stats: StepStats, rank: int) -> None:
 
 
 def reduced(rank: int, sum_reduce: Any, max_reduce: Any) -> dict[str, float]:
-    stats = StepStats(LAYERS, num_ffn_experts=2, top_k=2)
+    stats = StepStats(LAYERS, KINDS, num_ffn_experts=2, top_k=2)
     fill(stats, rank)
     return stats.reduce(sum_reduce, max_reduce)
 
@@ -136,34 +148,32 @@ def test_metrics_cover_all_tokens_of_all_ranks_and_steps() -> None:
         / sum(float(p[2][0].num_tokens) for p in passes),
         "comm/dispatch_bytes": (1000 + 300 + 5000 + 77) / 2,
     }
-    ffn_per_token, dropped, vanilla_slots, remote_slots = [], [], 0.0, 0.0
+    ffn_per_token, dropped, vanilla_slots, remote_assignments = [], [], 0.0, 0.0
     for row, index in enumerate(LAYERS):
         layers = [p[2][row] for p in passes]
         tokens = sum(float(layer.num_tokens) for layer in layers)
-        ffn = sum(float(layer.ffn_slots) for layer in layers)
-        remote = sum(float(layer.remote_slots) for layer in layers)
+        ffn = sum(float(layer.ffn_assignments) for layer in layers)
+        remote = sum(float(layer.remote_assignments) for layer in layers)
         ffn_per_token.append(ffn / tokens)
         dropped.append(sum(float(layer.drop_fraction * layer.num_tokens) for layer in layers) / tokens)
         vanilla_slots += 2 * tokens * remote / ffn
-        remote_slots += remote
-        for kind in ("ffn", "constant", "copy", "zero"):
-            total = sum(float(getattr(layer, f"share_{kind}") * layer.num_tokens) for layer in layers)
+        remote_assignments += remote
+        for number, kind in enumerate(KINDS):
+            total = sum(float(layer.share_Z[number] * layer.num_tokens) for layer in layers)
             expected[f"routing/layer_{index}/share_{kind}"] = total / tokens
         loads = [sum(float(layer.load_E[e]) for layer in layers) for e in range(2)]
         expected[f"routing/layer_{index}/max_over_mean"] = max(loads) / (sum(loads) / 2)
     expected["routing/ffn_per_token"] = sum(ffn_per_token) / 2
     expected["routing/drop_fraction"] = sum(dropped) / 2
-    expected["comm/dispatch_bytes_vanilla"] = expected["comm/dispatch_bytes"] * vanilla_slots / remote_slots
+    expected["comm/dispatch_bytes_vanilla"] = expected["comm/dispatch_bytes"] * vanilla_slots / remote_assignments
 
     for metrics in Ranks(2).run(reduced):
         assert metrics == pytest.approx(expected, rel=1e-6)
-        assert sum(metrics[f"routing/layer_1/share_{k}"] for k in ("ffn", "constant", "copy", "zero")) == pytest.approx(
-            1, rel=1e-6
-        )
+        assert sum(metrics[f"routing/layer_1/share_{k}"] for k in KINDS) == pytest.approx(1, rel=1e-6)
 
 
 def test_reduce_starts_a_new_interval_and_discard_forgets_a_step() -> None:
-    stats = StepStats(LAYERS, num_ffn_experts=2, top_k=2)
+    stats = StepStats(LAYERS, KINDS, num_ffn_experts=2, top_k=2)
     fill(stats, 0)
     stats.reduce(alone, alone)
     loss, tokens, layers = PASSES[1][0]
@@ -178,14 +188,14 @@ def test_reduce_starts_a_new_interval_and_discard_forgets_a_step() -> None:
 
 
 def test_uncommitted_micro_batches_are_not_reported() -> None:
-    stats = StepStats(LAYERS, num_ffn_experts=2, top_k=2)
+    stats = StepStats(LAYERS, KINDS, num_ffn_experts=2, top_k=2)
     stats.add_micro_batch(PASSES[0][0][2], torch.tensor(30.0), 9)
     with pytest.raises(ValueError, match="committed step"):
         stats.reduce(alone, alone)
 
 
 def test_nothing_remote_gives_zero_vanilla_bytes_and_no_ffn_choice_leaves_max_over_mean_out() -> None:
-    stats = StepStats([0], num_ffn_experts=2, top_k=1)
+    stats = StepStats([0], KINDS, num_ffn_experts=2, top_k=1)
     only_copy = layer_stats(4, 0, 0, [0, 0, 0, 4, 0], (0, 0, 1, 0), 0, 0.5)
     stats.add_micro_batch([only_copy], torch.tensor(8.0), torch.tensor(4))
     stats.commit()
@@ -197,7 +207,7 @@ def test_nothing_remote_gives_zero_vanilla_bytes_and_no_ffn_choice_leaves_max_ov
 
 
 def test_model_without_moe_layers_reports_the_loss_alone() -> None:
-    stats = StepStats([], num_ffn_experts=2, top_k=1)
+    stats = StepStats([], KINDS, num_ffn_experts=2, top_k=1)
     stats.add_micro_batch([], torch.tensor(8.0), 4)
     stats.commit()
     metrics = stats.reduce(alone, alone)
@@ -205,6 +215,6 @@ def test_model_without_moe_layers_reports_the_loss_alone() -> None:
 
 
 def test_statistics_of_the_wrong_number_of_layers_are_refused() -> None:
-    stats = StepStats(LAYERS, num_ffn_experts=2, top_k=2)
+    stats = StepStats(LAYERS, KINDS, num_ffn_experts=2, top_k=2)
     with pytest.raises(ValueError, match="1 MoE layers, expected 2"):
         stats.add_micro_batch(PASSES[0][0][2][:1], torch.tensor(1.0), 1)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moepp.model import chunked_cross_entropy
-from moepp.model.cross_entropy import log_softmax
+from moepp.ops import chunked_cross_entropy
+from moepp.ops.cross_entropy import log_softmax
 
 TOKENS, WIDTH, VOCAB = 37, 8, 51
 

@@ -11,6 +11,7 @@ from moepp.config import ModelConfig, MoEConfig
 from moepp.errors import ConfigError
 from moepp.model import Transformer, generate, init_parameters
 from moepp.model.generate import Sampling, sample
+from moepp.moe import ExpertParallel
 from tests.dist import subgroups
 
 CFG = ModelConfig(
@@ -33,9 +34,9 @@ CFG = ModelConfig(
 PROMPTS = torch.tensor([[3, 9, 4, 20], [30, 1, 7, 2]])
 
 
-def make_model(**groups) -> Transformer:
-    model = Transformer(CFG, **groups)
-    rank, size = (torch.distributed.get_rank(), 2) if groups else (0, 1)
+def make_model(parallel: ExpertParallel | None = None) -> Transformer:
+    model = Transformer(CFG, parallel)
+    rank, size = (torch.distributed.get_rank(), 2) if parallel else (0, 1)
     init_parameters(model, 11, rank, size)
     return model
 
@@ -147,7 +148,7 @@ def test_bad_options_are_refused():
 
 
 def _generate_on_rank(rank: int, seed_differs: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    model = make_model(ep_group=subgroups(2))
+    model = make_model(ExpertParallel(subgroups(2)))
     greedy = generate(model, PROMPTS, 6)
     generator = torch.Generator().manual_seed(rank if seed_differs else 0)
     return greedy, generate(model, PROMPTS, 6, temperature=1.0, generator=generator, eos_id=5)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moepp import MoEConfig, MoELayer
 from moepp.errors import ConfigError
-from moepp.moe.router import compute_gates
+from moepp.moe.gates import compute_gates
 from tests.moe_cases import Case, build_layer, make_inputs
 from tests.oracle import moe_reference
 
@@ -107,7 +107,7 @@ def test_capacities_follow_eq_8_on_routed_slots(gamma, ffn_room, zc_room, expert
     stats = layer(x).stats
     room = ffn_room if expert < 4 else zc_room
     assert stats.drop_fraction.item() == pytest.approx((12 - room) / 12)
-    assert stats.ffn_slots.item() == (room if expert < 4 else 0)
+    assert stats.ffn_assignments.item() == (room if expert < 4 else 0)
     assert stats.load_E.tolist() == [12.0 if e == expert else 0.0 for e in range(8)], "load counts before drops"
 
 
@@ -115,7 +115,7 @@ def test_capacity_counts_the_k_slots_of_a_token():
     # tau N_FFN + N_ZC = 6, k = 2, T = 12: 0.5·24/6 = 2 slots for the FFN expert, 24/6 = 4 for the copy expert.
     layer, x = forced(config(tau=0.5, capacity_factor=1.0), ((1, 6),) * 12)
     stats = layer(x).stats
-    assert (stats.ffn_slots.item(), stats.ffn_per_token.item()) == (2, pytest.approx(2 / 12))
+    assert (stats.ffn_assignments.item(), stats.ffn_per_token.item()) == (2, pytest.approx(2 / 12))
     assert stats.drop_fraction.item() == pytest.approx((10 + 8) / 24)
 
 
@@ -163,7 +163,7 @@ def test_shares_split_the_choices_by_kind_and_sum_to_one():
     stats = layer(x).stats
     shares = [stats.share_ffn, stats.share_constant, stats.share_copy, stats.share_zero]
     assert [share.item() for share in shares] == [4 / 8, 2 / 8, 1 / 8, 1 / 8]
-    assert stats.num_tokens.item() == 4 and stats.remote_slots.item() == 0
+    assert stats.num_tokens.item() == 4 and stats.remote_assignments.item() == 0
 
 
 def test_balance_loss_is_eq_7_without_a_factor_n():

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moepp import official
 from moepp.model import Transformer
+from moepp.moe import ExpertParallel
 from moepp.official.keys import pieces_of
 from tests.official_cases import GOLDEN
 
@@ -108,7 +109,7 @@ def test_the_training_model_computes_the_same_logits_loss_and_gradients(case):
 
 def _sharded_logits(rank: int, case: str) -> tuple[int, Tensor]:
     with torch.device("meta"):
-        model = Transformer(official.read_config(GOLDEN / case), ep_group=torch.distributed.group.WORLD)
+        model = Transformer(official.read_config(GOLDEN / case), ExpertParallel(torch.distributed.group.WORLD))
     model.to_empty(device="cpu")
     official.load_into(model, GOLDEN / case, rank, torch.distributed.get_world_size())
     model.eval()

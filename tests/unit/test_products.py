@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from moepp.config import ModelConfig, MoEConfig
-from moepp.kernels import linear, mm, multiplies_in_float32, products, repacks_right_factor
-from moepp.model.cross_entropy import chunked_cross_entropy
 from moepp.model.init import init_parameters
 from moepp.model.transformer import Transformer
+from moepp.ops import matmul
+from moepp.ops.cross_entropy import chunked_cross_entropy
+from moepp.ops.matmul import linear, mm, multiplies_in_float32, repacks_right_factor
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -23,7 +24,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 @pytest.fixture(params=[True, False], ids=["can multiply", "cannot multiply"])
 def has_bfloat16(request, monkeypatch) -> bool:
     """Whatever this machine can do."""
-    monkeypatch.setattr(products, "_cpu_has_bfloat16", lambda: request.param)
+    monkeypatch.setattr(matmul, "_cpu_has_bfloat16", lambda: request.param)
     return request.param
 
 

@@ -5,19 +5,21 @@ Shapes: T tokens, D width, K slots of a token, R rows, F expert width, C constan
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from moepp import MoEConfig, MoELayer, kernels
+from moepp import MoEConfig, MoELayer
 from moepp.errors import ConfigError
-from moepp.moe import ffn_experts
-from moepp.moe import kernels as moe_kernels
+from moepp.ops import backend, use_kernels
+from moepp.ops.permute import RowOrder, combine_rows, gather_rows
+from moepp.ops.swiglu import swiglu, swiglu_backward
 from tests.moe_cases import Case, assert_agrees, expect, run_layer
 
 pytest.importorskip("triton", reason="pip install 'moepp[triton]'")
@@ -30,6 +32,15 @@ ROOT = Path(__file__).parents[2]
 # A CUDA build of torch names its accelerator even where no driver is.
 DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="cases of the layer lie on the CPU, where Triton interprets")
+
+
+grouped = importlib.import_module("moepp.ops.grouped_swiglu")
+
+
+@pytest.fixture(autouse=True)
+def triton_kernels() -> Iterator[None]:
+    with use_kernels("triton"):
+        yield
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -51,14 +62,14 @@ def test_swiglu_and_its_gradient(dtype, width):
     wanted = F.silu(wide[:, :width]) * wide[:, width:]
     wanted.backward(grad.double())
     act, grad_gate_up = torch.empty_like(grad), torch.empty_like(gate_up)
-    moe_kernels.swiglu(gate_up[:, :width], gate_up[:, width:], act, triton=True)
+    swiglu(gate_up[:, :width], gate_up[:, width:], act)
     assert_close(act, wanted.detach(), dtype, "act")
     act = grad.clone()  # it may take the gradient's place
-    moe_kernels.swiglu_backward(gate_up, act, grad_gate_up, act, triton=True)
+    swiglu_backward(gate_up, act, grad_gate_up, act)
     assert_close(act, wanted.detach(), dtype, "act of backward")
     assert_close(grad_gate_up, wide.grad, dtype, "gradient")
     leaf = gate_up.clone().requires_grad_()
-    out = moe_kernels.TritonSwiGLU.apply(leaf)
+    out = grouped._RowSwiGLU.apply(leaf)
     out.backward(grad)
     assert_close(out.detach(), wanted.detach(), dtype, "act of the function")
     assert_close(leaf.grad, wide.grad, dtype, "gradient of the function")
@@ -68,55 +79,41 @@ POSITIONS_TK = torch.tensor([[0, 3], [-1, 1], [-1, -1], [2, -1], [5, 4], [-1, 6]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_constant", [None, 0, 2])
+@pytest.mark.parametrize("with_start", [True, False])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_sums_of_rows_and_all_gradients(dtype, num_constant, width):
-    num_tokens, slots_R = len(POSITIONS_TK), POSITIONS_TK[POSITIONS_TK >= 0].argsort()
-    slots_R = (POSITIONS_TK.flatten() >= 0).nonzero().flatten()[slots_R]
-    order = moe_kernels.RowOrder(slots_R, POSITIONS_TK)
+def test_sums_of_rows_and_all_gradients(dtype, with_start, width):
+    num_tokens, order_R = len(POSITIONS_TK), POSITIONS_TK[POSITIONS_TK >= 0].argsort()
+    order = RowOrder((POSITIONS_TK.flatten() >= 0).nonzero().flatten()[order_R], POSITIONS_TK)
     leaves = {"rows": draw(7, width, dtype=dtype), "weights": draw(num_tokens, 2, seed=1)}
-    if num_constant is not None:
-        leaves |= {
-            "x": draw(num_tokens, width, dtype=dtype, seed=2),
-            "scale": draw(num_tokens, seed=3) * (torch.arange(num_tokens, device=DEVICE) != 1),
-            "coefficients": draw(num_tokens, num_constant, seed=4)
-            * (torch.arange(num_tokens, device=DEVICE) != 2).unsqueeze(1),
-            "values": draw(num_constant, width, dtype=dtype, seed=5),
-        }
+    if with_start:
+        leaves["start"] = draw(num_tokens, width, dtype=dtype, seed=2)
     ours = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
     wide = {name: leaf.double().requires_grad_() for name, leaf in leaves.items()}
     tokens = [
         sum((wide["weights"][t, k] * wide["rows"][p] for k, p in enumerate(row) if p >= 0), draw(width).double() * 0)
         for t, row in enumerate(POSITIONS_TK.tolist())
     ]
-    wanted, affine = torch.stack(tokens), None
-    if num_constant is not None:
-        wanted = wanted + wide["scale"].unsqueeze(1) * wide["x"] + wide["coefficients"] @ wide["values"]
-        affine = moe_kernels.Affine(ours["x"], ours["scale"], ours["coefficients"], ours["values"])
-    out = moe_kernels.combine_rows(ours["rows"], order, ours["weights"], affine, triton=True)
+    wanted = torch.stack(tokens) + (wide["start"] if with_start else 0)
+    out = combine_rows(ours["rows"], order, ours["weights"], ours.get("start"))
     assert "Combine" in type(out.grad_fn).__name__
     assert_close(out.detach(), wanted.detach(), dtype, "sum")
     grad = draw(num_tokens, width, dtype=dtype, seed=6)
     out.backward(grad)
     wanted.backward(grad.double())
-    unused = {"scale": leaves.get("scale") == 0, "coefficients": leaves.get("coefficients") == 0}
     for name, leaf in wide.items():
-        if leaf.numel() and leaf.grad is not None:
-            wanted_grad = leaf.grad.masked_fill(unused[name], 0) if name in unused else leaf.grad
-            assert_close(ours[name].grad, wanted_grad, dtype, name)
+        assert leaf.grad is not None
+        assert_close(ours[name].grad, leaf.grad, dtype, name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gathered_rows_add_their_gradients_to_that_of_the_next_use(dtype):
-    x, order = (
-        draw(6, 40, dtype=dtype).requires_grad_(),
-        moe_kernels.RowOrder(torch.tensor([0, 3, 6, 1, 9, 8, 11], device=DEVICE), POSITIONS_TK),
-    )
-    rows, again = moe_kernels.gather_rows(x, order, triton=True)
+def test_gathered_rows_sum_their_gradients_by_token(dtype):
+    x = draw(6, 40, dtype=dtype).requires_grad_()
+    order = RowOrder(torch.tensor([0, 3, 6, 1, 9, 8, 11], device=DEVICE), POSITIONS_TK)
+    rows = gather_rows(x, order)
     assert torch.equal(rows, x[order.token_ids_R])
-    grad_rows, grad_later = draw(7, 40, dtype=dtype, seed=1), draw(6, 40, dtype=dtype, seed=2)
-    torch.autograd.backward([rows, again], [grad_rows, grad_later])
-    wanted = grad_later.double()
+    grad_rows = draw(7, 40, dtype=dtype, seed=1)
+    rows.backward(grad_rows)
+    wanted = torch.zeros(6, 40, dtype=torch.float64, device=DEVICE)
     for t, row in enumerate(POSITIONS_TK.tolist()):
         for position in row:
             if position >= 0:
@@ -131,7 +128,7 @@ def test_gathered_rows_add_their_gradients_to_that_of_the_next_use(dtype):
     [{}, {"capacity_factor": None}, {"expert_chunk_rows": 2}, {"num_copy_experts": 0, "num_constant_experts": 0}],
 )
 def test_the_layer_agrees_with_the_oracle(dtype, fields):
-    defaults = {"tau": 0.6, "capacity_factor": 0.7, "balance_loss_weight": 0.3, "triton_kernels": True}
+    defaults = {"tau": 0.6, "capacity_factor": 0.7, "balance_loss_weight": 0.3}
     case = Case(
         MoEConfig(
             4, 5, **({"num_zero_experts": 1, "num_copy_experts": 1, "num_constant_experts": 2} | defaults | fields)
@@ -149,15 +146,15 @@ def test_the_grouped_products_take_them_too(monkeypatch):
     torch.manual_seed(0)
     layer = MoELayer(cfg, 16).to(torch.bfloat16)
     x, results = draw(30, 16, dtype=torch.bfloat16), []
-    for triton in (False, True):
-        layer.experts.triton = triton
-        if triton:
-            monkeypatch.setattr(ffn_experts, "has_grouped_mm", lambda _: True)
+    for kernels in ("auto", "triton"):
+        if kernels == "triton":
+            monkeypatch.setattr(grouped, "has_grouped_mm", lambda _: True)
             monkeypatch.setattr(F, "silu", None)  # so that nothing else computes it
         layer.zero_grad()
         leaf = x.clone().requires_grad_()
-        out = layer(leaf).hidden
-        (out * x.flip(0)).sum().backward()
+        with use_kernels(kernels):
+            out = layer(leaf).hidden
+            (out * x.flip(0)).sum().backward()
         grads = {name: parameter.grad for name, parameter in layer.named_parameters() if parameter.grad is not None}
         results.append({"out": out.detach(), "x": leaf.grad} | grads)
     plain, by_triton = results
@@ -168,7 +165,7 @@ def test_the_grouped_products_take_them_too(monkeypatch):
 
 @on_cpu
 def test_where_they_cannot_run_an_error_says_so(monkeypatch):
-    cpu, layer = torch.device("cpu"), MoELayer(replace(MoEConfig(2, 8, 1, 1, 1), triton_kernels=True), 16)
+    cpu, layer = torch.device("cpu"), MoELayer(MoEConfig(2, 8, 1, 1, 1), 16)
     with pytest.raises(ConfigError, match=r"float64.*convert"):
         layer.double()(draw(3, 16).double())
     monkeypatch.delenv("TRITON_INTERPRET")
@@ -176,7 +173,7 @@ def test_where_they_cannot_run_an_error_says_so(monkeypatch):
         layer.float()(draw(3, 16))
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install 'moepp\[triton\]'"):
-        kernels.require_triton(cpu)
+        backend.choose_kernels("triton", cpu)
 
 
 @pytest.mark.parametrize("capability", [80, 90])

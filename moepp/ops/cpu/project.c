@@ -352,4 +352,4 @@ void project_backward(const element *x, const float *weight, const float *grad, 
 }
 
 /* Whether this process can use tile registers. */
-i64 has_tiles(void) { return tiles_granted(); }
+i64 has_amx(void) { return tiles_granted(); }

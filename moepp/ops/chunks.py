@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moepp.kernels import mm
+from moepp.ops.matmul import mm
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,14 @@
 /* Routing: gates, the choice of experts, the order of their slots. All in float. See vector.h for conventions.
  *
- * Letters: T tokens, E experts (FFN, constant, copy, zero, in this order), K experts of a token, C constant experts, S slots.
+ * Letters: T tokens, E experts (FFN, constant, copy, zero, in this order), K experts of a token, C constant experts, A assignments.
  */
 #include <math.h>
 
 #include "vector.h"
 
-#define MAX_TOP_K 8 /* moepp/moe/kernels.py knows it too */
+#define MAX_TOP_K 8 /* moepp/ops/gates.py knows it too */
 
-/* How a token's gate weights come from its probabilities; moepp/moe/kernels.py numbers them alike. */
+/* How a token's gate weights come from its probabilities; moepp/ops/gates.py numbers them alike. */
 enum normalization { NONE, ZERO_MASKED, TOPK_SOFTMAX };
 
 /* taken[K]: of LANES tokens the K experts with the highest scores[E][LANES], best first; among equals the lower number. A
@@ -109,48 +109,6 @@ void gates_backward(const float *probs, const i64 *ids, const float *weights, co
     }
 }
 
-/* 1 / (1 + exp(-(a - b))) */
-INLINE float first_share(const float *pair) { return 1.f / (1.f + expf(pair[1] - pair[0])); }
-
-/* The zero-computation experts as an affine function of each token: scale[T] and coefficients[T, C], from its gate weights
- * and from alpha_logits[T, C, 2]. Constant experts are numbered from first_constant, copy experts from there + C on. */
-void affine(const i64 *ids, const float *weights, const float *alpha_logits, float *scale, float *coefficients, i64 T, i64 K,
-            i64 C, i64 first_constant, i64 first_zero) {
-    OMP(omp parallel for schedule(static) if(WORTH_THREADS(T * K)))
-    for (i64 t = 0; t < T; t++) {
-        float total = 0;
-        memset(coefficients + t * C, 0, C * sizeof(float));
-        for (i64 s = t * K; s < t * K + K; s++) {
-            i64 c = ids[s] - first_constant;
-            if (c < 0 || ids[s] >= first_zero) continue;
-            float share = c < C ? first_share(alpha_logits + (t * C + c) * 2) : 1.f;
-            total += weights[s] * share;
-            if (c < C) coefficients[t * C + c] += weights[s] * (1.f - share);
-        }
-        scale[t] = total;
-    }
-}
-
-/* The gradients of affine(). */
-void affine_backward(const i64 *ids, const float *weights, const float *alpha_logits, const float *grad_scale,
-                     const float *grad_coefficients, float *grad_weights, float *grad_alpha_logits, i64 T, i64 K, i64 C,
-                     i64 first_constant, i64 first_zero) {
-    OMP(omp parallel for schedule(static) if(WORTH_THREADS(T * K)))
-    for (i64 t = 0; t < T; t++) {
-        memset(grad_alpha_logits + t * C * 2, 0, C * 2 * sizeof(float));
-        for (i64 s = t * K; s < t * K + K; s++) {
-            i64 c = ids[s] - first_constant;
-            grad_weights[s] = c < 0 || ids[s] >= first_zero ? 0 : grad_scale[t];
-            if (c < 0 || c >= C) continue;
-            float share = first_share(alpha_logits + (t * C + c) * 2), grad_c = grad_coefficients[t * C + c];
-            float slope = weights[s] * (grad_scale[t] - grad_c) * share * (1.f - share);
-            grad_weights[s] = grad_scale[t] * share + grad_c * (1.f - share);
-            grad_alpha_logits[(t * C + c) * 2] += slope;
-            grad_alpha_logits[(t * C + c) * 2 + 1] -= slope;
-        }
-    }
-}
-
 /* How often each of E experts occurs among S ids. */
 void count_experts(const i64 *ids, i64 *counts, i64 S, i64 E) {
     memset(counts, 0, E * sizeof *counts);
@@ -158,9 +116,9 @@ void count_experts(const i64 *ids, i64 *counts, i64 S, i64 E) {
         if (ids[s] < E) counts[ids[s]]++;
 }
 
-/* Stable counting sort of S slots by expert: order[0 .. N) are the slots of experts 0 .. E-1, counts[E] how many each
+/* Stable counting sort of A assignments by expert: order[0 .. N) are the slots of experts 0 .. E-1, counts[E] how many each
  * has, positions[S] where a slot went, or -1 for a slot of an expert beyond, which is left out. */
-void sort_slots(const i64 *experts, i64 *order, i64 *counts, i64 *positions, i64 S, i64 E) {
+void sort_assignments(const i64 *experts, i64 *order, i64 *counts, i64 *positions, i64 S, i64 E) {
     count_experts(experts, counts, S, E);
     i64 *next = malloc((E + 1) * sizeof *next), start = 0;
     for (i64 e = 0; e < E; e++) {

@@ -108,10 +108,10 @@ static void prepare_columns(const product *p, i64 m, i64 panel) {
 
 /* ---- forward ---- */
 
-/* For x[R, D] through one expert's gate_up[2F, D] and down[D, F]: out[R, D], and gate and up for vector_expert_backward() in
+/* For x[R, D] through one expert's gate_up[2F, D] and down[D, F]: out[R, D], and gate and up for avx2_expert_backward() in
  * `hidden`: 2F elements for each of R rows rounded up to 16. Either may be null. `scratch`: (D + F) floats for each of
  * `most` rows, a multiple of 16, that are computed at a time. */
-void vector_expert_forward(const element *x, const element *gate_up, const element *down, element *hidden, element *out,
+void avx2_expert_forward(const element *x, const element *gate_up, const element *down, element *hidden, element *out,
                            float *scratch, i64 R, i64 D, i64 F, i64 most) {
     float *x_panels = scratch, *act = scratch + most * D;
     OMP(omp parallel if(WORTH_THREADS(R * F)))
@@ -136,10 +136,10 @@ void vector_expert_forward(const element *x, const element *gate_up, const eleme
 
 /* ---- backward ---- */
 
-/* From grad_out[R, D], x[R, D] and what vector_expert_forward() kept in `hidden`: grad_x[R, D] and the weights' gradients,
+/* From grad_out[R, D], x[R, D] and what avx2_expert_forward() kept in `hidden`: grad_x[R, D] and the weights' gradients,
  * which are added to sum_gate_up and sum_down where these are not null. `scratch`: (D + 2F + F) floats for each of R rows,
  * with R, D and the second F rounded up to 16. */
-void vector_expert_backward(const element *grad_out, const element *x, element *hidden, const element *gate_up,
+void avx2_expert_backward(const element *grad_out, const element *x, element *hidden, const element *gate_up,
                             const element *down, element *grad_x, element *grad_gate_up, element *grad_down,
                             float *sum_gate_up, float *sum_down, float *scratch, i64 R, i64 D, i64 F) {
     i64 padded = panels_of(R) * PANEL;
@@ -169,12 +169,12 @@ void vector_expert_backward(const element *grad_out, const element *x, element *
     }
 }
 
-i64 has_vector_experts(void) { return 1; }
+i64 has_avx2_experts(void) { return 1; }
 #else
-void vector_expert_forward(const element *x, const element *gate_up, const element *down, element *hidden, element *out,
+void avx2_expert_forward(const element *x, const element *gate_up, const element *down, element *hidden, element *out,
                            float *scratch, i64 R, i64 D, i64 F, i64 most) {}
-void vector_expert_backward(const element *grad_out, const element *x, element *hidden, const element *gate_up,
+void avx2_expert_backward(const element *grad_out, const element *x, element *hidden, const element *gate_up,
                             const element *down, element *grad_x, element *grad_gate_up, element *grad_down,
                             float *sum_gate_up, float *sum_down, float *scratch, i64 R, i64 D, i64 F) {}
-i64 has_vector_experts(void) { return 0; }
+i64 has_avx2_experts(void) { return 0; }
 #endif

@@ -1,4 +1,4 @@
-"""SwiGLU experts on the tile registers of CPUs that have them (Intel AMX, bfloat16): moepp/kernels/experts.c.
+"""SwiGLU experts on the tile registers of Intel AMX, bfloat16: amx_experts.c.
 
 The compiled kernels do every product in which weights are a factor, without laying out the weights anew, and SwiGLU on
 the way. The products of two activations (the weights' gradients) are torch's.
@@ -13,17 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepp.kernels import Library, compiled, dense_transpose
-from moepp.moe.expert_chunks import Chunk, WeightGradients, chunks, largest_chunk
+from moepp.ops.backend import cpu_kernels
+from moepp.ops.chunks import Chunk, WeightGradients, chunks, largest_chunk
+from moepp.ops.cpu.build import Library
+from moepp.ops.matmul import dense_transpose
 
 _BLOCK = 32  # rows that the kernels handle at a time; widths must be multiples of it
 
 
-def has_tiles(rows_RD: Tensor, expert_width: int) -> bool:
-    """Whether these experts can be computed here."""
-    kernels = compiled(rows_RD)
+def supports_amx(rows_RD: Tensor, expert_width: int) -> bool:
+    """Whether the kernels support this processor, dtype and width."""
+    kernels = cpu_kernels(rows_RD)
     multiples = rows_RD.shape[1] % _BLOCK == 0 and expert_width % _BLOCK == 0
-    return kernels is not None and kernels.has_tiles and multiples
+    return kernels is not None and kernels.has_amx and multiples
 
 
 def backward_buffer_elements(width_F: int, rows: int) -> int:
@@ -37,13 +39,13 @@ def _padded(rows: int) -> int:
 
 
 def _leading_dimension(rows: int) -> int:
-    """A stride for rows so long: whole cache lines, and no large power of 2, which caches take badly."""
+    """A stride for that many rows: whole cache lines, and no large power of 2, which aliases in the caches."""
     padded = _padded(rows)
     return padded + _BLOCK if padded % (2 * _BLOCK) == 0 else padded
 
 
-class TileSwiGLU(torch.autograd.Function):
-    """``down(silu(gate(x)) * up(x))`` for each expert; arguments as of ``ffn_experts._LoopSwiGLU``, without ``triton``.
+class AMXSwiGLU(torch.autograd.Function):
+    """``down(silu(gate(x)) * up(x))`` for each expert; arguments as of ``grouped_swiglu._LoopSwiGLU``.
 
     Where ``stores``, gate and up [R, 2F] are kept in the kernels' own order, else they are computed again in backward.
     """
@@ -59,7 +61,7 @@ class TileSwiGLU(torch.autograd.Function):
         stores: bool,
     ) -> Tensor:
         rows_RD, gate_up_EGD, down_EDF = rows_RD.contiguous(), gate_up_EGD.contiguous(), down_EDF.contiguous()
-        kernels = compiled(rows_RD)
+        kernels = cpu_kernels(rows_RD)
         assert kernels is not None
         stored = sum(map(_padded, counts)) if stores else 0
         hidden_RG = rows_RD.new_empty(stored, gate_up_EGD.shape[1])
@@ -95,7 +97,7 @@ class TileSwiGLU(torch.autograd.Function):
             weights = (gate_up_EGD[chunk.expert], down_EDF[chunk.expert])
             results = (grad_hidden_GC, act_CF, grad_rows_RD[chunk.rows])
             sizes = (num_rows, width_D, width_F, stride, act_CF.stride(0))
-            kernels.call("expert_backward", grad_out_CD, hidden_CG, *weights, *results, *sizes)
+            kernels.call("amx_expert_backward", grad_out_CD, hidden_CG, *weights, *results, *sizes)
             grad_gate_up.add(chunk, grad_hidden_GC[:, :num_rows], rows_RD[chunk.rows])
             grad_down.add(chunk, dense_transpose(grad_out_CD), act_CF[:num_rows, :width_F])
             at += _padded(num_rows)
@@ -113,4 +115,4 @@ def _forward(
 ) -> None:
     weights = (gate_up_EGD[chunk.expert], down_EDF[chunk.expert])
     sizes = (chunk.num_rows, *down_EDF.shape[1:])
-    kernels.call("expert_forward", rows_RD[chunk.rows], *weights, hidden_CG, out_CD, *sizes)
+    kernels.call("amx_expert_forward", rows_RD[chunk.rows], *weights, hidden_CG, out_CD, *sizes)

@@ -1,4 +1,4 @@
-"""torch's matrix products, in the precision in which the device has them.
+"""Matrix products, in the precision in which the device has them.
 
 oneDNN multiplies bfloat16 on CPUs from AVX-512 on. On others torch falls back to loops that take seven times as long as
 float32's product, in backward a hundred times (measured with AVX2). There bfloat16 factors are multiplied in float32
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moepp import cpu
+from moepp.ops.backend import cpu_kernels
 
 
 def multiplies_in_float32(tensor: Tensor) -> bool:
@@ -61,3 +62,46 @@ class _Float32Linear(torch.autograd.Function):
         if not wants_weight:
             return grad_x, None
         return grad_x, (grad.flatten(0, -2).t() @ x.float().flatten(0, -2)).to(weight.dtype)
+
+
+def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T`` in float32 at least, whatever the dtypes and autocast."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(dtype), weight.to(dtype))
+
+
+def transpose(tensor_RM: Tensor, out_MR: Tensor) -> None:
+    """``out = tensor.t()``; both may have rows that lie apart."""
+    if kernels := cpu_kernels(tensor_RM):
+        strided = (tensor_RM, tensor_RM.stride(0), out_MR, out_MR.stride(0))
+        kernels.call("transpose", *strided, *tensor_RM.shape)
+    else:
+        out_MR.copy_(tensor_RM.t())
+
+
+def repacks_right_factor(tensor: Tensor) -> bool:
+    """Whether a product of such tensors copies its right factor and is slow for a transposed left one.
+
+    oneDNN's bfloat16 product on the CPU repacks B in every call, and is slow for a transposed A (measured).
+    """
+    is_bfloat16 = tensor.dtype == torch.bfloat16 and not multiplies_in_float32(tensor)
+    return is_bfloat16 and cpu_kernels(tensor) is not None
+
+
+def dense_transpose(tensor_RM: Tensor) -> Tensor:
+    """The transposed matrix as a product's left factor: contiguous where oneDNN prefers it, else a view."""
+    if not repacks_right_factor(tensor_RM):
+        return tensor_RM.t()
+    num_rows, width = tensor_RM.shape
+    # Strides of a large power of 2 alias in the caches.
+    padded_MR = tensor_RM.new_empty(width, num_rows + 32 if num_rows % 256 == 0 else num_rows)
+    padded_MR[:, num_rows:] = 0  # oneDNN reads a left factor up to a multiple of 32, and multiplies by zeros
+    dense_MR = padded_MR[:, :num_rows]
+    transpose(tensor_RM, dense_MR)
+    return dense_MR
+
+
+def matmul_transposed(left_RM: Tensor, right_RN: Tensor, out_MN: Tensor) -> None:
+    """``out = leftᵀ right``."""
+    mm(dense_transpose(left_RM), right_RN, out_MN)

@@ -1,4 +1,4 @@
-"""SwiGLU experts on the vector registers of CPUs without tile registers: moepp/kernels/vector_experts.c.
+"""SwiGLU experts on AVX2: avx2_experts.c.
 
 The compiled kernels do all products in float32, bfloat16 values too, which such processors cannot multiply: torch's
 bfloat16 product takes ten times as long there. Weights are read where they lie, SwiGLU is computed on the way.
@@ -13,17 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepp.kernels import Library, compiled
-from moepp.moe.expert_chunks import Chunk, WeightGradients, chunks, largest_chunk
+from moepp.ops.backend import cpu_kernels
+from moepp.ops.chunks import Chunk, WeightGradients, chunks, largest_chunk
+from moepp.ops.cpu.build import Library
 
 _BLOCK = 16  # rows that the kernels handle at a time
 _FORWARD_BYTES = 12_000_000  # of the last-level cache, for the rows that forward computes at a time
 
 
-def has_vectors(rows_RD: Tensor) -> bool:
-    """Whether these experts can be computed here."""
-    kernels = compiled(rows_RD)
-    return kernels is not None and kernels.has_vector_experts
+def supports_avx2(rows_RD: Tensor) -> bool:
+    """Whether the kernels support this processor, dtype and width."""
+    kernels = cpu_kernels(rows_RD)
+    return kernels is not None and kernels.has_avx2_experts
 
 
 def backward_scratch_bytes(width_D: int, width_F: int, rows: int) -> int:
@@ -35,8 +36,8 @@ def _padded(rows: int) -> int:
     return -(-rows // _BLOCK) * _BLOCK
 
 
-class VectorSwiGLU(torch.autograd.Function):
-    """``down(silu(gate(x)) * up(x))`` for each expert; arguments as of ``ffn_experts._LoopSwiGLU``, without ``triton``.
+class AVX2SwiGLU(torch.autograd.Function):
+    """``down(silu(gate(x)) * up(x))`` for each expert; arguments as of ``grouped_swiglu._LoopSwiGLU``.
 
     Where ``stores``, gate and up [R, 2F] are kept in the kernels' own order, else they are computed again in backward.
     """
@@ -52,7 +53,7 @@ class VectorSwiGLU(torch.autograd.Function):
         stores: bool,
     ) -> Tensor:
         rows_RD, gate_up_EGD, down_EDF = rows_RD.contiguous(), gate_up_EGD.contiguous(), down_EDF.contiguous()
-        kernels = compiled(rows_RD)
+        kernels = cpu_kernels(rows_RD)
         assert kernels is not None
         (_, width_D, width_F), largest = down_EDF.shape, largest_chunk(counts, chunk_rows)
         most = _padded(min(largest, max(_FORWARD_BYTES // (4 * (width_D + width_F)), 1)))
@@ -88,7 +89,7 @@ class VectorSwiGLU(torch.autograd.Function):
                 values, sums = zip(gate_up_results, down_results, strict=True)
                 inputs = (grad_out_RD[chunk.rows], rows_RD[chunk.rows], hidden_CG, *weights)
                 results = (grad_rows_RD[chunk.rows], *values, *sums, scratch)
-                kernels.call("vector_expert_backward", *inputs, *results, chunk.num_rows, width_D, width_F)
+                kernels.call("avx2_expert_backward", *inputs, *results, chunk.num_rows, width_D, width_F)
             at += padded
         return grad_rows_RD, grad_gate_up.value_EMN, grad_down.value_EMN, None, None, None
 
@@ -106,4 +107,4 @@ def _forward(
 ) -> None:
     weights = (gate_up_EGD[chunk.expert], down_EDF[chunk.expert])
     sizes = (chunk.num_rows, *down_EDF.shape[1:], most)
-    kernels.call("vector_expert_forward", rows_RD[chunk.rows], *weights, hidden_CG, out_CD, scratch, *sizes)
+    kernels.call("avx2_expert_forward", rows_RD[chunk.rows], *weights, hidden_CG, out_CD, scratch, *sizes)

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from moepp import kernels
 from moepp.bench.timing import threads
-from moepp.kernels import Library
-from moepp.moe.vector_experts import backward_scratch_bytes
+from moepp.ops.backend import cpu_kernels
+from moepp.ops.cpu.avx2_experts import backward_scratch_bytes
+from moepp.ops.cpu.build import Library
 from tests.expert_cases import (
     BF16,
     FP32,
@@ -34,8 +34,8 @@ DTYPES = [FP32, BF16]
 @pytest.fixture(autouse=True)
 def vectors() -> Library:
     """The compiled kernels, the same functions for both element types."""
-    library = kernels.compiled(torch.empty(0))
-    if library is None or not library.has_vector_experts:
+    library = cpu_kernels(torch.empty(0))
+    if library is None or not library.has_avx2_experts:
         pytest.skip("no compiled kernels, or not for AVX2 (processors with AVX-512 multiply by other means)")
     return library
 
@@ -64,10 +64,10 @@ def nan_in_new_memory() -> Iterator[None]:
 def test_outputs_and_all_gradients_agree_with_float64(width, ffn, counts, chunk_rows, dtype):
     experts = make_experts(width, ffn, len(counts), dtype, chunk_rows)
     rows, grad = inputs(width, counts, dtype)
-    observed, wanted = run(experts, rows, grad, counts, "VectorSwiGLU"), oracle(experts, rows, grad, counts)
+    observed, wanted = run(experts, rows, grad, counts, "AVX2SwiGLU"), oracle(experts, rows, grad, counts)
     assert_close(observed, wanted, TOLERANCE[dtype])
     with torch.no_grad():
-        assert torch.equal(experts(rows, counts), observed["out"])
+        assert torch.equal(experts(rows, torch.tensor(counts)), observed["out"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -75,13 +75,13 @@ def test_a_row_has_the_same_output_whatever_rows_are_around_it(dtype):
     experts, total = make_experts(52, 105, 2, dtype), 333
     rows, _ = inputs(52, [total], dtype)
     with torch.no_grad():
-        together = experts(rows, [0, total])
+        together = experts(rows, torch.tensor([0, total]))
         for start, stop in ((0, 1), (0, 31), (15, 16), (1, 33), (17, 250), (40, 333), (332, 333)):
-            part = experts(torch.cat([rows[: start % 7], rows[start:stop]]), [start % 7, stop - start])
+            part = experts(torch.cat([rows[: start % 7], rows[start:stop]]), torch.tensor([start % 7, stop - start]))
             assert torch.equal(part[start % 7 :], together[start:stop])
         broken, others = rows.clone(), torch.arange(total) % 5 > 0
         broken[others] = float("nan")
-        out = experts(broken, [0, total])
+        out = experts(broken, torch.tensor([0, total]))
         assert torch.equal(out[~others], together[~others]) and out[others].isnan().all()
 
 
@@ -109,7 +109,7 @@ def test_two_threads_give_the_bits_of_one(chunk_rows, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 17, 33, 95])
 def test_nothing_is_written_behind_results_and_scratch(dtype, rows):
-    library, width, ffn = kernels.compiled(torch.empty(0, dtype=dtype)), 37, 51
+    library, width, ffn = cpu_kernels(torch.empty(0, dtype=dtype)), 37, 51
     assert library is not None
     experts, x = make_experts(width, ffn, 1, dtype), draw(rows, width, dtype=dtype)
     weights = (experts.gate_up_proj.detach()[0], experts.down_proj.detach()[0])

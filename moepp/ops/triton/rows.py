@@ -4,8 +4,8 @@ They compute what the functions of the same names in ``moe.c`` do, with the same
 where Triton is wanted: it needs the package. With TRITON_INTERPRET=1 in the environment before that, they run on the
 CPU, slowly.
 
-Letters: T tokens, D width, K slots of a token, R rows of FFN slots, F expert width, C constant experts. A position is
-the row of a slot, or -1 where it has none.
+Letters: T tokens, D width, K experts of a token, R rows (routed tokens), F expert width. A position is the row of an
+assignment, or -1 where it has none.
 """
 
 # What Triton compiles is not what its types say: constants are ints, static_range is an iterable.
@@ -24,7 +24,7 @@ _LARGEST_BLOCK = 1024  # columns that one program handles at a time
 
 
 class TritonRows:
-    """The kernels by name, to be called as those of a compiled :class:`~moepp.kernels.Library`."""
+    """The kernels by name, to be called as those of a compiled :class:`~moepp.ops.cpu.build.Library`."""
 
     def call(self, name: str, *arguments: Tensor | int | None) -> None:
         """Run a kernel; tensors must be dense (rows may lie apart only where the kernel takes a stride)."""
@@ -95,25 +95,13 @@ def swiglu_backward(
 
 
 @triton.jit
-def _combine(
-    rows, positions, weights, base, scale, coefficients, values, out, D, K: tl.constexpr, C: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
+def _combine(rows, positions, weights, start, out, D, K: tl.constexpr, BLOCK: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = d < D
     total = tl.zeros([BLOCK], dtype=tl.float32)
-    if base is not None:
-        if scale is None:
-            total += tl.load(base + t * D + d, mask=inside, other=0.0).to(tl.float32)
-        else:
-            factor = tl.load(scale + t)
-            columns = tl.where(factor != 0, D, 0)
-            total += factor * tl.load(base + t * D + d, mask=d < columns, other=0.0).to(tl.float32)
-    for c in tl.static_range(C):
-        factor = tl.load(coefficients + t * C + c)
-        columns = tl.where(factor != 0, D, 0)
-        total += factor * tl.load(values + c * D + d, mask=d < columns, other=0.0).to(tl.float32)
+    if start is not None:
+        total += tl.load(start + t * D + d, mask=inside, other=0.0).to(tl.float32)
     for k in tl.static_range(K):
         position = tl.load(positions + t * K + k)
         columns = tl.where(position >= 0, D, 0)
@@ -128,45 +116,22 @@ def combine(
     rows: Tensor,
     positions: Tensor,
     weights: Tensor | None,
-    base: Tensor | None,
-    scale: Tensor | None,
-    coefficients: Tensor | None,
-    values: Tensor | None,
+    start: Tensor | None,
     out: Tensor,
     T: int,
     D: int,
     K: int,
-    C: int,
 ) -> None:
-    """out[t] = scale[t] base[t] + sum_c coefficients[t, c] values[c] + sum_k weights[t, k] rows[positions[t, k]].
-
-    No scale or no weights stand for ones, no base for zeros; a scale or coefficient of 0 adds nothing.
-    """
+    """out[t] = start[t] + sum_k weights[t, k] rows[positions[t, k]]; no weights stand for ones, no start for zeros."""
     if T and D:
         block = _block(D)
-        operands = (rows, positions, weights, base, scale, coefficients, values, out, D)
         with _on(out):
-            _combine[(T, triton.cdiv(D, block))](*operands, K=K, C=C, BLOCK=block)
-
-
-@triton.jit
-def _scaled_and_dot(grad, row, factor, out, reads, writes, D, BLOCK: tl.constexpr):
-    """out = factor * grad in as many columns as it writes; the product sum of grad with row of those that it reads."""
-    dot = tl.zeros([BLOCK], dtype=tl.float32)
-    for start in range(0, D, BLOCK):
-        d = start + tl.arange(0, BLOCK)
-        g = tl.load(grad + d, mask=d < D, other=0.0).to(tl.float32)
-        dot += g * tl.load(row + d, mask=d < reads, other=0.0).to(tl.float32)
-        if out is not None:
-            tl.store(out + d, factor * g, mask=d < writes)
-    return tl.sum(dot, axis=0)
+            _combine[(T, triton.cdiv(D, block))](rows, positions, weights, start, out, D, K=K, BLOCK=block)
 
 
 @triton.jit
 def _combine_backward(
-    grad, rows, positions, weights, base, scale, coefficients, values,
-    grad_rows, grad_weights, grad_base, grad_scale, grad_coefficients, D, K: tl.constexpr, C: tl.constexpr,
-    BLOCK: tl.constexpr,
+    grad, rows, positions, weights, grad_rows, grad_weights, D, K: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     grad += t * D
@@ -174,18 +139,13 @@ def _combine_backward(
         position, factor = tl.load(positions + t * K + k), tl.load(weights + t * K + k)
         columns = tl.where(position >= 0, D, 0)
         row, grad_row = rows + position * D, grad_rows + position * D
-        dot = _scaled_and_dot(grad, row, factor, grad_row, columns, columns, D, BLOCK)
-        tl.store(grad_weights + t * K + k, dot)
-    if base is not None:
-        factor = tl.load(scale + t)
-        columns = tl.where(factor != 0, D, 0)
-        dot = _scaled_and_dot(grad, base + t * D, factor, grad_base + t * D, columns, D, D, BLOCK)
-        tl.store(grad_scale + t, dot)
-    for c in tl.static_range(C):
-        factor = tl.load(coefficients + t * C + c)
-        columns = tl.where(factor != 0, D, 0)
-        dot = _scaled_and_dot(grad, values + c * D, factor, None, columns, 0, D, BLOCK)
-        tl.store(grad_coefficients + t * C + c, dot)
+        dot = tl.zeros([BLOCK], dtype=tl.float32)
+        for begin in range(0, D, BLOCK):
+            d = begin + tl.arange(0, BLOCK)
+            g = tl.load(grad + d, mask=d < D, other=0.0).to(tl.float32)
+            dot += g * tl.load(row + d, mask=d < columns, other=0.0).to(tl.float32)
+            tl.store(grad_row + d, factor * g, mask=d < columns)
+        tl.store(grad_weights + t * K + k, tl.sum(dot, axis=0))
 
 
 def combine_backward(
@@ -193,30 +153,17 @@ def combine_backward(
     rows: Tensor,
     positions: Tensor,
     weights: Tensor,
-    base: Tensor | None,
-    scale: Tensor | None,
-    coefficients: Tensor | None,
-    values: Tensor | None,
     grad_rows: Tensor,
     grad_weights: Tensor,
-    grad_base: Tensor | None,
-    grad_scale: Tensor | None,
-    grad_coefficients: Tensor | None,
-    grad_values: Tensor | None,
     T: int,
     D: int,
     K: int,
-    C: int,
 ) -> None:
-    """The gradients of combine() with weights and, where there is a base, with scale. grad_values[C, D] is added to."""
-    if not (T and D):
-        return
-    inputs = (grad, rows, positions, weights, base, scale, coefficients, values)
-    results = (grad_rows, grad_weights, grad_base, grad_scale, grad_coefficients)
-    with _on(grad):
-        _combine_backward[(T,)](*inputs, *results, D, K=K, C=C, BLOCK=_block(D))
-    if coefficients is not None and grad_values is not None and C:
-        grad_values.addmm_(coefficients.t(), grad.float())  # over all tokens: a matrix product
+    """The gradients of combine() with weights; that of start is grad itself."""
+    if T and D:
+        with _on(grad):
+            operands = (grad, rows, positions, weights, grad_rows, grad_weights, D)
+            _combine_backward[(T,)](*operands, K=K, BLOCK=_block(D))
 
 
 _KERNELS: dict[str, Callable[..., None]] = {

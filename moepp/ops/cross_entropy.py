@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepp.kernels import compiled, matmul_transposed, multiplies_in_float32, repacks_right_factor
+from moepp.ops.backend import cpu_kernels
+from moepp.ops.matmul import matmul_transposed, multiplies_in_float32, repacks_right_factor
 
 IGNORE_INDEX = -100
 _MIN_CHUNKS = 4  # so that small batches do not hold all their logits either
@@ -103,7 +104,7 @@ def _loss_and_gradient(
     d loss / d logits = softmax - one_hot. The logits are used up.
     """
     ignored_C = labels_C == IGNORE_INDEX
-    if kernels := compiled(logits_CV):
+    if kernels := cpu_kernels(logits_CV):
         num_tokens, vocab_size = logits_CV.shape
         if (((labels_C < 0) & ~ignored_C) | (labels_C >= vocab_size)).any():
             raise IndexError(f"a label is neither {IGNORE_INDEX} nor in [0, {vocab_size})")

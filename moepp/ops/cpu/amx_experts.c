@@ -226,8 +226,8 @@ INLINE i64 chunk_start(i64 R, i64 chunks, i64 chunk) {
 }
 
 /* For x[R, D] through one expert's gate_up[2F, D] and down[D, F]: out[R, D], and the products of gate_up in `hidden` for
- * expert_backward(), 2F elements for each of R rows rounded up to 32. Either may be null. */
-void expert_forward(const element *x, const element *gate_up, const element *down, char *hidden, element *out, i64 R, i64 D,
+ * amx_expert_backward(), 2F elements for each of R rows rounded up to 32. Either may be null. */
+void amx_expert_forward(const element *x, const element *gate_up, const element *down, char *hidden, element *out, i64 R, i64 D,
                     i64 F) {
     i64 chunks = number_of_chunks(R, FORWARD_BYTES / ((D + F) * sizeof *x)), most = longest_chunk(R, chunks);
     OMP(omp parallel if(chunks > 1))
@@ -326,10 +326,10 @@ static void input_gradients(const element *gate_up, element *grad_x, i64 rows, i
     if (last) finish_all(finish_rows, &done);
 }
 
-/* From grad_out[R, D] and what expert_forward() kept in `hidden`: grad_x[R, D]; the gradient of gate_up's products,
+/* From grad_out[R, D] and what amx_expert_forward() kept in `hidden`: grad_x[R, D]; the gradient of gate_up's products,
  * transposed, grad_hidden_t[2F, t_stride]; and once more the activation act[., act_stride]. The latter two have room for R
  * rounded up to 32. */
-void expert_backward(const element *grad_out, char *hidden, const element *gate_up, const element *down,
+void amx_expert_backward(const element *grad_out, char *hidden, const element *gate_up, const element *down,
                      element *grad_hidden_t, element *act, element *grad_x, i64 R, i64 D, i64 F, i64 t_stride,
                      i64 act_stride) {
     i64 chunks = number_of_chunks(R, BACKWARD_BYTES / (D * sizeof *act)), most = longest_chunk(R, chunks);
@@ -359,9 +359,9 @@ void expert_backward(const element *grad_out, char *hidden, const element *gate_
     }
 }
 #else
-void expert_forward(const element *x, const element *gate_up, const element *down, char *hidden, element *out, i64 R, i64 D,
+void amx_expert_forward(const element *x, const element *gate_up, const element *down, char *hidden, element *out, i64 R, i64 D,
                     i64 F) {}
-void expert_backward(const element *grad_out, char *hidden, const element *gate_up, const element *down,
+void amx_expert_backward(const element *grad_out, char *hidden, const element *gate_up, const element *down,
                      element *grad_hidden_t, element *act, element *grad_x, i64 R, i64 D, i64 F, i64 t_stride,
                      i64 act_stride) {}
 #endif

@@ -1,6 +1,6 @@
 """Compiles the C files of this folder for this machine, once per element type, and loads them.
 
-The result is kept in the user's cache folder (:mod:`moepp.kernels.cache`) under a name made from everything it depends
+The result is kept in the user's cache folder (:mod:`moepp.ops.cpu.cache`) under a name made from everything it depends
 on. Several processes may want it at once: one builds, the others wait for it.
 """
 
@@ -22,13 +22,13 @@ from torch import Tensor
 
 from moepp import cpu
 from moepp.errors import ConfigError, WriteError
-from moepp.kernels.cache import Cache, CacheError, find_cache, open_library
-from moepp.kernels.compiler import BuildError, Compiler, find_compiler, run_compiler
+from moepp.ops.cpu.cache import Cache, CacheError, find_cache, open_library
+from moepp.ops.cpu.compiler import BuildError, Compiler, find_compiler, run_compiler
 
 logger = logging.getLogger("moepp")
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("moe.c", "routing.c", "project.c", "experts.c", "vector_experts.c", "transpose.c", "cross_entropy.c")
+_SOURCES = ("moe.c", "routing.c", "project.c", "amx_experts.c", "avx2_experts.c", "transpose.c", "cross_entropy.c")
 _HEADERS = ("vector.h", "tiles.h", "products.h")
 ELEMENT_BITS = {torch.bfloat16: 16, torch.float32: 32}
 
@@ -37,21 +37,21 @@ _SIGNATURES = {
     "swiglu": "tntntnnn",
     "swiglu_backward": "ttttnn",
     "transpose": "tntnnn",
-    "combine": "tttttttt" + "nnnn",
-    "combine_backward": "tttttttttttttt" + "nnnn",
+    "combine": "ttttt" + "nnn",
+    "combine_backward": "tttttt" + "nnn",
     "project": "tttnnn",
     "project_backward": "ttttttnnn",
     "gates": "ttttnnnnn",
     "gates_backward": "ttttttnnnnn",
-    "affine": "tttttnnnnn",
-    "affine_backward": "tttttttnnnnn",
+    "affine_experts": "ttttttt" + "nnnnnn",
+    "affine_experts_backward": "tttttttttttt" + "nnnnnn",
     "count_experts": "ttnn",
-    "sort_slots": "ttttnn",
+    "sort_assignments": "ttttnn",
     "cross_entropy": "tttnnnn",
-    "expert_forward": "tttttnnn",
-    "expert_backward": "tttttttnnnnn",
-    "vector_expert_forward": "tttttt" + "nnnn",
-    "vector_expert_backward": "ttttttttttt" + "nnn",
+    "amx_expert_forward": "tttttnnn",
+    "amx_expert_backward": "tttttttnnnnn",
+    "avx2_expert_forward": "tttttt" + "nnnn",
+    "avx2_expert_backward": "ttttttttttt" + "nnn",
 }
 _FLAGS = ("-O3", "-shared", "-fPIC", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-w")
 # Where the innermost loops begin decides over some 3 percent of their time.
@@ -67,8 +67,8 @@ class Library:
 
     handle: ctypes.CDLL
     path: Path
-    has_tiles: bool  # whether expert_forward and expert_backward can be called
-    has_vector_experts: bool  # whether those of that name can
+    has_amx: bool  # whether amx_expert_forward and amx_expert_backward can be called
+    has_avx2_experts: bool  # whether avx2_expert_forward and avx2_expert_backward can be called
 
     def call(self, name: str, *arguments: Tensor | int | None) -> None:
         """Run a kernel; tensors must be dense (rows may lie apart only where the kernel takes a stride)."""
@@ -93,7 +93,7 @@ def library(dtype: torch.dtype) -> Library | None:
             "results but slower"
         )
         return None
-    if kind == "amx" and dtype == torch.bfloat16 and not kernels.has_tiles:
+    if kind == "amx" and dtype == torch.bfloat16 and not kernels.has_amx:
         raise ConfigError(f"{cpu.VARIABLE}={kind}, but the system or the compiler has no tile registers; unset it")
     return kernels
 
@@ -172,9 +172,9 @@ def _load(content: bytes, path: Path) -> Library:
     for name, signature in _SIGNATURES.items():
         function = getattr(handle, name)
         function.argtypes, function.restype = [kinds[kind] for kind in signature], None
-    for answer in (handle.has_tiles, handle.has_vector_experts):
+    for answer in (handle.has_amx, handle.has_avx2_experts):
         answer.argtypes, answer.restype = [], ctypes.c_int64
-    return Library(handle, path, bool(handle.has_tiles()), bool(handle.has_vector_experts()))
+    return Library(handle, path, bool(handle.has_amx()), bool(handle.has_avx2_experts()))
 
 
 def _key(bits: int, attempts: tuple[tuple[str, ...], ...], compiler: Compiler) -> bytes:

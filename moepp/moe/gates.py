@@ -1,0 +1,51 @@
+"""From router logits to gates: the experts that each token chooses, and their weights.
+
+Shapes: T tokens, E = N experts of every kind (order FFN, constant, copy, zero, registered kinds), K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from moepp import ops
+from moepp.config import MoEConfig
+from moepp.registry import GATE_NORMALIZATIONS
+
+
+@dataclass(frozen=True)
+class Gates:
+    """The experts that each token chose.
+
+    Attributes:
+        probs_TE: score of every expert, differentiable; P_i of the balance loss is its mean.
+        topk_ids_TK: chosen experts, best first, int64.
+        weights_TK: their gate weights, differentiable, before capacity drops; fp32 at least.
+    """
+
+    probs_TE: Tensor
+    topk_ids_TK: Tensor
+    weights_TK: Tensor
+
+
+def compute_gates(logits_TE: Tensor, cfg: MoEConfig) -> Gates:
+    """Top-K experts and their weights, as ``cfg.gate_normalization`` says, in the logits' precision.
+
+    A gate normalisation is a function ``(logits_TE, cfg) -> Gates`` in :data:`moepp.registry.GATE_NORMALIZATIONS`.
+    """
+    if cfg.logits_norm_std is not None:
+        centered_TE = logits_TE - logits_TE.mean(dim=-1, keepdim=True)
+        std_T1 = (centered_TE.square().sum(dim=-1, keepdim=True) / (cfg.num_experts - 1)).sqrt()
+        logits_TE = logits_TE / (std_T1 / cfg.logits_norm_std)
+    return GATE_NORMALIZATIONS.get(cfg.gate_normalization)(logits_TE, cfg)
+
+
+def _softmax(logits_TE: Tensor, cfg: MoEConfig, *, normalization: str) -> Gates:
+    zero = cfg.kind_slices["zero"]
+    return Gates(*ops.softmax_gates(logits_TE, cfg.top_k, range(zero.start, zero.stop), normalization))
+
+
+for _name in ops.GATE_NORMALIZATIONS:  # zero_masked (released code), none (paper), topk_softmax (Mixtral)
+    GATE_NORMALIZATIONS.register(_name)(partial(_softmax, normalization=_name))

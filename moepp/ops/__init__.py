@@ -1,0 +1,41 @@
+"""One file per operation of the model, each with torch's operations as its reference.
+
+On the CPU, kernels compiled for the machine (:mod:`moepp.ops.cpu`) take their place, and Triton's where they are chosen
+(:mod:`moepp.ops.triton`); see :mod:`moepp.ops.backend`. Who calls an operation does not see the difference.
+"""
+
+from moepp.ops.affine_experts import affine_experts
+from moepp.ops.assignments import SortedAssignments, count_experts, sort_assignments
+from moepp.ops.backend import choose_kernels, describe, describe_experts, use_kernels
+from moepp.ops.cross_entropy import chunked_cross_entropy, log_softmax
+from moepp.ops.gates import NORMALIZATIONS as GATE_NORMALIZATIONS
+from moepp.ops.gates import softmax_gates
+from moepp.ops.grouped_swiglu import grouped_swiglu
+from moepp.ops.matmul import linear, linear_fp32, multiplies_in_float32
+from moepp.ops.permute import RowOrder, combine_rows, gather_rows
+from moepp.ops.projection import project
+from moepp.ops.shared_gradient import share_gradient
+
+__all__ = [
+    "GATE_NORMALIZATIONS",
+    "RowOrder",
+    "SortedAssignments",
+    "affine_experts",
+    "choose_kernels",
+    "chunked_cross_entropy",
+    "combine_rows",
+    "count_experts",
+    "describe",
+    "describe_experts",
+    "gather_rows",
+    "grouped_swiglu",
+    "linear",
+    "linear_fp32",
+    "log_softmax",
+    "multiplies_in_float32",
+    "project",
+    "share_gradient",
+    "softmax_gates",
+    "sort_assignments",
+    "use_kernels",
+]

@@ -1,0 +1,146 @@
+"""Which kernels the operations of this package run: one choice for the process, made when the model is built.
+
+``auto``: kernels compiled for the machine's processor on the CPU, torch's operations elsewhere. ``torch``: torch's
+operations everywhere. ``cpu``: the compiled kernels, or an error. ``triton``: Triton's kernels for SwiGLU and for rows
+by token, torch's operations for the rest. All give the same results up to rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moepp.errors import ConfigError
+from moepp.ops.cpu.build import ELEMENT_BITS, Library, library
+
+if TYPE_CHECKING:
+    from moepp.ops.triton.rows import TritonRows
+
+KERNELS = ("auto", "torch", "cpu", "triton")
+_KEY = "runtime.kernels"
+_chosen = "auto"
+
+
+def choose_kernels(choice: str, device: torch.device) -> None:
+    """Make the choice for this process.
+
+    Args:
+        choice: one of ``KERNELS``.
+        device: where the model will be.
+
+    Raises:
+        ConfigError: these kernels cannot run there.
+    """
+    global _chosen
+    if choice not in KERNELS:
+        raise ConfigError(f"{_KEY}={choice} is not one of {', '.join(KERNELS)}; choose one of them")
+    if choice == "triton":
+        require_triton(device)
+    elif choice == "cpu" and device.type != "cpu":
+        raise ConfigError(f"{_KEY}=cpu cannot run on {device.type}; set it to auto")
+    elif choice == "cpu" and library(torch.float32) is None:
+        raise ConfigError(
+            f"{_KEY}=cpu, but the kernels could not be compiled (see the warning above); install a C compiler or set "
+            "it to auto"
+        )
+    _chosen = choice
+
+
+@contextmanager
+def use_kernels(choice: str) -> Iterator[None]:
+    """Within it operations run these kernels, unchecked; to compare them."""
+    global _chosen
+    before, _chosen = _chosen, choice
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def cpu_kernels(tensor: Tensor) -> Library | None:
+    """The compiled kernels for tensors like this one, or None where torch's operations must do."""
+    return cpu_kernels_for(tensor.device, tensor.dtype)
+
+
+def cpu_kernels_for(device: torch.device, dtype: torch.dtype) -> Library | None:
+    """As :func:`cpu_kernels`."""
+    if device.type != "cpu" or dtype not in ELEMENT_BITS or _chosen not in ("auto", "cpu"):
+        return None
+    return library(dtype)
+
+
+def require_cpu_kernels(tensor: Tensor) -> Library:
+    """As :func:`cpu_kernels`, where it has been found out that there are some."""
+    kernels = cpu_kernels(tensor)
+    assert kernels is not None
+    return kernels
+
+
+def require_row_kernels(tensor: Tensor) -> Library | TritonRows:
+    """As :func:`row_kernels`, where it has been found out that there are some."""
+    kernels = row_kernels(tensor)
+    assert kernels is not None
+    return kernels
+
+
+def row_kernels(tensor: Tensor) -> Library | TritonRows | None:
+    """Kernels for SwiGLU and for rows by token: Triton's where they are chosen, else as :func:`cpu_kernels`."""
+    if _chosen != "triton":
+        return cpu_kernels(tensor)
+    require_triton(tensor.device)
+    if tensor.dtype not in ELEMENT_BITS:
+        raise ConfigError(
+            f"{_KEY}=triton takes float32 and bfloat16, not {tensor.dtype}; convert the layer and its input"
+        )
+    return _triton_rows()
+
+
+def uses_triton() -> bool:
+    """Whether Triton's kernels are chosen."""
+    return _chosen == "triton"
+
+
+def require_triton(device: torch.device) -> None:
+    """Raise unless Triton's kernels can run on this device.
+
+    Raises:
+        ConfigError: the package is missing, or it has no compiler for the device and is not told to interpret.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigError(
+            f"{_KEY}=triton, but the package triton is not installed; pip install 'moepp[triton]' or set it to auto"
+        )
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(
+            f"{_KEY}=triton, but Triton has no compiler for the CPU; set it to auto (or, to try it out slowly, "
+            "TRITON_INTERPRET=1 in the environment)"
+        )
+
+
+@functools.cache
+def _triton_rows() -> TritonRows:
+    from moepp.ops.triton.rows import TritonRows
+
+    return TritonRows()
+
+
+def describe(device: torch.device, dtype: torch.dtype) -> str:
+    """Which kernels tensors of this device and dtype use, for reports."""
+    if uses_triton():
+        return "triton"
+    return "compiled" if cpu_kernels_for(device, dtype) else "torch"
+
+
+def describe_experts(device: torch.device, dtype: torch.dtype) -> str:
+    """What the FFN experts of this device and dtype are computed by, for reports."""
+    kernels = cpu_kernels_for(device, dtype)
+    if kernels is not None and kernels.has_amx:
+        return "amx"
+    return "avx2" if kernels is not None and kernels.has_avx2_experts else "torch"
