@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from moepp.bench.layer import PASSES
 from moepp.bench.tables import Record
 from moepp.bench.timing import clock_for, measure, threads
 from moepp.moe import MoELayer
+from moepp.moe.router import LinearRouter
 from moepp.parallel.groups import LaunchEnvironment, init_process_group
 
 Forward = Callable[[Tensor], Tensor]
@@ -159,7 +160,7 @@ class PlainLoop(nn.Module):
     def __init__(self, ours: MoELayer) -> None:
         super().__init__()
         self.cfg = ours.cfg
-        self.gate = nn.Parameter(ours.router.input_weight.detach().clone())
+        self.gate = nn.Parameter(cast(LinearRouter, ours.router).weight.detach().clone())
         experts = zip(ours.experts.gate_up_proj.detach(), ours.experts.down_proj.detach(), strict=True)
         self.experts = nn.ParameterList(
             nn.Parameter(part.clone()) for gate_up, down in experts for part in (*gate_up.chunk(2), down)

@@ -109,6 +109,6 @@ def read_hf(folder: str | Path) -> tuple[ModelConfig, TokenIds]:
     if tree.get("rotary_scaling_type") is not None:
         model["rope_scaling"] = {"type": tree["rotary_scaling_type"], "factor": tree.get("rotary_scaling_factor")}
     try:
-        return build(ModelConfig, model, "model"), TokenIds(*ids)
+        return build(ModelConfig, model, "model"), TokenIds(bos=ids[0], eos=ids[1], pad=ids[2])
     except ConfigError as error:
         raise CheckpointError(f"{path} describes a model that cannot be built: {error}") from error

@@ -55,7 +55,7 @@ def open_cache(past: Any, use_cache: bool, num_layers: int) -> Cache | None:
     return past
 
 
-def to_legacy(cache: Cache) -> tuple[tuple[Tensor, Tensor], ...]:
+def to_legacy(cache: Any) -> tuple[tuple[Tensor, Tensor], ...]:
     """One (keys, values) per layer."""
     if hasattr(cache, "layers"):
         return tuple((layer.keys, layer.values) for layer in cache.layers)

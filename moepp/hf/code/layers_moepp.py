@@ -20,7 +20,7 @@ from .cache_moepp import Places
 from .configuration_moepp import MoeppConfig
 
 try:
-    from transformers.modeling_layers import GradientCheckpointingLayer
+    from transformers.modeling_layers import GradientCheckpointingLayer  # pyright: ignore[reportAssignmentType]
 except ImportError:  # before transformers 4.52
 
     class GradientCheckpointingLayer(nn.Module):
