@@ -167,17 +167,25 @@ def _refuse_windows(path: Path, tree: dict, cfg: ModelConfig) -> None:
             f"{path}: sliding_window={window} is shorter than model.max_seq_len={cfg.max_seq_len}, and this model "
             "attends to all positions; lower model.max_seq_len, or use other weights"
         )
-    kinds = set(tree.get("layer_types") or []) - {"full_attention", "sliding_attention"}
+    kinds = _texts(path, tree, "layer_types") - {"full_attention", "sliding_attention"}
     if kinds:
-        raise CheckpointError(f"{path}: layer_types has {show(sorted(map(str, kinds)))}; use other weights")
+        raise CheckpointError(f"{path}: layer_types has {show(sorted(kinds))}; use other weights")
 
 
 def _refuse_other_code(path: Path, tree: dict) -> None:
-    names = tree.get("architectures") or []
-    if names and not set(names) & {"LlamaForCausalLM", "MistralForCausalLM"}:
-        raise CheckpointError(f"{path}: architectures={show(names)} is not Llama's or Mistral's; use other weights")
+    names = _texts(path, tree, "architectures")
+    if names and not names & {"LlamaForCausalLM", "MistralForCausalLM"}:
+        shown = show(sorted(names))
+        raise CheckpointError(f"{path}: architectures={shown} is not Llama's or Mistral's; use other weights")
     if tree.get("auto_map"):
         raise CheckpointError(f"{path}: auto_map names code of its own, whose model is not known; use other weights")
+
+
+def _texts(path: Path, tree: dict, key: str) -> set[str]:
+    value = tree.get(key)
+    if value is not None and not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
+        raise CheckpointError(f"{path}: {key}={show(value)} must be a list of texts; correct it")
+    return set(value or ())
 
 
 def _require_types(path: Path, tree: dict) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from moepp.config.schema import Config
-from moepp.data.indexed import SPLITS, IndexedFile, open_indexed
+from moepp.data.indexed import SPLITS, IndexedFile, allow_open_files, open_indexed
 from moepp.data.manifest import sha256_of
 from moepp.data.tokenizer import Tokenizer
 from moepp.errors import DataError
@@ -19,6 +19,7 @@ def check_data(cfg: Config) -> None:
     Raises:
         DataError: one line with the file, the rule it breaks and the remedy.
     """
+    allow_open_files()
     files = [open_indexed(prefix) for prefix in cfg.data.paths]
     for file in files:
         _check_size(file, cfg)

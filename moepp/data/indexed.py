@@ -10,10 +10,12 @@ Shape suffixes: Q sequences (`moepp prepare` writes one per document), T tokens.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import math
 import os
+import resource
 import struct
 from dataclasses import dataclass
 
@@ -96,6 +98,14 @@ def split_bounds(split: str, num_sequences: int) -> tuple[tuple[int, int], ...]:
         edges.append(edges[-1] + share)
     rows = [round(edge * float(num_sequences)) for edge in edges]
     return tuple(itertools.pairwise(rows))
+
+
+def allow_open_files() -> None:
+    """Let this process open as many files as the system lets it: each path takes up to six."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # not everywhere; then the soft limit stays
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def open_indexed(prefix: str, *, interrupted_append: bool = False) -> IndexedFile:

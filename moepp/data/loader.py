@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from moepp.config import Config, accumulation_steps, micro_batch_size
-from moepp.data.indexed import SPLITS, open_indexed
+from moepp.data.indexed import SPLITS, allow_open_files, open_indexed
 from moepp.data.vocabulary import read_vocabulary
 from moepp.errors import DataError
 
@@ -54,8 +54,8 @@ class Data:
         """Inputs and labels of this rank, int64 [B, S] on the CPU; labels are the inputs one position ahead."""
         return self._batch("train", step, micro_step)
 
-    def eval_batch(self, index: int, micro_step: int, split: str = "valid") -> tuple[torch.Tensor, torch.Tensor]:
-        """As :meth:`train_batch`, for global batch ``index`` below ``train.eval_batches`` of 'valid' or 'test'.
+    def eval_batch(self, index: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`train_batch`, for global batch ``index`` below ``train.eval_batches`` of the validation split.
 
         The same for every evaluation. Where the split has fewer sequences than ``eval_batches`` global batches, it
         starts over in another order.
@@ -63,7 +63,7 @@ class Data:
         Raises:
             DataError: the split has no whole sequence.
         """
-        return self._batch(split, index, micro_step)
+        return self._batch("valid", index, micro_step)
 
     def _batch(self, split: str, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
         dataset = self._datasets[split]
@@ -94,6 +94,7 @@ def build_data(cfg: Config, world_size: int, rank: int, cache_dir: str | None) -
     """
     from moepp.data.megatron import TokenizerIdentity, build_datasets
 
+    allow_open_files()
     files = [open_indexed(prefix) for prefix in cfg.data.paths]
     vocabulary = read_vocabulary(cfg, files)
     vocab_size, eod = vocabulary.size or cfg.model.vocab_size, vocabulary.eod_id
@@ -103,13 +104,13 @@ def build_data(cfg: Config, world_size: int, rank: int, cache_dir: str | None) -
         files,
         cfg.data,
         seed=cfg.run.seed,
-        num_sequences=((cfg.train.steps + _spare_steps(cfg)) * batch, evaluation, evaluation),
+        num_sequences=((cfg.train.steps + _spare_steps(cfg)) * batch, evaluation),
         tokenizer=TokenizerIdentity(vocab_size, eod if eod is not None else vocab_size - 1),
         cache_dir=cache_dir,
     )
     tokens = [file.split_tokens(cfg.data.split) for file in files]
     return Data(
-        dict(zip(SPLITS, datasets, strict=True)),
+        dict(zip(("train", "valid"), datasets, strict=True)),
         cfg,
         world_size,
         rank,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -37,6 +38,10 @@ with warnings.catch_warnings():  # it warns of CUDA-only extensions that dataset
 # Megatron warns when it keeps indices in memory, which is what a process without ranks wants.
 logging.getLogger("megatron.core.datasets").setLevel(logging.ERROR)
 
+# Indices of epochs up to this many sequences and documents are made again by each rank, in milliseconds and less than
+# 1 MB, when the epoch begins. Indices of larger ones are stored, and take a mapped file three times over.
+IN_MEMORY_ITEMS = 1 << 15
+
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
@@ -54,7 +59,7 @@ class EpochGPTDataset(MegatronDataset):
     """Consecutive epochs of a GPTDataset, each shuffled by itself (documents and sequences).
 
     Every epoch has ``sequences_per_epoch`` sequences; the tokens after the last whole one are left out, other ones
-    in each epoch. ``num_samples`` only says how many epochs to prepare.
+    in each epoch. ``num_samples`` only says how many epochs to prepare. Small epochs are prepared when they begin.
     """
 
     def __init__(
@@ -69,15 +74,16 @@ class EpochGPTDataset(MegatronDataset):
         super().__init__(indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config)
         tokens = int(indexed_dataset.sequence_lengths[indexed_indices].sum(dtype=np.int64))
         self.sequences_per_epoch = (tokens - 1) // config.sequence_length
-        # Megatron rounds each path's share up, and its greedy blend then takes up to one sample more than the share.
-        margin = len(config.blend[0]) + 1 if config.blend else 1
-        num_epochs = -(-((num_samples or 0) + margin) // self.sequences_per_epoch)
-        self.epochs = [
-            GPTDataset(
-                indexed_dataset, dataset_path, indexed_indices, None, index_split, _config_of_epoch(config, epoch)
-            )
-            for epoch in range(num_epochs)
-        ]
+        self._num_epochs = -(-((num_samples or 0) + _margin(config, dataset_path)) // self.sequences_per_epoch)
+        self._is_stored = max(self.sequences_per_epoch, len(indexed_indices)) > IN_MEMORY_ITEMS
+        numbers = range(self._num_epochs) if self._is_stored else ()
+        self._epochs = {epoch: self._build_epoch(epoch) for epoch in numbers}
+
+    def _build_epoch(self, epoch: int) -> GPTDataset:
+        config = _config_of_epoch(self.config, epoch)
+        if not self._is_stored:
+            config.path_to_cache = ""
+        return GPTDataset(self.dataset, self.dataset_path, self.indices, None, self.index_split, config)
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: Any) -> int:
@@ -88,12 +94,16 @@ class EpochGPTDataset(MegatronDataset):
         return GPTDataset.build_low_level_dataset(dataset_path, config)
 
     def __len__(self) -> int:
-        return len(self.epochs) * self.sequences_per_epoch
+        return self._num_epochs * self.sequences_per_epoch
 
     def __getitem__(self, idx: int) -> dict[str, torch.Tensor]:
         """Sequence ``idx``: 'tokens' and 'labels', int64 [S] each, labels one position ahead."""
         epoch, sequence = divmod(int(idx), self.sequences_per_epoch)
-        return self.epochs[epoch][sequence]
+        if not 0 <= epoch < self._num_epochs:
+            raise IndexError(f"sequence {idx} of {len(self)}")
+        if epoch not in self._epochs:
+            self._epochs = {epoch: self._build_epoch(epoch)}
+        return self._epochs[epoch][sequence]
 
 
 def build_datasets(
@@ -101,11 +111,11 @@ def build_datasets(
     data: DataConfig,
     *,
     seed: int,
-    num_sequences: tuple[int, int, int],
+    num_sequences: tuple[int, int],
     tokenizer: TokenizerIdentity,
     cache_dir: str | None,
 ) -> tuple[Any | None, ...]:
-    """Train, validation and test datasets over ``files``.
+    """Training and validation datasets over ``files``.
 
     Call it on all ranks: Megatron has rank 0 write the indices into ``cache_dir`` and the others wait for them. A
     process without ranks keeps them in memory, where they take less time than writing them.
@@ -113,10 +123,10 @@ def build_datasets(
     Args:
         files: one per path; the splits of each are disjoint ranges of its documents.
         data: weights (None: by number of training tokens; the same in every split), split and sequence length.
-        num_sequences: how many sequences of each split can be asked for.
+        num_sequences: how many sequences of either split can be asked for.
 
     Returns:
-        For each split a dataset of at least that length (items as of :class:`EpochGPTDataset`), or None where some
+        For either split a dataset of at least that length (items as of :class:`EpochGPTDataset`), or None where some
         path has no whole sequence for it.
 
     Raises:
@@ -137,8 +147,8 @@ def build_datasets(
     )
     assert config.split_matrix is not None  # follows from the blend
     matrix: list[Any] = list(config.split_matrix)
-    for i in range(len(SPLITS)):
-        if any(file.split_tokens(data.split)[i] <= data.seq_len for file in files):
+    for i, split in enumerate(SPLITS):
+        if split == "test" or any(file.split_tokens(data.split)[i] <= data.seq_len for file in files):
             matrix[i] = None
     config.split_matrix = matrix
     folder = config.path_to_cache
@@ -146,8 +156,8 @@ def build_datasets(
     alone = building(folder) if folder and torch.distributed.get_rank() == 0 else contextlib.nullcontext()
     with alone:
         try:
-            builder = BlendedMegatronDatasetBuilder(EpochGPTDataset, list(num_sequences), lambda: True, config)
-            return tuple(builder.build())
+            builder = BlendedMegatronDatasetBuilder(EpochGPTDataset, [*num_sequences, 0], lambda: True, config)
+            return tuple(builder.build()[:2])
         except Exception as error:
             if not isinstance(error, OSError | ValueError | EOFError) and type(error) is not Exception:
                 raise
@@ -168,6 +178,20 @@ def _cache_folder(files: Sequence[IndexedFile], cache_dir: str | None) -> str:
     if cache_dir is None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return ""
     return cache_folder(files, cache_dir)
+
+
+def _margin(config: GPTDatasetConfig, path: str | None) -> int:
+    """Sequences of a path beyond its share that the blend may take.
+
+    Megatron rounds the share of each of P paths up, so that the blend has up to P sequences more, and then picks the
+    path that lacks most: with share w, a path gives up to w·P + 1 more than asked for.
+    """
+    if not config.blend or len(config.blend[0]) == 1:
+        return 1
+    prefixes, weights = config.blend
+    assert weights is not None  # given by :func:`_blend`
+    share = max(w for prefix, w in zip(prefixes, weights, strict=True) if prefix == path) / sum(weights)
+    return math.ceil(share * len(prefixes)) + 1
 
 
 def _config_of_epoch(config: GPTDatasetConfig, epoch: int) -> GPTDatasetConfig:

@@ -60,6 +60,13 @@ def _outcome(started: tuple[Any, Any]) -> Any:
     return result
 
 
+def _store_indices() -> None:
+    """As for large files, whose indices are not made in memory."""
+    from moepp.data import megatron
+
+    megatron.IN_MEMORY_ITEMS = 0
+
+
 def _stream(prefix: str, cache_dir: str, steps: int, start_at: float = 0.0) -> list[list[int]]:
     """All sequences of a run whose indices are written slowly, as on a slow disk."""
     save = np.save
@@ -72,6 +79,7 @@ def _stream(prefix: str, cache_dir: str, steps: int, start_at: float = 0.0) -> l
         Path(path).write_bytes(content)
 
     np.save = save_slowly
+    _store_indices()
     time.sleep(max(0.0, start_at - time.time()))
     data = build_data(make_config([prefix], train__steps=steps), 1, 0, cache_dir)
     return [row for step in range(steps) for row in data.train_batch(step, 0)[0].tolist()]
@@ -123,14 +131,22 @@ def _build_on_full_disk(prefix: str, cache_dir: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     np.save = fail
+    _store_indices()
     build_data(make_config([prefix]), 1, 0, cache_dir)
 
 
 def _build_with_few_files(prefix: str, cache_dir: str, spare: int) -> None:
     build_data(make_config([prefix]), 1, 0, None)  # whatever is opened only once
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + spare, hard))
+    _store_indices()
+    limit = max(map(int, os.listdir("/proc/self/fd"))) + spare
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     build_data(make_config([prefix]), 1, 0, cache_dir)
+
+
+def _build_with_a_low_soft_limit(prefix: str, cache_dir: str) -> list[int]:
+    limit = max(map(int, os.listdir("/proc/self/fd"))) + 1
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    return build_data(make_config([prefix]), 1, 0, cache_dir).train_batch(0, 0)[0].flatten().tolist()
 
 
 def test_full_disk_and_the_limit_of_open_files_are_one_line_and_the_next_start_works(
@@ -143,6 +159,8 @@ def test_full_disk_and_the_limit_of_open_files_are_one_line_and_the_next_start_w
     assert folder in message and "the disk is full" in message and "MB free" in message
     outcomes = [_outcome(run) for run in few]  # of the data, and of the indices
     assert all("ulimit -n" in outcome and "permission" not in outcome for outcome in outcomes), outcomes
+    low = _outcome(_start(_build_with_a_low_soft_limit, prefix, f"{folder}-low"))
+    assert len(low) == 8 * 8  # the hard limit counts
     assert list((tmp_path / "cache").rglob("*.npy"))  # half written
     assert len(_outcome(_start(_stream, prefix, folder, 4))) == 4 * 8
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from moepp.data import Data, build_data
+from moepp.data.indexed import open_indexed
 from moepp.errors import DataError
 from tests.data_files import make_config, numbered_documents, write_indexed
 from tests.dist import WorkerPool
@@ -86,9 +88,9 @@ def test_an_epoch_holds_every_sequence_once_and_each_epoch_another_order(paths: 
 def test_splits_share_no_token(paths: tuple[str, str]) -> None:
     data = _build(paths, data__weights=[0.5, 0.5], train__steps=40, train__eval_batches=8)
     seen = {"train": {token for row in _stream(data, 40) for token in row}}
-    for split in ("valid", "test"):
-        rows = [row for i in range(8) for row in data.eval_batch(i, 0, split)[0].tolist()]
-        seen[split] = {token for row in rows for token in row}
+    seen["valid"] = {token for i in range(8) for row in data.eval_batch(i, 0)[0].tolist() for token in row}
+    files = [open_indexed(path) for path in paths]
+    seen["test"] = {int(token) for file in files for token in file.tokens_of_split("80,15,5", "test")}
     assert not (seen["train"] & seen["valid"] or seen["train"] & seen["test"] or seen["valid"] & seen["test"])
     of_a = {split: {token for token in tokens if token < START_OF_B} for split, tokens in seen.items()}
     assert max(of_a["train"]) < sum(LENGTHS[:32]) <= min(of_a["valid"])
@@ -161,6 +163,23 @@ def test_many_paths_never_run_out_of_sequences(tmp_path: Path) -> None:
         assert abs(sum(row[0] == 0 for row in rows) - 0.945 * batch) <= 3
 
 
+def _open_files_and_maps(rank: int, paths: tuple[str, ...], cache_dir: str, steps: int) -> list[int]:
+    data = build_data(make_config(paths, data__weights=[0.5, 0.5], train__steps=steps), 1, 0, cache_dir)
+    for step in (0, steps // 2, steps - 1):
+        data.train_batch(step, 0)
+    maps = Path("/proc/self/maps").read_text()
+    return [len(os.listdir("/proc/self/fd")), maps.count(cache_dir), len(list(Path(cache_dir).rglob("*.npy")))]
+
+
+def test_long_runs_over_few_sequences_need_no_more_files(
+    pool_1: WorkerPool, paths: tuple[str, str], tmp_path: Path
+) -> None:
+    counts = [pool_1.run(_open_files_and_maps, paths, str(tmp_path / f"{n}"), n)[0] for n in (10, 10, 100_000)]
+    resumed = pool_1.run(_open_files_and_maps, paths, str(tmp_path / "100000"), 100_000)[0]  # from the cache
+    assert counts[2][2] == counts[1][2] == 4  # of the two blends: 800,000 sequences are 8,000 epochs
+    assert max(counts[2][0], resumed[0]) < counts[1][0] + 30 and resumed[1] <= 4
+
+
 def test_a_split_without_a_sequence_is_refused_when_asked_for(paths: tuple[str, str]) -> None:
     data = _build(paths, data__split="99,0,1", train__eval_batches=0)
     assert (data.num_sequences["valid"], len(data.train_batch(0, 0)[0])) == (0, G)
@@ -175,7 +194,12 @@ def test_steps_outside_the_run_are_an_error(paths: tuple[str, str]) -> None:
             data.train_batch(step, micro_step)
 
 
-def _batches_of_rank(rank: int, paths: tuple[str, ...], cache_dir: str, steps: int) -> list[list[int]]:
+def _batches_of_rank(
+    rank: int, paths: tuple[str, ...], cache_dir: str, steps: int, is_large: bool = True
+) -> list[list[int]]:
+    from moepp.data import megatron
+
+    megatron.IN_MEMORY_ITEMS = 0 if is_large else 1 << 15
     config = make_config(paths, data__weights=[0.3, 0.7], train__steps=steps)
     data = build_data(config, 2, rank, cache_dir)
     return [row for step in range(steps) for row in data.train_batch(step, 0)[0].tolist()]
@@ -190,8 +214,8 @@ def test_ranks_share_cached_indices_and_see_the_same_data(pool_2: WorkerPool, tm
     # The second round changes the data under the same names: indices of the first must not be used.
     for lengths in (LENGTHS, LENGTHS[::-1] + [31] * 30):
         paths = write(lengths)
-        for _ in range(2):
-            by_rank = pool_2.run(_batches_of_rank, paths, str(cache), 30)
+        for is_large in (True, True, False):
+            by_rank = pool_2.run(_batches_of_rank, paths, str(cache), 30, is_large)
             expected = _stream(_build(paths, data__weights=[0.3, 0.7], train__steps=30), 30)
             half = G // 2
             for rank in range(2):
@@ -207,5 +231,5 @@ def test_indices_that_a_killed_run_left_half_written_are_made_again(
     damaged = [path for path in (tmp_path / "cache").rglob("*.npy") if "dataset" in path.name or "train" in path.name]
     for i, path in enumerate(damaged):
         path.write_bytes(path.read_bytes()[: (0, 5, -4)[i % 3]])
-    assert len(damaged) > 10
+    assert len(damaged) == 10
     assert pool_2.run(_batches_of_rank, paths, str(tmp_path / "cache"), 4) == expected

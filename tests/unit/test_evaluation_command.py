@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -48,11 +49,11 @@ def groups() -> Iterator[ParallelGroups]:
 def export(tmp_path: Path, form: str, model: Transformer) -> tuple[Path, Tokenizer]:
     """A folder of weights with its tokenizer, as an export writes it."""
     out = tmp_path / form
-    out.mkdir()
-    tokenizer = write_byte_tokenizer(out / "tokenizer.json")
+    tokenizer = write_byte_tokenizer(tmp_path / f"{form}.json")
     eod = tokenizer.eod_id
     save = official.save_pretrained if form == "official" else hf.save_pretrained
-    save(model, out, token_ids=official.TokenIds(eod, eod, eod))
+    save(model, out, token_ids=official.TokenIds(eod, eod, eod))  # it removes the tokenizer of an earlier export
+    shutil.copyfile(tmp_path / f"{form}.json", out / "tokenizer.json")
     special = {f"{kind}_token": "<|endoftext|>" for kind in ("eos", "pad")}
     (out / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **special}))
     return out, tokenizer

@@ -143,7 +143,7 @@ def test_damaged_line_is_named(folder: Path, tmp_path: Path):
     write_split(tmp_path, "sciq", "test", [{"question": "q"}])
     with (tmp_path / "sciq/test.jsonl").open("a") as stream:
         stream.write("{oh\n")
-    with pytest.raises(DataError, match=r"test\.jsonl, line 2, is not JSON"):
+    with pytest.raises(DataError, match=r"test\.jsonl, line 2, is not valid JSON"):
         load_one("sciq", tmp_path)
 
 

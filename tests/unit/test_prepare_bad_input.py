@@ -62,7 +62,8 @@ def _run(tmp_path: Path, capsys: pytest.CaptureFixture[str], *extra: str, tokeni
     """Run the command on a good file; it must end with code 2 and one line, which is returned."""
     (tmp_path / "a.txt").write_text("w1 w2")
     path = tokenizer or write_word_tokenizer(tmp_path / "t.json")
-    code = main(["prepare", str(tmp_path / "a.txt"), "--tokenizer", path, "--workers", "1", "--no-progress", *extra])
+    workers = () if "--workers" in extra else ("--workers", "1")
+    code = main(["prepare", str(tmp_path / "a.txt"), "--tokenizer", path, *workers, "--no-progress", *extra])
     captured = capsys.readouterr()
     assert code == 2 and captured.out == ""
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1

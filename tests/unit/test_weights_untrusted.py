@@ -85,7 +85,7 @@ def test_models_beyond_their_files_are_refused_before_they_are_built(folder: Pat
         set_key(folder, "num_hidden_layers", 10**4)
         name = names["width"]
     set_key(folder, name, [value] if name == "num_experts" else value)
-    refused(folder, "cannot hold|more than 10,000 layers")
+    refused(folder, "cannot hold|more than 10,000 layers|beyond 64 bits")
 
 
 def test_experts_without_weights_are_bounded_too(folder: Path) -> None:
@@ -203,7 +203,7 @@ def test_indices_that_lie_are_refused(folder: Path, number: int) -> None:
 def test_a_tensor_in_two_files_is_refused(folder: Path) -> None:
     shard(folder, lambda place: place)
     save_file({key: torch.ones(1) for key in json_keys(folder)}, folder / "b.safetensors")
-    with pytest.raises(CheckpointError, match="in two files"):
+    with pytest.raises(CheckpointError, match="that the index places elsewhere"):
         TensorFolder(folder)
 
 
