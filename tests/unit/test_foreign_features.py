@@ -90,6 +90,40 @@ def test_features_that_change_nothing_are_accepted(tmp_path: Path, changes: dict
     upcycle.check_folder(write_dense(tmp_path / "dense", dense_tensors(), **changes), CFG)
 
 
+ODD: list[Any] = [
+    True,
+    -1,
+    10**30,
+    1e300,
+    "",
+    "x\x1b[2J",
+    [],
+    [None],
+    [[]],
+    [{}],
+    [1, "a"],
+    {},
+    {"a": []},
+    {"rope_type": []},
+]
+
+
+def test_values_of_every_json_type_are_read_or_refused_in_one_line(tmp_path: Path) -> None:
+    folder = write_dense(tmp_path / "dense", dense_tensors())
+    whole = json.loads((folder / "config.json").read_text())
+    keys = whole.keys() | set(upcycle._KEYS) | {"architectures", "torch_dtype", "num_experts", "quantization_config"}
+    refused = dict.fromkeys(keys, 0)
+    for key in keys:
+        for value in ODD:
+            (folder / "config.json").write_text(json.dumps(whole | {key: value}))
+            try:
+                upcycle.check_folder(folder, CFG)
+            except CheckpointError as error:
+                refused[key] += 1
+                assert str(error).isprintable() and len(str(error)) < 1000, (key, value)
+    assert refused["layer_types"] >= 9 and refused["architectures"] >= 9 and refused["hidden_size"] == len(ODD)
+
+
 def test_tied_weights_that_differ_are_refused(tmp_path: Path) -> None:
     from dataclasses import replace
 
