@@ -81,7 +81,7 @@ class Trainer:
         self.rewinds = 0
         self.accumulation_steps = accumulation_steps(parts.cfg, parts.groups.world_size)
         moe = parts.cfg.model.moe
-        self.stats = StepStats(parts.cfg.model.moe_layers, tuple(moe.expert_counts), moe.num_ffn_experts, moe.top_k)
+        self.stats = StepStats(parts.cfg.model.moe_layers, moe.expert_counts, moe.top_k)
         self.skipped_steps = SkippedSteps(parts.cfg.guard)
         self.spikes = SpikeGuard(parts.cfg.guard)
         self.loss_watch = LossWatch(parts.cfg.model.vocab_size, parts.cfg.optim.lr)

@@ -164,8 +164,8 @@ def _refuse_windows(path: Path, tree: dict, cfg: ModelConfig) -> None:
     window = tree.get("sliding_window", default)
     if window is not None and (type(window) is not int or window < cfg.max_seq_len):
         raise CheckpointError(
-            f"{path}: sliding_window={show(window)} is shorter than model.max_seq_len={cfg.max_seq_len}, and this model "
-            "attends to all positions; lower model.max_seq_len, or use other weights"
+            f"{path}: sliding_window={show(window)} is shorter than model.max_seq_len={cfg.max_seq_len}, and this "
+            "model attends to all positions; lower model.max_seq_len, or use other weights"
         )
     kinds = _texts(path, tree, "layer_types") - {"full_attention", "sliding_attention"}
     if kinds:

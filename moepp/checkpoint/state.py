@@ -112,9 +112,7 @@ def _load_stats(reader: TensorReader, stats: StepStats, groups: ParallelGroups, 
     for number, rank in enumerate(sorted(sources)):
         prefix = f"rank-{rank}/"
         saved = {key.removeprefix(prefix): shape for key, shape in reader.shapes.items() if _is_statistic(key, prefix)}
-        num_experts = saved.get("stats.load", (0, 0))[-1:]  # of every kind; the statistics know the FFN experts alone
-        fits = not num_experts or num_experts[0] >= stats.num_ffn_experts or not stats.moe_layers
-        if saved and not (fits and saved == stats.state_shapes(*num_experts or (0,))):
+        if saved and saved != stats.state_shapes():
             raise CheckpointError(
                 f"{reader.path}: the statistics of rank {rank} are of another model; "
                 "use the configuration that it was saved with, or another checkpoint"

@@ -201,7 +201,7 @@ def _save(cfg: Config, model: nn.Module, groups: ParallelGroups, run_dir: RunDir
         eod_id=described.eod_id,
         tokenizer_sha256=described.tokenizer_sha256,
     )
-    stats = StepStats(cfg.model.moe_layers, tuple(moe.expert_counts), moe.num_ffn_experts, moe.top_k)
+    stats = StepStats(cfg.model.moe_layers, moe.expert_counts, moe.top_k)
     checkpointer.save(cast(Engine, _Untrained(model)), stats, info, background=False)
     problems = checkpointer.reports[-1].problems
     if problems:

@@ -48,18 +48,16 @@ class StepStats:
         stats.reduce(...)               # each log interval; starts the next interval
     """
 
-    def __init__(self, moe_layers: Sequence[int], kinds: Sequence[str], num_ffn_experts: int, top_k: int) -> None:
+    def __init__(self, moe_layers: Sequence[int], expert_counts: Mapping[str, int], top_k: int) -> None:
         """Start the first interval.
 
         Args:
             moe_layers: transformer layer index of each MoE layer, in the order of the stats passed later.
-            kinds: names of the expert kinds, in the order of ``share_Z``.
-            num_ffn_experts: the first experts.
+            expert_counts: experts of each kind, in the order of ``share_Z`` and ``load_E``; "ffn" comes first.
             top_k: K.
         """
         self.moe_layers = tuple(moe_layers)
-        self.kinds = tuple(kinds)
-        self.num_ffn_experts = num_ffn_experts
+        self.expert_counts = dict(expert_counts)
         self.top_k = top_k
         self._pending: dict[str, Tensor] = {}
         self._interval: dict[str, Tensor] = {}
@@ -114,11 +112,12 @@ class StepStats:
         """This rank's sums since the last :meth:`reduce`, by name; call it between steps."""
         return {f"stats.{name}": tensor for name, tensor in self._interval.items()}
 
-    def state_shapes(self, num_experts: int) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of what :meth:`state` returns once a step was committed; of N experts of every kind."""
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what :meth:`state` returns once a step was committed."""
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("loss_sum", "loss_tokens", "dispatch_bytes", "steps"), ())
         if layers := len(self.moe_layers):
-            shapes |= {"layers": (layers, len(_COLUMNS)), "load": (layers, num_experts)}
+            num_columns, num_experts = len(_COLUMNS) + len(self.expert_counts), sum(self.expert_counts.values())
+            shapes |= {"layers": (layers, num_columns), "load": (layers, num_experts)}
         return {f"stats.{name}": shape for name, shape in shapes.items()}
 
     def add_state(self, state: Mapping[str, Tensor]) -> None:
@@ -167,9 +166,9 @@ class StepStats:
         metrics["routing/drop_fraction"] = float((column["drop_fraction"] / per_token).mean())
         for row, index in enumerate(self.moe_layers):
             prefix = f"routing/layer_{index}"
-            for kind, share in zip(self.kinds, layers_LC[row, len(_COLUMNS) :], strict=True):
+            for kind, share in zip(self.expert_counts, layers_LC[row, len(_COLUMNS) :], strict=True):
                 metrics[f"{prefix}/share_{kind}"] = float(share / per_token[row])
-            load_E = load_LE[row, : self.num_ffn_experts]
+            load_E = load_LE[row, : self.expert_counts["ffn"]]
             if load_E.sum() > 0:
                 metrics[f"{prefix}/max_over_mean"] = float(load_E.max() / load_E.mean())
         if remote_L.sum() > 0:

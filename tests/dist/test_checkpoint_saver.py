@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import errno
 import json
 import os
@@ -73,7 +72,7 @@ class Saving:
         self.groups = build_groups(ep_size, torch.device("cpu"))
         self.folder = Path(folder)
         self.checkpointer = Checkpointer(CheckpointConfig(**cfg), self.groups, self.folder, new_cpu_group())
-        self.stats = StepStats((0,), ("ffn", "constant", "copy", "zero"), 8, 2)
+        self.stats = StepStats((0,), {"ffn": 8, "zero": 1}, 2)
 
     def save(self, step: int, background: bool = False) -> list[str]:
         """The problems of one save, waited for."""

@@ -171,16 +171,20 @@ class OneRank:
 
 
 def test_statistics_are_those_of_the_model(tmp_path: Path) -> None:
-    good = {name: torch.ones(shape) for name, shape in StepStats((0, 1), 4, 2).state_shapes(8).items()}
+    counts = {"ffn": 4, "constant": 2, "zero": 2}
+    good = {name: torch.ones(shape) for name, shape in StepStats((0, 1), counts, 2).state_shapes().items()}
     cases = {"good": good, "unknown": good | {"stats.x": torch.ones(1)}, "lost": {"stats.steps": torch.ones(())}}
     cases["shape"] = good | {"stats.load": torch.ones(1000, 1000)}
+    cases["one expert more"] = good | {"stats.load": torch.ones(2, 9)}
+    cases["one expert less"] = good | {"stats.load": torch.ones(2, 7)}
+    cases["another kind"] = good | {"stats.layers": good["stats.layers"].new_ones(2, good["stats.layers"].shape[1] + 1)}
     cases["few experts"] = good | {"stats.load": torch.ones(2, 3)}
     cases["scalar"] = good | {"stats.load": torch.ones(())}
     for name, state in cases.items():
         folder = tmp_path / name
         folder.mkdir()
         write_tensors(folder, {f"rank-{rank}/{key}": value for key, value in state.items() for rank in (0, 7)}, None)
-        reader, stats = TensorReader(folder), StepStats((0, 1), 4, 2)
+        reader, stats = TensorReader(folder), StepStats((0, 1), counts, 2)
         assert _ranks_with_statistics(reader) == {0, 7}
         for saved_ranks, loss in ((1, 1.0), (10**6, 2.0)):  # as many ranks as now, or others
             stats.clear()

@@ -79,7 +79,7 @@ def test_mean_without_weight_anywhere_is_left_out() -> None:
     assert reduce_values({"a": empty, "b": Value.sum(torch.tensor(2.0))}, alone, alone).keys() == {"b"}
 
 
-KINDS = ("ffn", "constant", "copy", "zero")
+KINDS = {"ffn": 2, "constant": 1, "copy": 1, "zero": 1}
 
 
 def layer_stats(
@@ -135,7 +135,7 @@ def fill(stats: StepStats, rank: int) -> None:
 
 
 def reduced(rank: int, sum_reduce: Any, max_reduce: Any) -> dict[str, float]:
-    stats = StepStats(LAYERS, KINDS, num_ffn_experts=2, top_k=2)
+    stats = StepStats(LAYERS, KINDS, top_k=2)
     fill(stats, rank)
     return stats.reduce(sum_reduce, max_reduce)
 
@@ -173,7 +173,7 @@ def test_metrics_cover_all_tokens_of_all_ranks_and_steps() -> None:
 
 
 def test_reduce_starts_a_new_interval_and_discard_forgets_a_step() -> None:
-    stats = StepStats(LAYERS, KINDS, num_ffn_experts=2, top_k=2)
+    stats = StepStats(LAYERS, KINDS, top_k=2)
     fill(stats, 0)
     stats.reduce(alone, alone)
     loss, tokens, layers = PASSES[1][0]
@@ -188,14 +188,14 @@ def test_reduce_starts_a_new_interval_and_discard_forgets_a_step() -> None:
 
 
 def test_uncommitted_micro_batches_are_not_reported() -> None:
-    stats = StepStats(LAYERS, KINDS, num_ffn_experts=2, top_k=2)
+    stats = StepStats(LAYERS, KINDS, top_k=2)
     stats.add_micro_batch(PASSES[0][0][2], torch.tensor(30.0), 9)
     with pytest.raises(ValueError, match="committed step"):
         stats.reduce(alone, alone)
 
 
 def test_nothing_remote_gives_zero_vanilla_bytes_and_no_ffn_choice_leaves_max_over_mean_out() -> None:
-    stats = StepStats([0], KINDS, num_ffn_experts=2, top_k=1)
+    stats = StepStats([0], KINDS, top_k=1)
     only_copy = layer_stats(4, 0, 0, [0, 0, 0, 4, 0], (0, 0, 1, 0), 0, 0.5)
     stats.add_micro_batch([only_copy], torch.tensor(8.0), torch.tensor(4))
     stats.commit()
@@ -207,14 +207,22 @@ def test_nothing_remote_gives_zero_vanilla_bytes_and_no_ffn_choice_leaves_max_ov
 
 
 def test_model_without_moe_layers_reports_the_loss_alone() -> None:
-    stats = StepStats([], KINDS, num_ffn_experts=2, top_k=1)
+    stats = StepStats([], KINDS, top_k=1)
     stats.add_micro_batch([], torch.tensor(8.0), 4)
     stats.commit()
     metrics = stats.reduce(alone, alone)
     assert metrics == {"train/loss": 2.0, "comm/dispatch_bytes": 0.0, "comm/dispatch_bytes_vanilla": 0.0}
 
 
+def test_the_shapes_of_the_state_are_known_before_it_is_read() -> None:
+    for layers in (LAYERS, ()):
+        stats = StepStats(layers, KINDS, top_k=2)
+        stats.add_micro_batch(PASSES[0][0][2] if layers else [], torch.tensor(1.0), 1)
+        stats.commit()
+        assert {name: tuple(tensor.shape) for name, tensor in stats.state().items()} == stats.state_shapes()
+
+
 def test_statistics_of_the_wrong_number_of_layers_are_refused() -> None:
-    stats = StepStats(LAYERS, KINDS, num_ffn_experts=2, top_k=2)
+    stats = StepStats(LAYERS, KINDS, top_k=2)
     with pytest.raises(ValueError, match="1 MoE layers, expected 2"):
         stats.add_micro_batch(PASSES[0][0][2][:1], torch.tensor(1.0), 1)
