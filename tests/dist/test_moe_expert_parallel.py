@@ -128,7 +128,10 @@ def test_an_exchange_in_parts_sends_the_same_bytes_and_gives_the_same_bits(pool_
             assert one.grads.keys() == other.grads.keys()
             for name, grad in one.grads.items():
                 assert torch.equal(grad, other.grads[name]), name
-            assert (one.comm_stats.row_bytes, one.comm_stats.count_bytes) == (other.comm_stats.row_bytes, other.comm_stats.count_bytes)
+            assert (one.comm_stats.row_bytes, one.comm_stats.count_bytes) == (
+                other.comm_stats.row_bytes,
+                other.comm_stats.count_bytes,
+            )
             assert (other.comm_stats.row_exchanges, other.comm_stats.count_exchanges) == (4 * parts, 1)
 
 

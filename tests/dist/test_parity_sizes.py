@@ -79,8 +79,6 @@ def test_float32_sums_over_long_parts_are_noticed(compare):
     assert found.grad_norm > 3 * NORM_TOLERANCE, found
 
 
-
-
 def test_sizes_are_real():
     counts = {name: count_parameters(make_config(setting, REFERENCE).model) for name, setting in SIZES.items()}
     assert counts["demo"].total == 17_584_960  # what `python train.py` says of the demo
