@@ -10,7 +10,7 @@ import torch
 
 from moepp import comm, hf, official, ops, upcycle
 from moepp.checkpoint import Checkpointer, CheckpointInfo
-from moepp.config import Config, accumulation_steps, micro_batch_size, zero_stage
+from moepp.config import Config, RunPlan
 from moepp.data import build_data
 from moepp.engine.engine import Engine
 from moepp.metrics.sinks import SinkGroup, open_sinks
@@ -68,21 +68,20 @@ def load_initial_weights(cfg: Config, model: Transformer, groups: ParallelGroups
         source.load_into(model, cfg.init.path, groups.ep_rank, groups.ep_size)
 
 
-def build_engine(cfg: Config, model: Transformer, groups: ParallelGroups) -> Engine:
+def build_engine(cfg: Config, plan: RunPlan, model: Transformer, groups: ParallelGroups) -> Engine:
     """The engine that ``engine.name`` asks for."""
-    accumulation = accumulation_steps(cfg, groups.world_size)
     if cfg.engine.name == "native":
         from moepp.engine.native import NativeEngine
 
-        return NativeEngine(model, groups, cfg.optim, accumulation)
+        return NativeEngine(model, groups, cfg.optim, plan.accumulation_steps)
     from moepp.engine.deepspeed import DeepSpeedEngine
 
-    micro_batch = micro_batch_size(cfg, groups.world_size)
-    return DeepSpeedEngine(model, groups, cfg.optim, accumulation, micro_batch, zero_stage(cfg))
+    return DeepSpeedEngine(model, groups, cfg.optim, plan.accumulation_steps, plan.micro_batch_size, plan.zero_stage)
 
 
 def build_parts(
     cfg: Config,
+    plan: RunPlan,
     groups: ParallelGroups,
     run_dir: RunDir,
     start: CheckpointInfo | None,
@@ -93,6 +92,7 @@ def build_parts(
 
     Args:
         cfg: the run's configuration.
+        plan: what follows from it for this number of ranks.
         groups: process groups of the run.
         run_dir: the run's directory, claimed by rank 0.
         start: of the checkpoint that the run continues from; None: it starts fresh.
@@ -105,12 +105,12 @@ def build_parts(
     if starts_fresh:
         comm.run_together(lambda: check_initial_weights(cfg))
     cache_dir = cfg.data.cache_dir or str(run_dir.path / "data-cache")
-    data = build_data(cfg, groups.world_size, groups.rank, cache_dir)
+    data = build_data(cfg, plan, groups.rank, cache_dir)
     comm_stats = comm.CommStats()
     model = build_model(cfg, groups, comm_stats)
     if starts_fresh:
         comm.run_together(lambda: load_initial_weights(cfg, model, groups))
-    engine = build_engine(cfg, model, groups)
+    engine = build_engine(cfg, plan, model, groups)
     peak = peak_flops_per_second(device_name(groups.device), cfg.train.precision)
     throughput = Throughput(groups.world_size, peak)
     checkpointer = Checkpointer(cfg.checkpoint, groups, run_dir.checkpoints, new_cpu_group(), check_claim)
@@ -119,4 +119,4 @@ def build_parts(
     sinks = comm.run_together(
         lambda: open_sinks(run_dir.path, cfg, start_step, offset, check_claim) if groups.rank == 0 else SinkGroup()
     )
-    return Parts(cfg, groups, model, engine, data, comm_stats, sinks, throughput, checkpointer, versions)
+    return Parts(cfg, plan, groups, model, engine, data, comm_stats, sinks, throughput, checkpointer, versions)

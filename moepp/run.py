@@ -16,7 +16,7 @@ import torch.distributed as dist
 from moepp import comm
 from moepp.build import DTYPES, build_parts, device_name
 from moepp.checkpoint import choose_checkpoint, continues_same_data, read_info
-from moepp.config import Config, to_dict, validate, zero_stage
+from moepp.config import Config, RunPlan, to_dict, validate
 from moepp.data import check_data, vocabulary_remarks
 from moepp.environment import describe_environment
 from moepp.errors import DataError, MoeppError, PeerError
@@ -52,14 +52,14 @@ def run_training(cfg: Config) -> None:
         PeerError: another rank is gone; it is named.
     """
     launch = read_launch_environment()
-    validate(cfg, launch.world_size)
+    plan = validate(cfg, launch.world_size)
     device = pick_device(launch.local_rank)
     store = init_process_group(launch, device, cfg.parallel.timeout_seconds, start_facts(cfg, device))
     if launch.rank > 0 and launch.local_rank == 0:  # the first of its host, whose log would be empty
         print(_introduce_rank(launch), flush=True)
     watch = PeerWatch(store, launch.rank, launch.world_size, _leave)
     try:
-        _run(cfg, build_groups(cfg.parallel.expert, device))
+        _run(cfg, plan, build_groups(cfg.parallel.expert, device))
         watch.stop()
         with contextlib.suppress(RuntimeError):  # all work is done; a rank that is gone now says itself why
             comm.barrier()  # rank 0 keeps the store, so it leaves last
@@ -82,7 +82,7 @@ def _leave_process_groups() -> None:
         dist.destroy_process_group()
 
 
-def _run(cfg: Config, groups: ParallelGroups) -> None:
+def _run(cfg: Config, plan: RunPlan, groups: ParallelGroups) -> None:
     """Check what can be checked, then train in the run's directory."""
     comm.run_together(lambda: check_data(cfg))
     _compare_ranks(cfg, groups)
@@ -99,7 +99,7 @@ def _run(cfg: Config, groups: ParallelGroups) -> None:
         if remark and remarked_here:
             logger.warning("ranks differ in what may change the last bits of results: %s", remark)
         with StopRequest() as stop:
-            _train(cfg, groups, run_dir, environment, stop, claim.check if claim is not None else lambda: None)
+            _train(cfg, plan, groups, run_dir, environment, stop, claim.check if claim is not None else lambda: None)
     except MoeppError as error:
         _log_to_file(error)
         raise
@@ -156,7 +156,7 @@ def _claim(cfg: Config, environment: dict[str, Any]) -> RunClaim:
     return RunDir.claim(cfg.run.path, to_dict(cfg), environment, cfg.run.resume, LOCK_WAIT_SECONDS, same_data=same_data)
 
 
-def _introduce(cfg: Config, groups: ParallelGroups) -> None:
+def _introduce(cfg: Config, plan: RunPlan, groups: ParallelGroups) -> None:
     """Say what is about to be trained, and on what."""
     counts = count_parameters(cfg.model)
     logger.info(
@@ -168,13 +168,14 @@ def _introduce(cfg: Config, groups: ParallelGroups) -> None:
         "s" if groups.world_size > 1 else "",
         groups.ep_size,
         cfg.engine.name,
-        zero_stage(cfg),
+        plan.zero_stage,
         cfg.train.steps,
     )
 
 
 def _train(
     cfg: Config,
+    plan: RunPlan,
     groups: ParallelGroups,
     run_dir: RunDir,
     environment: dict[str, Any],
@@ -187,8 +188,8 @@ def _train(
     if start is not None and start.step >= cfg.train.steps:
         logger.info("nothing to do: %s is at step %d; raise train.steps to go on", run_dir.path, start.step)
         return
-    parts = build_parts(cfg, groups, run_dir, start, environment["packages"], check_claim)
-    _introduce(cfg, groups)
+    parts = build_parts(cfg, plan, groups, run_dir, start, environment["packages"], check_claim)
+    _introduce(cfg, plan, groups)
     for remark in vocabulary_remarks(cfg):
         logger.warning("%s", remark)
     with parts.sinks:

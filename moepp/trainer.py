@@ -25,7 +25,7 @@ from moepp.checkpoint import (
     newest_checkpoint,
     read_info,
 )
-from moepp.config import Config, accumulation_steps, to_dict, zero_stage
+from moepp.config import Config, RunPlan, to_dict
 from moepp.data import Tokenizer, read_vocabulary
 from moepp.engine.engine import Engine, StepResult
 from moepp.engine.schedule import learning_rate
@@ -56,6 +56,7 @@ class Parts:
     """What a run is made of; see :mod:`moepp.build`."""
 
     cfg: Config
+    plan: RunPlan
     groups: ParallelGroups
     model: Transformer
     engine: Engine
@@ -73,13 +74,13 @@ class Trainer:
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self.cfg = parts.cfg
+        self.plan = parts.plan
         self.groups = parts.groups
         self.model = parts.model
         self.engine = parts.engine
         self.step = 0  # optimizer steps done
         self.skipped_batches = 0  # global batches left out by rewinds: step s trains on batch s + skipped_batches
         self.rewinds = 0
-        self.accumulation_steps = accumulation_steps(parts.cfg, parts.groups.world_size)
         moe = parts.cfg.model.moe
         self.stats = StepStats(parts.cfg.model.moe_layers, moe.expert_counts, moe.top_k)
         self.skipped_steps = SkippedSteps(parts.cfg.guard)
@@ -89,13 +90,9 @@ class Trainer:
         self.vocabulary = read_vocabulary(parts.cfg)
 
     @property
-    def tokens_per_step(self) -> int:
-        return self.cfg.train.global_batch_size * self.cfg.data.seq_len
-
-    @property
     def tokens(self) -> int:
         """Training tokens seen so far, over all ranks."""
-        return self.step * self.tokens_per_step
+        return self.step * self.plan.tokens_per_step
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from a verified checkpoint of this run, saved in any layout; later ones are set aside."""
@@ -161,7 +158,7 @@ class Trainer:
         comm_stats = self.parts.comm_stats
         sent_before = comm_stats.row_bytes
         batch = self.step + self.skipped_batches
-        batches = [self._to_device(self.parts.data.train_batch(batch, a)) for a in range(self.accumulation_steps)]
+        batches = [self._to_device(self.parts.data.train_batch(batch, a)) for a in range(self.plan.accumulation_steps)]
         share_LE = self._global_selection_share(batches)
         loss_sums = torch.zeros(2, dtype=torch.float64, device=self.groups.device)  # cross-entropy; auxiliary
         for input_ids_BS, labels_BS in batches:
@@ -172,10 +169,10 @@ class Trainer:
             self.engine.backward(out.ce_sum / out.num_tokens + out.aux_loss)
         ce_sum, aux_sum = self._sum(loss_sums).tolist()
         is_finite = math.isfinite(ce_sum + aux_sum)
-        is_spike = is_finite and self.spikes.is_on and self.spikes.is_spike(ce_sum / self.tokens_per_step)
+        is_spike = is_finite and self.spikes.is_on and self.spikes.is_spike(ce_sum / self.plan.tokens_per_step)
         result = self.engine.step(self._learning_rate(self.step), update=is_finite and not is_spike)
         self.step += 1
-        self.parts.throughput.add(self.tokens_per_step)
+        self.parts.throughput.add(self.plan.tokens_per_step)
         broken = "loss" if not is_finite else "gradient"
         self._settle(result, is_spike, broken, comm_stats.row_bytes - sent_before)
         return result
@@ -241,7 +238,7 @@ class Trainer:
                 "world_size": self.groups.world_size,
                 "expert": self.groups.ep_size,
                 "engine": self.cfg.engine.name,
-                "zero_stage": zero_stage(self.cfg),
+                "zero_stage": self.plan.zero_stage,
                 "precision": self.cfg.train.precision,
             },
             config=to_dict(self.cfg),
@@ -273,7 +270,7 @@ class Trainer:
         ce_and_tokens = torch.zeros(2, dtype=torch.float64, device=self.groups.device)
         with self._evaluation(), torch.no_grad():
             for index in range(self.cfg.train.eval_batches):
-                for micro_step in range(self.accumulation_steps):
+                for micro_step in range(self.plan.accumulation_steps):
                     batch = self._to_device(self.parts.data.eval_batch(index, micro_step))
                     out: LossOutput = self.model.loss(*batch)
                     ce_and_tokens += torch.stack((out.ce_sum, out.num_tokens)).to(ce_and_tokens)

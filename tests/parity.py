@@ -23,7 +23,7 @@ import torch
 
 from moepp import comm
 from moepp.build import build_engine, build_model
-from moepp.config import Config, from_dict
+from moepp.config import Config, RunPlan, from_dict, make_plan
 from moepp.data.loader import Data
 from moepp.metrics.sinks import SinkGroup
 from moepp.metrics.throughput import Throughput
@@ -203,7 +203,7 @@ def make_sequences(count: int, seed: int, vocab_size: int = VOCAB, seq_len: int 
     return sequences
 
 
-def make_data(cfg: Config, world_size: int, rank: int) -> Data:
+def make_data(cfg: Config, plan: RunPlan, rank: int) -> Data:
     """The product's loader over sequences made in memory."""
     evaluation = EVAL_BATCHES * GLOBAL_BATCH
     training, shape = cfg.train.steps * GLOBAL_BATCH, (cfg.model.vocab_size, cfg.data.seq_len)
@@ -213,7 +213,7 @@ def make_data(cfg: Config, world_size: int, rank: int) -> Data:
         "test": None,
     }
     sizes = {"train": training, "valid": evaluation, "test": 0}
-    return Data(datasets, cfg, world_size, rank, num_sequences=sizes, vocab_size=shape[0], eod=None)
+    return Data(datasets, cfg, plan, rank, num_sequences=sizes, vocab_size=shape[0], eod=None)
 
 
 @torch.no_grad()
@@ -242,6 +242,7 @@ def train(rank: int, setting: Setting, layout: Layout, sabotage: Callable[..., A
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     cfg, groups = make_config(setting, layout), group_of(layout.ep)
+    plan = make_plan(cfg, groups.world_size)
     comm_stats = comm.CommStats()
     model = build_model(cfg, groups, comm_stats)
     if setting.one_sided:
@@ -257,10 +258,11 @@ def train(rank: int, setting: Setting, layout: Layout, sabotage: Callable[..., A
         )
         parts = Parts(
             cfg=cfg,
+            plan=plan,
             groups=groups,
             model=model,
-            engine=build_engine(cfg, model, groups),
-            data=make_data(cfg, groups.world_size, rank),
+            engine=build_engine(cfg, plan, model, groups),
+            data=make_data(cfg, plan, rank),
             comm_stats=comm_stats,
             sinks=SinkGroup([history]),
             throughput=Throughput(groups.world_size, None),

@@ -16,7 +16,7 @@ from moepp import comm
 from moepp.checkpoint import Checkpointer, CheckpointInfo
 from moepp.checkpoint import format as fmt
 from moepp.checkpoint.storage import TensorReader
-from moepp.config import CheckpointConfig, Config, EngineConfig, ParallelConfig, RunConfig, from_stored
+from moepp.config import CheckpointConfig, Config, EngineConfig, ParallelConfig, RunConfig, from_stored, make_plan
 from moepp.config.compare import breaking_differences, other_differences
 from moepp.errors import CheckpointError, ConfigError, RunError
 from moepp.parallel.groups import (
@@ -195,7 +195,7 @@ def _time_saves(config: Config, groups: ParallelGroups, checkpointer: Checkpoint
     from moepp.metrics.step_stats import StepStats
 
     model = build_model(config, groups, comm.CommStats())
-    engine = build_engine(config, model, groups)
+    engine = build_engine(config, make_plan(config, groups.world_size), model, groups)
     num_parameters = sum(p.numel() for p in model.parameters())
     moe = config.model.moe
     stats = StepStats(config.model.moe_layers, moe.expert_counts, moe.top_k)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moepp import comm, files, hf, official
 from moepp.build import build_model, check_initial_weights, device_name, load_initial_weights
 from moepp.checkpoint import Checkpointer, CheckpointInfo
-from moepp.config import Config, ModelConfig, explain_hydra_error, from_hydra, to_dict, validate, zero_stage
+from moepp.config import Config, ModelConfig, RunPlan, explain_hydra_error, from_hydra, to_dict, validate
 from moepp.data.manifest import sha256_of
 from moepp.engine.engine import Engine
 from moepp.environment import command_facts, describe_environment
@@ -62,12 +62,12 @@ def run(args: argparse.Namespace) -> int:
     source_format = _format_of(Path(args.folder))
     cfg = _configuration(args, source_format)
     launch = read_launch_environment()
-    validate(cfg, launch.world_size)
+    plan = validate(cfg, launch.world_size)
     device = pick_device(launch.local_rank)
     init_process_group(launch, device, cfg.parallel.timeout_seconds, command_facts())
     try:
         groups = build_groups(cfg.parallel.expert, device)
-        _import(cfg, replace(cfg, init=replace(cfg.init, path=args.folder, format=source_format)), groups)
+        _import(cfg, plan, replace(cfg, init=replace(cfg.init, path=args.folder, format=source_format)), groups)
     finally:
         dist.destroy_process_group()
     if launch.rank == 0:
@@ -132,7 +132,7 @@ def _write_model(folder: Path, model: ModelConfig) -> None:
     files.write_whole(folder / "model" / f"{MODEL_NAME}.yaml", yaml.safe_dump(to_dict(model), sort_keys=False))
 
 
-def _import(cfg: Config, cfg_with_source: Config, groups: ParallelGroups) -> None:
+def _import(cfg: Config, plan: RunPlan, cfg_with_source: Config, groups: ParallelGroups) -> None:
     source = cfg_with_source.init.path
     assert source is not None
     comm.run_together(lambda: check_initial_weights(cfg_with_source))
@@ -146,7 +146,7 @@ def _import(cfg: Config, cfg_with_source: Config, groups: ParallelGroups) -> Non
         in_fp32 = replace(cfg_with_source, train=replace(cfg.train, precision="fp32"))
         model = build_model(in_fp32, groups, comm.CommStats())
         comm.run_together(lambda: load_initial_weights(in_fp32, model, groups))
-        _save(cfg, model, groups, run_dir, _described(cfg, source, environment["packages"]))
+        _save(cfg, plan, model, groups, run_dir, _described(cfg, source, environment["packages"]))
         comm.run_together(lambda: claim.finish_import() if claim is not None else None)
     finally:
         if claim is not None:
@@ -172,7 +172,9 @@ def _described(cfg: Config, source: str, versions: dict[str, Any]) -> _Described
     return _Described(versions, eod_of_folder(Path(source)), sha256)
 
 
-def _save(cfg: Config, model: nn.Module, groups: ParallelGroups, run_dir: RunDir, described: _Described) -> None:
+def _save(
+    cfg: Config, plan: RunPlan, model: nn.Module, groups: ParallelGroups, run_dir: RunDir, described: _Described
+) -> None:
     checkpointer = Checkpointer(cfg.checkpoint, groups, run_dir.checkpoints, new_cpu_group())
     moe = cfg.model.moe
     info = CheckpointInfo(
@@ -182,7 +184,7 @@ def _save(cfg: Config, model: nn.Module, groups: ParallelGroups, run_dir: RunDir
             "world_size": groups.world_size,
             "expert": groups.ep_size,
             "engine": cfg.engine.name,
-            "zero_stage": zero_stage(cfg),
+            "zero_stage": plan.zero_stage,
             "precision": cfg.train.precision,
         },
         config=to_dict(cfg),

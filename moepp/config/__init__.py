@@ -8,6 +8,7 @@ from moepp.config.command_line import (
 )
 from moepp.config.load import from_dict, from_hydra, from_stored, import_plugins, known_keys, to_dict
 from moepp.config.model import ModelConfig, MoEConfig, RopeScalingConfig
+from moepp.config.plan import RunPlan, make_plan
 from moepp.config.schema import (
     CheckpointConfig,
     Config,
@@ -25,7 +26,7 @@ from moepp.config.schema import (
     WandbConfig,
 )
 from moepp.config.suggest import unknown_key_message
-from moepp.config.validate import accumulation_steps, micro_batch_size, validate, zero_stage
+from moepp.config.validate import validate
 
 __all__ = [
     "CheckpointConfig",
@@ -42,22 +43,21 @@ __all__ = [
     "ParallelConfig",
     "RopeScalingConfig",
     "RunConfig",
+    "RunPlan",
     "RuntimeConfig",
     "TrainConfig",
     "WandbConfig",
-    "accumulation_steps",
     "explain_hydra_error",
     "from_dict",
     "from_hydra",
     "from_stored",
     "import_plugins",
     "known_keys",
-    "micro_batch_size",
+    "make_plan",
     "missing_known_key",
     "refuse_incomplete_overrides",
     "refuse_unknown_options",
     "to_dict",
     "unknown_key_message",
     "validate",
-    "zero_stage",
 ]

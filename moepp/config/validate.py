@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
+from moepp.config.plan import RunPlan, make_plan
 from moepp.config.schema import Config, require
 
 
-def micro_batch_size(cfg: Config, world_size: int) -> int:
-    """Sequences per rank and forward pass."""
-    if cfg.train.micro_batch_size is not None:
-        return cfg.train.micro_batch_size
-    return max(cfg.train.global_batch_size // world_size, 1)
-
-
-def accumulation_steps(cfg: Config, world_size: int) -> int:
-    """Forward passes per rank and optimizer step."""
-    return cfg.train.global_batch_size // (micro_batch_size(cfg, world_size) * world_size)
-
-
-def zero_stage(cfg: Config) -> int:
-    """The ZeRO stage in force: the asked one, or the engine's default."""
-    if cfg.parallel.zero_stage is not None:
-        return cfg.parallel.zero_stage
-    return 1 if cfg.engine.name == "deepspeed" else 0
-
-
-def validate(cfg: Config, world_size: int) -> None:
-    """Check every rule that involves several sections or the number of ranks.
+def validate(cfg: Config, world_size: int) -> RunPlan:
+    """Check every rule that involves several sections or the number of ranks; return the numbers that follow.
 
     Raises:
         ConfigError: names the values, the rule and the remedy.
     """
-    _validate_parallel(cfg, world_size)
-    _validate_batch(cfg, world_size)
+    plan = make_plan(cfg, world_size)
+    _validate_parallel(cfg, plan)
+    _validate_batch(cfg, plan)
     require(
         not cfg.eval.tasks or cfg.data.tokenizer is not None,
         f"eval.tasks={list(cfg.eval.tasks)} needs a tokenizer and data.tokenizer is null; set data.tokenizer",
@@ -41,9 +24,11 @@ def validate(cfg: Config, world_size: int) -> None:
         f"data.seq_len={cfg.data.seq_len} is longer than model.max_seq_len={cfg.model.max_seq_len}; "
         "lower data.seq_len or raise model.max_seq_len",
     )
+    return plan
 
 
-def _validate_parallel(cfg: Config, world_size: int) -> None:
+def _validate_parallel(cfg: Config, plan: RunPlan) -> None:
+    world_size, stage = plan.world_size, plan.zero_stage
     ep, experts = cfg.parallel.expert, cfg.model.moe.num_ffn_experts
     require(
         world_size % ep == 0,
@@ -71,7 +56,6 @@ def _validate_parallel(cfg: Config, world_size: int) -> None:
         f"parallel.exchange_chunks={parts} does not divide the {experts // ep} FFN experts of each rank "
         f"(model.moe.num_ffn_experts={experts}, parallel.expert={ep}); lower parallel.exchange_chunks",
     )
-    stage = zero_stage(cfg)
     require(
         cfg.engine.name != "native" or stage == 0,
         f"parallel.zero_stage={stage} is not supported by engine=native; set it to 0 or use engine=deepspeed",
@@ -83,8 +67,8 @@ def _validate_parallel(cfg: Config, world_size: int) -> None:
     )
 
 
-def _validate_batch(cfg: Config, world_size: int) -> None:
-    total, micro = cfg.train.global_batch_size, micro_batch_size(cfg, world_size)
+def _validate_batch(cfg: Config, plan: RunPlan) -> None:
+    total, micro, world_size = cfg.train.global_batch_size, plan.micro_batch_size, plan.world_size
     require(
         total % (micro * world_size) == 0,
         f"train.global_batch_size={total} is not divisible by micro_batch_size {micro} x {world_size} processes; "

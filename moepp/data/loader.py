@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moepp.config import Config, accumulation_steps, micro_batch_size
+from moepp.config import Config, RunPlan
 from moepp.data.indexed import SPLITS, allow_open_files, open_indexed
 from moepp.data.vocabulary import read_vocabulary
 from moepp.errors import DataError
@@ -25,6 +25,7 @@ class Data:
 
     Attributes:
         num_sequences: whole sequences in one pass over 'train', 'valid' and 'test', all paths together.
+        plan: of the run.
         vocab_size: of the tokenizer that made the data (``model.vocab_size`` where nothing tells it).
         eod: id of the end-of-document token, or None where nothing tells it.
     """
@@ -33,7 +34,7 @@ class Data:
         self,
         datasets: Mapping[str, Any | None],
         cfg: Config,
-        world_size: int,
+        plan: RunPlan,
         rank: int,
         *,
         num_sequences: Mapping[str, int],
@@ -43,9 +44,7 @@ class Data:
         self._datasets = datasets
         self._cfg = cfg
         self._rank = rank
-        self._world_size = world_size
-        self._micro_batch_size = micro_batch_size(cfg, world_size)
-        self.accumulation_steps = accumulation_steps(cfg, world_size)
+        self.plan = plan
         self.num_sequences = num_sequences
         self.vocab_size = vocab_size
         self.eod = eod
@@ -72,17 +71,18 @@ class Data:
                 f"data.split={self._cfg.data.split} leaves some path without a whole sequence of "
                 f"{self._cfg.data.seq_len} tokens for {split!r}; raise its share, or add documents"
             )
-        if not (step >= 0 and 0 <= micro_step < self.accumulation_steps):
-            raise IndexError(f"step {step}, micro-step {micro_step} of {self.accumulation_steps}")
+        plan = self.plan
+        if not (step >= 0 and 0 <= micro_step < plan.accumulation_steps):
+            raise IndexError(f"step {step}, micro-step {micro_step} of {plan.accumulation_steps}")
         first = step * self._cfg.train.global_batch_size
-        first += (micro_step * self._world_size + self._rank) * self._micro_batch_size
-        samples = [dataset[first + i] for i in range(self._micro_batch_size)]
+        first += (micro_step * plan.world_size + self._rank) * plan.micro_batch_size
+        samples = [dataset[first + i] for i in range(plan.micro_batch_size)]
         input_ids_BS = torch.stack([sample["tokens"] for sample in samples])
         labels_BS = torch.stack([sample["labels"] for sample in samples])
         return input_ids_BS, labels_BS
 
 
-def build_data(cfg: Config, world_size: int, rank: int, cache_dir: str | None) -> Data:
+def build_data(cfg: Config, plan: RunPlan, rank: int, cache_dir: str | None) -> Data:
     """Datasets and loader of one rank. Call it on all ranks, after :func:`moepp.data.check_data`.
 
     Args:
@@ -99,12 +99,11 @@ def build_data(cfg: Config, world_size: int, rank: int, cache_dir: str | None) -
     vocabulary = read_vocabulary(cfg, files)
     vocab_size, eod = vocabulary.size or cfg.model.vocab_size, vocabulary.eod_id
     batch = cfg.train.global_batch_size
-    evaluation = cfg.train.eval_batches * batch
     datasets = build_datasets(
         files,
         cfg.data,
         seed=cfg.run.seed,
-        num_sequences=((cfg.train.steps + _spare_steps(cfg)) * batch, evaluation),
+        num_sequences=(plan.train_batches * batch, cfg.train.eval_batches * batch),
         tokenizer=TokenizerIdentity(vocab_size, eod if eod is not None else vocab_size - 1),
         cache_dir=cache_dir,
     )
@@ -112,7 +111,7 @@ def build_data(cfg: Config, world_size: int, rank: int, cache_dir: str | None) -
     return Data(
         dict(zip(("train", "valid"), datasets, strict=True)),
         cfg,
-        world_size,
+        plan,
         rank,
         num_sequences={
             split: sum(max(per_file[i] - 1, 0) // cfg.data.seq_len for per_file in tokens)
@@ -121,11 +120,3 @@ def build_data(cfg: Config, world_size: int, rank: int, cache_dir: str | None) -
         vocab_size=vocab_size,
         eod=eod,
     )
-
-
-def _spare_steps(cfg: Config) -> int:
-    """Global batches that rewinds may leave out, so that there are still enough for ``train.steps`` steps."""
-    if cfg.guard.spike_sigma is None or cfg.guard.spike_action != "rewind":
-        return 0
-    # A rewind goes back to the newest checkpoint; twice the interval if that one is damaged.
-    return cfg.guard.max_rewinds * 2 * max(cfg.checkpoint.interval, 1)

@@ -12,6 +12,7 @@ import torch
 
 from moepp import comm
 from moepp.build import build_engine, build_model
+from moepp.config import make_plan
 from moepp.engine.deepspeed import DeepSpeedEngine
 from moepp.engine.engine import StepResult
 from moepp.errors import ConfigError
@@ -29,14 +30,15 @@ class Run:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         cfg, groups = make_config(setting, layout), group_of(layout.ep)
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, precision=precision))
+        plan = make_plan(cfg, groups.world_size)
         self.model = build_model(cfg, groups, comm.CommStats())
-        self.engine = build_engine(cfg, self.model, groups)
-        self.data = make_data(cfg, groups.world_size, groups.rank)
+        self.engine = build_engine(cfg, plan, self.model, groups)
+        self.data = make_data(cfg, plan, groups.rank)
         self.losses: list[float] = []
 
     def step(self, batch: int, lr: float = 0.05, times: float = 1.0, update: bool = True) -> StepResult:
         """One optimizer step on a global batch with the loss of this rank multiplied by ``times``."""
-        for micro_step in range(self.data.accumulation_steps):
+        for micro_step in range(self.data.plan.accumulation_steps):
             out = self.model.loss(*self.data.train_batch(batch, micro_step))
             self.losses.append(float(out.ce_sum) / int(out.num_tokens))
             self.engine.backward((out.ce_sum / out.num_tokens + out.aux_loss) * times)

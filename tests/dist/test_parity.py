@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from moepp.config import make_plan
+
 from tests.dist import WorkerPool
 from tests.parity import (
     EVAL_BATCHES,
@@ -196,8 +198,8 @@ def _sequences(layout: Layout, step: int, evaluation: bool) -> list[list[int]]:
     """The sequences that all ranks of ``layout`` get in one step, sorted."""
     cfg, rows = make_config(SETTINGS[0], layout), []
     for rank in range(layout.ranks):
-        data = make_data(cfg, layout.ranks, rank)
-        for micro_step in range(data.accumulation_steps):
+        data = make_data(cfg, make_plan(cfg, layout.ranks), rank)
+        for micro_step in range(data.plan.accumulation_steps):
             inputs, labels = (data.eval_batch if evaluation else data.train_batch)(step, micro_step)
             rows += torch.cat((inputs, labels), dim=1).tolist()
     return sorted(rows)

@@ -11,17 +11,15 @@ from omegaconf import OmegaConf
 
 from moepp.config import (
     Config,
-    accumulation_steps,
     from_dict,
     from_hydra,
     known_keys,
-    micro_batch_size,
+    make_plan,
     refuse_incomplete_overrides,
     refuse_unknown_options,
     to_dict,
     unknown_key_message,
     validate,
-    zero_stage,
 )
 from moepp.config.suggest import _SYNONYMS
 from moepp.errors import ConfigError
@@ -309,13 +307,21 @@ def test_layouts_that_fit_pass():
 
 
 def test_batch_is_split_over_ranks_and_micro_batches():
-    assert [micro_batch_size(make(), n) for n in (1, 2, 8)] == [8, 4, 1]
-    assert [accumulation_steps(make(), n) for n in (1, 2, 8)] == [1, 1, 1]
-    small = make(train__micro_batch_size=2)
-    assert [accumulation_steps(small, n) for n in (1, 2, 4)] == [4, 2, 1]
+    plans = [validate(make(), n) for n in (1, 2, 8)]
+    assert [(plan.micro_batch_size, plan.accumulation_steps) for plan in plans] == [(8, 1), (4, 1), (1, 1)]
+    small = [validate(make(train__micro_batch_size=2), n) for n in (1, 2, 4)]
+    assert [plan.accumulation_steps for plan in small] == [4, 2, 1]
+    assert {plan.tokens_per_step for plan in plans + small} == {8 * make().data.seq_len}
+
+
+def test_a_rewind_has_batches_to_go_on_with():
+    steps = make().train.steps
+    assert validate(make(guard__spike_sigma=5.0), 1).train_batches == steps
+    rewinds = {"guard__spike_sigma": 5.0, "guard__spike_action": "rewind", "guard__max_rewinds": 3}
+    assert validate(make(**rewinds, checkpoint__interval=5), 1).train_batches == steps + 3 * 2 * 5
 
 
 def test_zero_stage_defaults_to_what_the_engine_can_do():
-    assert zero_stage(make()) == 1
-    assert zero_stage(make(engine__name="native")) == 0
-    assert zero_stage(make(parallel__zero_stage=2)) == 2
+    assert make_plan(make(), 1).zero_stage == 1
+    assert make_plan(make(engine__name="native"), 1).zero_stage == 0
+    assert make_plan(make(parallel__zero_stage=2), 1).zero_stage == 2

@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 
 from moepp.data import cache
-from moepp.data.loader import build_data
 from moepp.errors import DataError, MoeppError
-from tests.data_files import make_config, numbered_documents, write_indexed
+from tests.data_files import make_config, numbered_documents, open_data, write_indexed
 
 RUNS = 3
 LENGTHS = [11, 3, 29, 17, 5, 2, 41, 8, 13, 7] * 4
@@ -81,7 +80,7 @@ def _stream(prefix: str, cache_dir: str, steps: int, start_at: float = 0.0) -> l
     np.save = save_slowly
     _store_indices()
     time.sleep(max(0.0, start_at - time.time()))
-    data = build_data(make_config([prefix], train__steps=steps), 1, 0, cache_dir)
+    data = open_data(make_config([prefix], train__steps=steps), 1, 0, cache_dir)
     return [row for step in range(steps) for row in data.train_batch(step, 0)[0].tolist()]
 
 
@@ -93,7 +92,7 @@ def test_runs_that_start_together_share_one_folder(prefix: str, tmp_path: Path) 
     assert all(isinstance(stream, list) for stream in streams), streams
     assert streams[0] == streams[2][: len(streams[0])] and streams[1] == streams[2][: len(streams[1])]
     assert len(streams[2]) == 80 * 8
-    expected = build_data(make_config([prefix], train__steps=80), 1, 0, None)
+    expected = open_data(make_config([prefix], train__steps=80), 1, 0, None)
     assert streams[2][-8:] == expected.train_batch(79, 0)[0].tolist()
 
 
@@ -132,21 +131,21 @@ def _build_on_full_disk(prefix: str, cache_dir: str) -> None:
 
     np.save = fail
     _store_indices()
-    build_data(make_config([prefix]), 1, 0, cache_dir)
+    open_data(make_config([prefix]), 1, 0, cache_dir)
 
 
 def _build_with_few_files(prefix: str, cache_dir: str, spare: int) -> None:
-    build_data(make_config([prefix]), 1, 0, None)  # whatever is opened only once
+    open_data(make_config([prefix]), 1, 0, None)  # whatever is opened only once
     _store_indices()
     limit = max(map(int, os.listdir("/proc/self/fd"))) + spare
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-    build_data(make_config([prefix]), 1, 0, cache_dir)
+    open_data(make_config([prefix]), 1, 0, cache_dir)
 
 
 def _build_with_a_low_soft_limit(prefix: str, cache_dir: str) -> list[int]:
     limit = max(map(int, os.listdir("/proc/self/fd"))) + 1
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    return build_data(make_config([prefix]), 1, 0, cache_dir).train_batch(0, 0)[0].flatten().tolist()
+    return open_data(make_config([prefix]), 1, 0, cache_dir).train_batch(0, 0)[0].flatten().tolist()
 
 
 def test_full_disk_and_the_limit_of_open_files_are_one_line_and_the_next_start_works(

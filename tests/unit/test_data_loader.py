@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from moepp.data import Data, build_data
+from moepp.data import Data
 from moepp.data.indexed import open_indexed
 from moepp.errors import DataError
-from tests.data_files import make_config, numbered_documents, write_indexed
+from tests.data_files import make_config, numbered_documents, open_data, write_indexed
 from tests.dist import WorkerPool
 
 S = 8  # data.seq_len of make_config
@@ -33,7 +33,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def _build(paths: Any, world_size: int = 1, rank: int = 0, **changes: Any) -> Data:
-    return build_data(make_config(paths, **changes), world_size, rank, None)
+    return open_data(make_config(paths, **changes), world_size, rank, None)
 
 
 def _step(paths: Any, step: int, world_size: int = 1, **changes: Any) -> list[list[int]]:
@@ -41,7 +41,7 @@ def _step(paths: Any, step: int, world_size: int = 1, **changes: Any) -> list[li
     ranks = [_build(paths, world_size, rank, **changes) for rank in range(world_size)]
     rows = [
         row
-        for micro_step in range(ranks[0].accumulation_steps)
+        for micro_step in range(ranks[0].plan.accumulation_steps)
         for data in ranks
         for row in data.train_batch(step, micro_step)[0].tolist()
     ]
@@ -164,7 +164,7 @@ def test_many_paths_never_run_out_of_sequences(tmp_path: Path) -> None:
 
 
 def _open_files_and_maps(rank: int, paths: tuple[str, ...], cache_dir: str, steps: int) -> list[int]:
-    data = build_data(make_config(paths, data__weights=[0.5, 0.5], train__steps=steps), 1, 0, cache_dir)
+    data = open_data(make_config(paths, data__weights=[0.5, 0.5], train__steps=steps), 1, 0, cache_dir)
     for step in (0, steps // 2, steps - 1):
         data.train_batch(step, 0)
     maps = Path("/proc/self/maps").read_text()
@@ -201,7 +201,7 @@ def _batches_of_rank(
 
     megatron.IN_MEMORY_ITEMS = 0 if is_large else 1 << 15
     config = make_config(paths, data__weights=[0.3, 0.7], train__steps=steps)
-    data = build_data(config, 2, rank, cache_dir)
+    data = open_data(config, 2, rank, cache_dir)
     return [row for step in range(steps) for row in data.train_batch(step, 0)[0].tolist()]
 
 

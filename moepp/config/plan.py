@@ -1,0 +1,54 @@
+"""Numbers that follow from the configuration and the number of ranks, derived once per run and handed down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moepp.config.schema import Config
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """How a run splits its work; made by :func:`moepp.config.validate`.
+
+    Attributes:
+        world_size: ranks.
+        micro_batch_size: sequences per rank and forward pass.
+        accumulation_steps: forward passes per rank and optimizer step.
+        tokens_per_step: training tokens of an optimizer step, over all ranks.
+        train_batches: global batches that the run can ask for, those that rewinds may leave out included.
+        zero_stage: the ZeRO stage in force: the asked one, or the engine's default.
+    """
+
+    world_size: int
+    micro_batch_size: int
+    accumulation_steps: int
+    tokens_per_step: int
+    train_batches: int
+    zero_stage: int
+
+
+def make_plan(cfg: Config, world_size: int) -> RunPlan:
+    """Derive the plan; it holds only for a configuration that :func:`moepp.config.validate` accepts."""
+    total, micro_batch_size = cfg.train.global_batch_size, cfg.train.micro_batch_size
+    if micro_batch_size is None:
+        micro_batch_size = max(total // world_size, 1)
+    zero_stage = cfg.parallel.zero_stage
+    if zero_stage is None:
+        zero_stage = 1 if cfg.engine.name == "deepspeed" else 0
+    return RunPlan(
+        world_size=world_size,
+        micro_batch_size=micro_batch_size,
+        accumulation_steps=total // (micro_batch_size * world_size),
+        tokens_per_step=total * cfg.data.seq_len,
+        train_batches=cfg.train.steps + _spare_batches(cfg),
+        zero_stage=zero_stage,
+    )
+
+
+def _spare_batches(cfg: Config) -> int:
+    """Global batches that rewinds may leave out, so that there are still enough for ``train.steps`` steps."""
+    if cfg.guard.spike_sigma is None or cfg.guard.spike_action != "rewind":
+        return 0
+    # A rewind goes back to the newest checkpoint; twice the interval if that one is damaged.
+    return cfg.guard.max_rewinds * 2 * max(cfg.checkpoint.interval, 1)
