@@ -289,6 +289,7 @@ def test_damaged_inputs_are_refused_in_one_line_or_read_right(tmp_path: Path) ->
         assert sorted(verdicts) == list(range(CASES_PER_KIND))
         wrong += [f"{name} {n}: {verdict}" for n, verdict in verdicts.items() if verdict not in ("read", "refused")]
         by_verdict = Counter(verdicts.values())
+        print(f"{name}: {CASES_PER_KIND} inputs, {by_verdict['read']} read, {by_verdict['refused']} refused")
         counts += by_verdict
         assert by_verdict["refused"] >= 20 and by_verdict["read"] >= 5, (name, by_verdict)
     assert not wrong, "\n".join(wrong)

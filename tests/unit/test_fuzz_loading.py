@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -98,6 +99,8 @@ def outcomes(template: Path, workplace: Path, kind: str, count: int) -> dict[int
 
 def check(template: Path, workplace: Path, kind: str, count: int) -> None:
     ended = outcomes(template, workplace, kind, count)
+    counts = Counter(ended.values())
+    print(f"{kind}: {count} inputs, {counts['read']} read, {counts['refused']} refused")
     bad = {number: outcome for number, outcome in ended.items() if outcome not in ("read", "refused")}
     assert not bad, f"{kind}: {bad}"
     assert len(ended) == count and "refused" in ended.values()
