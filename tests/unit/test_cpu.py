@@ -12,18 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from moepp import MoEConfig, MoELayer, cpu, kernels
+from moepp import MoEConfig, MoELayer, cpu, ops
 from moepp.cpu import KINDS, VARIABLE
 from moepp.errors import ConfigError
+from moepp.ops.backend import cpu_kernels
 from tests.dist import WorkerPool
 
 ROOT = Path(__file__).resolve().parents[2]
 ATEN = {"amx": "AVX512", "avx512_bf16": "AVX512", "avx512": "AVX512", "avx2": "AVX2", "portable": "DEFAULT"}
 EXPERTS = {  # in bfloat16 and float32
-    "amx": ("tile registers", "torch"),
+    "amx": ("amx", "torch"),
     "avx512_bf16": ("torch", "torch"),
     "avx512": ("torch", "torch"),
-    "avx2": ("vector registers", "vector registers"),
+    "avx2": ("avx2", "avx2"),
     "portable": ("torch", "torch"),
 }
 of_a_kind = pytest.mark.skipif(cpu.chosen() is None, reason=f"{VARIABLE} names no kind")
@@ -32,8 +33,8 @@ of_a_kind = pytest.mark.skipif(cpu.chosen() is None, reason=f"{VARIABLE} names n
 def state(_: int = 0) -> tuple[str | None, str, bool, str, str]:
     """Kind, torch's own kernels, whether bfloat16 is converted, what experts are computed by."""
     device = torch.device("cpu")
-    experts = [kernels.describe_experts(device, dtype) for dtype in (torch.bfloat16, torch.float32)]
-    converts = kernels.multiplies_in_float32(torch.empty(0, dtype=torch.bfloat16))
+    experts = [ops.describe_experts(device, dtype) for dtype in (torch.bfloat16, torch.float32)]
+    converts = ops.multiplies_in_float32(torch.empty(0, dtype=torch.bfloat16))
     return cpu.chosen(), torch.backends.cpu.get_cpu_capability(), converts, *experts
 
 
@@ -45,7 +46,7 @@ def test_this_process_keeps_to_its_kind():
     kind = cpu.chosen()
     assert kind is not None
     assert state() == (kind, ATEN[kind], kind in ("avx2", "portable"), *EXPERTS[kind])
-    compiled = kernels.describe(torch.device("cpu"), torch.float32)
+    compiled = ops.describe(torch.device("cpu"), torch.float32)
     assert compiled == ("torch" if kind == "portable" else "compiled")
 
 
@@ -58,7 +59,7 @@ def test_worker_processes_are_of_the_same_kind(pool_1: WorkerPool):
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_kernels_hold_no_instruction_beyond_the_kind(dtype):
-    library, kind = kernels.compiled(torch.empty(0, dtype=dtype)), cpu.chosen()
+    library, kind = cpu_kernels(torch.empty(0, dtype=dtype)), cpu.chosen()
     if library is None:
         assert kind == "portable"
         return
