@@ -72,7 +72,7 @@ _install() {
     torch="${MOEPP_TORCH:-${torch:-$(_default_torch)}}"
     _install_torch "$torch"
     say "installing what pyproject.toml names (a few minutes the first time)"
-    _pip --editable "${ROOT}[test,demo]" || die "the installation failed (see above); run again to start afresh"
+    _pip --editable "${ROOT}[test,demo,docs]" || die "the installation failed (see above); run again to start afresh"
 
     printf 'pyproject=%s\nroot=%s\ntorch=%s\n' "$(_checksum)" "$ROOT" "$torch" >"$STAMP"
     rm "$INCOMPLETE"

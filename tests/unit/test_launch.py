@@ -102,7 +102,7 @@ def test_setup_installs_once_and_reuses_the_environment(project):
     assert project.set_up()[0] == 0
     torch, everything = project.installed
     assert "torch==2.13.0+cpu" in torch
-    assert everything.endswith("--editable " + str(project.folder) + "[test,demo]")
+    assert everything.endswith("--editable " + str(project.folder) + "[test,demo,docs]")
     assert project.set_up() == (0, "")
     assert len(project.installed) == 2
 
