@@ -53,6 +53,18 @@ class Parser(argparse.ArgumentParser):
         self._seen.add(action.dest)
 
 
+def add_plugin_option(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--plugin`` on a command that reads a run: what a run names is not imported unless the user says so."""
+    parser.add_argument(
+        "--plugin",
+        dest="plugins",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="module that registers parts of the model, as in runtime.plugins; may be given several times",
+    )
+
+
 def may_be_empty(action: argparse.Action) -> None:
     """Let an argument be an empty text."""
     action.may_be_empty = True  # pyright: ignore[reportAttributeAccessIssue]

@@ -87,7 +87,13 @@ def _dispatch(argv: list[str]) -> int:
         prog=f"moepp {argv[0]}", description=module.__doc__, epilog=f"example: {module.EXAMPLE}", allow_abbrev=False
     )
     module.add_arguments(parser)
-    return module.run(parser.parse_args(argv[1:]))
+    args = parser.parse_args(argv[1:])
+    if plugins := getattr(args, "plugins", ()):
+        from moepp.config import import_plugin
+
+        for name in plugins:
+            import_plugin(name, "--plugin")
+    return module.run(args)
 
 
 def _hint(name: str, known: dict[str, str]) -> str:

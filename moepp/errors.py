@@ -16,6 +16,14 @@ class ConfigError(MoeppError, ValueError):
     """A configuration value, or a combination of values, that cannot work."""
 
 
+class UnknownPartError(ConfigError):
+    """A configuration names a part that nothing has registered."""
+
+
+class PluginError(ConfigError):
+    """A stored configuration names a part whose module was not given."""
+
+
 class LaunchError(ConfigError):
     """The launcher's variables, or the processes it started, cannot make up a run; each rank that sees it says it."""
 

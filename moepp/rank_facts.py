@@ -7,6 +7,7 @@ files, which may be copies on each host).
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -23,9 +24,19 @@ _ALL_BLOCKS, _MOST_BLOCKS, _FEWEST_BLOCKS = 4096, 64, 2  # of 4 kB, of all files
 
 
 def start_facts(cfg: Config, device: torch.device) -> dict[str, str]:
-    """Every key of the configuration, the packages, and the kind of device: no rank may differ in any of them."""
+    """Every key of the configuration, packages, plugins and the kind of device: no rank may differ in any of them."""
     config = {key: _text(value) for key, value in flatten(to_dict(cfg)).items()}
-    return {**config, **code_facts(), "the device": device.type}
+    return {**config, **code_facts(), **_plugin_facts(cfg), "the device": device.type}
+
+
+def _plugin_facts(cfg: Config) -> dict[str, str]:
+    """Digest of the source of each plugin, which was imported already."""
+    facts = {}
+    for name in cfg.runtime.plugins:
+        path = getattr(sys.modules.get(name), "__file__", None)
+        if path is not None and Path(path).is_file():
+            facts[f"the source of plugin {name}"] = f"(sha256 {sha256_of(path)[:12]})"
+    return facts
 
 
 def file_facts(cfg: Config) -> dict[str, str]:

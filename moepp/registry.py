@@ -7,10 +7,12 @@ registers it is named in ``runtime.plugins``, or imported before the configurati
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from moepp.errors import ConfigError
+from moepp.errors import ConfigError, UnknownPartError
+from moepp.untrusted import show
 
 T = TypeVar("T")
 
@@ -26,26 +28,35 @@ class Registry:
     """
 
     def __init__(self, what: str, key: str, builtin: str, reserved: tuple[str, ...] = ()) -> None:
-        self.what, self.key, self._builtin, self._reserved = what, key, builtin, reserved
+        self.what, self.key, self._builtin = what, key, builtin
+        self._reserved = set(reserved)
         self._entries: dict[str, Any] = {}
+
+    def reserve(self, names: Iterable[str]) -> None:
+        """Further names that cannot be registered."""
+        self._reserved.update(names)
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator: enter a class or function under ``name``.
 
         Raises:
-            ConfigError: the name is taken by another one, or is no plain word.
+            ConfigError: the name is taken by another one, is reserved, or is no plain word.
         """
-        if not name.isidentifier() or name in self._reserved:
+        importlib.import_module(self._builtin)  # the package's own entries first: nothing can take their names
+        if not name.isidentifier() or not name.isascii():  # it becomes part of keys in checkpoints and metrics
             raise ConfigError(
-                f"{self.what} {name!r}: a name is letters, digits and underscores and none of "
-                f"{', '.join(self._reserved) or 'the registered ones'}; choose another one"
+                f"{self.what} {name!r}: a name is made of ASCII letters, digits and underscores and starts with no "
+                "digit; choose another one"
             )
+        if name in self._reserved:
+            raise ConfigError(f"{self.what} {name!r}: the name has a meaning of its own already; choose another one")
 
         def enter(entry: T) -> T:
-            known = self._entries.setdefault(name, entry)
+            known = self._entries.get(name, entry)
             # A module that is imported twice (as a script and by name) may register the same thing again.
-            if known is not entry and getattr(known, "__qualname__", 0) != getattr(entry, "__qualname__", 1):
+            if known is not entry and _origin(known) != _origin(entry):
                 raise ConfigError(f"{self.what} {name!r} is registered already ({known!r}); choose another name")
+            self._entries[name] = entry
             return entry
 
         return enter
@@ -67,10 +78,16 @@ class Registry:
     def require(self, name: str, key: str | None = None) -> None:
         """Raise :class:`ConfigError` unless ``name`` is registered."""
         if name not in self.names():
-            raise ConfigError(
-                f"{key or self.key}={name!r} is not one of {', '.join(self.names())}; choose one of them, or name the "
-                "module that registers it in runtime.plugins"
+            raise UnknownPartError(
+                f"{key or self.key}={show(name)} is not one of {', '.join(self.names()) or 'those registered (none)'}; "
+                "choose one of them, or name the module that registers it in runtime.plugins"
             )
+
+
+def _origin(entry: Any) -> tuple[Any, Any]:
+    """Name and file of a class or function; nothing else has the same."""
+    module = sys.modules.get(getattr(entry, "__module__", ""))
+    return getattr(entry, "__qualname__", id(entry)), getattr(module, "__file__", None)
 
 
 EXPERT_KINDS = Registry(

@@ -180,6 +180,7 @@ class Trainer:
     def _settle(self, result: StepResult, is_spike: bool, broken: str, sent_bytes: int) -> None:
         """Commit the step's statistics, or say why the step did not count."""
         if not result.skipped:
+            self._update_routers()
             self.stats.commit(sent_bytes)
             self.skipped_steps.record(False, self.step)
             return
@@ -192,6 +193,16 @@ class Trainer:
         self.skipped_steps.count_spike()
         if self.cfg.guard.spike_action == "rewind":
             self._rewind()
+
+    def _update_routers(self) -> None:
+        """Tell the routers that want it how often each expert was chosen in this step, by all ranks."""
+        routers = [(row, router) for row, router in enumerate(self.model.routers) if router.updates_after_step]
+        if not routers:
+            return
+        load_LE = self._sum(self.stats.step_load())
+        with torch.no_grad():
+            for row, router in routers:
+                router.after_optimizer_step(load_LE[row])
 
     def _rewind(self) -> None:
         """Go back to the newest checkpoint and leave out the batches since, the spike's among them."""

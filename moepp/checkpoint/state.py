@@ -4,30 +4,40 @@ One key per global parameter and state: ``<name>/fp32``, ``<name>/exp_avg``, ...
 a key each: ``<name>.<global expert>/fp32``. So nothing in it depends on the layout. Each key is written by one rank:
 dense parameters are dealt out over all ranks, experts over the ranks that hold them; no rank gathers the model.
 
+Buffers, which are the same on every rank, are ``<name>/buffer``, written by the first one.
+
 ``rank-<r>/...`` holds what belongs to one rank: random number generators and statistics not yet logged.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from moepp import comm
 from moepp.checkpoint.storage import TensorReader
 from moepp.engine.engine import Engine
-from moepp.errors import CheckpointError
+from moepp.errors import CheckpointError, TrainingError
 from moepp.metrics.step_stats import StepStats
+from moepp.moe.registered import persistent_buffers
 from moepp.parallel.groups import ParallelGroups
 from moepp.parallel.parameters import is_expert_parameter
 from moepp.untrusted import printable
+
+_BUFFER = "/buffer"
 
 
 def stage(engine: Engine, stats: StepStats, groups: ParallelGroups) -> dict[str, Tensor]:
     """Copy this rank's share of the training state to host memory; collective.
 
     Extra memory: the share itself and, while ZeRO partitions are assembled, one parameter.
+
+    Raises:
+        TrainingError: a buffer is not the same on every rank.
     """
     staged: dict[str, Tensor] = {}
     dense_load, expert_load = [0] * groups.world_size, [0] * groups.edp_size
@@ -41,13 +51,17 @@ def stage(engine: Engine, stats: StepStats, groups: ParallelGroups) -> dict[str,
                 staged[key] = tensor.detach().to("cpu", copy=True)
                 del tensor
         del state  # the next parameter is assembled before the loop would forget this one
+    buffers = _buffers(engine.model)
+    _require_same(buffers, groups)
+    if groups.rank == 0:
+        staged |= {key: buffer.detach().to("cpu", copy=True) for key, buffer in buffers.items()}
     for key, tensor in (stats.state() | _rng_state(groups.device)).items():
         staged[f"rank-{groups.rank}/{key}"] = tensor.to("cpu", copy=True)
     return staged
 
 
 def load_training_state(path: Path, engine: Engine, stats: StepStats, groups: ParallelGroups, saved_ranks: int) -> None:
-    """Restore parameters, optimizer state, statistics and, in an unchanged number of ranks, random generators.
+    """Restore parameters, buffers, optimizer state, statistics and, in an unchanged number of ranks, random generators.
 
     Args:
         path: a verified checkpoint.
@@ -58,6 +72,7 @@ def load_training_state(path: Path, engine: Engine, stats: StepStats, groups: Pa
     """
     reader = TensorReader(path)
     engine.write_state(lambda name, buffers: _fill(reader, name, buffers, groups.ep_rank))
+    _load_buffers(reader, engine.model)
     _load_stats(reader, stats, groups, saved_ranks)
     if saved_ranks == groups.world_size:
         rng = {key: torch.empty_like(tensor) for key, tensor in _rng_state(groups.device).items()}
@@ -77,6 +92,45 @@ def load_model(path: Path, model: nn.Module, ep_rank: int = 0) -> None:
     reader = TensorReader(path)
     for name, parameter in model.named_parameters():
         _fill(reader, name, {"fp32": parameter.data}, ep_rank)
+    _load_buffers(reader, model)
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {f"{name}{_BUFFER}": buffer for name, buffer in persistent_buffers(model)}
+
+
+def _require_same(buffers: dict[str, Tensor], groups: ParallelGroups) -> None:
+    """Refuse to keep one rank's value for what differs; costs nothing where there are no buffers."""
+    if not buffers:
+        return
+    digests = {
+        key: hashlib.sha256(buffer.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+        for key, buffer in buffers.items()
+    }
+    for other, theirs in enumerate(comm.gather_objects(digests, groups.world)):
+        for key, digest in digests.items() if theirs != digests else ():
+            if theirs.get(key) != digest:
+                raise TrainingError(
+                    f"buffer {key.removesuffix(_BUFFER)} differs between the ranks (here and on rank {other}), so no "
+                    "checkpoint can hold it; update it in after_optimizer_step, from the load of all ranks"
+                )
+
+
+@torch.no_grad()
+def _load_buffers(reader: TensorReader, model: nn.Module) -> None:
+    wanted = _buffers(model)
+    if extra := sorted(key for key in reader.shapes if key.endswith(_BUFFER) and key not in wanted):
+        raise CheckpointError(
+            f"{reader.path} holds the buffer {printable(extra[0].removesuffix(_BUFFER))}, which the model does not "
+            "have; use the configuration and the plugins that it was saved with"
+        )
+    for key, buffer in wanted.items():
+        if reader.dtypes.get(key, buffer.dtype) != buffer.dtype:
+            raise CheckpointError(
+                f"{reader.path}: {key} is {reader.dtypes[key]}, and the model's is {buffer.dtype}; use the plugins "
+                "that it was saved with"
+            )
+    reader.fill(wanted)
 
 
 def _keys(name: str, state: dict[str, Tensor], ep_rank: int) -> dict[str, Tensor]:

@@ -39,6 +39,7 @@ class TensorReader:
         self._tensors = read_index(path)
         self.shapes = {key: stored.shape for key, stored in self._tensors.items()}
         """Key -> shape of everything stored."""
+        self.dtypes = {key: stored.dtype for key, stored in self._tensors.items()}
 
     def fill(self, targets: dict[str, Tensor]) -> None:
         """Copy the stored tensors into ``targets`` in place, converting dtype and device.

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from moepp import comm
+from moepp.arguments import add_plugin_option
 from moepp.checkpoint import Checkpointer, CheckpointInfo
 from moepp.checkpoint import format as fmt
 from moepp.checkpoint.storage import TensorReader
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             action.add_argument("--keep-every", type=int, default=0, metavar="STEPS", help="keep multiples of it too")
             action.add_argument("--yes", action="store_true", help="really delete")
         if name == "bench":
+            add_plugin_option(action)
             action.add_argument("--repeat", type=int, default=5, metavar="N", help="saves of each kind (default: 5)")
 
 

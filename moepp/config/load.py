@@ -14,7 +14,7 @@ from typing import Any
 
 from moepp.config.schema import Config
 from moepp.config.suggest import unknown_key_message
-from moepp.errors import ConfigError
+from moepp.errors import ConfigError, MoeppError, PluginError, UnknownPartError
 from moepp.untrusted import printable, show
 
 _MAX_INT, _MAX_TEXT = (1 << 64) - 1, 10_000
@@ -49,26 +49,57 @@ def from_stored(tree: Any) -> Config:
     """As :func:`from_dict` for a configuration from a run or a checkpoint, of this or an earlier version.
 
     Its plugins are not imported: what a checkpoint names is not run.
+
+    Raises:
+        PluginError: it names a part that nothing has registered.
     """
-    return from_dict(upgrade(tree))
+    tree = upgrade(tree)
+    try:
+        return from_dict(tree)
+    except UnknownPartError as error:
+        names = [show(name)[1:-1] for name in _plugins(tree) if isinstance(name, str)]
+        what = str(error).partition(" is not one of ")[0]
+        remedy = "add --plugin MODULE with the module that registers it"
+        if names:
+            options = " ".join(f"--plugin {name}" for name in names)
+            remedy = f"it was made with {options}: add that, if you trust the code, which is then run"
+        raise PluginError(f"{what} is no part of this package; {remedy}") from error
 
 
 def import_plugins(tree: Any) -> None:
-    """Import the modules that register what the configuration names.
+    """Import the modules that register what the configuration names; errors as of :func:`import_plugin`."""
+    for name in _plugins(tree):
+        import_plugin(name, "runtime.plugins")
+
+
+def import_plugin(name: Any, key: str) -> None:
+    """Import one module that registers parts; ``key`` is where it is named.
 
     Raises:
-        ConfigError: one cannot be imported.
+        ConfigError: it cannot be imported.
     """
+    if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
+        raise ConfigError(
+            f"{key} names {show(name)}, which is no module; write it as in an import statement, such as my_parts or "
+            "my_package.parts"
+        )
+    try:
+        importlib.import_module(name)
+    except MoeppError:
+        raise  # a name that is taken, say
+    except (Exception, SystemExit) as error:  # whatever its code does
+        reason = printable(f"{type(error).__name__}: {error}")
+        raise ConfigError(
+            f"{key} names {show(name)}, which cannot be imported ({reason}); correct it, or put its folder on "
+            "PYTHONPATH"
+        ) from error
+
+
+def _plugins(tree: Any) -> Sequence[Any]:
+    """``runtime.plugins`` of a configuration that was not checked yet; what is no list is refused elsewhere."""
     runtime = tree.get("runtime") if isinstance(tree, Mapping) else None
     plugins = runtime.get("plugins") if isinstance(runtime, Mapping) else None
-    for name in plugins if isinstance(plugins, Sequence) and not isinstance(plugins, str) else ():
-        try:
-            importlib.import_module(str(name))
-        except ImportError as error:
-            raise ConfigError(
-                f"runtime.plugins names {name}, which cannot be imported ({error}); correct it, or put its folder on "
-                "PYTHONPATH"
-            ) from error
+    return plugins if isinstance(plugins, list | tuple) else ()
 
 
 def upgrade(tree: Any) -> Any:

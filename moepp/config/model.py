@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from moepp.config.require import require, require_above, require_at_least, require_choice
 from moepp.registry import BALANCE_RULES, EXPERT_KINDS, GATE_NORMALIZATIONS, ROUTERS
+from moepp.untrusted import show
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class MoEConfig:
             f"model.moe.top_k={self.top_k} must lie between 1 and the {self.num_experts} experts of the layer; "
             "lower top_k or add experts",
         )
-        ROUTERS.require(self.router)
+        self._check_router()
         GATE_NORMALIZATIONS.require(self.gate_normalization)
         BALANCE_RULES.require(self.balance_rule)
         require_choice("model.moe.drop_policy", self.drop_policy, ("weight", "position"))
@@ -81,6 +82,18 @@ class MoEConfig:
             "model.moe.logits_norm_std needs at least 2 experts (a standard deviation of one logit is undefined); "
             "set it to null",
         )
+
+    def _check_router(self) -> None:
+        ROUTERS.require(self.router)
+        router = ROUTERS.get(self.router)
+        for option in self.router_options:
+            require(
+                option in router.default_options,
+                f"model.moe.router_options.{show(option)[1:-1]} is not an option of router={self.router} (it has "
+                f"{', '.join(router.default_options) or 'none'}); remove it",
+            )
+        object.__setattr__(self, "router_options", dict(sorted(self.router_options.items())))
+        router.check(self)
 
     @property
     def num_zero_computation_experts(self) -> int:

@@ -16,8 +16,9 @@ from moepp.checkpoint.resume import verify_together
 from moepp.config import Config, ModelConfig, from_stored
 from moepp.data.manifest import read_manifest, sha256_of
 from moepp.data.tokenizer import Tokenizer
-from moepp.errors import CheckpointError, ConfigError, DataError
+from moepp.errors import CheckpointError, ConfigError, DataError, PluginError
 from moepp.evaluation.results import Subject
+from moepp.model.init import reset_buffers
 from moepp.model.transformer import Transformer
 from moepp.moe import ExpertParallel
 from moepp.parallel.groups import ParallelGroups
@@ -153,6 +154,7 @@ def build_model(found: FoundModel, groups: ParallelGroups, precision: str | None
         model = Transformer(found.cfg, ExpertParallel(groups.ep))
     model.to_empty(device=groups.device)
     model.to(DTYPES[precision or found.precision])
+    reset_buffers(model)
     found.fill(model, groups)
     return model.eval()
 
@@ -162,6 +164,8 @@ def _find_checkpoint(checkpoint: Path, place: str) -> FoundModel:
     try:
         cfg = from_stored(info.config)
         require_room(cfg.model, total_size(checkpoint), f"{checkpoint}: info.json", torch.float32.itemsize)
+    except PluginError as error:
+        raise PluginError(f"{checkpoint}: {error}") from error
     except ConfigError as error:
         reason = printable(error)
         raise CheckpointError(f"{checkpoint}: info.json has a configuration of another version ({reason})") from error

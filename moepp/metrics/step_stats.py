@@ -85,6 +85,10 @@ class StepStats:
             new["load"] = torch.stack([layer.load_E.detach() for layer in stats]).to(torch.float64)
         _accumulate(self._pending, new)
 
+    def step_load(self) -> Tensor:
+        """Choices of each expert in each MoE layer since the last :meth:`commit`, on this rank: a copy, [L, E] fp64."""
+        return self._pending["load"].clone()
+
     def commit(self, dispatch_bytes: int = 0) -> None:
         """Close an optimizer step in which this rank sent ``dispatch_bytes`` of rows to other ranks."""
         if not self._pending:

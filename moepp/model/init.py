@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moepp.errors import ConfigError
 from moepp.model.transformer import Transformer
-from moepp.moe.experts import ExpertKind
+from moepp.moe.registered import RegisteredModule, persistent_buffers
 
 _STACKED_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")  # first dimension: the experts of this rank
 
@@ -23,7 +23,7 @@ def init_parameters(model: Transformer, seed: int, ep_rank: int = 0, ep_size: in
     """Draw every parameter of ``model`` in place: in fp32 on the CPU, then cast and copied.
 
     Matrices, embeddings and routers: N(0, ``cfg.init_std``). Constant experts' vectors: N(0, 1). Norms: 1. Registered
-    expert kinds may say otherwise.
+    parts may say otherwise. Buffers are filled as well, see :func:`reset_buffers`.
 
     Args:
         model: any dtype and device; rank ``ep_rank`` of ``ep_size`` holds the FFN experts
@@ -33,6 +33,7 @@ def init_parameters(model: Transformer, seed: int, ep_rank: int = 0, ep_size: in
     Raises:
         ConfigError: a parameter on the meta device, or a number of experts that does not fit ``ep_size``.
     """
+    reset_buffers(model)
     num_local = model.cfg.moe.num_ffn_experts / ep_size
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -55,11 +56,27 @@ def init_parameters(model: Transformer, seed: int, ep_rank: int = 0, ep_size: in
 
 def _constant(model: Transformer, name: str) -> float | None:
     """What a parameter is filled with; ``None``: it is drawn."""
-    if name.endswith("norm.weight"):
-        return 1.0
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    return module.init(leaf) if isinstance(module, ExpertKind) else None
+    module: nn.Module = model
+    path = name.split(".")
+    for depth, part in enumerate(path[:-1], 1):
+        module = module.get_submodule(part)
+        if isinstance(module, RegisteredModule) and (value := module.init(".".join(path[depth:]))) is not None:
+            return value
+    return 1.0 if name.endswith("norm.weight") else None
+
+
+@torch.no_grad()
+def reset_buffers(model: nn.Module) -> None:
+    """Give every buffer its value at the start; in memory that :meth:`to_empty` made there is none.
+
+    Raises:
+        ConfigError: a module with a buffer does not say which, or has a name or dtype that no checkpoint can hold.
+    """
+    for module in model.modules():
+        if isinstance(module, RegisteredModule):
+            module.reset_buffers()
+            module.require_names()
+    list(persistent_buffers(model))  # of dtypes that a checkpoint can hold
 
 
 def _std(name: str, init_std: float) -> float:

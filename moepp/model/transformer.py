@@ -21,6 +21,7 @@ from moepp.model.dense_ffn import DenseFFN
 from moepp.model.linear import Linear
 from moepp.model.norm import RMSNorm
 from moepp.moe import ExpertParallel, MoELayer, MoEStats
+from moepp.moe.router import Router
 from moepp.ops import chunked_cross_entropy, linear
 
 
@@ -99,7 +100,7 @@ class Transformer(nn.Module):
     """A decoder-only language model with MoE++ layers.
 
     Built under ``torch.device("meta")`` it takes no memory; ``to_empty`` and
-    :func:`moepp.model.init.init_parameters` make it usable (there are no buffers).
+    :func:`moepp.model.init.init_parameters` make it usable.
 
     Args:
         cfg: shapes.
@@ -127,6 +128,11 @@ class Transformer(nn.Module):
     def set_recompute(self, enabled: bool) -> None:
         """Store only each layer's input and run its forward again in backward (losses and gradients stay the same)."""
         self.recompute = enabled
+
+    @property
+    def routers(self) -> tuple[Router, ...]:
+        """Of the MoE layers, first layer first."""
+        return tuple(layer.moe.router for layer in self.layers if layer.is_moe)
 
     @property
     def output_weight(self) -> Tensor:

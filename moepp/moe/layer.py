@@ -16,10 +16,11 @@ from moepp.config import MoEConfig
 from moepp.errors import ConfigError
 from moepp.moe.capacity import keep_within_capacity
 from moepp.moe.dispatch import AllToAllDispatcher, Assignments, LocalDispatcher
-from moepp.moe.experts import ExpertKind, FFNExperts, ZeroComputation
+from moepp.moe.experts import FFNExperts, ZeroComputation
 from moepp.moe.gates import Gates
 from moepp.moe.losses import balance_loss, router_z_loss
 from moepp.moe.parallel import ExpertParallel
+from moepp.moe.registered import RegisteredModule
 from moepp.moe.router import make_router
 from moepp.moe.stats import MoEStats
 from moepp.ops import count_experts, share_gradient, sort_assignments
@@ -90,15 +91,15 @@ class MoELayer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
-        """N(0, std) for every weight, N(0, 1) for the constant experts' vectors.
+        """N(0, std) for every weight, N(0, 1) for the constant experts' vectors; registered parts may say otherwise.
 
         A model draws its weights by name instead (:mod:`moepp.model.init`), the same for every layout.
         """
         for name, parameter in self.named_parameters():
             nn.init.normal_(parameter, std=1.0 if name == "zero_computation.value" else std)
-        for module in self.zero_computation.children():
+        for module in (self.router, *self.zero_computation.children()):
             for name, parameter in module.named_parameters():
-                if isinstance(module, ExpertKind) and (value := module.init(name)) is not None:
+                if isinstance(module, RegisteredModule) and (value := module.init(name)) is not None:
                     nn.init.constant_(parameter, value)
 
     def forward(

@@ -5,16 +5,20 @@ Shapes: T tokens, D width, E = N experts of every kind, K experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from moepp import ops
 from moepp.config import MoEConfig
 from moepp.moe.gates import Gates, compute_gates
+from moepp.moe.registered import RegisteredModule
 from moepp.registry import ROUTERS
 
 
-class Router(nn.Module):
+class Router(RegisteredModule):
     """Router logits with gating residual (MoE++, arXiv 2410.07348, Eq. 6), in fp32 even under autocast.
 
     ``logits_j = R_j(x) + W_g^j · logits_{j-1}``. A subclass says what R is, by :meth:`make_parameters` and
@@ -22,9 +26,12 @@ class Router(nn.Module):
     step. The first MoE layer has no predecessor: its previous logits are zeros, so its W_g stays unused but is kept,
     as in the released checkpoints.
 
-    Buffers (``register_buffer``) are fp32 whatever the model's precision, part of every checkpoint, and must be the
-    same on every rank; :meth:`after_optimizer_step` gets what it needs for that.
+    Buffers (``register_buffer``; see :class:`RegisteredModule`) must be the same on every rank;
+    :meth:`after_optimizer_step` gets what it needs for that.
     """
+
+    default_options: ClassVar[Mapping[str, float]] = {}
+    """Settings that ``model.moe.router_options`` may have, with their defaults; :attr:`options` has those in force."""
 
     updates_after_step = False
     """Whether :meth:`after_optimizer_step` wants to be called; it costs one all-reduce per step."""
@@ -32,8 +39,17 @@ class Router(nn.Module):
     def __init__(self, cfg: MoEConfig, hidden_size: int) -> None:
         super().__init__()
         self.cfg = cfg
+        self.options = {**self.default_options, **cfg.router_options}
         self.make_parameters(hidden_size)
         self.gate_map = nn.Linear(cfg.num_experts, cfg.num_experts, bias=False) if cfg.gating_residual else None
+
+    @classmethod
+    def check(cls, cfg: MoEConfig) -> None:
+        """Raise :class:`moepp.errors.ConfigError` for settings that this router cannot work with.
+
+        Called for every configuration that names it, before anything else. ``cfg.router_options`` holds only names of
+        :attr:`default_options` by then.
+        """
 
     def make_parameters(self, hidden_size: int) -> None:
         """Create the parameters and buffers of R."""
@@ -63,7 +79,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def after_optimizer_step(self, load_E: Tensor) -> None:
-        """Update the buffers.
+        """Update the buffers. Called after every optimizer step that was taken, not after one that was skipped.
 
         Args:
             load_E: how often each expert was chosen in this step, before drops: all ranks and micro-batches, fp64.

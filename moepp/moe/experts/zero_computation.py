@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from moepp import ops
 from moepp.config import MoEConfig
+from moepp.moe.registered import RegisteredModule
 from moepp.registry import EXPERT_KINDS
 
 
-class ExpertKind(nn.Module):
+class ExpertKind(RegisteredModule):
     """Base of registered expert kinds: ``@EXPERT_KINDS.register("negate")`` on a subclass.
 
     All experts of the kind in a layer are one object, the same on every rank. Its parameters are in checkpoints as
@@ -39,9 +40,9 @@ class ExpertKind(nn.Module):
         """
         raise NotImplementedError
 
-    def init(self, name: str) -> float | None:
-        """What the parameter ``name`` is filled with at the start; ``None``: drawn."""
-        return None
+
+# A kind is an attribute of the module below, and part of names in which "experts" means sharded ones.
+EXPERT_KINDS.reserve({*dir(nn.Module()), "cfg", "hidden_size", "experts"})
 
 
 class ZeroComputation(nn.Module):

@@ -1,0 +1,77 @@
+"""The base of modules that can be registered from outside the package: routers and expert kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from moepp.errors import ConfigError
+
+# What a checkpoint can hold.
+BUFFER_DTYPES = ("float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool")
+
+
+class RegisteredModule(nn.Module):
+    """A module that may own parameters and buffers.
+
+    Buffers keep their dtype (fp32 unless said otherwise) whatever the model's precision. They are part of every
+    checkpoint and must be the same on every rank at all times. A class that registers one defines
+    :meth:`reset_buffers`.
+    """
+
+    def init(self, name: str) -> float | None:
+        """What the parameter ``name`` (relative to this module) is filled with at the start; ``None``: drawn."""
+        return None
+
+    def reset_buffers(self) -> None:
+        """Fill every buffer with its value at the start of training.
+
+        Models are built without memory, so what the constructor put into a buffer is lost.
+        """
+        if next(self.buffers(), None) is not None:
+            raise ConfigError(
+                f"{type(self).__qualname__} registers the buffer {next(self.named_buffers())[0]} and has no "
+                "reset_buffers(); define it to fill the buffer with its first value"
+            )
+
+    def require_names(self) -> None:
+        """Refuse names of parameters and buffers that would be mistaken for others, or that no checkpoint can hold.
+
+        Raises:
+            ConfigError: one with characters beyond ASCII, or inside a module called ``experts``, which is what tells
+                the sharded FFN experts from everything else.
+        """
+        for name in (*dict(self.named_parameters()), *dict(self.named_buffers())):
+            if not name.isascii() or "experts" in name.split("."):
+                raise ConfigError(
+                    f"{type(self).__qualname__} has a parameter or buffer {name!r}; give it a name in ASCII without a "
+                    "part `experts`, which means the sharded FFN experts"
+                )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        kept = [(module, name, value) for module in self.modules() for name, value in module.named_buffers("", False)]
+        super()._apply(fn, recurse)
+        for module, name, value in kept:
+            new = module.get_buffer(name)
+            if new.dtype != value.dtype:  # a precision, which is meant for weights: take the value from before it
+                module._buffers[name] = value.to(new.device)
+        return self
+
+
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and buffer of everything that a checkpoint holds besides parameters.
+
+    Raises:
+        ConfigError: a dtype that checkpoints do not hold.
+    """
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] in module._non_persistent_buffers_set:
+                continue
+            if str(buffer.dtype).removeprefix("torch.") not in BUFFER_DTYPES:
+                raise ConfigError(
+                    f"buffer {name} is {buffer.dtype}, and checkpoints hold {', '.join(BUFFER_DTYPES)}; use one of them"
+                )
+            yield name, buffer
