@@ -49,6 +49,7 @@ class FakeEngine:
     """Holds state as a real engine would: dense parameters whole, of the experts this rank's share."""
 
     def __init__(self, groups: ParallelGroups, step: int) -> None:
+        self.model = torch.nn.Module()  # no buffers
         self.groups = groups
         self.set_step(step)
 
