@@ -90,10 +90,13 @@ def _pytest(words: list[str]) -> Iterator[str]:
 def _module(name: str, rest: list[str]) -> Iterator[str]:
     if name == "pytest":
         yield from _pytest(rest)
-    elif name == "moepp.cli":
+        return
+    spec = importlib.util.find_spec(name)
+    is_package = spec is not None and spec.submodule_search_locations is not None
+    if spec is None or (is_package and importlib.util.find_spec(f"{name}.__main__") is None):
+        yield f"there is no program {name}"
+    if name.startswith("moepp.cli"):
         yield from _moepp(rest)
-    elif importlib.util.find_spec(name) is None:
-        yield f"there is no module {name}"
 
 
 def _torchrun(words: list[str]) -> Iterator[str]:
