@@ -19,7 +19,7 @@ class MoEConfig:
     Vanilla MoE is the same configuration with no zero-computation experts.
     """
 
-    num_ffn_experts: int
+    num_ffn_experts: int  # FFN experts of the layer, over all ranks
     ffn_hidden_size: int  # F, width of one FFN expert
     num_zero_experts: int = 0  # E(x) = 0
     num_copy_experts: int = 0  # E(x) = x
@@ -151,18 +151,18 @@ class RopeScalingConfig:
 class ModelConfig:
     """A Llama-style decoder with MoE++ layers."""
 
-    vocab_size: int
+    vocab_size: int  # rows of the embedding; at least the tokens of data.tokenizer
     hidden_size: int  # D
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
+    num_layers: int  # transformer layers
+    num_heads: int  # attention heads; hidden_size / num_heads is the head size
+    num_kv_heads: int  # key and value heads (grouped-query attention); divides num_heads
     max_seq_len: int  # longest sequence of positions the model is meant for, tokens
     moe: MoEConfig
-    rope_theta: float = 10000.0
+    rope_theta: float = 10000.0  # base of the rotary embedding's wavelengths
     rope_scaling: RopeScalingConfig | None = None  # None: positions as they are
-    norm_eps: float = 1e-6
-    init_std: float = 0.02
-    tie_embeddings: bool = False
+    norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    init_std: float = 0.02  # standard deviation of initial weights; 1 for constant vectors
+    tie_embeddings: bool = False  # output projection = embedding
     moe_layer_interval: int = 1  # layer i is an MoE layer iff (i + 1) % interval == 0, dense SwiGLU otherwise
     dense_ffn_hidden_size: int | None = None  # width of the dense SwiGLU; needed when the interval is above 1
 

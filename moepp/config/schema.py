@@ -83,8 +83,8 @@ class OptimConfig:
     min_lr: float | None = None  # learning rate at the end of the schedule; None: a tenth of lr
     warmup_steps: int = 2000  # linear warm-up
     schedule: str = "cosine"  # "cosine", "linear" or "constant" after the warm-up
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW: decay of the means of gradient and square
+    eps: float = 1e-8  # AdamW: added to the root of the squared gradient's mean
     weight_decay: float = 0.1  # on matrices; not on norms and constant vectors
     grad_clip: float | None = 1.0  # largest global gradient norm; None: off
 
@@ -217,7 +217,7 @@ class WandbConfig:
     """Weights & Biases."""
 
     mode: str = "offline"  # "offline", "online" or "disabled"
-    project: str = "moepp"
+    project: str = "moepp"  # W&B project
     git: bool = False  # also give W&B the git remote and commit, command line, program path and host name
 
     def __post_init__(self) -> None:
@@ -247,9 +247,9 @@ class LoggingConfig:
 class RunConfig:
     """Identity and place of the run."""
 
-    name: str = "run"
+    name: str = "run"  # names the run directory and the W&B run
     dir: str | None = None  # None: runs/<name>
-    seed: int = 1234
+    seed: int = 1234  # of initial weights and batches
     resume: str = "auto"  # "auto", "never", or the path of a checkpoint
 
     def __post_init__(self) -> None:

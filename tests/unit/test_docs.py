@@ -131,6 +131,11 @@ def test_configuration_page_lists_every_key_with_its_type():
     assert {key for key in listed if not docs_checks.is_key(key)} == set()
 
 
+def test_every_key_has_a_meaning():
+    rows = [line for line in hooks().keys_as_markdown().splitlines() if line.startswith("| `")]
+    assert [row for row in rows if row.endswith("|  |")] == []
+
+
 def test_configuration_page_takes_comments_of_several_lines():
     table = hooks().keys_as_markdown()
     row = next(line for line in table.splitlines() if line.startswith("| `init.format`"))
