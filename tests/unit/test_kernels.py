@@ -21,6 +21,7 @@ from moepp.ops.cross_entropy import chunked_cross_entropy
 from moepp.ops.matmul import matmul_transposed, transpose
 from moepp.ops.permute import RowOrder, combine_rows, gather_rows
 from moepp.ops.swiglu import swiglu, swiglu_backward
+from tests.grids import pairwise
 
 pytestmark = [
     pytest.mark.skipif(
@@ -65,9 +66,7 @@ def compiled(dtype: torch.dtype) -> None:
     assert ops.describe(torch.device("cpu"), dtype) == "compiled"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 40])
-@pytest.mark.parametrize("width", WIDTHS)
+@pairwise(dtype=DTYPES, rows=[1, 40], width=WIDTHS)
 def test_swiglu_and_its_gradient(library, dtype, rows, width):
     compiled(dtype)
     gate_up, grad = draw(rows, 2 * width, dtype=dtype, scale=4), draw(rows, width, dtype=dtype)
@@ -103,9 +102,7 @@ def test_swiglu_keeps_nan_and_takes_extreme_values(library, dtype):
     assert act.isnan().sum() == 1 and act[1, 8].isnan()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 31, 64, 100])
-@pytest.mark.parametrize("columns", WIDTHS)
+@pairwise(dtype=DTYPES, rows=[1, 31, 64, 100], columns=WIDTHS)
 def test_transpose_also_of_a_part(library, dtype, rows, columns):
     tensor = draw(rows, columns + 3, dtype=dtype)
     out = torch.full((columns, rows + 5), 7.0, dtype=dtype)
@@ -117,10 +114,7 @@ def test_transpose_also_of_a_part(library, dtype, rows, columns):
     assert_close(product, left.double().t() @ right.double(), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [0, 1, 7, 18])
-@pytest.mark.parametrize("outputs", [1, 3, 4, 6, 13, 16])
-@pytest.mark.parametrize("width", WIDTHS)
+@pairwise(dtype=DTYPES, tokens=[0, 1, 7, 18], outputs=[1, 3, 4, 6, 13, 16], width=WIDTHS)
 def test_projection_and_its_gradients_added_to_those_of_other_uses(library, dtype, tokens, outputs, width):
     x, weight = draw(tokens, width, dtype=dtype), draw(outputs, width, dtype=dtype)
     grad, later = draw(tokens, outputs, seed=1), draw(tokens, width, dtype=dtype, seed=2)
@@ -145,10 +139,7 @@ def test_a_token_has_the_same_logits_whatever_its_neighbours(library):
         assert torch.equal(ops.project(x[token : token + 1], weight)[0], together[token])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("with_start", [True, False])
-@pytest.mark.parametrize("top_k", [1, 3])
+@pairwise(dtype=DTYPES, width=WIDTHS, with_start=[True, False], top_k=[1, 3])
 def test_gather_and_combine_with_all_gradients(library, dtype, width, with_start, top_k):
     tokens = 11
     experts = torch.randint(0, 6, (tokens, top_k), generator=torch.Generator().manual_seed(width))
@@ -217,10 +208,13 @@ def gate_config(num_ffn: int, top_k: int, normalization: str) -> MoEConfig:
     return MoEConfig(num_ffn, 8, 2, 1, 2, top_k=top_k, gate_normalization=normalization)
 
 
-@pytest.mark.parametrize("normalization", ["none", "zero_masked", "topk_softmax"])
-@pytest.mark.parametrize(("num_ffn", "top_k"), [(1, 1), (3, 2), (9, 8), (40, 3)])
-@pytest.mark.parametrize("tokens", [1, 16, 45])
-def test_gates_and_their_gradient(library, normalization, num_ffn, top_k, tokens):
+@pairwise(
+    normalization=["none", "zero_masked", "topk_softmax"],
+    experts_and_k=[(1, 1), (3, 2), (9, 8), (40, 3)],
+    tokens=[1, 16, 45],
+)
+def test_gates_and_their_gradient(library, normalization, experts_and_k, tokens):
+    num_ffn, top_k = experts_and_k
     """Against the same formulas in float64, which torch carries out."""
     cfg = gate_config(num_ffn, top_k, normalization)
     logits_TE = draw(tokens, cfg.num_experts, scale=2.0)
