@@ -49,11 +49,21 @@ for name in PATH TORCH_DISABLE_SHARE_RDZV_TCP_STORE DS_ACCELERATOR OMP_NUM_THREA
     fi
 done
 
+runner="" received=""
+pass_on() {
+    received="$1"
+    if [[ -n "$runner" ]]; then
+        kill "-$1" "$runner" 2>/dev/null || true
+    fi
+}
+trap 'pass_on TERM' TERM
+trap 'pass_on USR1' USR1
 # --no_local_rank: train.py reads LOCAL_RANK from its environment and takes nothing but keys.
 python "$launch/deepspeed.py" --no_local_rank "${launcher[@]}" train.py "$@" &
 runner=$!
-# shellcheck disable=SC2064
-for name in TERM USR1; do trap "kill -$name $runner 2>/dev/null || true" "$name"; done
+if [[ -n "$received" ]]; then # while it was started
+    pass_on "$received"
+fi
 status=0
 wait "$runner" || status=$?
 while kill -0 "$runner" 2>/dev/null; do # a trapped signal ends `wait` early

@@ -36,7 +36,7 @@ from moepp.parallel.groups import (
 from moepp.parallel.peers import PeerWatch
 from moepp.rank_facts import file_facts, processor_facts, start_facts
 from moepp.run_dir import RunClaim, RunDir
-from moepp.samples import write_samples
+from moepp.samples import lacks_samples, write_samples
 from moepp.trainer import Trainer
 
 logger = logging.getLogger("moepp.run")
@@ -185,7 +185,9 @@ def _train(
     logger.info("preparing data and model in %s", run_dir.path)
     checkpoint = choose_checkpoint(cfg, run_dir.checkpoints, groups)
     start = read_info(checkpoint) if checkpoint is not None else None
-    if start is not None and start.step >= cfg.train.steps:
+    is_done = start is not None and start.step >= cfg.train.steps
+    owes_samples = is_done and start.step == cfg.train.steps and cfg.run.resume == "auto"
+    if is_done and not (owes_samples and lacks_samples(cfg, run_dir.path)):
         logger.info("nothing to do: %s is at step %d; raise train.steps to go on", run_dir.path, start.step)
         return
     parts = build_parts(cfg, plan, groups, run_dir, start, environment["packages"], check_claim)
@@ -196,12 +198,17 @@ def _train(
         trainer = Trainer(parts)
         if checkpoint is not None:
             trainer.resume(checkpoint)
-        try:
-            trainer.fit(stop)
-        except MoeppError:
-            parts.checkpointer.close()  # a save in flight is finished before the run ends
-            raise
+        if not is_done:
+            _fit(trainer, stop)
         comm.run_together(parts.sinks.close)
     if cfg.train.samples:
         write_samples(parts, run_dir.path, trainer.vocabulary.eod_id)
     logger.info("finished step %d; everything is in %s", trainer.step, run_dir.path)
+
+
+def _fit(trainer: Trainer, stop: StopRequest) -> None:
+    try:
+        trainer.fit(stop)
+    except MoeppError:
+        trainer.parts.checkpointer.close()  # a save in flight is finished before the run ends
+        raise

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from moepp import comm, files
+from moepp.config import Config
 from moepp.data import Tokenizer
 from moepp.errors import RunError, WriteError
 from moepp.model.generate import generate
@@ -17,6 +18,15 @@ PROMPT_TOKENS = 16
 NEW_TOKENS = 48
 TEMPERATURE = 0.8
 TOP_K = 40
+
+
+FILE = "samples.json"
+
+
+def lacks_samples(cfg: Config, run_path: Path) -> bool:
+    """Whether a run that is at its end still owes samples, as after a disk that was full; collective."""
+    wanted = cfg.train.samples > 0 and cfg.data.tokenizer is not None
+    return comm.broadcast_object(wanted and not (run_path / FILE).exists())
 
 
 def write_samples(parts: Parts, run_path: Path, eod_id: int | None) -> None:
@@ -55,11 +65,13 @@ def write_samples(parts: Parts, run_path: Path, eod_id: int | None) -> None:
         text = tokenizer.decode(out[0, len(ids) :].tolist())
         samples.append({"prompt": tokenizer.decode(ids.tolist()), "continuation": text})
     text = json.dumps(samples, indent=2, ensure_ascii=False)
-    comm.run_together(lambda: _write(run_path / "samples.json", text) if groups.rank == 0 else None)
+    comm.run_together(lambda: _write(run_path / FILE, text) if groups.rank == 0 else None)
 
 
 def _write(path: Path, text: str) -> None:
     try:
         files.write_whole(path, text)
     except WriteError as error:
-        raise RunError(f"training is done and saved, but its samples are not: {error}") from error
+        raise RunError(
+            f"training is done and saved, but its samples are not: {error}; then the same command draws them"
+        ) from error

@@ -39,7 +39,7 @@ def _usual(number: int, path: Path, reason: str | None) -> tuple[str, str]:
         errno.ENAMETOOLONG: ("the name is too long", "choose a shorter one"),
         errno.ELOOP: ("a symbolic link lies there, which is not followed", "remove it, or name what it leads to"),
         errno.EISDIR: ("a folder lies there", "remove it, or choose another name"),
-        errno.ENOENT: ("its folder does not exist", f"make it, or choose another place ({folder} exists)"),
+        errno.ENOENT: _describe_absence(path, folder),
         errno.EBUSY: ("it is in use", "choose another place: a mount point cannot be replaced"),
         errno.ENXIO: ("what lies there is not a regular file", "remove it"),
         errno.EIO: ("the disk reports an error", "check the disk, or choose another place"),
@@ -58,6 +58,12 @@ def _describe_full(folder: Path) -> tuple[str, str]:
         )
     free = space.f_bavail * space.f_frsize / 1e6
     return f"the disk is full ({free:.1f} MB free at {mount})", f"free space at {mount}, or choose another place"
+
+
+def _describe_absence(path: Path, folder: Path) -> tuple[str, str]:
+    if folder == path.absolute().parent:  # as /proc and others that the system makes up
+        return f"{folder} takes no new files", "choose another place"
+    return "its folder does not exist", f"make it, or choose another place ({folder} exists)"
 
 
 def _describe_denial(path: Path) -> str:

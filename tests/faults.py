@@ -6,6 +6,7 @@ Each is a function of this module whose arguments are plain numbers and strings;
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import math
@@ -158,6 +159,21 @@ def disk_full_at(step: int) -> None:
         init(self, FullDisk(stream) if hit else stream)
 
     storage._HashingStream.__init__ = limited  # type: ignore[method-assign]
+
+
+def fill_disk_before_samples(folder: str) -> None:
+    """The disk of ``folder`` is full when training is done and saved: a file takes what is left."""
+    from moepp import run
+
+    write_samples = run.write_samples
+
+    def filled(*args: Any) -> None:
+        with contextlib.suppress(OSError), Path(folder, "ballast").open("wb", buffering=0) as stream:
+            while True:
+                stream.write(bytes(4096))
+        write_samples(*args)
+
+    run.write_samples = filled
 
 
 def slow_writing(seconds: float) -> None:

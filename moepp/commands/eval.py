@@ -136,15 +136,18 @@ def _report(args: argparse.Namespace, found: FoundModel, results: list[Benchmark
 
 
 def _log_to_wandb(found: FoundModel, results: list[BenchmarkResult]) -> None:
-    """Add the numbers to the W&B run of the training run; what was logged last is its summary."""
+    """Add the numbers to the W&B run of one's own training run; what was logged last is its summary."""
     run_dir, cfg, subject = found.run_dir, found.run_config, found.subject
     if run_dir is None or cfg is None or cfg.logging.wandb.mode == "disabled":
         return
     if not (run_dir.wandb / "run-id").is_file() or subject.step is None or subject.tokens is None:
         return
     from moepp.config import to_dict
-    from moepp.metrics.wandb import WandbSink
+    from moepp.metrics.wandb import WandbSink, why_not_own
 
+    if reason := why_not_own(run_dir.path):
+        print(f"not added to the W&B run of {run_dir.path}: {reason}")
+        return
     sink = WandbSink(run_dir.path, cfg.logging.wandb, cfg.run.name, to_dict(cfg), is_resumed=True)
     sink.step_offset = None  # steps that W&B has seen already would be dropped
     try:

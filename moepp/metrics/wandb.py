@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from moepp import files
 from moepp.config.schema import WandbConfig
 from moepp.errors import ConfigError, RunError, WriteError
+from moepp.write_errors import user_name
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ _MAX_WAITING = 10_000  # records that W&B has not taken yet
 _FINISH_SECONDS = {"offline": 30.0, "online": 600.0}  # to flush a file; to send what is left
 _END_SECONDS = 10.0  # for the thread to notice that the service is gone
 _RUN_ID = re.compile(r"[\w-]{1,128}")
+_MAX_RUN_ID = 8192  # characters of the file: an id and a path
 
 
 def require_wandb_login(mode: str) -> None:
@@ -169,16 +171,41 @@ def _settings(cfg: WandbConfig) -> dict[str, Any]:
     return settings
 
 
+def why_not_own(run_dir: Path) -> str | None:
+    """Why the W&B run of a run directory is not for the present user to add to; ``None``: it is.
+
+    It is where this user trained, in this very place: a copy that came from elsewhere names a run of somebody else.
+    """
+    path = run_dir / "wandb" / "run-id"
+    uid = path.lstat().st_uid
+    if uid != os.geteuid():
+        return f"it belongs to {user_name(uid)}"
+    if _read_run_id(path)[1] != os.path.realpath(run_dir):
+        return "it was trained in another place"
+    return None
+
+
 def _run_id(path: Path, is_resumed: bool) -> str:
+    """The id of the W&B run, stored with the run directory it was made for."""
+    run_dir = os.path.realpath(path.parents[1])
+    run_id = None
     if is_resumed and path.is_file():
-        found = path.read_text(encoding="utf-8", errors="replace").strip()
-        if _RUN_ID.fullmatch(found):
-            return found
-        logger.warning("%s holds no id of a W&B run: a new W&B run begins", path)
-    run_id = secrets.token_hex(4)
+        run_id, place = _read_run_id(path)
+        if run_id is None:
+            logger.warning("%s holds no id of a W&B run: a new W&B run begins", path)
+        elif place == run_dir:
+            return run_id
+    run_id = run_id or secrets.token_hex(4)
     files.make_own_folder(path.parent)
-    files.write_whole(path, run_id + "\n")
+    files.write_whole(path, f"{run_id}\n{run_dir}\n")
     return run_id
+
+
+def _read_run_id(path: Path) -> tuple[str | None, str | None]:
+    """Id and run directory; None for what is not there."""
+    with path.open(encoding="utf-8", errors="replace") as stream:
+        first, _, rest = stream.read(_MAX_RUN_ID).partition("\n")
+    return first.strip() if _RUN_ID.fullmatch(first.strip()) else None, rest.removesuffix("\n") or None
 
 
 def _in_one_line(error: Exception) -> str:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from moepp.checkpoint import list_checkpoints, verify
 from tests.data_files import write_indexed, write_word_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -168,6 +171,16 @@ def test_launcher_trains_the_same_on_two_processes_with_expert_parallelism(one_p
             assert record[name] == pytest.approx(one[name], rel=1e-5), (record["step"], name)
 
 
+# train.py as a terminal starts it; tests in the background of a shell have SIGINT ignored.
+FOREGROUND = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+root = sys.argv.pop(1)
+sys.path.insert(0, root)
+runpy.run_path(f"{root}/train.py", run_name="__main__")
+"""
+
+
 def test_sweep_trains_every_job_that_can_be_trained(data, tmp_path):
     """With the default engine, which keeps state of its process group; one value is refused, the others train."""
     settings = [*SETTINGS, *data, "train.steps=1", "train.samples=0", "logging.wandb.mode=disabled"]
@@ -192,6 +205,40 @@ def test_sweep_goes_on_after_a_run_that_fails(data, tmp_path):
     assert done.returncode == 2, done.stdout + done.stderr
     assert "names no data" in done.stderr and "sweep: 1 of 2 jobs done" in done.stdout
     assert read_records(tmp_path / "runs" / "tiny-1")
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (signal.SIGINT, 130, "interrupted; start the same command to continue from the newest checkpoint"),
+        pytest.param(signal.SIGTERM, 75, "stopped by SIGTERM after step ", marks=pytest.mark.slow),
+    ],
+)
+def test_signal_from_the_terminal_ends_the_run_at_work_and_the_sweep_goes_on_later(data, tmp_path, number, code, said):
+    """Real training, in the foreground of a shell: the signal goes to the whole process group."""
+    settings = [*SETTINGS, *data, "engine=native", "train.samples=0", "logging.wandb.mode=disabled"]
+    settings += ["checkpoint.interval=1", "optim.schedule=constant", "optim.lr=1e-3,3e-3"]
+    command = [sys.executable, "-c", FOREGROUND, str(ROOT), "-m", *settings]
+    log = tmp_path / "log"
+    process = subprocess.Popen(
+        [*command, "train.steps=100000"], cwd=tmp_path, stdout=log.open("w"), stderr=subprocess.STDOUT, process_group=0
+    )
+    try:
+        deadline = time.monotonic() + LIMIT_SECONDS
+        while not list((tmp_path / "runs" / "tiny-0" / "checkpoints").glob("step-*")):
+            assert time.monotonic() < deadline and process.poll() is None, log.read_text()
+            time.sleep(0.05)
+        os.killpg(process.pid, number)
+        assert process.wait(60) == code, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+    output = log.read_text()
+    assert output.count(said) == 1 and "Traceback" not in output, output
+    assert "sweep: 0 of 2 jobs done" in output and "not started" in output
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tiny-0"]
+    checkpoints = list_checkpoints(tmp_path / "runs" / "tiny-0" / "checkpoints")
+    assert checkpoints and verify(checkpoints[-1]) == []
 
 
 def test_sweep_under_a_launcher_is_refused_once(data, tmp_path):

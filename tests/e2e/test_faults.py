@@ -1,11 +1,9 @@
-"""What a run does when something goes wrong: signals, broken steps, lost ranks, full disks, damaged checkpoints."""
+"""What a run does when something goes wrong: signals, broken steps, lost ranks, full disks."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +16,15 @@ import pytest
 
 from moepp.checkpoint import verify
 from tests.faults import ALL
-from tests.train_processes import ROOT, THREADS, TINY, TrainServer, checkpoint_names, records, write_corpus
+from tests.train_processes import ROOT, THREADS, TINY, TrainServer, checkpoint_names, records
 
 NATIVE = ["engine=native", "parallel.expert=2"]
 DEEPSPEED = ["engine=deepspeed", "parallel.expert=2"]
 ENDLESS = "train.steps=900"
 SLOW = ("slow_steps", ALL, 0.05)  # makes it last
+BOTH_ENGINES = pytest.mark.parametrize(
+    "engine", [pytest.param(NATIVE, id="native"), pytest.param(DEEPSPEED, id="deepspeed", marks=pytest.mark.slow)]
+)
 
 
 def error_lines(output: str) -> list[str]:
@@ -38,10 +39,11 @@ def steps(lines: list[dict[str, Any]]) -> list[int]:
 
 
 @pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 1)])
+@BOTH_ENGINES
 def test_stop_signal_on_any_rank_saves_on_all_and_exits_for_requeueing(
-    server: TrainServer, corpus: str, tmp_path: Path, number: signal.Signals, rank: int
+    server: TrainServer, corpus: str, tmp_path: Path, engine: list[str], number: signal.Signals, rank: int
 ) -> None:
-    run = server.start(tmp_path / "run", 2, [corpus, *NATIVE, ENDLESS], [SLOW])
+    run = server.start(tmp_path / "run", 2, [corpus, *engine, ENDLESS], [SLOW])
     run.wait_for("step 5/")
     run.kill(rank, number)
     run.kill(rank, number)  # schedulers send it twice
@@ -96,19 +98,21 @@ def test_broken_step_of_one_rank_is_skipped_on_all_and_leaves_no_trace(
     assert found[-1]["eval/loss"] == expected[-1]["eval/loss"]
 
 
+@BOTH_ENGINES
 def test_gradient_that_overflows_with_a_finite_loss_is_skipped(
-    server: TrainServer, corpus: str, tmp_path: Path
+    server: TrainServer, corpus: str, tmp_path: Path, engine: list[str]
 ) -> None:
     fault = ("break_gradient_at", 1, 4)
-    run = server.train(tmp_path / "run", 2, [corpus, *NATIVE, "train.steps=6"], [fault])
+    run = server.train(tmp_path / "run", 2, [corpus, *engine, "train.steps=6"], [fault])
     assert run.output(0).count("step 4 skipped: the gradient is not finite") == 1
     assert [line.get("train/skipped_steps") for line in records(tmp_path / "run")][:5] == [0, 0, 0, 1, 1]
 
 
+@BOTH_ENGINES
 def test_too_many_broken_steps_in_a_row_stop_the_run_also_across_a_restart(
-    server: TrainServer, corpus: str, tmp_path: Path
+    server: TrainServer, corpus: str, tmp_path: Path, engine: list[str]
 ) -> None:
-    options = [corpus, *NATIVE, "train.steps=20", "guard.max_skipped_steps=4", "checkpoint.interval=5"]
+    options = [corpus, *engine, "train.steps=20", "guard.max_skipped_steps=4", "checkpoint.interval=5"]
     broken = ("scale_loss_of_batches", 0, 3, 100, math.nan)
     run = server.train(tmp_path / "run", 2, options, [broken], exit_codes=[4, 4])
     (message,) = error_lines(run.output(0))
@@ -124,16 +128,18 @@ SPIKE = ("scale_loss_of_batches", ALL, 12, 12, 1.5)
 SPIKES = ["guard.spike_sigma=6", "guard.spike_window=8", "train.steps=16", "checkpoint.interval=5", "checkpoint.keep=0"]
 
 
-def test_loss_spike_is_skipped_and_counted(server: TrainServer, corpus: str, tmp_path: Path) -> None:
-    run = server.train(tmp_path / "run", 2, [corpus, *NATIVE, *SPIKES], [SPIKE])
+@BOTH_ENGINES
+def test_loss_spike_is_skipped_and_counted(server: TrainServer, corpus: str, tmp_path: Path, engine: list[str]) -> None:
+    run = server.train(tmp_path / "run", 2, [corpus, *engine, *SPIKES], [SPIKE])
     assert run.output(0).count("loss spike, update skipped") == 1 and "step 13: loss spike" in run.output(0)
     assert [line.get("train/skipped_steps") for line in records(tmp_path / "run")][11:13] == [0, 1]
 
 
+@BOTH_ENGINES
 def test_loss_spike_rewinds_to_the_newest_checkpoint_and_leaves_its_batches_out(
-    server: TrainServer, corpus: str, tmp_path: Path
+    server: TrainServer, corpus: str, tmp_path: Path, engine: list[str]
 ) -> None:
-    options = [corpus, *NATIVE, *SPIKES, "guard.spike_action=rewind", "optim.schedule=constant"]
+    options = [corpus, *engine, *SPIKES, "guard.spike_action=rewind", "optim.schedule=constant"]
     run = server.train(tmp_path / "run", 2, [*options, "checkpoint.async=true"], [SPIKE])
     assert "rewound to step 10; batches up to 12 are left out" in run.output(0)
     # The oracle never sees batches 10 to 12 at all.
@@ -149,8 +155,9 @@ def test_loss_spike_rewinds_to_the_newest_checkpoint_and_leaves_its_batches_out(
     assert records(tmp_path / "branch") == records(tmp_path / "run", after=15)
 
 
-def test_endless_spikes_stop_the_run(server: TrainServer, corpus: str, tmp_path: Path) -> None:
-    options = [corpus, *NATIVE, *SPIKES, "guard.spike_action=rewind", "guard.max_rewinds=2"]
+@BOTH_ENGINES
+def test_endless_spikes_stop_the_run(server: TrainServer, corpus: str, tmp_path: Path, engine: list[str]) -> None:
+    options = [corpus, *engine, *SPIKES, "guard.spike_action=rewind", "guard.max_rewinds=2"]
     run = server.train(tmp_path / "run", 2, options, [("scale_loss_of_batches", ALL, 12, 100, 1.5)], exit_codes=[4, 4])
     assert "after 2 rewinds (guard.max_rewinds)" in error_lines(run.output(0))[0]
 
@@ -198,8 +205,11 @@ def test_others_stop_soon_whichever_rank_is_lost(
     check_lost_rank(server, tmp_path / "run", [corpus, *engine], ranks, lost, number)
 
 
-def test_others_stop_with_the_error_of_a_rank_that_failed(server: TrainServer, corpus: str, tmp_path: Path) -> None:
-    run = server.start(tmp_path / "run", 2, [corpus, *NATIVE, "train.steps=9"], [("raise_at", 1, 4)])
+@BOTH_ENGINES
+def test_others_stop_with_the_error_of_a_rank_that_failed(
+    server: TrainServer, corpus: str, tmp_path: Path, engine: list[str]
+) -> None:
+    run = server.start(tmp_path / "run", 2, [corpus, *engine, "train.steps=9"], [("raise_at", 1, 4)])
     assert run.wait(30) == [5, 1]
     assert "rank 0 stops: rank 1 failed with ValueError: injected error" in error_lines(run.output(0))[0]
     assert "ValueError: injected error" in run.output(1)
@@ -255,157 +265,35 @@ def wait_until(condition: Callable[[], bool], limit_seconds: float) -> None:
 # --- saving
 
 
-@pytest.mark.parametrize("background", ["true", "false"])
+# Both engines by default, each with one way of saving; the other pairs are slow.
+@pytest.mark.parametrize(
+    ("engine", "background"),
+    [
+        pytest.param(NATIVE, "true", id="native-background"),
+        pytest.param(DEEPSPEED, "false", id="deepspeed-foreground"),
+        pytest.param(NATIVE, "false", id="native-foreground", marks=pytest.mark.slow),
+        pytest.param(DEEPSPEED, "true", id="deepspeed-background", marks=pytest.mark.slow),
+    ],
+)
 def test_save_that_fails_is_reported_and_the_run_goes_on(
-    server: TrainServer, corpus: str, tmp_path: Path, background: str
+    server: TrainServer, corpus: str, tmp_path: Path, engine: list[str], background: str
 ) -> None:
-    options = [corpus, *NATIVE, "train.steps=9", "checkpoint.interval=3", f"checkpoint.async={background}"]
+    options = [corpus, *engine, "train.steps=9", "checkpoint.interval=3", f"checkpoint.async={background}"]
     run = server.train(tmp_path / "run", 2, [*options, "checkpoint.keep=0"], [("disk_full_at", 1, 6)])
     failure = "checkpoint at step 6 FAILED, training goes on and earlier checkpoints are untouched: rank 1: "
     assert f"{failure}cannot write {tmp_path}/run/checkpoints: the disk is full" in run.output(0)
     assert checkpoint_names(tmp_path / "run") == ["step-00000003", "step-00000009"]
+    assert verify(tmp_path / "run/checkpoints/step-00000009") == []
 
 
-def test_last_save_that_fails_is_an_error(server: TrainServer, corpus: str, tmp_path: Path) -> None:
-    options = [corpus, *NATIVE, "train.steps=4", "checkpoint.interval=2"]
+@pytest.mark.parametrize(
+    "engine", [pytest.param(DEEPSPEED, id="deepspeed"), pytest.param(NATIVE, id="native", marks=pytest.mark.slow)]
+)
+def test_last_save_that_fails_is_an_error(server: TrainServer, corpus: str, tmp_path: Path, engine: list[str]) -> None:
+    options = [corpus, *engine, "train.steps=4", "checkpoint.interval=2"]
     run = server.train(tmp_path / "run", 2, options, [("disk_full_at", 0, 4)], exit_codes=[2, 2])
     assert "its last state could not be saved: rank 0: cannot write " in error_lines(run.output(0))[0]
     assert checkpoint_names(tmp_path / "run") == ["step-00000002"]
-
-
-# --- what a run continues from
-
-
-@pytest.fixture(scope="module")
-def three_checkpoints(server: TrainServer, corpus: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 6 steps with checkpoints at 2, 4 and 6."""
-    folder = tmp_path_factory.mktemp("three") / "run"
-    server.train(folder, 2, [corpus, *NATIVE, "train.steps=6", "checkpoint.interval=2", "checkpoint.keep=0"])
-    return folder
-
-
-def copy_run(source: Path, target: Path) -> Path:
-    """The same run in another place."""
-    shutil.copytree(source, target)
-    config = target / "config.yaml"
-    config.write_text(config.read_text().replace(str(source), str(target)))
-    return target
-
-
-def flip_bit(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-
-
-def test_damaged_checkpoints_are_passed_over_with_a_warning(
-    server: TrainServer, corpus: str, three_checkpoints: Path, tmp_path: Path
-) -> None:
-    folder = copy_run(three_checkpoints, tmp_path / "run")
-    flip_bit(folder / "checkpoints/step-00000006/__1_0.distcp")
-    (folder / "checkpoints/step-00000004/info.json").unlink()
-    run = server.train(folder, 2, [corpus, *NATIVE, "train.steps=8", "checkpoint.keep=0"])
-    output = run.output(0)
-    assert "step-00000006 is damaged and passed over: __1_0.distcp: content changed (SHA-256 differs)" in output
-    assert "step-00000004 is damaged and passed over: info.json: missing" in output
-    assert "continuing from" in output and "step-00000002 (step 2" in output
-    assert "changed since the checkpoint: train.steps: 6 -> 8" in output
-    assert steps(records(folder)) == list(range(1, 9))
-    # What was passed over is kept, but is not part of the run any more.
-    names = ["step-00000002", "step-00000004.replaced-1", "step-00000006.replaced-1", "step-00000008"]
-    assert checkpoint_names(folder) == names
-
-
-def test_going_back_on_purpose_is_not_undone_by_a_restart(
-    server: TrainServer, corpus: str, three_checkpoints: Path, tmp_path: Path
-) -> None:
-    folder = copy_run(three_checkpoints, tmp_path / "run")
-    back = f"run.resume={folder}/checkpoints/step-00000002"
-    options = [corpus, *NATIVE, "train.steps=6", "checkpoint.interval=3", "checkpoint.keep=0"]
-    stop = ("stop_signal_at", 0, 3, int(signal.SIGTERM))
-    server.train(folder, 2, [*options, back], [stop], exit_codes=[75, 75])
-    run = server.train(folder, 2, options)
-    assert "step-00000003 (step 3" in run.output(0)
-    assert records(folder) == records(three_checkpoints)
-
-
-def test_explicit_checkpoint_that_does_not_verify_is_an_error(
-    server: TrainServer, corpus: str, three_checkpoints: Path, tmp_path: Path
-) -> None:
-    folder = copy_run(three_checkpoints, tmp_path / "run")
-    damaged = folder / "checkpoints/step-00000004"
-    with (damaged / "__0_0.distcp").open("r+b") as stream:
-        stream.truncate(100)
-    run = server.train(folder, 2, [corpus, *NATIVE, "train.steps=8", f"run.resume={damaged}"], exit_codes=[2, 2])
-    (message,) = error_lines(run.output(0))
-    assert f"run.resume={damaged} does not verify: __0_0.distcp: 100 bytes, expected " in message
-    assert checkpoint_names(folder) == ["step-00000002", "step-00000004", "step-00000006"]
-
-
-def test_no_whole_checkpoint_at_all_is_an_error(
-    server: TrainServer, corpus: str, three_checkpoints: Path, tmp_path: Path
-) -> None:
-    folder = copy_run(three_checkpoints, tmp_path / "run")
-    for path in (folder / "checkpoints").iterdir():
-        (path / ".metadata").unlink()
-    run = server.train(folder, 2, [corpus, *NATIVE, "train.steps=8"], exit_codes=[2, 2])
-    assert "none of the 3 checkpoints" in error_lines(run.output(0))[0]
-
-
-def test_other_model_is_refused_with_a_line_per_difference(
-    server: TrainServer, corpus: str, three_checkpoints: Path, tmp_path: Path
-) -> None:
-    changes = ["model.hidden_size=32", "model.vocab_size=128", "model.moe.top_k=1", "optim.lr=1e-3"]
-    lines = ["  model.vocab_size: 64 -> 128", "  model.hidden_size: 16 -> 32", "  model.moe.top_k: 2 -> 1"]
-    in_place = server.train(three_checkpoints, 2, [corpus, *NATIVE, *changes], exit_codes=[2, 2])
-    resume = f"run.resume={three_checkpoints}/checkpoints/step-00000006"
-    branch = server.train(tmp_path / "new", 2, [corpus, *NATIVE, *changes, resume], exit_codes=[2, 2])
-    for run in (in_place, branch):
-        output = run.output(0).splitlines()
-        start = next(i for i, line in enumerate(output) if line.startswith("error: "))
-        assert output[start + 1 : start + 4] == lines
-
-
-def test_other_text_under_the_same_name_is_refused(
-    server: TrainServer, three_checkpoints: Path, corpus: str, tmp_path: Path
-) -> None:
-    folder = copy_run(three_checkpoints, tmp_path / "run")
-    prefix = Path(corpus.removeprefix("data.paths=[").removesuffix("]"))
-    saved = {suffix: prefix.with_suffix(suffix).read_bytes() for suffix in (".bin", ".idx")}
-    try:
-        write_corpus(prefix, seed=1)
-        run = server.train(folder, 2, [corpus, *NATIVE, "train.steps=8"], exit_codes=[2, 2])
-    finally:
-        for suffix, data in saved.items():
-            prefix.with_suffix(suffix).write_bytes(data)
-    assert f"  {prefix} content: " in run.output(0) and f"  {prefix} tokens: " in run.output(0)
-
-
-def test_changed_learning_rate_is_allowed_and_logged(
-    server: TrainServer, corpus: str, three_checkpoints: Path, tmp_path: Path
-) -> None:
-    folder = copy_run(three_checkpoints, tmp_path / "run")
-    options = [corpus, *NATIVE, "train.steps=8", "optim.lr=5e-3", "optim.schedule=constant"]
-    run = server.train(folder, 2, options)
-    assert "changed since the checkpoint: optim.lr: 0.01 -> 0.005" in run.output(0)
-    assert [line["optim/lr"] for line in records(folder, after=6) if "optim/lr" in line] == [0.005, 0.005]
-
-
-def test_second_run_on_a_directory_is_refused(server: TrainServer, corpus: str, tmp_path: Path) -> None:
-    first = server.start(tmp_path / "run", 2, [corpus, *NATIVE, ENDLESS], [SLOW])
-    first.wait_for("step 2/")
-    second = server.train(tmp_path / "run", 2, [corpus, *NATIVE, ENDLESS], exit_codes=[2, 2])
-    assert f"is in use by process {first.pids[0]}" in error_lines(second.output(0))[0]
-    assert first.poll() == {}
-    first.kill(0, signal.SIGTERM)
-    assert first.wait(20) == [75, 75]
-    lines = records(tmp_path / "run")
-    assert steps(lines) == list(range(1, len(lines) + 1))
-
-
-def test_information_in_a_checkpoint_is_complete(three_checkpoints: Path) -> None:
-    info = json.loads((three_checkpoints / "checkpoints/step-00000004/info.json").read_text())
-    assert info["step"] == 4 and info["tokens"] == 4 * 8 * 16
-    assert info["layout"] == {"world_size": 2, "expert": 2, "engine": "native", "zero_stage": 0, "precision": "fp32"}
-    assert info["config"]["model"]["hidden_size"] == 16 and info["versions"]["torch"]
-    assert info["run_state"]["next_batch"] == 4 and info["run_state"]["seed"] == info["config"]["run"]["seed"]
+    server.train(tmp_path / "run", 2, options)  # there is space again
+    assert checkpoint_names(tmp_path / "run") == ["step-00000002", "step-00000004"]
+    assert steps(records(tmp_path / "run")) == [1, 2, 3, 4]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -139,6 +140,31 @@ def test_disk_that_fills_up_costs_nothing_but_time(
     ballast.unlink()
     server.train(run_dir, 2, [*options, "train.steps=30"])
     assert trained_steps(run_dir) == list(range(1, 31))
+
+
+@engines("native")
+def test_samples_that_found_the_disk_full_are_drawn_by_the_next_start(
+    server: TrainServer, corpus: str, small_disk: Path, tmp_path: Path, engine: str
+) -> None:
+    tokenizer = write_word_tokenizer(tmp_path / "tokenizer.json", 62)
+    run_dir, ranks = small_disk / "run", 2
+    options = [corpus, *ENGINES[engine], f"data.cache_dir={tmp_path}/cache", "train.steps=4", "train.samples=2"]
+    options += [f"data.tokenizer={tokenizer}"]
+    run = server.train(run_dir, ranks, options, [("fill_disk_before_samples", 0, str(small_disk))], exit_codes=[2, 2])
+    (message,) = error_lines(run)
+    assert "training is done and saved, but its samples are not: cannot write " in message
+    assert f"the disk is full (0.0 MB free at {small_disk}); free space at {small_disk}" in message
+    assert "Traceback" not in run.output(0)
+    assert checkpoint_names(run_dir) == ["step-00000004"] and trained_steps(run_dir) == [1, 2, 3, 4]
+    assert not [path.name for path in run_dir.iterdir() if "samples.json" in path.name]
+    saved = verify(run_dir / "checkpoints/step-00000004"), (run_dir / "metrics.jsonl").read_bytes()
+    (small_disk / "ballast").unlink()
+    server.train(run_dir, ranks, options)
+    assert saved == ([], (run_dir / "metrics.jsonl").read_bytes()) and checkpoint_names(run_dir) == ["step-00000004"]
+    samples = json.loads((run_dir / "samples.json").read_text())
+    server.train(tmp_path / "other", ranks, options)
+    assert samples == json.loads((tmp_path / "other/samples.json").read_text()), "as if there had always been space"
+    assert "nothing to do" in server.train(run_dir, ranks, options).output(0)
 
 
 def service_of(pid: int, limit_seconds: float = 30.0) -> int:

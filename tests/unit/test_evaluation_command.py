@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -132,21 +134,55 @@ def test_run_is_evaluated_and_keeps_the_results(tmp_path: Path, folder: Path, gr
     assert content["subject"]["tokens"] == 40 and content["results"][0]["documents"] == 6
 
 
-def test_results_join_the_runs_own_wandb_files(
-    tmp_path: Path, folder: Path, groups: ParallelGroups, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    write_byte_tokenizer(tmp_path / "tokenizer.json")
-    run = tmp_path / "run"
-    write_run(run, groups, tmp_path / "tokenizer.json", tiny_model(tiny_config()))
-    (run / "wandb" / "run-id").write_text("abcd1234\n")
+def evaluate_run_with_wandb(run: Path, folder: Path, groups: ParallelGroups, place: Path, uid: int) -> list[Path]:
+    """Evaluate a run that was trained in ``place`` by a user; W&B's files of this evaluation."""
+    write_byte_tokenizer(run.parent / "tokenizer.json")
+    write_run(run, groups, run.parent / "tokenizer.json", tiny_model(tiny_config()))
+    (run / "wandb" / "run-id").write_text(f"abcd1234\n{place}\n")
+    if uid != os.geteuid():
+        os.chown(run / "wandb" / "run-id", uid, -1)
     dist.destroy_process_group()
     try:
         assert main(["eval", str(run), "--tasks", "sciq", "--data", str(folder), "--limit", "6"]) == 0
     finally:
         init_process_group(LaunchEnvironment(0, 1, 0), torch.device("cpu"), 60.0)  # the fixture ends it
-    (file,) = (run / "wandb").glob("offline-run-*-abcd1234/run-abcd1234.wandb")
-    assert b"eval/sciq/acc" in file.read_bytes()
+    return list((run / "wandb").glob("*run-*/run-*.wandb"))
+
+
+def test_results_join_the_runs_own_wandb_files(tmp_path: Path, folder: Path, groups: ParallelGroups):
+    run = tmp_path / "run"
+    (file,) = evaluate_run_with_wandb(run, folder, groups, run, os.geteuid())
+    assert file.name == "run-abcd1234.wandb" and b"eval/sciq/acc" in file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("place", "uid", "reason"),
+    [
+        ("/elsewhere/run", None, "it was trained in another place"),
+        pytest.param(
+            None,
+            12345,
+            "it belongs to user 12345",
+            marks=pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make a file of another user"),
+        ),
+    ],
+)
+def test_results_of_somebody_elses_run_never_reach_wandb(
+    tmp_path: Path,
+    folder: Path,
+    groups: ParallelGroups,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    place: str | None,
+    uid: int | None,
+    reason: str,
+):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would fail
+    run = tmp_path / "run"
+    found = evaluate_run_with_wandb(run, folder, groups, Path(place or run), os.geteuid() if uid is None else uid)
+    assert found == []
+    assert f"not added to the W&B run of {run}: {reason}\n" in capsys.readouterr().out
+    assert len(list((run / "eval").glob("*.json"))) == 1
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from moepp.config.schema import LoggingConfig, WandbConfig
 from moepp.errors import ConfigError
 from moepp.metrics import SinkGroup, open_sinks, require_wandb_login
 from moepp.metrics.jsonl import read_records
-from moepp.metrics.wandb import WandbSink
+from moepp.metrics.wandb import WandbSink, why_not_own
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK_BYTES, HEADER_BYTES = 32768, 7
@@ -113,6 +114,20 @@ def test_offline_run_holds_config_axis_and_records_and_a_resumed_part_has_the_sa
     assert next(r.run.run_id for r in records if r.WhichOneof("record_type") == "run") == run.run_id
     assert history(records) == [{"step": 20, "tokens": 10240, "train/loss": 4.0}]
     assert own_steps(records) == [20]  # disjoint from the first part's
+
+
+def test_copied_run_keeps_its_id_and_belongs_to_its_new_place_once_it_is_trained_there(tmp_path: Path) -> None:
+    cfg = WandbConfig(mode="offline", project="some-project")
+    run_dir, copy = tmp_path / "run", tmp_path / "copy"
+    run_dir.mkdir()
+    WandbSink(run_dir, cfg, "name", {}, is_resumed=False).close()
+    assert why_not_own(run_dir) is None
+    shutil.copytree(run_dir, copy)
+    assert why_not_own(copy) == "it was trained in another place"
+    first, _ = (run_dir / "wandb/run-id").read_text().splitlines()
+    sink = WandbSink(copy, cfg, "name", {}, is_resumed=True)
+    sink.close()
+    assert sink.run_id == first and why_not_own(copy) is None and why_not_own(run_dir) is None
 
 
 def fake_config(mode: str) -> Any:
