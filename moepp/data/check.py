@@ -31,6 +31,11 @@ def check_data(cfg: Config) -> None:
     _check_cache_dir(cfg.data.cache_dir)
 
 
+def held_out_batches(cfg: Config) -> int:
+    """Global batches of the validation split that a run reads: for its evaluations, and one per sample it draws."""
+    return max(cfg.train.eval_batches, cfg.train.samples if cfg.data.tokenizer is not None else 0)
+
+
 def _check_size(file: IndexedFile, cfg: Config) -> None:
     if file.documents == 0 or file.num_tokens == 0:
         raise DataError(
@@ -46,7 +51,7 @@ def _check_size(file: IndexedFile, cfg: Config) -> None:
 
 
 def _check_evaluation(files: list[IndexedFile], cfg: Config) -> None:
-    if cfg.train.eval_batches == 0:
+    if held_out_batches(cfg) == 0:
         return
     for file in files:
         tokens, needed = file.split_tokens(cfg.data.split)[SPLITS.index("valid")], cfg.data.seq_len + 1
@@ -54,7 +59,7 @@ def _check_evaluation(files: list[IndexedFile], cfg: Config) -> None:
             raise DataError(
                 f"{file.prefix} has {tokens} validation tokens (data.split={cfg.data.split} of {file.documents} "
                 f"documents), fewer than one sequence of data.seq_len + 1 = {needed}; raise the second share of "
-                "data.split, add documents, or set train.eval_batches=0"
+                "data.split, add documents, or set train.eval_batches=0 and train.samples=0"
             )
 
 

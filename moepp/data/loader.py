@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from moepp.config import Config, RunPlan
+from moepp.data.check import held_out_batches
 from moepp.data.indexed import SPLITS, allow_open_files, open_indexed
 from moepp.data.vocabulary import read_vocabulary
 from moepp.errors import DataError
@@ -54,10 +55,10 @@ class Data:
         return self._batch("train", step, micro_step)
 
     def eval_batch(self, index: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """As :meth:`train_batch`, for global batch ``index`` below ``train.eval_batches`` of the validation split.
+        """As :meth:`train_batch`, for global batch ``index`` below :func:`held_out_batches` of the validation split.
 
-        The same for every evaluation. Where the split has fewer sequences than ``eval_batches`` global batches, it
-        starts over in another order.
+        The same for every evaluation. Where the split has fewer sequences than these global batches, it starts over in
+        another order.
 
         Raises:
             DataError: the split has no whole sequence.
@@ -103,7 +104,7 @@ def build_data(cfg: Config, plan: RunPlan, rank: int, cache_dir: str | None) -> 
         files,
         cfg.data,
         seed=cfg.run.seed,
-        num_sequences=(plan.train_batches * batch, cfg.train.eval_batches * batch),
+        num_sequences=(plan.train_batches * batch, held_out_batches(cfg) * batch),
         tokenizer=TokenizerIdentity(vocab_size, eod if eod is not None else vocab_size - 1),
         cache_dir=cache_dir,
     )

@@ -42,9 +42,22 @@ def _import_deepspeed(groups: ParallelGroups) -> Any:
     # Its shared-memory collectives are compiled at first use; a build that is killed leaves a lock on which every
     # later run hangs. gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    os.environ.setdefault("LOCAL_RANK", str(groups.device.index or 0))  # it refuses to start without
-    deepspeed.init_distributed(verbose=False)
+    with _local_rank(groups):
+        deepspeed.init_distributed(verbose=False)
     return deepspeed
+
+
+@contextlib.contextmanager
+def _local_rank(groups: ParallelGroups) -> Iterator[None]:
+    """Set LOCAL_RANK, which DeepSpeed demands, for a while: a later run would take it for a launcher's."""
+    if "LOCAL_RANK" in os.environ:
+        yield
+        return
+    os.environ["LOCAL_RANK"] = str(groups.device.index or 0)
+    try:
+        yield
+    finally:
+        os.environ.pop("LOCAL_RANK", None)
 
 
 def _mark_experts(model: nn.Module, groups: ParallelGroups) -> None:
@@ -109,7 +122,8 @@ class DeepSpeedEngine:
             _mark_experts(model, groups)
             parameter_groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups)
         config = _config(optim, accumulation_steps, micro_batch_size, zero_stage, is_bf16)
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use whatever the log level
+        # It prints its memory use whatever the log level.
+        with contextlib.redirect_stdout(io.StringIO()), _local_rank(groups):
             self._engine, *_ = deepspeed.initialize(
                 model=model, optimizer=make_optimizer(parameter_groups, optim), config=config, dist_init_required=False
             )

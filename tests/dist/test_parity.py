@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from moepp.config import make_plan
-
 from tests.dist import WorkerPool
 from tests.parity import (
     EVAL_BATCHES,
