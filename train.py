@@ -6,7 +6,7 @@ Every key of configs/ can be overridden on the command line, e.g. `parallel.expe
 
 import sys
 
-from moepp.cli import main
+from moepp.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main(["train", *sys.argv[1:]]))

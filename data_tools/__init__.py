@@ -1,0 +1,1 @@
+"""Scripts for people, on top of moepp.data.prepare; nothing in moepp imports them."""

@@ -1,52 +1,13 @@
-"""The demo data in one go: corpus, tokenizer and indexed files below data/demo (``moepp prepare --demo``)."""
+"""The demo data in one go, as ``moepp prepare --demo``: ``python -m data_tools.demo``."""
 
 from __future__ import annotations
 
 import argparse
-import os
 
-from data_tools.corpora import write_sotu
-from data_tools.inspect import verify
-from data_tools.prepare import PrepareOptions, prepare
-from data_tools.train_tokenizer import DEFAULT_VOCAB_SIZE, train_tokenizer_file
-from moepp.data.manifest import Manifest, sha256_of
-from moepp.errors import DataError
-
-DEMO_FOLDER = os.path.join("data", "demo")
-
-
-def build_demo(folder: str = DEMO_FOLDER, workers: int = 1, progress: bool = True) -> tuple[Manifest, bool]:
-    """Write ``sotu.jsonl.gz``, ``tokenizer.json`` and ``text.{bin,idx,json}`` into ``folder`` unless they are whole.
-
-    Returns:
-        The manifest, and whether anything had to be written.
-
-    Raises:
-        DataError: the corpus package is missing, or ``folder`` is not writable.
-    """
-    corpus, tokenizer, prefix = (os.path.join(folder, name) for name in ("sotu.jsonl.gz", "tokenizer.json", "text"))
-    manifest = _whole(prefix, tokenizer)
-    if manifest is not None:
-        return manifest, False
-    write_sotu(corpus)
-    train_tokenizer_file([corpus], tokenizer, DEFAULT_VOCAB_SIZE, overwrite=True)
-    options = PrepareOptions(output=prefix, tokenizer=tokenizer, workers=workers, overwrite=True, progress=progress)
-    return prepare([corpus], options), True
-
-
-def _whole(prefix: str, tokenizer: str) -> Manifest | None:
-    try:
-        manifest = verify(prefix)
-    except DataError:
-        return None
-    if not os.path.isfile(tokenizer) or sha256_of(tokenizer) != manifest.tokenizer_sha256:
-        return None
-    return manifest
+from moepp.cli.main import main as moepp_main
 
 
 def main(argv: list[str] | None = None) -> int:
-    from moepp.cli import main as moepp_main
-
     parser = argparse.ArgumentParser(prog="python -m data_tools.demo", description=__doc__)
     parser.parse_args(argv)
     return moepp_main(["prepare", "--demo"])

@@ -67,7 +67,7 @@ class Preempted(MoeppError):
 
 
 class WriteError(MoeppError, OSError):
-    """A file or folder that cannot be written; made by moepp.files, with the remedy for what the system said.
+    """A file or folder that cannot be written; made by moepp.io.files, with the remedy for what the system said.
 
     Also an OSError with errno, strerror and filename, for those who tell apart what happened.
 

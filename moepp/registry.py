@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from moepp.errors import ConfigError, UnknownPartError
-from moepp.untrusted import show
+from moepp.io.untrusted import show
 
 T = TypeVar("T")
 

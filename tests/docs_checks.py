@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from moepp.cli import commands
+from moepp.cli.main import commands
 from moepp.config import known_keys
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,7 +95,7 @@ def _module(name: str, rest: list[str]) -> Iterator[str]:
     is_package = spec is not None and spec.submodule_search_locations is not None
     if spec is None or (is_package and importlib.util.find_spec(f"{name}.__main__") is None):
         yield f"there is no program {name}"
-    if name.startswith("moepp.cli"):
+    if name.startswith("moepp.cli.main"):
         yield from _moepp(rest)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from moepp import comm
 from moepp.config import ModelConfig, MoEConfig
 from moepp.data.tokenizer import Tokenizer
+from moepp.distributed import comm
 from moepp.model.init import init_parameters
 from moepp.model.transformer import Transformer
 from moepp.moe import ExpertParallel

@@ -38,7 +38,7 @@ def die_in(module: str, function: str) -> None:
 
 def other_version(package: str) -> None:
     """This rank's host has another version of a package."""
-    from moepp import environment
+    from moepp.runs import environment
 
     version = environment._version
     environment._version = lambda name: "0.0.1" if name == package else version(name)
@@ -46,7 +46,7 @@ def other_version(package: str) -> None:
 
 def other_processor(name: str) -> None:
     """This rank's host has another processor."""
-    from moepp import rank_facts
+    from moepp.training import rank_facts
 
     rank_facts.cpu_name = lambda: name
 
@@ -88,7 +88,7 @@ def slow_steps(seconds: float) -> None:
 
 def scale_loss_of_batches(first: int, last: int, factor: float) -> None:
     """Batches whose loss is broken (a factor that is not finite) or spikes; batches count from 0."""
-    from moepp.trainer import Trainer
+    from moepp.training.trainer import Trainer
 
     train_step = Trainer.train_step
 
@@ -116,7 +116,7 @@ def infinite_auxiliary_loss_of_batch(batch: int) -> None:
     """A loss that is not finite although its gradient is."""
     import dataclasses
 
-    from moepp.trainer import Trainer
+    from moepp.training.trainer import Trainer
 
     train_step = Trainer.train_step
 
@@ -163,7 +163,7 @@ def disk_full_at(step: int) -> None:
 
 def fill_disk_before_samples(folder: str) -> None:
     """The disk of ``folder`` is full when training is done and saved: a file takes what is left."""
-    from moepp import run
+    from moepp.training import run
 
     write_samples = run.write_samples
 
@@ -194,7 +194,7 @@ def slow_writing(seconds: float) -> None:
 
 
 def _before_each_step(act: Any) -> None:
-    from moepp.trainer import Trainer
+    from moepp.training.trainer import Trainer
 
     train_step = Trainer.train_step
 
@@ -233,7 +233,7 @@ def record_inputs(folder: str) -> None:
 
 
 def _after_each_step(act: Any) -> None:
-    from moepp.trainer import Trainer
+    from moepp.training.trainer import Trainer
 
     train_step = Trainer.train_step
 

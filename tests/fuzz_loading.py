@@ -24,9 +24,9 @@ from moepp.config import from_dict
 from moepp.errors import MoeppError
 from moepp.evaluation.load import find_model
 from moepp.evaluation.results import read_results
+from moepp.interop.weights import TensorFolder
 from moepp.metrics.jsonl import read_records
-from moepp.run_dir import RunDir, _read_config
-from moepp.weights import TensorFolder
+from moepp.runs.directory import RunDir, _read_config
 
 LIMIT_SECONDS, LIMIT_BYTES = 10, 12 << 30
 INTERESTING = [

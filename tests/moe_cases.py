@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from moepp import MoEConfig, MoELayer
-from moepp.comm import CommStats
+from moepp.distributed.comm import CommStats
 from moepp.moe import ExpertParallel
 from tests.oracle import Reference, moe_reference
 

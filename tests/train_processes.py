@@ -262,7 +262,7 @@ def _serve() -> None:
     import torch
 
     import moepp.data.megatron
-    import moepp.run  # noqa: F401
+    import moepp.training.run  # noqa: F401
 
     torch.set_num_threads(1)
     ended: dict[int, int] = {}

@@ -18,12 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moepp import comm
 from moepp.bench import reduction
 from moepp.bench.cases import CASES, Case, ForcedRouting, balanced_logits, random_tokens
 from moepp.bench.processes import run_processes
 from moepp.bench.tables import Record
 from moepp.bench.timing import Timing, measure
+from moepp.distributed import comm
 from moepp.moe import ExpertParallel, MoELayer
 from moepp.moe.dispatch import AllToAllDispatcher, Assignments, Chunk, DispatchMetadata
 from moepp.moe.gates import compute_gates

@@ -22,9 +22,9 @@ from moepp.bench.cases import CASES, Case, learn_balance, random_tokens
 from moepp.bench.layer import PASSES
 from moepp.bench.tables import Record
 from moepp.bench.timing import clock_for, measure, threads
+from moepp.distributed.groups import LaunchEnvironment, init_process_group
 from moepp.moe import MoELayer
 from moepp.moe.router import LinearRouter
-from moepp.parallel.groups import LaunchEnvironment, init_process_group
 
 Forward = Callable[[Tensor], Tensor]
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moepp.bench.host_memory import keep_freed_memory
 from moepp.errors import RunError
-from moepp.host_memory import keep_freed_memory
 
 
 def run_processes(work: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 1800) -> list[Any]:

@@ -6,11 +6,11 @@ import time
 
 import torch
 
-from moepp import comm
 from moepp.bench.processes import run_processes
 from moepp.bench.tables import Record
 from moepp.bench.timing import Timing, measure
 from moepp.bench.train import OURS, Options, Step
+from moepp.distributed import comm
 
 # Elements of a bucket. One bucket of all gradients is complete, and starts, when backward ends.
 BUCKETS = {"after backward": 2**62, "during backward": 2**20}

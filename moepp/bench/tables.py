@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moepp import files
+from moepp.io import files
 
 Record = dict[str, Any]
 

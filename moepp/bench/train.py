@@ -20,20 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moepp import files
 from moepp.bench.cases import ForcedRouting
+from moepp.bench.host_memory import keep_freed_memory
 from moepp.bench.processes import run_processes
 from moepp.bench.tables import Record
 from moepp.bench.timing import clock_for, summarize, threads
 from moepp.config import ModelConfig, MoEConfig, OptimConfig
+from moepp.distributed.groups import build_groups
 from moepp.engine.gradients import BUCKET_ELEMENTS
 from moepp.engine.native import NativeEngine
-from moepp.host_memory import keep_freed_memory
+from moepp.io import files
 from moepp.model.accounting import balanced_ffn_per_token, count_parameters, flops_per_token
 from moepp.model.init import init_parameters
 from moepp.model.transformer import Transformer
 from moepp.moe import MoELayer
-from moepp.parallel.groups import build_groups
 
 STAGES = ("forward", "backward", "optimizer")
 OURS, VANILLA = "moepp MoE++", "moepp vanilla"

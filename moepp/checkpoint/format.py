@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moepp import files
 from moepp.checkpoint.info import CheckpointInfo, info_from
 from moepp.errors import CheckpointError, MoeppError
-from moepp.untrusted import printable, read_json, show
+from moepp.io import files
+from moepp.io.untrusted import printable, read_json, show
 
 MANIFEST = "manifest.json"
 INFO = "info.json"

@@ -20,7 +20,7 @@ import torch
 from moepp.checkpoint.format import INDEX
 from moepp.checkpoint.inert_pickle import Made, Name, Pairs, interpret
 from moepp.errors import CheckpointError
-from moepp.untrusted import printable, read_bytes, show
+from moepp.io.untrusted import printable, read_bytes, show
 
 MAX_INDEX_BYTES = 512 << 20
 MAX_OVERHEAD_BYTES = 64 << 10  # of the archive around a tensor

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from moepp.untrusted import show
+from moepp.io.untrusted import show
 
 MAX_INSTRUCTIONS = 30_000_000  # about 60 of them describe a tensor
 _PROTOCOLS = (2, 3, 4, 5)

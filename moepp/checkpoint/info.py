@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from moepp.untrusted import show
+from moepp.io.untrusted import show
 
 MAX_COUNT = 10**15  # steps, tokens and the like; more than any training has
 MAX_RANKS = 10**6

@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from moepp import comm
 from moepp.checkpoint.format import CheckpointInfo, list_checkpoints, read_info, step_of, verify
 from moepp.config import Config, to_dict
 from moepp.config.compare import breaking_differences, other_differences
@@ -14,8 +13,9 @@ from moepp.data.identity import sampled_digest
 from moepp.data.indexed import IndexedFile, open_indexed
 from moepp.data.manifest import sha256_of
 from moepp.data.vocabulary import read_vocabulary
+from moepp.distributed import comm
+from moepp.distributed.groups import ParallelGroups
 from moepp.errors import CheckpointError
-from moepp.parallel.groups import ParallelGroups
 
 logger = logging.getLogger(__name__)
 

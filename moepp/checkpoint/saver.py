@@ -13,18 +13,18 @@ from pathlib import Path
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from moepp import comm
 from moepp.checkpoint import format as fmt
 from moepp.checkpoint.format import CheckpointInfo, FileEntry
 from moepp.checkpoint.state import stage
 from moepp.checkpoint.storage import cause, source_of, write_tensors
 from moepp.config import CheckpointConfig
+from moepp.distributed import comm
+from moepp.distributed.groups import ParallelGroups
 from moepp.engine.engine import Engine
 from moepp.errors import CheckpointError, MoeppError, WriteError
-from moepp.files import make_own_folder, move
+from moepp.io.files import make_own_folder, move
+from moepp.io.write_errors import write_error
 from moepp.metrics.step_stats import StepStats
-from moepp.parallel.groups import ParallelGroups
-from moepp.write_errors import write_error
 
 logger = logging.getLogger(__name__)
 

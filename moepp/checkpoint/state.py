@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moepp import comm
+from moepp.distributed import comm
 from moepp.checkpoint.storage import TensorReader
 from moepp.engine.engine import Engine
 from moepp.errors import CheckpointError, TrainingError
 from moepp.metrics.step_stats import StepStats
 from moepp.moe.registered import persistent_buffers
-from moepp.parallel.groups import ParallelGroups
-from moepp.parallel.parameters import is_expert_parameter
-from moepp.untrusted import printable
+from moepp.distributed.groups import ParallelGroups
+from moepp.distributed.parameters import is_expert_parameter
+from moepp.io.untrusted import printable
 
 _BUFFER = "/buffer"
 

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from moepp import comm
 from moepp.checkpoint.archive import read_tensor
 from moepp.checkpoint.format import FileEntry
 from moepp.checkpoint.index import StoredTensor, read_index
+from moepp.distributed import comm
 from moepp.errors import CheckpointError
-from moepp.untrusted import printable
+from moepp.io.untrusted import printable
 
 
 class TensorReader:

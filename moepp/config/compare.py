@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from moepp.config.load import upgrade
-from moepp.untrusted import printable
+from moepp.io.untrusted import printable
 
 _ABSENT = "absent"
 # Keys of the model that change neither its shapes nor the function that its weights compute.

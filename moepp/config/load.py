@@ -15,7 +15,7 @@ from typing import Any
 from moepp.config.schema import Config
 from moepp.config.suggest import unknown_key_message
 from moepp.errors import ConfigError, MoeppError, PluginError, UnknownPartError
-from moepp.untrusted import printable, show
+from moepp.io.untrusted import printable, show
 
 _MAX_INT, _MAX_TEXT = (1 << 64) - 1, 10_000
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from moepp.config.require import require, require_above, require_at_least, require_choice
 from moepp.registry import BALANCE_RULES, EXPERT_KINDS, GATE_NORMALIZATIONS, ROUTERS
-from moepp.untrusted import show
+from moepp.io.untrusted import show
 
 
 @dataclass(frozen=True)

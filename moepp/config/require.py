@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moepp.errors import ConfigError
-from moepp.untrusted import show
+from moepp.io.untrusted import show
 
 
 def require(condition: bool, message: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from moepp.config.model import ModelConfig
 from moepp.config.require import require, require_above, require_at_least, require_choice
-from moepp.untrusted import show
+from moepp.io.untrusted import show
 
 # Of wandb 0.31 (wandb_settings.py), which would only say so when data and model are built.
 _NOT_IN_WANDB_PROJECTS = "/\\#?%:"

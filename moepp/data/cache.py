@@ -16,8 +16,8 @@ import numpy as np
 
 from moepp.data.indexed import IndexedFile
 from moepp.errors import DataError, MoeppError
-from moepp.untrusted import printable
-from moepp.write_errors import write_error
+from moepp.io.untrusted import printable
+from moepp.io.write_errors import write_error
 
 LOCK = ".lock"
 LOCK_SECONDS = 300.0  # how long to wait for a run that builds; indices of a billion sequences take about a minute

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moepp.data.tokenizer_guard import no_panic, require_safe
 from moepp.errors import DataError
-from moepp.tokenizer_guard import no_panic, require_safe
-from moepp.untrusted import load_json, printable, read_text
+from moepp.io.untrusted import load_json, printable, read_text
 
 MAX_FILE_BYTES = 256 << 20  # a vocabulary of 262,144 tokens takes 33 MB
 MAX_VOCAB_SIZE = 1 << 31  # token ids are kept as int32
@@ -47,7 +47,9 @@ class Tokenizer:
         self._vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self._eod_candidates = EOD_TOKENS if eod_token is None else (eod_token,)
         if not self._vocabulary:
-            raise DataError(f"tokenizer {path} has an empty vocabulary; train one with data_tools.train_tokenizer")
+            raise DataError(
+                f"tokenizer {path} has an empty vocabulary; train one with moepp.data.prepare.train_tokenizer"
+            )
         self.vocab_size = max(self._vocabulary.values()) + 1
         if self.vocab_size > MAX_VOCAB_SIZE:
             raise DataError(f"tokenizer {path} has the token id {self.vocab_size - 1}; ids end at {MAX_VOCAB_SIZE - 1}")

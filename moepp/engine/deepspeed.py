@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moepp import comm
 from moepp.config import OptimConfig
+from moepp.distributed import comm
+from moepp.distributed.groups import ParallelGroups
+from moepp.distributed.parameters import group_parameters, is_expert_parameter
 from moepp.engine.deepspeed_state import read_zero_state, write_zero_state
 from moepp.engine.engine import Fetch, StepResult, make_optimizer, read_plain_state, write_plain_state
 from moepp.engine.norms import squared_norm
 from moepp.errors import ConfigError
-from moepp.parallel.groups import ParallelGroups
-from moepp.parallel.parameters import group_parameters, is_expert_parameter
 
 
 def _import_deepspeed(groups: ParallelGroups) -> Any:

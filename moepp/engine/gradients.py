@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moepp import comm
-from moepp.parallel.parameters import ParameterGroup
+from moepp.distributed import comm
+from moepp.distributed.parameters import ParameterGroup
 
 BUCKET_ELEMENTS = 2**23  # 32 MB: long enough for a network's full bandwidth
 

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from moepp import comm
 from moepp.config import OptimConfig
+from moepp.distributed import comm
+from moepp.distributed.groups import ParallelGroups
+from moepp.distributed.parameters import group_parameters
 from moepp.engine.engine import Fetch, StepResult, make_optimizer, read_plain_state, write_plain_state
 from moepp.engine.gradients import BUCKET_ELEMENTS, FlatGroup, GradientReduction
 from moepp.engine.norms import squared_norm
-from moepp.parallel.groups import ParallelGroups
-from moepp.parallel.parameters import group_parameters
 
 
 class NativeEngine:

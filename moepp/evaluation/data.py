@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moepp.errors import ConfigError, DataError
-from moepp.untrusted import load_json, printable, read_bytes
+from moepp.io.untrusted import load_json, printable, read_bytes
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -9,8 +9,9 @@ from typing import Any
 
 from lm_eval.evaluator import evaluate as harness_evaluate
 
-from moepp import comm
 from moepp.data.tokenizer import Tokenizer
+from moepp.distributed import comm
+from moepp.distributed.groups import ParallelGroups
 from moepp.errors import ConfigError
 from moepp.evaluation.backend import HarnessModel
 from moepp.evaluation.data import open_source
@@ -18,7 +19,6 @@ from moepp.evaluation.results import ACCURACIES, BenchmarkResult, accuracy_stder
 from moepp.evaluation.sharing import SharedModel
 from moepp.evaluation.tasks import Benchmark, load_benchmarks, quiet_harness
 from moepp.model.transformer import Transformer
-from moepp.parallel.groups import ParallelGroups
 
 DEFAULT_BATCH_SIZE = 8
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
-from moepp import comm, hf, official
+from moepp.distributed import comm
+
+from moepp.interop import hf, official
 from moepp.checkpoint import CheckpointInfo, list_checkpoints, load_model, read_info
 from moepp.checkpoint.format import total_size
 from moepp.checkpoint.resume import verify_together
@@ -21,11 +23,11 @@ from moepp.evaluation.results import Subject
 from moepp.model.init import reset_buffers
 from moepp.model.transformer import Transformer
 from moepp.moe import ExpertParallel
-from moepp.parallel.groups import ParallelGroups
-from moepp.run_dir import RunDir
-from moepp.untrusted import printable
-from moepp.weights import require_room, weight_bytes
-from moepp.weights.files import read_json
+from moepp.distributed.groups import ParallelGroups
+from moepp.runs.directory import RunDir
+from moepp.io.untrusted import printable
+from moepp.interop.weights import require_room, weight_bytes
+from moepp.interop.weights.files import read_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -10,10 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from moepp import files
 from moepp.errors import RunError
 from moepp.evaluation.names import TITLES
-from moepp.untrusted import printable, read_json
+from moepp.io import files
+from moepp.io.untrusted import printable, read_json
 
 _MAX_TEXT = 2000
 

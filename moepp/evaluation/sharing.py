@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from moepp import comm
 from moepp.data.tokenizer import Tokenizer
+from moepp.distributed import comm
+from moepp.distributed.groups import ParallelGroups
 from moepp.errors import MoeppError, PeerError
 from moepp.evaluation.scoring import Prompt, Row, continue_prompts, score_rows
 from moepp.model.transformer import Transformer
-from moepp.parallel.groups import ParallelGroups
 
 T = TypeVar("T")
 _IDLE = [Row(np.zeros(1, np.int32), (np.zeros(1, np.int32),))]

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moepp import files
 from moepp.errors import RunError, WriteError
-from moepp.untrusted import load_json, read_bytes
+from moepp.io import files
+from moepp.io.untrusted import load_json, read_bytes
 
 logger = logging.getLogger(__name__)
 

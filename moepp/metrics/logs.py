@@ -6,9 +6,9 @@ import logging
 import sys
 from pathlib import Path
 
-from moepp import files
 from moepp.errors import RunError, WriteError
-from moepp.untrusted import terminal_text
+from moepp.io import files
+from moepp.io.untrusted import terminal_text
 
 _LOGGER = "moepp"
 

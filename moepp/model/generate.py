@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepp import comm
+from moepp.distributed import comm
 from moepp.errors import ConfigError
 from moepp.model.attention import KVCache
 from moepp.model.transformer import Transformer

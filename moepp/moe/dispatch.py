@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moepp import comm, ops
+from moepp import ops
+from moepp.distributed import comm
 from moepp.errors import ConfigError
 from moepp.moe.parallel import ExpertParallel
 

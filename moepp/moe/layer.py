@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moepp import comm
 from moepp.config import MoEConfig
+from moepp.distributed import comm
 from moepp.errors import ConfigError
 from moepp.moe.capacity import keep_within_capacity
 from moepp.moe.dispatch import AllToAllDispatcher, Assignments, LocalDispatcher

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moepp import comm
+from moepp.distributed import comm
 
 
 @dataclass(frozen=True)

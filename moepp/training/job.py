@@ -20,7 +20,7 @@ def main() -> None:
         tree = json.loads(_read_line())
         threading.Thread(target=_end_with_the_sweep, name="sweep-watch", daemon=True).start()
         from moepp.config import from_dict, import_plugins
-        from moepp.run import run_training
+        from moepp.training.run import run_training
 
         import_plugins(tree)
         run_training(from_dict(tree))

@@ -8,7 +8,7 @@ import sys
 from typing import NoReturn
 
 from moepp.errors import MoeppError, PeerError
-from moepp.untrusted import terminal_text
+from moepp.io.untrusted import terminal_text
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells do
 
@@ -19,7 +19,7 @@ def leave(error: Exception) -> NoReturn:
     The first rank prints it; others only if their error says so, for example because it is theirs alone.
     """
     from moepp.config import explain_hydra_error
-    from moepp.parallel.refusal import print_once
+    from moepp.distributed.refusal import print_once
 
     message = terminal_text(str(error) if isinstance(error, MoeppError) else explain_hydra_error(error))
     if isinstance(error, PeerError):  # every rank has seen another thing, and the first may be the one that failed

@@ -32,7 +32,7 @@ from moepp.errors import ConfigError, MoeppError
 from moepp.training import sweep
 from moepp.training.leave import leave, leave_interrupted
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 CONFIG_NAME = "config"
 # Options that say what is to be done; --cfg goes with --multirun and shows the jobs of the sweep.
 _EXCLUSIVE = ("cfg", "info", "shell_completion", "run", "multirun")
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(arguments: list[str]) -> int:
     options = _parse(arguments)
     if options.version:
-        from moepp.environment import version_line
+        from moepp.runs.environment import version_line
 
         print(version_line())
         return 0
@@ -112,7 +112,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _absolute(config_path: str | None) -> str:
     """A folder of configurations; a relative one starts at the project's root, beside train.py."""
-    return str(CONFIGS if config_path is None else CONFIGS.parent / config_path)
+    return str(CONFIGS if config_path is None else CONFIGS.resolve().parent / config_path)
 
 
 def _refuse(message: str) -> NoReturn:
@@ -155,7 +155,7 @@ def _given_options(options: argparse.Namespace) -> list[str]:
 
 def _train(cfg: DictConfig) -> None:
     """One run: from Hydra's configuration to the typed one, and on."""
-    from moepp.run import run_training
+    from moepp.training.run import run_training
 
     job = HydraConfig.get()
     if job.mode == RunMode.MULTIRUN:  # started by a launcher plugin, which runs each job where it likes

@@ -33,7 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from moepp.config import explain_hydra_error, from_hydra, missing_known_key, to_dict, validate
 from moepp.config.compare import changed_values, differing_keys
 from moepp.errors import ConfigError, MoeppError, RunError
-from moepp.run_dir import check_run_dir
+from moepp.runs.directory import check_run_dir
 from moepp.training.jobs import Job, run_jobs
 
 _LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -126,7 +126,7 @@ def plan(sources: Sources, overrides: Sequence[str]) -> Plan | None:
 def _refuse_several_processes() -> None:
     if not any(name in os.environ for name in _LAUNCH_VARIABLES):
         return
-    from moepp.parallel.groups import read_launch_environment
+    from moepp.distributed.groups import read_launch_environment
 
     world_size = read_launch_environment().world_size
     if world_size > 1:

@@ -25,7 +25,7 @@ from moepp.config import CheckpointConfig
 from moepp.engine.engine import Engine
 from moepp.errors import CheckpointError
 from moepp.metrics.step_stats import StepStats
-from moepp.parallel.groups import ParallelGroups, build_groups, new_cpu_group
+from moepp.distributed.groups import ParallelGroups, build_groups, new_cpu_group
 from tests.checkpoint_cases import make_info
 from tests.dist import WorkerPool
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from moepp import comm
-from moepp.build import build_engine, build_model
+from moepp.distributed import comm
+from moepp.training.build import build_engine, build_model
 from moepp.config import make_plan
 from moepp.engine.deepspeed import DeepSpeedEngine
 from moepp.engine.engine import StepResult

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from moepp import comm
+from moepp.distributed import comm
 from moepp.config import OptimConfig
 from moepp.engine.native import NativeEngine
 from tests.parity import group_of

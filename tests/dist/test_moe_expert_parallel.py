@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from moepp import MoEConfig, MoELayer
-from moepp.comm import CommStats
+from moepp.distributed.comm import CommStats
 from moepp.errors import ConfigError
 from moepp.moe import ExpertParallel
 from tests.dist import subgroups

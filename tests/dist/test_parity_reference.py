@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moepp import comm
-from moepp.build import build_model
+from moepp.distributed import comm
+from moepp.training.build import build_model
 from moepp.config import Config
 from tests.parity import (
     EVAL_BATCHES,

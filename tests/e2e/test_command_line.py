@@ -266,7 +266,7 @@ def test_own_model_file_may_leave_keys_out(data, tmp_path):
     (tmp_path / "mine" / "model").mkdir(parents=True)
     text = (ROOT / "configs" / "model" / "tiny.yaml").read_text().replace("  tau: 0.75\n", "")
     (tmp_path / "mine" / "model" / "mine.yaml").write_text(text)
-    for program in ([sys.executable, str(ROOT / "train.py")], [sys.executable, "-m", "moepp.cli", "train"]):
+    for program in ([sys.executable, str(ROOT / "train.py")], [sys.executable, "-m", "moepp.cli.main", "train"]):
         shown = ["--config-dir", "mine", "--cfg", "job", "model=mine", "model.moe.tau=0.5"]
         done = run([*program, *shown], tmp_path)
         assert done.returncode == 0, done.stderr
@@ -308,7 +308,7 @@ def test_plain_command_shows_bad_input_in_one_line(tmp_path):
 TWICE = """
 import sys, yaml
 from moepp.config import from_dict
-from moepp.run import run_training
+from moepp.training.run import run_training
 for config in sys.argv[1:]:
     with open(config) as f:
         run_training(from_dict(yaml.safe_load(f)))

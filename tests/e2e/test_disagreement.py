@@ -106,14 +106,14 @@ def test_invalid_configuration_of_one_rank_ends_all(server, corpus, tmp_path, ra
 
 
 def test_rank_killed_while_the_files_are_compared_is_named(server, corpus, tmp_path):
-    run = server.start(tmp_path / "run", 3, [corpus, *NATIVE], [("die_in", 1, "moepp.run", "file_facts")])
+    run = server.start(tmp_path / "run", 3, [corpus, *NATIVE], [("die_in", 1, "moepp.training.run", "file_facts")])
     assert run.wait(LIMIT_SECONDS) == [5, -9, 5]
     assert "rank 1 does not answer" in run.output(0) and "rank 1 does not answer" in run.output(2)
 
 
 def test_rank_killed_before_it_comes_is_named(server, corpus, tmp_path):
     overrides = [corpus, *NATIVE, "parallel.timeout_seconds=3"]
-    run = server.start(tmp_path / "run", 3, overrides, [("die_in", 1, "moepp.run", "start_facts")])
+    run = server.start(tmp_path / "run", 3, overrides, [("die_in", 1, "moepp.training.run", "start_facts")])
     assert run.wait(LIMIT_SECONDS) == [5, -9, 5]
     assert "rank 1 of 3 did not come to 127.0.0.1:" in run.output(0)
     assert "rank 1 of 3 did not come to 127.0.0.1:" in run.output(2)

@@ -181,7 +181,7 @@ def check_lost_rank(
         assert f"rank {rank} stops: rank {lost} does not answer (last collective: " in message
         assert "none" not in message
         assert message in (folder / f"log/rank-{rank}.txt").read_text().replace(
-            "moepp.run: rank", "moepp.run: error: rank"
+            "moepp.training.run: rank", "moepp.training.run: error: rank"
         )
     run.end()
 

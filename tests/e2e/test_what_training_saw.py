@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from data_tools.prepare import PrepareOptions, prepare
-from data_tools.readers import ReadOptions
 from moepp.checkpoint import read_info
-from moepp.cli import main
+from moepp.cli.main import main
+from moepp.data.prepare.pipeline import PrepareOptions, prepare
+from moepp.data.prepare.readers import ReadOptions
 from moepp.errors import ConfigError
 from moepp.evaluation.load import find_model, open_tokenizer
 from tests.train_processes import TrainServer, records
@@ -98,7 +98,7 @@ def test_exports_tell_it_everywhere(trained: Path, tmp_path: Path, form: str) ->
 def test_generation_starts_and_stops_with_it(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from moepp.commands import generate
+    from moepp.cli import generate
 
     seen: list[tuple[list[int], int, tuple[int, ...]]] = []
 

@@ -18,7 +18,7 @@ from moepp.bench.processes import run_processes
 from moepp.bench.stages import OTHER, attribute
 from moepp.bench.tables import format_table
 from moepp.bench.timing import measure, summarize
-from moepp.cli import main
+from moepp.cli.main import main
 from moepp.errors import RunError
 
 CPU = torch.device("cpu")

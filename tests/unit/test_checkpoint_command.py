@@ -11,7 +11,7 @@ import torch
 
 from moepp.checkpoint import format as fmt
 from moepp.checkpoint.storage import write_tensors
-from moepp.cli import main
+from moepp.cli.main import main
 from tests.checkpoint_cases import make_info
 from tests.dist import WorkerPool
 

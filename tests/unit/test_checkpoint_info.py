@@ -15,7 +15,7 @@ import torch
 from moepp.checkpoint import format as fmt
 from moepp.checkpoint.state import _load_stats, _ranks_with_statistics, _set_rng_state
 from moepp.checkpoint.storage import TensorReader, write_tensors
-from moepp.cli import main
+from moepp.cli.main import main
 from moepp.errors import CheckpointError
 from moepp.metrics.step_stats import StepStats
 from tests.checkpoint_cases import make_info

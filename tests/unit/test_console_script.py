@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moepp import __version__
-from moepp.cli import commands, main
+from moepp.cli.main import commands, main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize("argument", ["--help", "--version"])
 def test_overview_and_version_import_nothing_heavy(argument):
     probe = (
-        f"import sys; from moepp.cli import main; code = main([{argument!r}]);"
+        f"import sys; from moepp.cli.main import main; code = main([{argument!r}]);"
         "print([name for name in ('torch', 'numpy', 'hydra', 'yaml', 'deepspeed') if name in sys.modules], code)"
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT, check=True)

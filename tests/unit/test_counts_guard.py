@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from moepp import MoEConfig, MoELayer, comm, ops
+from moepp import MoEConfig, MoELayer, ops
 from moepp.bench.cases import ForcedRouting
 from moepp.bench.memory import saved_bytes
-from moepp.comm import CommStats
+from moepp.distributed import comm
+from moepp.distributed.comm import CommStats
 from moepp.moe import ExpertParallel
 from moepp.ops import use_kernels
 from moepp.ops.backend import cpu_kernels

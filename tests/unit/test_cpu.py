@@ -159,7 +159,9 @@ def test_without_the_variable_nothing_is_changed(monkeypatch):
     assert cpu.environment(None, {VARIABLE: "amx", "A": "b"}) == {"A": "b"}
 
 
-@pytest.mark.parametrize("command", [["train.py", "train.steps=1"], ["-m", "moepp.cli", "report", "x"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [["train.py", "train.steps=1"], ["-m", "moepp.cli.main", "report", "x"]], ids=" ".join
+)
 def test_a_wrong_kind_ends_a_command_with_one_line(command):
     environment = cpu.environment("avx3", os.environ) | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=environment)

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from data_tools.prepare import PrepareOptions, prepare
-from data_tools.readers import ReadOptions
 from moepp.data import check_data
+from moepp.data.prepare.pipeline import PrepareOptions, prepare
+from moepp.data.prepare.readers import ReadOptions
 from moepp.errors import DataError
 from tests.data_files import make_config, numbered_documents, write_indexed, write_word_tokenizer
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.prepare import PrepareOptions, prepare
-from data_tools.readers import ReadOptions
 from moepp.checkpoint import continues_same_data, identify_data
 from moepp.checkpoint.format import checkpoint_name
 from moepp.config import Config, to_dict
 from moepp.data import check_data, read_vocabulary
+from moepp.data.prepare.pipeline import PrepareOptions, prepare
+from moepp.data.prepare.readers import ReadOptions
 from moepp.data.vocabulary import vocabulary_remarks
 from moepp.errors import CheckpointError, DataError
 from tests.checkpoint_cases import make_info

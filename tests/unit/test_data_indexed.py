@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.inspect import describe, unigram_entropy
 from moepp.data.indexed import open_indexed, split_bounds
+from moepp.data.prepare.inspect import describe, unigram_entropy
 from moepp.errors import DataError
 from tests.data_files import numbered_documents, write_indexed, write_word_tokenizer
 

@@ -16,13 +16,13 @@ pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 from lm_eval.api.instance import Instance
 
 from moepp.data.tokenizer import Tokenizer
+from moepp.distributed.groups import LaunchEnvironment, ParallelGroups, build_groups, init_process_group
 from moepp.errors import ConfigError, DataError
 from moepp.evaluation import backend as backend_module
 from moepp.evaluation.backend import HarnessModel, build_rows
 from moepp.evaluation.scoring import cut_at_stop
 from moepp.evaluation.sharing import SharedModel
 from moepp.model.transformer import Transformer
-from moepp.parallel.groups import LaunchEnvironment, ParallelGroups, build_groups, init_process_group
 from tests.evaluation_cases import slow_loglikelihood, tiny_config, tiny_model, write_byte_tokenizer
 
 MAX_SEQ_LEN = 48

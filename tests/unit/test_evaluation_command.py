@@ -17,19 +17,19 @@ import torch.distributed as dist
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 
-from moepp import hf, official
 from moepp.checkpoint import Checkpointer
-from moepp.cli import main
+from moepp.cli.main import main
 from moepp.config import CheckpointConfig, from_dict, to_dict
 from moepp.data.tokenizer import Tokenizer
+from moepp.distributed.groups import LaunchEnvironment, ParallelGroups, build_groups, init_process_group, new_cpu_group
 from moepp.engine.native import NativeEngine
 from moepp.evaluation.data import open_source
 from moepp.evaluation.evaluate import evaluate_all
 from moepp.evaluation.sharing import SharedModel
 from moepp.evaluation.tasks import load_benchmarks
+from moepp.interop import hf, official
 from moepp.metrics.step_stats import StepStats
 from moepp.model.transformer import Transformer
-from moepp.parallel.groups import LaunchEnvironment, ParallelGroups, build_groups, init_process_group, new_cpu_group
 from tests.checkpoint_cases import make_info
 from tests.evaluation_cases import tiny_config, tiny_model, write_benchmarks, write_byte_tokenizer
 

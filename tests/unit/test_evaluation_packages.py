@@ -13,12 +13,12 @@ import torch.distributed as dist
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 
+from moepp.distributed.groups import LaunchEnvironment, ParallelGroups, build_groups, init_process_group
 from moepp.errors import DataError
 from moepp.evaluation.data import open_source
 from moepp.evaluation.evaluate import evaluate_all
 from moepp.evaluation.sharing import SharedModel
 from moepp.evaluation.tasks import load_benchmarks
-from moepp.parallel.groups import LaunchEnvironment, ParallelGroups, build_groups, init_process_group
 from tests.evaluation_cases import tiny_config, tiny_model, write_byte_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -17,6 +17,7 @@ pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 from lm_eval.api.metrics import mean_stderr, pooled_sample_stderr
 
 from moepp.data.tokenizer import Tokenizer
+from moepp.distributed.groups import LaunchEnvironment, ParallelGroups, build_groups, init_process_group
 from moepp.errors import MoeppError, WriteError
 from moepp.evaluation.data import open_source
 from moepp.evaluation.evaluate import check_tasks, evaluate_all, evaluate_tasks
@@ -31,7 +32,6 @@ from moepp.evaluation.results import (
 from moepp.evaluation.sharing import SharedModel
 from moepp.evaluation.tasks import load_benchmarks
 from moepp.model.transformer import Transformer
-from moepp.parallel.groups import LaunchEnvironment, ParallelGroups, build_groups, init_process_group
 from tests.evaluation_cases import slow_loglikelihood, tiny_config, tiny_model, write_benchmarks, write_byte_tokenizer
 
 

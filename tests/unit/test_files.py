@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from moepp import files, owners
 from moepp.errors import WriteError
-from moepp.write_errors import write_error
+from moepp.io import files, owners
+from moepp.io.write_errors import write_error
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -318,7 +318,7 @@ def test_real_causes_reach_the_message(tmp_path):
 def test_the_limit_on_file_sizes_is_met_like_a_full_disk(tmp_path):
     code = f"""
     import resource
-    from moepp import files
+    from moepp.io import files
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     for write in (lambda: files.write_whole({str(tmp_path / "a")!r}, b"x" * 5000), lambda: stream()):
         try:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moepp import hf, official, upcycle
 from moepp.errors import CheckpointError
-from moepp.weights import TensorFolder
+from moepp.interop import hf, official, upcycle
+from moepp.interop.weights import TensorFolder
 from tests.official_cases import GOLDEN
 from tests.unit.test_upcycle import CFG, dense_tensors, write_dense
 
@@ -190,7 +190,7 @@ def test_shards_are_read_as_their_index_says(tmp_path: Path) -> None:
 
 def test_configurations_that_transformers_saved_are_read(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
-    from moepp.hf.code.configuration_moepp import MoeppConfig
+    from moepp.interop.hf.code.configuration_moepp import MoeppConfig
 
     MoeppConfig(hidden_size=96, architectures=["MoeppForCausalLM"]).save_pretrained(tmp_path)
     assert hf.read_config(tmp_path).hidden_size == 96

@@ -179,7 +179,7 @@ EXPECTED: dict[str, Callable[[bytes], list[str] | None]] = {
 
 def _run(name: str, content: bytes, folder: Path) -> tuple[int, str]:
     """Exit code and stderr of the command, whose working directory is ``folder``."""
-    from moepp.cli import main
+    from moepp.cli.main import main
 
     (folder / "in").mkdir(parents=True)
     (folder / "in" / name).write_bytes(content)
@@ -278,7 +278,7 @@ def _fuzz(name: str, root: Path) -> dict[int, str]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_damaged_inputs_are_refused_in_one_line_or_read_right(tmp_path: Path) -> None:
-    from data_tools.train_tokenizer import train_tokenizer
+    from moepp.data.prepare.train_tokenizer import train_tokenizer
 
     (tmp_path / "good.json").write_text(train_tokenizer(iter(TEXTS), 300), encoding="utf-8")
     outside = {path.name for path in tmp_path.iterdir()}

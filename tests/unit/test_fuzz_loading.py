@@ -19,13 +19,13 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from moepp import hf
 from moepp.checkpoint import format as fmt
 from moepp.checkpoint.storage import write_tensors
 from moepp.config import to_dict
 from moepp.evaluation.results import BenchmarkResult, Subject, write_results
-from moepp.official import TokenIds
-from moepp.weights import whole_parameters
+from moepp.interop import hf
+from moepp.interop.official import TokenIds
+from moepp.interop.weights import whole_parameters
 from tests.checkpoint_cases import make_info
 from tests.data_files import make_config
 from tests.evaluation_cases import tiny_config

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from moepp import official
-from moepp.cli import main
-from moepp.commands.generate import continuation
+from moepp.cli.generate import continuation
+from moepp.cli.main import main
 from moepp.data.tokenizer import Tokenizer
+from moepp.interop import official
 from moepp.model import generate
 from moepp.model.generate import Sampling
 from tests.data_files import write_word_tokenizer
@@ -88,8 +88,8 @@ def test_experts_may_be_sharded(folder, pool_2, capsys):
 
 
 def _generate_on_rank(rank: int, folder: str) -> str:
+    from moepp.distributed.groups import build_groups
     from moepp.evaluation.load import build_model, find_model, open_tokenizer
-    from moepp.parallel.groups import build_groups
 
     found = find_model(folder)
     tokenizer = open_tokenizer(found, None)

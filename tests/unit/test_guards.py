@@ -10,7 +10,7 @@ import pytest
 
 from moepp.config import GuardConfig
 from moepp.errors import TrainingError
-from moepp.guards import LossWatch, SkippedSteps, SpikeGuard, StopRequest
+from moepp.training.guards import LossWatch, SkippedSteps, SpikeGuard, StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -16,11 +16,11 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from moepp import hf, official
 from moepp.config import ModelConfig, MoEConfig, RopeScalingConfig
 from moepp.errors import CheckpointError
+from moepp.interop import hf, official
+from moepp.interop.weights import TensorFolder
 from moepp.model import Transformer, generate, init_parameters
-from moepp.weights import TensorFolder
 from tests.hf_checks import CLOSE, check_folder
 
 ROOT = Path(__file__).resolve().parents[2]

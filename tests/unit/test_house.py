@@ -15,40 +15,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# A module imports only from layers before its own, or from its own part. Each part is one module or package.
-LAYERS = (
-    ("errors", "host_memory"),
-    ("untrusted", "cpu", "versions"),
-    ("write_errors", "tokenizer_guard"),
-    ("owners",),
-    ("files",),
-    ("registry", "arguments"),
-    ("config", "ops"),
-    ("comm",),
-    ("moe",),
-    ("model",),
-    ("weights",),
-    ("official",),
-    ("hf",),
-    ("upcycle",),
-    ("parallel",),
-    ("data",),
-    ("metrics", "guards", "run_dir", "run_lock", "environment"),  # leaves: they call neither engine nor trainer
-    ("engine",),
-    ("checkpoint",),  # reads and writes state through the engine protocol; only what is below calls it
-    ("evaluation",),
-    ("trainer",),
-    ("build",),
-    ("samples", "rank_facts"),
-    ("run", "report", "model_card", "bench"),
-    ("training",),
-    ("commands",),
-    ("cli",),
-)
-# Parts of one layer that may import one another; elsewhere only a part's own modules do.
-LEAVES = {"metrics", "guards", "run_dir", "run_lock", "environment"}
-LAYER_OF = {part: level for level, parts in enumerate(LAYERS) for part in parts}
-
 COLLECTIVES = {
     *("all_reduce", "all_reduce_coalesced", "reduce", "broadcast", "broadcast_object_list", "barrier"),
     *("all_gather", "all_gather_into_tensor", "all_gather_object", "all_gather_coalesced", "gather", "gather_object"),
@@ -89,36 +55,6 @@ def imported_names(tree: ast.AST, module: str, is_package: bool) -> Iterator[str
                 parents = parents[: len(parents) - node.level + 1]
                 base = ".".join([*parents, base] if base else parents)
             yield from (f"{base}.{alias.name}" for alias in node.names)
-
-
-def layer_violations(source: str, module: str, is_package: bool = False) -> list[str]:
-    """Imports of a source text that go against LAYERS, train.py on top and data_tools beside moepp.commands."""
-    own_root, _, rest = module.partition(".")
-    own = rest.split(".")[0] if own_root == "moepp" else own_root
-    if own not in LAYER_OF and own not in ("", "data_tools", "train"):
-        return [f"{module}: {own} has no place in LAYERS"]
-    found = []
-    for name in imported_names(ast.parse(source), module, is_package):
-        root, _, rest = name.partition(".")
-        target = rest.split(".")[0]
-        if root == "moepp":
-            allowed = _may_import(own, target)
-        elif root == "data_tools":
-            allowed = own in ("data_tools", "commands")
-        else:
-            allowed = root != "train"
-        if not allowed:
-            found.append(f"{module} imports {name}")
-    return found
-
-
-def _may_import(own: str, target: str) -> bool:
-    """Whether a part may import one of moepp ("" is the package itself, which gathers from all of them)."""
-    if target not in LAYER_OF:
-        return False
-    if own == "data_tools":  # its files are programs too, and print errors like the console script
-        return LAYER_OF[target] <= LAYER_OF["data"] or target == "cli"
-    return own in ("", "train", target) or LAYER_OF[target] < LAYER_OF[own] or {own, target} <= LEAVES
 
 
 def collectives_used(source: str) -> list[str]:
@@ -167,50 +103,17 @@ def shell_scripts() -> list[Path]:
 
 
 def test_imports_go_one_way():
-    violations = []
-    for path in python_files("moepp", "data_tools"):
-        violations += layer_violations(path.read_text(), name_of(path), path.name == "__init__.py")
-    assert not violations, "\n".join(violations)
-
-
-@pytest.mark.parametrize(
-    ("module", "source"),
-    [
-        ("moepp.moe.layer", "from moepp.model import Transformer"),
-        ("moepp.comm", "import moepp.parallel.groups"),
-        ("moepp.metrics.values", "def f():\n    from moepp.trainer import Trainer"),
-        ("moepp.errors", "from .config import Config"),
-        ("moepp.data.loader", "from moepp import engine"),
-        ("moepp.data.loader", "from moepp import MoELayer"),
-        ("moepp.engine.native", "import data_tools.prepare"),
-        ("moepp.commands.prepare", "import train"),
-        ("moepp.unplaced", ""),
-        ("data_tools.prepare", "from moepp.trainer import Trainer"),
-    ],
-)
-def test_layer_check_sees_an_import_the_wrong_way(module, source):
-    assert layer_violations(source, module)
-
-
-@pytest.mark.parametrize(
-    ("module", "source"),
-    [
-        ("moepp.model.transformer", "from moepp.moe.layer import MoELayer\nfrom moepp.model.norm import RMSNorm"),
-        ("moepp.trainer", "from moepp import comm, metrics\nimport torch"),
-        ("moepp.commands.prepare", "import data_tools.prepare"),
-        ("data_tools.prepare", "from data_tools.readers import read\nfrom moepp.errors import DataError"),
-        ("moepp.moe.layer", "from .router import Router\nfrom ..comm import exchange"),
-    ],
-)
-def test_layer_check_lets_imports_the_right_way_pass(module, source):
-    assert not layer_violations(source, module)
+    """The contracts are in pyproject.toml."""
+    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as lint; lint()", "--no-cache"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_collectives_are_called_in_comm_alone():
     users = {
         str(path.relative_to(ROOT)): uses
         for path in python_files("moepp", "data_tools")
-        if path != ROOT / "moepp/comm.py" and (uses := collectives_used(path.read_text()))
+        if path != ROOT / "moepp/distributed/comm.py" and (uses := collectives_used(path.read_text()))
     }
     assert not users
 
@@ -237,7 +140,7 @@ def test_collective_check_sees_every_spelling(source):
 def test_collective_check_lets_groups_and_other_methods_pass():
     source = "import torch.distributed as dist\ndist.new_group([0])\ndist.get_rank()\nqueue.send(x)\ndist.ReduceOp.SUM"
     assert not collectives_used(source)
-    assert collectives_used((ROOT / "moepp/comm.py").read_text())
+    assert collectives_used((ROOT / "moepp/distributed/comm.py").read_text())
 
 
 def test_import_of_moepp_stays_light():

@@ -1,4 +1,4 @@
-"""Every write goes through moepp/files.py; what cannot is named here with its reason."""
+"""Every write goes through moepp/io/files.py; what cannot is named here with its reason."""
 
 from __future__ import annotations
 
@@ -12,25 +12,31 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # (file, call) -> why it is right there. A call that is not in its file any more must leave this list.
 ALLOWED = {
-    ("moepp/files.py", "os.open"): "this is the place",
-    ("moepp/files.py", "open"): "this is the place",
-    ("moepp/files.py", "os.replace"): "this is the place",
-    ("moepp/files.py", "os.rename"): "this is the place",
-    ("moepp/files.py", "os.link"): "this is the place",
-    ("moepp/files.py", "shutil.copytree"): "this is the place",
-    ("moepp/files.py", "shutil.copy2"): "this is the place",
-    ("moepp/owners.py", "os.open"): "a probe that is removed at once: who owns new files here",
+    ("moepp/io/files.py", "os.open"): "this is the place",
+    ("moepp/io/files.py", "open"): "this is the place",
+    ("moepp/io/files.py", "os.replace"): "this is the place",
+    ("moepp/io/files.py", "os.rename"): "this is the place",
+    ("moepp/io/files.py", "os.link"): "this is the place",
+    ("moepp/io/files.py", "shutil.copytree"): "this is the place",
+    ("moepp/io/files.py", "shutil.copy2"): "this is the place",
+    ("moepp/io/owners.py", "os.open"): "a probe that is removed at once: who owns new files here",
     ("moepp/data/indexed.py", "numpy.memmap"): "mapped for reading",
     ("moepp/data/cache.py", "os.open"): "the lock of a cache that users may share; holds nothing, follows no link",
     ("moepp/ops/cpu/cache.py", "open"): "a file in memory, without a name",
-    ("moepp/cli.py", "os.open"): "/dev/null",
+    ("moepp/cli/main.py", "os.open"): "/dev/null",
     ("moepp/training/leave.py", "open"): "a line for the launcher, in a file that it made for that",
-    ("data_tools/prepare.py", "open"): "in the locked staging folder of a preparation",
-    ("data_tools/order.py", "open"): "in the locked staging folder of a preparation",
-    ("data_tools/order.py", "os.replace"): "in the locked staging folder of a preparation",
-    ("data_tools/order.py", "numpy.memmap"): "mapped for reading",
-    ("data_tools/staging.py", "os.replace"): "several files that appear in a fixed order, from the staging folder",
-    ("moepp/weights/write.py", "save_file"): "safetensors writes by name alone; in the hidden folder of an export",
+    ("moepp/data/prepare/pipeline.py", "open"): "in the locked staging folder of a preparation",
+    ("moepp/data/prepare/order.py", "open"): "in the locked staging folder of a preparation",
+    ("moepp/data/prepare/order.py", "os.replace"): "in the locked staging folder of a preparation",
+    ("moepp/data/prepare/order.py", "numpy.memmap"): "mapped for reading",
+    (
+        "moepp/data/prepare/staging.py",
+        "os.replace",
+    ): "several files that appear in a fixed order, from the staging folder",
+    (
+        "moepp/interop/weights/write.py",
+        "save_file",
+    ): "safetensors writes by name alone; in the hidden folder of an export",
 }
 WRITERS = {"write_text", "write_bytes", "tofile", "savetxt", "hardlink_to", "symlink_to", "save_pretrained", "to_csv"}
 OF_MODULE = {
@@ -84,7 +90,7 @@ def _write(call: ast.Call, aliases: dict[str, str]) -> str | None:
         shown = f"{owner}.{name}" if owner in OF_MODULE else f".{name}"
     else:
         return None
-    if owner == "moepp.files" or owner == "files":
+    if owner == "moepp.io.files" or owner == "files":
         return None
     if name in OF_MODULE.get(owner, ()) or name in FROM_ANYWHERE:
         return shown
@@ -132,7 +138,7 @@ def test_files_are_written_by_moepp_files_alone():
         (str(path.relative_to(ROOT)), call): line for path in python_files() for line, call in writes(path.read_text())
     }
     unexpected = [f"{file}:{line}: {call}" for (file, call), line in found.items() if (file, call) not in ALLOWED]
-    assert not unexpected, "use moepp.files:\n" + "\n".join(unexpected)
+    assert not unexpected, "use moepp.io.files:\n" + "\n".join(unexpected)
     assert not [entry for entry in ALLOWED if entry not in found], "not there any more"
 
 

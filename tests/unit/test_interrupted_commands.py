@@ -14,12 +14,12 @@ import torch
 
 from moepp.checkpoint import format as fmt
 from moepp.checkpoint import saver
-from moepp.cli import main
-from moepp.commands import export
+from moepp.cli import export
+from moepp.cli.main import main
 from moepp.errors import RunError
-from moepp.run_dir import RunDir
-from moepp.weights import TensorFolder
-from moepp.weights import write as weights_write
+from moepp.interop.weights import TensorFolder
+from moepp.interop.weights import write as weights_write
+from moepp.runs.directory import RunDir
 from tests.data_files import write_word_tokenizer
 from tests.official_cases import GOLDEN
 
@@ -62,7 +62,7 @@ INTERRUPTIONS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "weights": lambda patch: patch.setattr("safetensors.torch.save_file", killed),
     "tokenizer": lambda patch: patch.setattr(export, "_write_tokenizer", killed),
     "card": lambda patch: patch.setattr(export, "model_card", killed),
-    "syncing": lambda patch: patch.setattr("moepp.files.sync_tree", killed),
+    "syncing": lambda patch: patch.setattr("moepp.io.files.sync_tree", killed),
 }
 
 
@@ -79,7 +79,7 @@ def test_interrupted_export_leaves_the_earlier_one_or_nothing(
         with monkeypatch.context() as patch:
             INTERRUPTIONS[where](patch)
             if where == "configuration":
-                for module in ("moepp.hf.save", "moepp.official.save"):
+                for module in ("moepp.interop.hf.save", "moepp.interop.official.save"):
                     patch.setattr(f"{module}.write_json", killed)
             with pytest.raises(Killed):
                 main(["export", run, str(out), "--format", form])
@@ -166,7 +166,7 @@ def test_interrupted_import_can_be_repeated_and_is_never_taken_for_a_run(
     arguments = ["import", str(RELEASED), str(tmp_path / "run"), "train.precision=fp32"]
     with monkeypatch.context() as patch:
         if where == "finish_import":
-            patch.setattr("moepp.run_dir.RunClaim.finish_import", killed)
+            patch.setattr("moepp.runs.directory.RunClaim.finish_import", killed)
         else:
             patch.setattr(fmt if where == "write_manifest" else saver, where, killed)
         with pytest.raises(Killed):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from moepp.distributed.launch import LaunchEnvironment, read_launch_environment
+from moepp.distributed.refusal import print_once
 from moepp.errors import ConfigError, LaunchError
-from moepp.parallel.launch import LaunchEnvironment, read_launch_environment
-from moepp.parallel.refusal import print_once
 
 MASTER = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 WHERE = ("10.0.0.1", 29500)

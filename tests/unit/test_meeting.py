@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from moepp.distributed import meeting
+from moepp.distributed.agreement import describe_differences, digest_of, group_ranks, name_ranks
+from moepp.distributed.launch import LaunchEnvironment
+from moepp.distributed.meeting import join_store, meet
 from moepp.errors import ConfigError, LaunchError, MoeppError, PeerError
-from moepp.parallel import meeting
-from moepp.parallel.agreement import describe_differences, digest_of, group_ranks, name_ranks
-from moepp.parallel.launch import LaunchEnvironment
-from moepp.parallel.meeting import join_store, meet
 
 FACTS = {"optim.lr": "0.002", "train.steps": "100", "torch": "2.13.0", "moepp's source": "0123456789ab"}
 SECONDS = 20.0

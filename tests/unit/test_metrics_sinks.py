@@ -306,7 +306,7 @@ def test_log_file_that_is_moved_or_full_does_not_end_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     setup_logging(tmp_path, 1)
-    logger, path = logging.getLogger("moepp.trainer"), tmp_path / "log" / "rank-1.txt"
+    logger, path = logging.getLogger("moepp.training.trainer"), tmp_path / "log" / "rank-1.txt"
     logger.info("first")
     path.rename(tmp_path / "log" / "rotated.txt")
     logger.info("second")
@@ -356,12 +356,12 @@ def test_bar_shows_step_loss_speed_and_ffn_experts_per_token() -> None:
 def test_every_rank_has_its_log_file_and_rank_0_speaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for rank in (0, 1):
         setup_logging(tmp_path, rank)
-        logging.getLogger("moepp.trainer").info("info of %d", rank)
-        logging.getLogger("moepp.trainer").warning("warning of %d", rank)
-    logging.getLogger("moepp.trainer").info("file only", extra={"to_console": False})
+        logging.getLogger("moepp.training.trainer").info("info of %d", rank)
+        logging.getLogger("moepp.training.trainer").warning("warning of %d", rank)
+    logging.getLogger("moepp.training.trainer").info("file only", extra={"to_console": False})
     assert capsys.readouterr().err.splitlines() == ["info of 0", "warning of 0", "rank 1: warning of 1"]
     rank_0, rank_1 = ((tmp_path / "log" / f"rank-{rank}.txt").read_text() for rank in (0, 1))
-    assert "INFO moepp.trainer: info of 0" in rank_0 and "of 1" not in rank_0
+    assert "INFO moepp.training.trainer: info of 0" in rank_0 and "of 1" not in rank_0
     assert "info of 1" in rank_1 and "file only" in rank_1
 
 

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from moepp.comm import CommStats
 from moepp.config import ModelConfig, MoEConfig
+from moepp.distributed.comm import CommStats
 from moepp.errors import ConfigError
 from moepp.model import KVCache, Transformer, init_parameters
 from moepp.moe import ExpertParallel

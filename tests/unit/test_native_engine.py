@@ -8,8 +8,8 @@ from torch import nn
 
 from moepp.bench.peers import one_process_group
 from moepp.config import OptimConfig
+from moepp.distributed.groups import build_groups
 from moepp.engine.native import NativeEngine
-from moepp.parallel.groups import build_groups
 
 CPU = torch.device("cpu")
 

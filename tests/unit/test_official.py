@@ -9,8 +9,8 @@ import zipfile
 import pytest
 import torch
 
-from moepp import official
 from moepp.errors import CheckpointError
+from moepp.interop import official
 from moepp.model import Transformer, generate, init_parameters
 from tests.official_cases import GOLDEN, Reference, released_config, released_tensors, write_released
 
@@ -152,7 +152,7 @@ def test_a_rank_reads_its_own_experts_alone(tmp_path, ep_rank, monkeypatch):
         for name in ("gate_up_proj", "down_proj"):
             full = getattr(layer.moe.experts, name)
             setattr(layer.moe.experts, name, torch.nn.Parameter(torch.zeros_like(full[:2])))
-    from moepp.weights import TensorFolder
+    from moepp.interop.weights import TensorFolder
 
     read, keys = TensorFolder.read, []
     monkeypatch.setattr(TensorFolder, "read", lambda self, key, row=None: keys.append(key) or read(self, key, row))
@@ -314,7 +314,7 @@ def test_what_is_saved_comes_back_bitwise(tmp_path, flags, dtype):
     official.save_pretrained(model, tmp_path / "again")
     again = official.load_pretrained(tmp_path / "again", dtype)
     assert again.cfg == model.cfg and again.token_ids == model.token_ids
-    from moepp.weights import TensorFolder
+    from moepp.interop.weights import TensorFolder
 
     saved = TensorFolder(tmp_path / "again")
     assert saved.shapes.keys() == tensors.keys()

@@ -13,12 +13,12 @@ import pytest
 import torch
 import yaml
 
-from moepp import hf, official
 from moepp.checkpoint import read_info
-from moepp.cli import main
+from moepp.cli.main import main
 from moepp.config import from_dict
+from moepp.interop import hf, official
+from moepp.interop.weights import TensorFolder
 from moepp.model import Transformer, init_parameters
-from moepp.weights import TensorFolder
 from tests.data_files import numbered_documents, write_indexed, write_word_tokenizer
 from tests.official_cases import GOLDEN, released_config, released_tensors, write_released
 

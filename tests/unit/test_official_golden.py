@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moepp import official
+from moepp.interop import official
+from moepp.interop.official.keys import pieces_of
 from moepp.model import Transformer
 from moepp.moe import ExpertParallel
-from moepp.official.keys import pieces_of
 from tests.official_cases import GOLDEN
 
 CASES = ("default", "published_flags", "published_flags_bf16")

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from moepp.config import ModelConfig, MoEConfig
+from moepp.distributed.parameters import decays, group_parameters, is_expert_parameter
 from moepp.model import Transformer
-from moepp.parallel.parameters import decays, group_parameters, is_expert_parameter
 
 
 def make_model(**changes: object) -> Transformer:

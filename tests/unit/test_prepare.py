@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_tools import prepare as engine
-from data_tools.encode import BATCHES_IN_FLIGHT_PER_WORKER, Batch, encode_documents
-from data_tools.inspect import verify
-from data_tools.prepare import PrepareOptions, prepare
-from data_tools.readers import ReadOptions
-from moepp.cli import main
+from moepp.cli.main import main
 from moepp.data.indexed import open_indexed
 from moepp.data.manifest import Manifest
+from moepp.data.prepare import pipeline as engine
+from moepp.data.prepare.encode import BATCHES_IN_FLIGHT_PER_WORKER, Batch, encode_documents
+from moepp.data.prepare.inspect import verify
+from moepp.data.prepare.pipeline import PrepareOptions, prepare
+from moepp.data.prepare.readers import ReadOptions
 from moepp.errors import DataError
 from tests.data_files import write_word_tokenizer
 

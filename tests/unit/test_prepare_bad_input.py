@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.prepare import PrepareOptions, prepare
-from moepp.cli import main
+from moepp.cli.main import main
+from moepp.data.prepare.pipeline import PrepareOptions, prepare
 from moepp.errors import DataError
 from tests.data_files import write_word_tokenizer
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import inputs
-from data_tools.inputs import find_inputs
-from data_tools.readers import DocumentReader, ReadOptions
+from moepp.data.prepare import inputs
+from moepp.data.prepare.inputs import find_inputs
+from moepp.data.prepare.readers import DocumentReader, ReadOptions
 from moepp.errors import DataError
 
 

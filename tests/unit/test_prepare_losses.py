@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_tools.inspect import verify
-from data_tools.losses import can_lose
-from data_tools.prepare import PrepareOptions, prepare
-from data_tools.readers import ReadOptions
-from data_tools.train_tokenizer import train_tokenizer
-from moepp.cli import main
+from moepp.cli.main import main
 from moepp.data.indexed import open_indexed
 from moepp.data.manifest import Manifest
+from moepp.data.prepare.inspect import verify
+from moepp.data.prepare.losses import can_lose
+from moepp.data.prepare.pipeline import PrepareOptions, prepare
+from moepp.data.prepare.readers import ReadOptions
+from moepp.data.prepare.train_tokenizer import train_tokenizer
 from moepp.data.tokenizer import Tokenizer
+from moepp.data.tokenizer_guard import require_bounded
 from moepp.errors import DataError
-from moepp.tokenizer_guard import require_bounded
 from tests.data_files import write_word_tokenizer
 
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -75,7 +75,7 @@ def test_characters_without_a_token_are_counted_and_shown(run: Callable[..., Man
 
 
 def _say(run: Callable[..., Manifest], tree: dict[str, Any], texts: list[str], said: list[str]) -> Manifest:
-    import data_tools.prepare as engine
+    import moepp.data.prepare.pipeline as engine
 
     original = engine.prepare
     with pytest.MonkeyPatch.context() as patch:
@@ -144,7 +144,9 @@ def test_text_cut_inside_a_character_is_lost(run: Callable[..., Manifest]) -> No
 
 
 def test_worker_processes_stay_light() -> None:
-    probe = "import sys, data_tools.encode; print(*[name for name in ('torch', 'megatron') if name in sys.modules])"
+    probe = (
+        "import sys, moepp.data.prepare.encode; print(*[name for name in ('torch', 'megatron') if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 

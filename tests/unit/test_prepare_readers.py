@@ -13,10 +13,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_tools import tables
-from data_tools.inputs import find_inputs
-from data_tools.pages import largest_page
-from data_tools.readers import DocumentReader, ReadOptions
+from moepp.data.prepare import tables
+from moepp.data.prepare.inputs import find_inputs
+from moepp.data.prepare.pages import largest_page
+from moepp.data.prepare.readers import DocumentReader, ReadOptions
 from moepp.errors import DataError
 
 GOOD = b'{"text": "good"}\n'

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import corpora, demo
-from data_tools.train_tokenizer import train_tokenizer
-from moepp.cli import main
+from moepp.cli.main import main
+from moepp.data.prepare import corpora, demo
+from moepp.data.prepare.train_tokenizer import train_tokenizer
 from moepp.data.tokenizer import Tokenizer
 from moepp.errors import DataError
 
@@ -52,7 +52,7 @@ def test_trained_tokenizer_round_trips_any_text(tmp_path: Path) -> None:
 
 def test_training_is_deterministic_across_processes() -> None:
     code = (
-        "import hashlib; from data_tools.train_tokenizer import train_tokenizer;"
+        "import hashlib; from moepp.data.prepare.train_tokenizer import train_tokenizer;"
         "from tests.unit.test_prepare_tokenizer_and_demo import TEXTS;"
         "print(hashlib.sha256(train_tokenizer(iter(TEXTS), 400).encode()).hexdigest())"
     )

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from moepp.commands import report as command
+from moepp.cli import report as command
 from moepp.errors import MoeppError, RunError
-from moepp.report import ReportInputs, read_inputs, summary_text, write_report
-from moepp.run_dir import RunDir
+from moepp.runs.directory import RunDir
+from moepp.runs.report import ReportInputs, read_inputs, summary_text, write_report
 
 INPUTS = ReportInputs(6.5, ("The people of\nthe states", "We must", "Peace"))
 

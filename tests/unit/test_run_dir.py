@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 import yaml
 
-from moepp import files
-from moepp.environment import describe_environment
 from moepp.errors import RunError
-from moepp.run_dir import RunClaim, RunDir, check_run_dir
-from moepp.run_lock import RunLock
+from moepp.io import files
+from moepp.runs.directory import RunClaim, RunDir, check_run_dir
+from moepp.runs.environment import describe_environment
+from moepp.runs.lock import RunLock
 
 CONFIG: dict[str, Any] = {
     "run": {"name": "a", "dir": None, "seed": 1234, "resume": "auto"},
@@ -99,7 +99,7 @@ def test_relative_path_stays_valid_after_a_change_of_directory(tmp_path: Path, m
 
 HOLD = """
 import sys, time
-from moepp.run_dir import RunDir
+from moepp.runs.directory import RunDir
 claim = RunDir.claim(sys.argv[1], {"run": {}}, {})
 if sys.argv[2] == "fork":
     import os

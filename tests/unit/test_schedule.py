@@ -8,7 +8,7 @@ import math
 import pytest
 
 from moepp.config import OptimConfig
-from moepp.engine.schedule import learning_rate
+from moepp.training.schedule import learning_rate
 
 
 def rates(total: int, **changes: object) -> list[float]:

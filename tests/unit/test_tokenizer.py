@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from data_tools.prepare import PrepareOptions, prepare
-from moepp.cli import main
-from moepp.commands.export import _write_tokenizer
+from moepp.cli.export import _write_tokenizer
+from moepp.cli.main import main
 from moepp.data.indexed import open_indexed
+from moepp.data.prepare.pipeline import PrepareOptions, prepare
 from moepp.data.tokenizer import Tokenizer
 from moepp.data.vocabulary import padded_size
 from moepp.errors import DataError

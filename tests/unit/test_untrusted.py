@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from moepp.errors import CheckpointError, ConfigError, DataError
-from moepp.untrusted import (
+from moepp.io.untrusted import (
     MAX_JSON_DEPTH,
     load_json,
     load_yaml,
@@ -116,7 +116,7 @@ def test_the_callers_class_of_error_is_raised(tmp_path):
 
 def test_json_beyond_memory_is_one_line():
     program = (
-        "import resource\nfrom moepp.untrusted import load_json\nfrom moepp.errors import DataError\n"
+        "import resource\nfrom moepp.io.untrusted import load_json\nfrom moepp.errors import DataError\n"
         "text = '[' + '{},' * 1_000_000 + '{}]'\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20),) * 2)\n"

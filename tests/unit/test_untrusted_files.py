@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from moepp import cli, model_card
-from moepp.commands import generate
+from moepp.cli import generate
+from moepp.cli.main import main as cli
+from moepp.cli.main import model_card
 from moepp.config import from_dict, to_dict
 from moepp.config.compare import breaking_differences
 from moepp.errors import CheckpointError, ConfigError, DataError, RunError
@@ -22,8 +23,8 @@ from moepp.evaluation import data as evaluation_data
 from moepp.evaluation.results import BenchmarkResult, Subject, read_results, table_text, write_results
 from moepp.metrics.jsonl import read_records
 from moepp.metrics.logs import close_logging, setup_logging
-from moepp.report import read_inputs
-from moepp.run_dir import RunDir, _read_config
+from moepp.runs.directory import RunDir, _read_config
+from moepp.runs.report import read_inputs
 from tests.data_files import make_config
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\u202e"

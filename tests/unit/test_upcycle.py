@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moepp import upcycle
 from moepp.config import InitConfig, ModelConfig, MoEConfig, RopeScalingConfig
 from moepp.errors import CheckpointError, ConfigError
+from moepp.interop import upcycle
 from moepp.model import Transformer, init_parameters
 from tests.data_files import numbered_documents, write_indexed
 

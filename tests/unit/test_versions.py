@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 
 from moepp import versions
-from moepp.cli import main
+from moepp.cli.main import main
 from moepp.errors import VersionError
 
 ROOT = Path(__file__).resolve().parents[2]
 DECLARED = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NAMES = [re.split("[>=<; ]", requirement)[0] for requirement in DECLARED["dependencies"]]
 PROBE = (
-    "import sys; from moepp.cli import main; code = main(sys.argv[1:]);"
+    "import sys; from moepp.cli.main import main; code = main(sys.argv[1:]);"
     "print([name for name in ('torch', 'numpy', 'hydra', 'yaml', 'deepspeed') if name in sys.modules], code)"
 )
 

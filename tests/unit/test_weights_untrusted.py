@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moepp import hf, official
-from moepp.cli import main
+from moepp.cli.main import main
 from moepp.errors import CheckpointError, MoeppError
 from moepp.evaluation.load import find_model
-from moepp.official import TokenIds
-from moepp.upcycle import _differences, _require_types
-from moepp.weights import TensorFolder, whole_parameters
+from moepp.interop import hf, official
+from moepp.interop.official import TokenIds
+from moepp.interop.upcycle import _differences, _require_types
+from moepp.interop.weights import TensorFolder, whole_parameters
 from tests.evaluation_cases import tiny_config
 from tests.official_cases import released_config, released_tensors
 

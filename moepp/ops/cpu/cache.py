@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from moepp.files import open_own, write_whole
+from moepp.io.files import open_own, write_whole
 
 logger = logging.getLogger("moepp")
 

@@ -1,0 +1,1 @@
+"""The ``moepp`` console script: one command per file, imported when it is asked for."""

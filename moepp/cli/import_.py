@@ -1,0 +1,224 @@
+"""Make a run directory from released or exported weights, to be trained further, evaluated or sampled from.
+
+Several processes share the experts: `torchrun --nproc_per_node 4 -m moepp.cli import FOLDER RUN_DIR parallel.expert=4`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moepp.checkpoint import Checkpointer, CheckpointInfo
+from moepp.config import Config, ModelConfig, RunPlan, explain_hydra_error, from_hydra, to_dict, validate
+from moepp.data.manifest import sha256_of
+from moepp.distributed import comm
+from moepp.distributed.groups import (
+    ParallelGroups,
+    build_groups,
+    init_process_group,
+    new_cpu_group,
+    pick_device,
+    read_launch_environment,
+)
+from moepp.engine.engine import Engine
+from moepp.errors import CheckpointError, ConfigError
+from moepp.evaluation.load import eod_of_folder
+from moepp.interop import hf, official
+from moepp.interop.weights.files import read_json
+from moepp.io import files
+from moepp.metrics.step_stats import StepStats
+from moepp.runs.directory import RunClaim, RunDir
+from moepp.runs.environment import command_facts, describe_environment
+from moepp.training.build import build_model, check_initial_weights, device_name, load_initial_weights
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+MODEL_NAME = "imported"
+DEFAULT_SEQ_LEN = 2048  # of the paper; shorter where the model is
+EXAMPLE = "moepp import FOLDER runs/mine data.paths=[data/mine/text]"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("folder", metavar="FOLDER", help="released MoE++ weights, or a `moepp export`")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="directory to make")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="configuration of the run, as for train.py, e.g. data.paths=[x]",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write config.yaml, model/imported.yaml and a checkpoint at step 0."""
+    source_format = _format_of(Path(args.folder))
+    cfg = _configuration(args, source_format)
+    launch = read_launch_environment()
+    plan = validate(cfg, launch.world_size)
+    device = pick_device(launch.local_rank)
+    init_process_group(launch, device, cfg.parallel.timeout_seconds, command_facts())
+    try:
+        groups = build_groups(cfg.parallel.expert, device)
+        _import(cfg, plan, replace(cfg, init=replace(cfg.init, path=args.folder, format=source_format)), groups)
+    finally:
+        dist.destroy_process_group()
+    if launch.rank == 0:
+        place = shlex.quote(args.run_dir)
+        print(
+            f"imported {args.folder} into {args.run_dir}; train it further with\n"
+            f"  python train.py --config-dir {place} model={MODEL_NAME} run.dir={place} data.paths=[...]"
+        )
+    return 0
+
+
+def _format_of(folder: Path) -> str:
+    return "moepp" if read_json(folder / "config.json").get("model_type") == hf.MODEL_TYPE else "official"
+
+
+def _read_config(folder: str, source_format: str) -> ModelConfig:
+    return (hf if source_format == "moepp" else official).read_config(folder)
+
+
+def _configuration(args: argparse.Namespace, source_format: str) -> Config:
+    """What train.py would run with these overrides and the folder's model.
+
+    Raises:
+        CheckpointError: not a folder that can be imported.
+        ConfigError: an override that cannot be.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    model = _read_config(args.folder, source_format)
+    if not CONFIGS.is_dir():
+        raise ConfigError(f"{CONFIGS} does not exist; run `moepp import` from a checkout of the project")
+    run_dir = Path(args.run_dir)
+    tokenizer = Path(args.folder, "tokenizer.json")
+    defaults = [
+        f"run.name={_quoted(run_dir.resolve().name)}",
+        f"run.dir={_quoted(str(run_dir))}",
+        f"data.seq_len={min(model.max_seq_len, DEFAULT_SEQ_LEN)}",
+        f"data.tokenizer={_quoted(str(tokenizer.resolve())) if tokenizer.is_file() else 'null'}",
+    ]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            _write_model(Path(folder), model)
+            with initialize_config_dir(str(CONFIGS), version_base=None):
+                search = [f"hydra.searchpath=[file://{folder}]", f"model={MODEL_NAME}"]
+                return from_hydra(compose("config", [*search, *defaults, *args.overrides]))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain_hydra_error(error)) from error
+
+
+def _quoted(text: str) -> str:
+    """A value that Hydra takes as it is, whatever characters a path has."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _write_model(folder: Path, model: ModelConfig) -> None:
+    import yaml
+
+    files.make_own_folder(folder / "model")
+    files.write_whole(folder / "model" / f"{MODEL_NAME}.yaml", yaml.safe_dump(to_dict(model), sort_keys=False))
+
+
+def _import(cfg: Config, plan: RunPlan, cfg_with_source: Config, groups: ParallelGroups) -> None:
+    source = cfg_with_source.init.path
+    assert source is not None
+    comm.run_together(lambda: check_initial_weights(cfg_with_source))
+    environment = describe_environment(device_name(groups.device), groups.world_size)
+    claim = comm.run_together(lambda: _claim(cfg, environment) if groups.rank == 0 else None)
+    try:
+        run_dir = RunDir(Path(comm.broadcast_object(str(claim.run_dir.path) if claim else None)))
+        if claim is not None:
+            _write_model(run_dir.path, cfg.model)
+        # The checkpoint holds the masters, which are fp32 whatever the run computes in.
+        in_fp32 = replace(cfg_with_source, train=replace(cfg.train, precision="fp32"))
+        model = build_model(in_fp32, groups, comm.CommStats())
+        comm.run_together(lambda: load_initial_weights(in_fp32, model, groups))
+        _save(cfg, plan, model, groups, run_dir, _described(cfg, source, environment["packages"]))
+        comm.run_together(lambda: claim.finish_import() if claim is not None else None)
+    finally:
+        if claim is not None:
+            claim.release()
+
+
+def _claim(cfg: Config, environment: dict[str, Any]) -> RunClaim:
+    return RunDir.claim(cfg.run.path, to_dict(cfg), environment, "never", importing=True)
+
+
+@dataclass(frozen=True)
+class _Described:
+    """What a checkpoint tells besides configuration and state."""
+
+    versions: dict[str, Any]
+    eod_id: int | None
+    tokenizer_sha256: str | None
+
+
+def _described(cfg: Config, source: str, versions: dict[str, Any]) -> _Described:
+    path = cfg.data.tokenizer
+    sha256 = sha256_of(path) if path is not None and Path(path).is_file() else None
+    return _Described(versions, eod_of_folder(Path(source)), sha256)
+
+
+def _save(
+    cfg: Config, plan: RunPlan, model: nn.Module, groups: ParallelGroups, run_dir: RunDir, described: _Described
+) -> None:
+    checkpointer = Checkpointer(cfg.checkpoint, groups, run_dir.checkpoints, new_cpu_group())
+    moe = cfg.model.moe
+    info = CheckpointInfo(
+        step=0,
+        tokens=0,
+        layout={
+            "world_size": groups.world_size,
+            "expert": groups.ep_size,
+            "engine": cfg.engine.name,
+            "zero_stage": plan.zero_stage,
+            "precision": cfg.train.precision,
+        },
+        config=to_dict(cfg),
+        versions=described.versions,
+        run_state={
+            "seed": cfg.run.seed,
+            "next_batch": 0,
+            "skipped_batches": 0,
+            "rewinds": 0,
+            "skipped_steps": 0,
+            "skipped_in_a_row": 0,
+            "recent_losses": [],
+            "data": {},  # none was seen: any may follow
+            "wandb_run_id": None,
+        },
+        eod_id=described.eod_id,
+        tokenizer_sha256=described.tokenizer_sha256,
+    )
+    stats = StepStats(cfg.model.moe_layers, moe.expert_counts, moe.top_k)
+    checkpointer.save(cast(Engine, _Untrained(model)), stats, info, background=False)
+    problems = checkpointer.reports[-1].problems
+    if problems:
+        raise CheckpointError(f"the weights could not be saved: {'; '.join(problems)}; then repeat the import")
+
+
+class _Untrained:
+    """An engine before its first step, as far as a checkpoint is concerned."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for name, parameter in self.model.named_parameters():
+            zeros = torch.zeros_like(parameter, dtype=torch.float32)
+            yield name, {"fp32": parameter.detach(), "exp_avg": zeros, "exp_avg_sq": zeros, "step": torch.zeros(())}

@@ -1,7 +1,0 @@
-"""The project's own Hugging Face format: every model that it can train, with code that transformers can run."""
-
-from moepp.hf.config import MODEL_TYPE, read_config
-from moepp.hf.load import check_folder, load_into
-from moepp.hf.save import save_pretrained, write_hf
-
-__all__ = ["MODEL_TYPE", "check_folder", "load_into", "read_config", "save_pretrained", "write_hf"]

@@ -1,0 +1,1 @@
+"""Weights of other formats: released MoE++ checkpoints, Hugging Face exports, dense models."""

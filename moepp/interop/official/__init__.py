@@ -1,0 +1,17 @@
+"""The released MoE++ checkpoint format, both ways: import into this project's model and export from it."""
+
+from moepp.interop.official.config import TokenIds, read_config
+from moepp.interop.official.load import check_folder, load_into, load_pretrained
+from moepp.interop.official.model import OfficialModel, OfficialOutput
+from moepp.interop.official.save import save_pretrained
+
+__all__ = [
+    "OfficialModel",
+    "OfficialOutput",
+    "TokenIds",
+    "check_folder",
+    "load_into",
+    "load_pretrained",
+    "read_config",
+    "save_pretrained",
+]

@@ -1,0 +1,254 @@
+"""The closing summary of a run: from metrics.jsonl to a picture and a page of text."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from moepp.errors import RunError
+from moepp.io import files
+from moepp.io.untrusted import printable, read_json, show, terminal_text
+from moepp.metrics.jsonl import read_records
+from moepp.runs.directory import RunDir
+
+Records = Sequence[Mapping[str, Any]]
+"""Lines of metrics.jsonl."""
+
+
+FEW_TOKENS = 1_000_000  # assumption: a shorter run tries whether everything works, and is no attempt to learn
+
+
+@dataclass(frozen=True)
+class ReportInputs:
+    """What the summary shows besides the metrics; kept in ``report.json`` so that it can be drawn again."""
+
+    unigram_entropy: float | None = None  # of the validation tokens under the corpus's token frequencies, nats
+    samples: tuple[str, ...] = ()  # continuations by the trained model
+
+
+def write_report(run_dir: RunDir, inputs: ReportInputs) -> str:
+    """Write ``loss.png``, ``summary.md`` and ``report.json`` into the run directory and return the summary.
+
+    Raises:
+        RunError: no metrics.
+        WriteError: the directory cannot be written.
+    """
+    records = read_records(run_dir.metrics_file)
+    if not records:
+        raise RunError(f"{run_dir.metrics_file} holds no record yet; train at least train.log_interval steps first")
+    text = summary_text(records, inputs, run_dir)
+    picture = io.BytesIO()
+    draw_loss(records, picture, inputs.unigram_entropy)
+    files.write_whole(run_dir.path / "report.json", json.dumps(asdict(inputs), indent=2) + "\n")
+    files.write_whole(run_dir.path / "loss.png", picture.getvalue())
+    files.write_whole(run_dir.path / "summary.md", text)
+    return text
+
+
+def read_inputs(run_dir: RunDir) -> ReportInputs:
+    """The entropy that the last :func:`write_report` was given, and the samples that training drew (samples.json).
+
+    Raises:
+        RunError: ``report.json`` or ``samples.json`` is damaged.
+    """
+    stored = _read_json(run_dir.path / "report.json") or {"unigram_entropy": None, "samples": []}
+    drawn = _read_json(run_dir.path / "samples.json")
+    try:
+        samples = [f"{s['prompt']} [...] {s['continuation']}" for s in drawn] if drawn else stored["samples"]
+        entropy = stored["unigram_entropy"]
+        if not isinstance(samples, list) or not all(isinstance(sample, str) for sample in samples):
+            raise TypeError("samples are not texts")
+        if type(entropy) not in (int, float, type(None)):
+            raise TypeError(f"unigram_entropy={show(entropy)} is no number")
+        return ReportInputs(entropy, tuple(terminal_text(sample) for sample in samples))
+    except (KeyError, TypeError) as error:
+        reason = printable(error, 100)
+        raise RunError(f"report.json or samples.json in {run_dir.path} is damaged ({reason}); remove it") from error
+
+
+def _read_json(path: Path) -> Any:
+    return read_json(path, error=RunError, remedy=f"{path.name} is damaged; remove it") if path.exists() else None
+
+
+def summary_text(records: Records, inputs: ReportInputs, run_dir: RunDir) -> str:
+    """The summary as Markdown; pure, and complete whatever metrics are missing."""
+    sections = [
+        _headline(records),
+        _loss_section(records, inputs.unigram_entropy),
+        _routing_section(records),
+        _bytes_section(records),
+        _samples_section(inputs.samples),
+        _places_section(run_dir),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def draw_loss(records: Records, stream: BinaryIO, unigram_entropy: float | None = None) -> None:
+    """Draw training and validation loss against tokens into ``stream`` (PNG)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)  # draws without a display and leaves pyplot's global state alone
+    axes = figure.subplots()
+    for name, label, style in (("train/loss", "training", "-"), ("eval/loss", "validation", "o-")):
+        points = [(record["tokens"], record[name]) for record in records if record.get(name) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    if unigram_entropy is not None:
+        axes.axhline(unigram_entropy, linestyle="--", color="grey", label="unigram entropy")
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("cross-entropy, nats per token")
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    figure.savefig(stream, format="png", dpi=120)
+
+
+def _headline(records: Records) -> str:
+    last = max(records, key=lambda record: record["step"])
+    speed = _last_with(records, "throughput/tokens_per_second")
+    text = f"# Training summary\n\n{last['step']:,} optimizer steps, {last['tokens']:,} tokens"
+    if speed is not None:
+        text += f", {speed['throughput/tokens_per_second']:,.0f} tokens/s at the end"
+    return text + "."
+
+
+def _loss_section(records: Records, unigram_entropy: float | None) -> str:
+    lines = ["## Loss", ""]
+    train, evaluation = _last_with(records, "train/loss"), _last_with(records, "eval/loss")
+    if train is not None:
+        lines.append(f"- training loss: {train['train/loss']:.4f} nats per token at step {train['step']:,}")
+    if evaluation is None:
+        lines.append("- validation loss: not measured (train.eval_batches=0, or no evaluation yet)")
+        return "\n".join(lines)
+    loss = evaluation["eval/loss"]
+    lines.append(f"- validation loss: {loss:.4f} nats per token at step {evaluation['step']:,}")
+    if unigram_entropy is not None:
+        lines.append(f"- unigram entropy of the corpus: {unigram_entropy:.4f} nats per token")
+        margin = unigram_entropy - loss
+        lines.append(f"- {_verdict(margin, evaluation['tokens'])}")
+    return "\n".join(lines)
+
+
+def _verdict(margin: float, tokens: int) -> str:
+    """What it means that the validation loss lies so many nats below (above: negative) the unigram entropy."""
+    if margin > 0:
+        return (
+            f"PASS: the validation loss is {margin:.4f} below the unigram entropy: "
+            "the model has learned more than how frequent each token is"
+        )
+    above = f"the validation loss is {-margin:.4f} above the unigram entropy"
+    if tokens < FEW_TOKENS:
+        return f"REMARK: {above}, as is usual after only {tokens:,} tokens; train longer before judging the model"
+    return f"FAIL: {above}: the model predicts no better than token frequencies alone"
+
+
+def _routing_section(records: Records) -> str:
+    record = _last_with(records, "routing/ffn_per_token")
+    if record is None:
+        return "## Routing\n\nNo routing metrics: the model has no MoE layer, or nothing was logged."
+    matches = (re.fullmatch(r"routing/layer_([0-9]{1,9})/share_ffn", name) for name in record)
+    layers = sorted(int(match[1]) for match in matches if match)
+    prefix = f"routing/layer_{layers[0]}/share_" if layers else "\0"
+    kinds = [printable(name.removeprefix(prefix)) for name in record if name.startswith(prefix)]
+    header = ["layer", *(f"{kind} %" for kind in kinds), "FFN load max/mean"]
+    rows = []
+    for layer in layers:
+        prefix = f"routing/layer_{layer}"
+        shares = [_number(record.get(f"{prefix}/share_{kind}"), "{:.1f}", 100) for kind in kinds]
+        rows.append([str(layer), *shares, _number(record.get(f"{prefix}/max_over_mean"), "{:.2f}")])
+    dropped = _number(record.get("routing/drop_fraction"), "{:.2f}%", 100)
+    return "\n".join(
+        [
+            "## Routing",
+            "",
+            f"Share of the routed tokens per expert kind, at step {record['step']:,} (mean since the log before):",
+            "",
+            *_table(header, rows),
+            "",
+            f"FFN experts per token: {_number(record['routing/ffn_per_token'], '{:.3f}')}; dropped slots: {dropped}",
+        ]
+    )
+
+
+def _bytes_section(records: Records) -> str:
+    sent = _mean_per_step(records, "comm/dispatch_bytes")
+    vanilla = _mean_per_step(records, "comm/dispatch_bytes_vanilla")
+    title = "## Bytes between ranks\n\n"
+    if sent is None or vanilla is None:
+        return title + "No communication metrics were logged."
+    if vanilla == 0:
+        return title + "Nothing was sent: every expert is local (one process, or parallel.expert=1)."
+    return title + (
+        f"Rows sent per optimizer step, over all ranks and the whole run: {_bytes(sent)}; "
+        f"a vanilla MoE with the same tokens and top-k would send {_bytes(vanilla)} "
+        f"({100 * (1 - sent / vanilla):.1f}% saved)."
+    )
+
+
+def _samples_section(samples: Sequence[str]) -> str:
+    if not samples:
+        return "## Samples\n\nNone were drawn."
+    parts = ["## Samples"]
+    for number, sample in enumerate(samples, start=1):
+        quoted = "\n".join(f"> {line}".rstrip() for line in sample.splitlines() or [""])
+        parts.append(f"{number}.\n\n{quoted}")
+    return "\n\n".join(parts)
+
+
+def _places_section(run_dir: RunDir) -> str:
+    places = {
+        "this summary": run_dir.path / "summary.md",
+        "loss curve": run_dir.path / "loss.png",
+        "metrics": run_dir.metrics_file,
+        "configuration": run_dir.config_file,
+        "versions and hardware": run_dir.environment_file,
+        "checkpoints": run_dir.checkpoints,
+        "W&B (upload with `wandb sync`)": run_dir.wandb,
+        "log files": run_dir.log,
+    }
+    return "## Where everything lies\n\n" + "\n".join(f"- {name}: `{path}`" for name, path in places.items())
+
+
+def _last_with(records: Records, name: str) -> Mapping[str, Any] | None:
+    """The last record in which ``name`` is a number."""
+    return next((record for record in reversed(records) if record.get(name) is not None), None)
+
+
+def _mean_per_step(records: Records, name: str) -> float | None:
+    """Mean of a per-step metric over the run, weighing each record by the steps since the one before."""
+    points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+    if not points:
+        return None
+    steps = [step for step, _ in points]
+    weights = [after - before for before, after in pairwise(steps)]
+    # A run that continues another one starts late: its first record covers no more steps than the next one.
+    weights.insert(0, min(steps[0], weights[0]) if weights else 1)
+    total = sum(weights)
+    return sum(weight * value for weight, (_, value) in zip(weights, points, strict=True)) / total if total else None
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table with aligned columns, readable as plain text too."""
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+    lines = [header, ["-" * (width - 1) + ":" for width in widths], *rows]
+    return ["| " + " | ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
+
+
+def _number(value: float | None, pattern: str, scale: float = 1.0) -> str:
+    return pattern.format(value * scale) if value is not None else "-"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"

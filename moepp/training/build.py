@@ -1,0 +1,124 @@
+"""From a configuration to the parts of a run, in the order that finds mistakes before anything expensive."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moepp import ops
+from moepp.checkpoint import Checkpointer, CheckpointInfo
+from moepp.config import Config, RunPlan
+from moepp.data import build_data
+from moepp.distributed import comm
+from moepp.distributed.groups import ParallelGroups, new_cpu_group
+from moepp.engine.engine import Engine
+from moepp.interop import hf, official, upcycle
+from moepp.metrics.sinks import SinkGroup, open_sinks
+from moepp.metrics.throughput import Throughput, peak_flops_per_second
+from moepp.model.init import init_parameters
+from moepp.model.transformer import Transformer
+from moepp.moe import ExpertParallel
+from moepp.runs.directory import RunDir
+from moepp.training.trainer import Parts
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's name as its vendor gives it, or the processor's architecture."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {platform.machine()}"
+
+
+def build_model(cfg: Config, groups: ParallelGroups, comm_stats: comm.CommStats) -> Transformer:
+    """The model on this rank's device, with weights that depend on the seed and the names alone."""
+    with torch.device("meta"):
+        model = Transformer(
+            cfg.model,
+            ExpertParallel(groups.ep, groups.world, comm_stats, cfg.parallel.exchange_chunks),
+        )
+    model.to_empty(device=groups.device)
+    model.to(DTYPES[cfg.train.precision])
+    init_parameters(model, cfg.run.seed, groups.ep_rank, groups.ep_size)
+    model.set_recompute(cfg.train.recompute)
+    return model
+
+
+def check_initial_weights(cfg: Config) -> None:
+    """Refuse ``init.path`` if it is not what ``init.format`` says or does not fit the model; reads no weights.
+
+    Raises:
+        CheckpointError: lists what is wrong.
+    """
+    if cfg.init.path is not None:
+        checks = {"official": official.check_folder, "moepp": hf.check_folder, "dense": upcycle.check_folder}
+        checks[cfg.init.format](cfg.init.path, cfg.model)
+
+
+def load_initial_weights(cfg: Config, model: Transformer, groups: ParallelGroups) -> None:
+    """Replace fresh weights by those of ``init.path``, if there is one; each rank reads its own experts only."""
+    if cfg.init.path is None:
+        return
+    if cfg.init.format == "dense":
+        upcycle.load_into(model, cfg.init.path, cfg.init, cfg.run.seed, groups.ep_rank, groups.ep_size)
+    else:
+        source = official if cfg.init.format == "official" else hf
+        source.load_into(model, cfg.init.path, groups.ep_rank, groups.ep_size)
+
+
+def build_engine(cfg: Config, plan: RunPlan, model: Transformer, groups: ParallelGroups) -> Engine:
+    """The engine that ``engine.name`` asks for."""
+    if cfg.engine.name == "native":
+        from moepp.engine.native import NativeEngine
+
+        return NativeEngine(model, groups, cfg.optim, plan.accumulation_steps)
+    from moepp.engine.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(model, groups, cfg.optim, plan.accumulation_steps, plan.micro_batch_size, plan.zero_stage)
+
+
+def build_parts(
+    cfg: Config,
+    plan: RunPlan,
+    groups: ParallelGroups,
+    run_dir: RunDir,
+    start: CheckpointInfo | None,
+    versions: dict[str, Any],
+    check_claim: Callable[[], None],
+) -> Parts:
+    """Everything that :class:`moepp.training.trainer.Trainer` needs; collective.
+
+    Args:
+        cfg: the run's configuration.
+        plan: what follows from it for this number of ranks.
+        groups: process groups of the run.
+        run_dir: the run's directory, claimed by rank 0.
+        start: of the checkpoint that the run continues from; None: it starts fresh.
+        versions: package versions, for the checkpoints.
+        check_claim: raises RunError where the directory is not the run's any more; does nothing on other ranks.
+    """
+    ops.choose_kernels(cfg.runtime.kernels, groups.device)
+    start_step = start.step if start is not None else 0
+    starts_fresh = start_step == 0
+    if starts_fresh:
+        comm.run_together(lambda: check_initial_weights(cfg))
+    cache_dir = cfg.data.cache_dir or str(run_dir.path / "data-cache")
+    data = build_data(cfg, plan, groups.rank, cache_dir)
+    comm_stats = comm.CommStats()
+    model = build_model(cfg, groups, comm_stats)
+    if starts_fresh:
+        comm.run_together(lambda: load_initial_weights(cfg, model, groups))
+    engine = build_engine(cfg, plan, model, groups)
+    peak = peak_flops_per_second(device_name(groups.device), cfg.train.precision)
+    throughput = Throughput(groups.world_size, peak)
+    checkpointer = Checkpointer(cfg.checkpoint, groups, run_dir.checkpoints, new_cpu_group(), check_claim)
+    comm.limit_waits(cfg.parallel.timeout_seconds)
+    offset = start.run_state["skipped_batches"] if start is not None else 0
+    sinks = comm.run_together(
+        lambda: open_sinks(run_dir.path, cfg, start_step, offset, check_claim) if groups.rank == 0 else SinkGroup()
+    )
+    return Parts(cfg, plan, groups, model, engine, data, comm_stats, sinks, throughput, checkpointer, versions)

@@ -1,0 +1,214 @@
+"""One training run from configuration to last step: check, claim the directory, build, train, report."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from moepp.distributed import comm
+from moepp.training.build import DTYPES, build_parts, device_name
+from moepp.checkpoint import choose_checkpoint, continues_same_data, read_info
+from moepp.config import Config, RunPlan, to_dict, validate
+from moepp.data import check_data, vocabulary_remarks
+from moepp.runs.environment import describe_environment
+from moepp.errors import DataError, MoeppError, PeerError
+from moepp.training.guards import StopRequest
+from moepp.metrics.logs import close_logging, setup_logging
+from moepp.metrics.wandb import require_wandb_login
+from moepp.model.accounting import count_parameters
+from moepp.distributed.agreement import find_differences
+from moepp.distributed.groups import (
+    LaunchEnvironment,
+    ParallelGroups,
+    build_groups,
+    init_process_group,
+    pick_device,
+    read_launch_environment,
+)
+from moepp.distributed.peers import PeerWatch
+from moepp.training.rank_facts import file_facts, processor_facts, start_facts
+from moepp.runs.directory import RunClaim, RunDir
+from moepp.training.samples import lacks_samples, write_samples
+from moepp.training.trainer import Trainer
+
+logger = logging.getLogger("moepp.training.run")
+
+LOCK_WAIT_SECONDS = 5.0  # a launcher restarts a run when its predecessor is hardly dead
+
+
+def run_training(cfg: Config) -> None:
+    """Train as ``cfg`` says, on as many processes as the launcher started.
+
+    Raises:
+        MoeppError: anything a user can cause, the same on every rank, before training starts.
+        PeerError: another rank is gone; it is named.
+    """
+    launch = read_launch_environment()
+    plan = validate(cfg, launch.world_size)
+    device = pick_device(launch.local_rank)
+    store = init_process_group(launch, device, cfg.parallel.timeout_seconds, start_facts(cfg, device))
+    if launch.rank > 0 and launch.local_rank == 0:  # the first of its host, whose log would be empty
+        print(_introduce_rank(launch), flush=True)
+    watch = PeerWatch(store, launch.rank, launch.world_size, _leave)
+    try:
+        _run(cfg, plan, build_groups(cfg.parallel.expert, device))
+        watch.stop()
+        with contextlib.suppress(RuntimeError):  # all work is done; a rank that is gone now says itself why
+            comm.barrier()  # rank 0 keeps the store, so it leaves last
+    except Exception as error:
+        if comm.is_communication_error(error):
+            raise _peer_error(watch.explain(error)) from error
+        watch.announce(error)
+        raise
+    finally:
+        close_logging()
+        _leave_process_groups()
+
+
+def _leave_process_groups() -> None:
+    """Destroy the process groups; DeepSpeed, which has adopted them, must hear of it, or a second run gets the old."""
+    adopter = sys.modules.get("deepspeed.comm")
+    if adopter is not None and adopter.is_initialized():
+        adopter.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _run(cfg: Config, plan: RunPlan, groups: ParallelGroups) -> None:
+    """Check what can be checked, then train in the run's directory."""
+    comm.run_together(lambda: check_data(cfg))
+    _compare_ranks(cfg, groups)
+    comm.run_together(lambda: require_wandb_login(cfg.logging.wandb.mode) if groups.rank == 0 else None)
+    if cfg.eval.tasks:
+        _check_tasks(cfg, groups)
+    remark, remarked_here = find_differences(processor_facts(groups.device, DTYPES[cfg.train.precision]), groups.world)
+    environment = describe_environment(device_name(groups.device), groups.world_size)
+    claim = comm.run_together(lambda: _claim(cfg, environment) if groups.rank == 0 else None)
+    try:
+        run_dir = RunDir(Path(comm.broadcast_object(str(claim.run_dir.path) if claim else None)))
+        comm.run_together(lambda: setup_logging(run_dir.path, groups.rank))
+        logger.info("%s", _introduce_rank(groups), extra={"to_console": False})
+        if remark and remarked_here:
+            logger.warning("ranks differ in what may change the last bits of results: %s", remark)
+        with StopRequest() as stop:
+            _train(cfg, plan, groups, run_dir, environment, stop, claim.check if claim is not None else lambda: None)
+    except MoeppError as error:
+        _log_to_file(error)
+        raise
+    finally:
+        if claim is not None:
+            claim.release()
+
+
+def _compare_ranks(cfg: Config, groups: ParallelGroups) -> None:
+    """Refuse files that are not the same on every rank: each host may have a copy of its own."""
+    facts = comm.run_together(lambda: file_facts(cfg))
+    told, said_here = find_differences(facts, groups.world)
+    if told:
+        error = DataError(f"{told}; copy the same files to every host")
+        error.said_here = said_here
+        raise error
+
+
+def _introduce_rank(launch: LaunchEnvironment | ParallelGroups) -> str:
+    return f"rank {launch.rank} of {launch.world_size} on {socket.gethostname()}"
+
+
+def _peer_error(explanation: str) -> PeerError:
+    error = PeerError(
+        f"{explanation}; look for that rank's own error, then start again: the run continues from its newest checkpoint"
+    )
+    _log_to_file(error)
+    return error
+
+
+def _leave(explanation: str) -> None:
+    """End a process whose training thread waits for a rank that is gone."""
+    error = _peer_error(explanation)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(error.exit_code)
+
+
+def _log_to_file(error: MoeppError) -> None:
+    """Leave the reason in log/rank-*.txt; train.py prints it."""
+    logger.error("%s", error, extra={"to_console": False})
+
+
+def _check_tasks(cfg: Config, groups: ParallelGroups) -> None:
+    from moepp.evaluation.names import harness_tasks_folder
+
+    comm.run_together(harness_tasks_folder)  # is lm-evaluation-harness installed?
+    from moepp.evaluation.evaluate import check_tasks
+
+    check_tasks(cfg.eval.tasks, cfg.eval.data, groups)
+
+
+def _claim(cfg: Config, environment: dict[str, Any]) -> RunClaim:
+    same_data = continues_same_data(cfg, RunDir(Path(cfg.run.path).expanduser()).checkpoints)
+    return RunDir.claim(cfg.run.path, to_dict(cfg), environment, cfg.run.resume, LOCK_WAIT_SECONDS, same_data=same_data)
+
+
+def _introduce(cfg: Config, plan: RunPlan, groups: ParallelGroups) -> None:
+    """Say what is about to be trained, and on what."""
+    counts = count_parameters(cfg.model)
+    logger.info(
+        "%s parameters (%.0f%% in FFN experts), %s, %d rank%s, EP %d, %s, ZeRO %d; training to step %d",
+        f"{counts.total:,}",
+        100 * counts.ffn_experts / counts.total,
+        cfg.train.precision,
+        groups.world_size,
+        "s" if groups.world_size > 1 else "",
+        groups.ep_size,
+        cfg.engine.name,
+        plan.zero_stage,
+        cfg.train.steps,
+    )
+
+
+def _train(
+    cfg: Config,
+    plan: RunPlan,
+    groups: ParallelGroups,
+    run_dir: RunDir,
+    environment: dict[str, Any],
+    stop: StopRequest,
+    check_claim: Callable[[], None],
+) -> None:
+    logger.info("preparing data and model in %s", run_dir.path)
+    checkpoint = choose_checkpoint(cfg, run_dir.checkpoints, groups)
+    start = read_info(checkpoint) if checkpoint is not None else None
+    is_done = start is not None and start.step >= cfg.train.steps
+    owes_samples = is_done and start.step == cfg.train.steps and cfg.run.resume == "auto"
+    if is_done and not (owes_samples and lacks_samples(cfg, run_dir.path)):
+        logger.info("nothing to do: %s is at step %d; raise train.steps to go on", run_dir.path, start.step)
+        return
+    parts = build_parts(cfg, plan, groups, run_dir, start, environment["packages"], check_claim)
+    _introduce(cfg, plan, groups)
+    for remark in vocabulary_remarks(cfg):
+        logger.warning("%s", remark)
+    with parts.sinks:
+        trainer = Trainer(parts)
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+        if not is_done:
+            _fit(trainer, stop)
+        comm.run_together(parts.sinks.close)
+    if cfg.train.samples:
+        write_samples(parts, run_dir.path, trainer.vocabulary.eod_id)
+    logger.info("finished step %d; everything is in %s", trainer.step, run_dir.path)
+
+
+def _fit(trainer: Trainer, stop: StopRequest) -> None:
+    try:
+        trainer.fit(stop)
+    except MoeppError:
+        trainer.parts.checkpointer.close()  # a save in flight is finished before the run ends
+        raise

@@ -1,0 +1,79 @@
+"""Continuations of held-out text, drawn after training so that a person can read what the model learnt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from moepp.distributed import comm
+
+from moepp.io import files
+from moepp.config import Config
+from moepp.data import Tokenizer
+from moepp.errors import RunError, WriteError
+from moepp.model.generate import generate
+from moepp.training.trainer import Parts
+
+PROMPT_TOKENS = 16
+NEW_TOKENS = 48
+TEMPERATURE = 0.8
+TOP_K = 40
+
+
+FILE = "samples.json"
+
+
+def lacks_samples(cfg: Config, run_path: Path) -> bool:
+    """Whether a run that is at its end still owes samples, as after a disk that was full; collective."""
+    wanted = cfg.train.samples > 0 and cfg.data.tokenizer is not None
+    return comm.broadcast_object(wanted and not (run_path / FILE).exists())
+
+
+def write_samples(parts: Parts, run_path: Path, eod_id: int | None) -> None:
+    """Write ``samples.json`` in the run directory: a list of {"prompt", "continuation"}; every rank calls it.
+
+    Continuations stop where the document ends. Nothing is written where the configuration names no tokenizer: there
+    is no text to show.
+
+    Args:
+        eod_id: token that ends the documents of the data; None: not known, and looked up by name.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    cfg, groups = parts.cfg, parts.groups
+    if cfg.data.tokenizer is None:
+        return
+    tokenizer = Tokenizer(cfg.data.tokenizer, eod_id=eod_id)
+    end, unused = tokenizer.guess_eod(), tokenizer.unused_ids(cfg.model.vocab_size)
+    generator = torch.Generator(device=groups.device).manual_seed(cfg.run.seed)
+    samples = []
+    for index in range(cfg.train.samples):
+        # With expert parallelism all ranks must continue the same prompt: that of the first.
+        prompt = comm.broadcast_object(parts.data.eval_batch(index, 0)[0][0, :PROMPT_TOKENS].tolist())
+        ids = torch.tensor(prompt, device=groups.device)
+        out = generate(
+            parts.model,
+            ids.unsqueeze(0),
+            min(NEW_TOKENS, cfg.model.max_seq_len - len(ids)),
+            temperature=TEMPERATURE,
+            top_k=TOP_K,
+            eos_id=None if end is None else end[1],
+            never=unused,
+            generator=generator,
+        )
+        text = tokenizer.decode(out[0, len(ids) :].tolist())
+        samples.append({"prompt": tokenizer.decode(ids.tolist()), "continuation": text})
+    text = json.dumps(samples, indent=2, ensure_ascii=False)
+    comm.run_together(lambda: _write(run_path / FILE, text) if groups.rank == 0 else None)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        files.write_whole(path, text)
+    except WriteError as error:
+        raise RunError(
+            f"training is done and saved, but its samples are not: {error}; then the same command draws them"
+        ) from error

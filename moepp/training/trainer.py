@@ -1,0 +1,361 @@
+"""The training loop: batches in, optimizer steps, metric records and checkpoints out.
+
+Shapes: B sequences of this rank's micro-batch, S tokens each, L MoE layers, E experts of every kind.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from moepp.checkpoint import (
+    Checkpointer,
+    CheckpointInfo,
+    identify_data,
+    load_training_state,
+    newest_checkpoint,
+    read_info,
+)
+from moepp.config import Config, RunPlan, to_dict
+from moepp.data import Tokenizer, read_vocabulary
+from moepp.distributed import comm
+from moepp.distributed.groups import ParallelGroups
+from moepp.engine.engine import Engine, StepResult
+from moepp.errors import CheckpointError, Preempted, TrainingError
+from moepp.metrics.sinks import SinkGroup
+from moepp.metrics.step_stats import StepStats
+from moepp.metrics.throughput import Throughput
+from moepp.model.accounting import flops_per_token
+from moepp.model.transformer import LossOutput, Transformer
+from moepp.training.guards import LossWatch, SkippedSteps, SpikeGuard, StopRequest
+from moepp.training.schedule import learning_rate
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Data(Protocol):
+    """Batches of this rank as a pure function of seed and index."""
+
+    def train_batch(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]: ...
+
+    def eval_batch(self, index: int, micro_step: int) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of; see :mod:`moepp.training.build`."""
+
+    cfg: Config
+    plan: RunPlan
+    groups: ParallelGroups
+    model: Transformer
+    engine: Engine
+    data: Data
+    comm_stats: comm.CommStats
+    sinks: SinkGroup
+    throughput: Throughput
+    checkpointer: Checkpointer
+    versions: dict[str, Any]
+
+
+class Trainer:
+    """Runs optimizer steps up to ``cfg.train.steps``, from the beginning or from a checkpoint."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.cfg = parts.cfg
+        self.plan = parts.plan
+        self.groups = parts.groups
+        self.model = parts.model
+        self.engine = parts.engine
+        self.step = 0  # optimizer steps done
+        self.skipped_batches = 0  # global batches left out by rewinds: step s trains on batch s + skipped_batches
+        self.rewinds = 0
+        moe = parts.cfg.model.moe
+        self.stats = StepStats(parts.cfg.model.moe_layers, moe.expert_counts, moe.top_k)
+        self.skipped_steps = SkippedSteps(parts.cfg.guard)
+        self.spikes = SpikeGuard(parts.cfg.guard)
+        self.loss_watch = LossWatch(parts.cfg.model.vocab_size, parts.cfg.optim.lr)
+        self.data_identity = identify_data(parts.cfg)
+        self.vocabulary = read_vocabulary(parts.cfg)
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens seen so far, over all ranks."""
+        return self.step * self.plan.tokens_per_step
+
+    def resume(self, checkpoint: Path) -> None:
+        """Continue from a verified checkpoint of this run, saved in any layout; later ones are set aside."""
+        info = read_info(checkpoint)
+        if None not in (info.eod_id, self.vocabulary.eod_id) and info.eod_id != self.vocabulary.eod_id:
+            logger.warning(  # weights that were imported: a run of its own data is refused before this
+                "the data end their documents with token %d, those of the imported weights ended with token %d",
+                self.vocabulary.eod_id,
+                info.eod_id,
+            )
+        self.vocabulary = replace(
+            self.vocabulary,
+            eod_id=_known(self.vocabulary.eod_id, info.eod_id),
+            tokenizer_sha256=_known(self.vocabulary.tokenizer_sha256, info.tokenizer_sha256),
+        )
+        load_training_state(checkpoint, self.engine, self.stats, self.groups, info.layout["world_size"])
+        self.step = info.step
+        self.skipped_batches = info.run_state["skipped_batches"]
+        self.rewinds = info.run_state["rewinds"]
+        skipped, in_a_row = info.run_state["skipped_steps"], info.run_state["skipped_in_a_row"]
+        self.skipped_steps = SkippedSteps(self.cfg.guard, skipped, in_a_row)
+        self.spikes = SpikeGuard(self.cfg.guard, info.run_state["recent_losses"])
+        self.parts.checkpointer.leave_behind(self.step)
+
+    def fit(self, stop: StopRequest) -> None:
+        """Train to the last step, evaluating, logging and saving on the way.
+
+        Raises:
+            Preempted: a signal asked any rank to stop; the state is saved.
+            TrainingError: a guard gave up.
+            CheckpointError: training is done, but its last state could not be saved.
+        """
+        train = self.cfg.train
+        self.model.train()
+        while self.step < train.steps:
+            step = self.step
+            result = self.train_step()
+            if self.step <= step:
+                continue  # rewound to a step whose records and checkpoint exist already
+            is_last = self.step == train.steps
+            if is_last or _is_due(self.step, train.log_interval):
+                self.log(result)
+            if is_last or _is_due(self.step, train.eval_interval):
+                self.evaluate_and_log()
+            if self.cfg.eval.tasks and (is_last or _is_due(self.step, self.cfg.eval.interval)):
+                self.evaluate_tasks_and_log()
+            must_stop = self._anyone_must_stop(stop)
+            if is_last or must_stop or _is_due(self.step, self.cfg.checkpoint.interval):
+                with self.parts.throughput.paused():
+                    self.save(background=False if must_stop or is_last else None)
+            if must_stop and not is_last:
+                self._log_preemption(stop)
+        self.parts.checkpointer.close()
+        problems = self.parts.checkpointer.reports[-1].problems
+        if problems:
+            raise CheckpointError(
+                f"training is done, but its last state could not be saved: {'; '.join(problems)}; remove the cause and "
+                "start the same command again: it continues from the newest checkpoint"
+            )
+
+    def train_step(self) -> StepResult:
+        """One optimizer step over the global batch; a rewind may follow, and then :attr:`step` goes back."""
+        comm_stats = self.parts.comm_stats
+        sent_before = comm_stats.row_bytes
+        batch = self.step + self.skipped_batches
+        batches = [self._to_device(self.parts.data.train_batch(batch, a)) for a in range(self.plan.accumulation_steps)]
+        share_LE = self._global_selection_share(batches)
+        loss_sums = torch.zeros(2, dtype=torch.float64, device=self.groups.device)  # cross-entropy; auxiliary
+        for input_ids_BS, labels_BS in batches:
+            out = self.model.loss(input_ids_BS, labels_BS, share_LE)
+            self.stats.add_micro_batch(out.stats, out.ce_sum, out.num_tokens)
+            loss_sums += torch.stack((out.ce_sum.detach(), out.aux_loss.detach())).to(loss_sums)
+            # Every micro-batch of every rank has the same number of tokens, so a mean of means is the global mean.
+            self.engine.backward(out.ce_sum / out.num_tokens + out.aux_loss)
+        ce_sum, aux_sum = self._sum(loss_sums).tolist()
+        is_finite = math.isfinite(ce_sum + aux_sum)
+        is_spike = is_finite and self.spikes.is_on and self.spikes.is_spike(ce_sum / self.plan.tokens_per_step)
+        result = self.engine.step(self._learning_rate(self.step), update=is_finite and not is_spike)
+        self.step += 1
+        self.parts.throughput.add(self.plan.tokens_per_step)
+        broken = "loss" if not is_finite else "gradient"
+        self._settle(result, is_spike, broken, comm_stats.row_bytes - sent_before)
+        return result
+
+    def _settle(self, result: StepResult, is_spike: bool, broken: str, sent_bytes: int) -> None:
+        """Commit the step's statistics, or say why the step did not count."""
+        if not result.skipped:
+            self._update_routers()
+            self.stats.commit(sent_bytes)
+            self.skipped_steps.record(False, self.step)
+            return
+        self.stats.discard()
+        if not is_spike:
+            logger.warning("step %d skipped: the %s is not finite", self.step, broken)
+            self.skipped_steps.record(True, self.step)
+            return
+        logger.warning("step %d: loss spike, update skipped", self.step)
+        self.skipped_steps.count_spike()
+        if self.cfg.guard.spike_action == "rewind":
+            self._rewind()
+
+    def _update_routers(self) -> None:
+        """Tell the routers that want it how often each expert was chosen in this step, by all ranks."""
+        routers = [(row, router) for row, router in enumerate(self.model.routers) if router.updates_after_step]
+        if not routers:
+            return
+        load_LE = self._sum(self.stats.step_load())
+        with torch.no_grad():
+            for row, router in routers:
+                router.after_optimizer_step(load_LE[row])
+
+    def _rewind(self) -> None:
+        """Go back to the newest checkpoint and leave out the batches since, the spike's among them."""
+        self.parts.checkpointer.wait()
+        spike_step, spike_batch, rewinds = self.step, self.step - 1 + self.skipped_batches, self.rewinds + 1
+        checkpoint = newest_checkpoint(self.parts.checkpointer.checkpoints, self.groups)
+        if checkpoint is None:
+            raise CheckpointError(
+                f"loss spike at step {spike_step} and guard.spike_action=rewind, but there is no checkpoint yet; "
+                "set checkpoint.interval, or guard.spike_action=skip"
+            )
+        if rewinds > self.cfg.guard.max_rewinds:
+            raise TrainingError(
+                f"loss spike at step {spike_step} after {self.rewinds} rewinds (guard.max_rewinds); lower optim.lr or "
+                "raise guard.spike_sigma"
+            )
+        self.stats.clear()
+        self.resume(checkpoint)
+        self.rewinds = rewinds
+        self.skipped_batches = spike_batch + 1 - self.step
+        self.parts.sinks.rewind(self.step, self.skipped_batches)
+        logger.warning("rewound to step %d; batches up to %d are left out", self.step, spike_batch)
+
+    def log(self, result: StepResult) -> None:
+        """Reduce the interval's statistics over ranks and write one record."""
+        record = {} if self.stats.is_empty else self.stats.reduce(self._sum, self._max)
+        record["train/grad_norm"] = result.grad_norm
+        record["train/skipped_steps"] = self.skipped_steps.total
+        record["optim/lr"] = self._learning_rate(max(self.step - 1, 0))
+        flops = flops_per_token(self.cfg.model, self.cfg.data.seq_len, record.get("routing/ffn_per_token", 0.0))
+        record |= self.parts.throughput.read(flops.forward_backward)
+        self.parts.sinks.log(record, self.step, self.tokens)
+        if self.groups.rank == 0 and "train/loss" in record:
+            is_last = self.step == self.cfg.train.steps
+            if remark := self.loss_watch.remark(record["train/loss"], self.step, is_last):
+                logger.warning(remark)
+
+    def save(self, background: bool | None = None) -> None:
+        """Write a checkpoint of the present state."""
+        info = CheckpointInfo(
+            step=self.step,
+            tokens=self.tokens,
+            layout={
+                "world_size": self.groups.world_size,
+                "expert": self.groups.ep_size,
+                "engine": self.cfg.engine.name,
+                "zero_stage": self.plan.zero_stage,
+                "precision": self.cfg.train.precision,
+            },
+            config=to_dict(self.cfg),
+            versions=self.parts.versions,
+            run_state={
+                "seed": self.cfg.run.seed,
+                "next_batch": self.step + self.skipped_batches,
+                "skipped_batches": self.skipped_batches,
+                "rewinds": self.rewinds,
+                "skipped_steps": self.skipped_steps.total,
+                "skipped_in_a_row": self.skipped_steps.in_a_row,
+                "recent_losses": self.spikes.history,
+                "data": self.data_identity,
+                "wandb_run_id": self.parts.sinks.wandb_run_id,
+            },
+            eod_id=self.vocabulary.eod_id,
+            tokenizer_sha256=self.vocabulary.tokenizer_sha256,
+        )
+        self.parts.sinks.sync()  # after a power failure the records reach as far as the checkpoint
+        self.parts.checkpointer.save(self.engine, self.stats, info, background)
+
+    def evaluate_and_log(self) -> None:
+        """Evaluate on held-out data if the configuration asks for it."""
+        if self.cfg.train.eval_batches:
+            self.parts.sinks.log({"eval/loss": self.evaluate()}, self.step, self.tokens)
+
+    def evaluate(self) -> float:
+        """Mean cross-entropy in nats per token over ``train.eval_batches`` held-out global batches."""
+        ce_and_tokens = torch.zeros(2, dtype=torch.float64, device=self.groups.device)
+        with self._evaluation(), torch.no_grad():
+            for index in range(self.cfg.train.eval_batches):
+                for micro_step in range(self.plan.accumulation_steps):
+                    batch = self._to_device(self.parts.data.eval_batch(index, micro_step))
+                    out: LossOutput = self.model.loss(*batch)
+                    ce_and_tokens += torch.stack((out.ce_sum, out.num_tokens)).to(ce_and_tokens)
+        ce_sum, num_tokens = self._sum(ce_and_tokens).tolist()
+        return ce_sum / num_tokens if num_tokens else math.nan
+
+    def evaluate_tasks_and_log(self) -> None:
+        """Run the benchmarks of ``eval.tasks`` on the sharded model."""
+        from moepp.evaluation.evaluate import evaluate_tasks  # imports lm-evaluation-harness
+
+        cfg = self.cfg.eval
+        assert self.cfg.data.tokenizer is not None  # validated
+        tokenizer = Tokenizer(self.cfg.data.tokenizer, eod_id=self.vocabulary.eod_id)
+        with self._evaluation():
+            record = evaluate_tasks(self.model, tokenizer, cfg.tasks, self.groups, cfg.data, cfg.limit, cfg.batch_size)
+        self.parts.sinks.log(record, self.step, self.tokens)
+
+    @contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        """Eval mode (dropless routing), outside the measured training time."""
+        self.model.eval()
+        try:
+            with self.parts.throughput.paused():
+                yield
+        finally:
+            self.model.train()
+
+    def _global_selection_share(self, batches: list[tuple[Tensor, Tensor]]) -> Tensor | None:
+        """f_i of each MoE layer over the whole global batch, [L, E]; ``None`` where the layers count it themselves.
+
+        With several micro-batches the choices of the later ones are not known when the first is back-propagated, so
+        they are counted in a forward pass of their own.
+        """
+        moe = self.cfg.model.moe
+        if moe.balance_loss_scope != "global_batch" or not moe.balance_loss_weight or len(batches) == 1:
+            return None
+        counts_LE, num_tokens = torch.zeros((), device=self.groups.device, dtype=torch.float64), 0
+        with torch.no_grad():
+            for input_ids_BS, _ in batches:
+                stats = self.model(input_ids_BS).stats
+                counts_LE = counts_LE + torch.stack([layer.load_E for layer in stats])
+                num_tokens += input_ids_BS.numel()
+        return (self._sum(counts_LE) / (num_tokens * self.groups.world_size)).float()
+
+    def _anyone_must_stop(self, stop: StopRequest) -> bool:
+        """Whether any rank got a stop signal; the answer is the same on every rank."""
+        return bool(comm.agree_on_flag(stop.received is not None, self.groups.world))
+
+    def _log_preemption(self, stop: StopRequest) -> None:
+        self.parts.checkpointer.close()
+        problems = self.parts.checkpointer.reports[-1].problems
+        state = "its state could NOT be saved" if problems else "its state is saved"
+        name = stop.received.name if stop.received is not None else "a signal on another rank"
+        raise Preempted(f"stopped by {name} after step {self.step}; {state}; run.resume=auto continues it")
+
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate(step, self.cfg.train.steps, self.cfg.optim)
+
+    def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        device = self.groups.device
+        return batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        return comm.all_reduce_sum(tensor, self.groups.world)
+
+    def _max(self, tensor: Tensor) -> Tensor:
+        return comm.all_reduce_max(tensor, self.groups.world)
+
+
+def _known(now: T | None, before: T | None) -> T | None:
+    """What the data tell now, or told when the checkpoint was saved."""
+    return before if now is None else now
+
+
+def _is_due(step: int, interval: int) -> bool:
+    """Whether something that happens every ``interval`` steps (0: never) happens after ``step``."""
+    return interval > 0 and step % interval == 0
