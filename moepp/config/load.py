@@ -109,7 +109,8 @@ def upgrade(tree: Any) -> Any:
         parallel, moe = tree["parallel"], tree["model"]["moe"]
         if "exchange_parts" in parallel:
             parallel["exchange_chunks"] = parallel.pop("exchange_parts")
-        moe.setdefault("balance_rule", "heterogeneous")
+        if "balance_loss_scope" in moe:  # a whole section
+            moe.setdefault("balance_rule", "heterogeneous")
         if moe.pop("triton_kernels", False):
             tree.setdefault("runtime", {})["kernels"] = "triton"
     except (KeyError, TypeError, AttributeError):
