@@ -21,14 +21,14 @@ from typing import Any, cast
 
 import torch
 
-from moepp.distributed import comm
-from moepp.training.build import build_engine, build_model
 from moepp.config import Config, RunPlan, from_dict, make_plan
 from moepp.data.loader import Data
+from moepp.distributed import comm
+from moepp.distributed.groups import ParallelGroups, build_groups
 from moepp.metrics.sinks import SinkGroup
 from moepp.metrics.throughput import Throughput
 from moepp.model.transformer import Transformer
-from moepp.distributed.groups import ParallelGroups, build_groups
+from moepp.training.build import build_engine, build_model
 from moepp.training.trainer import Parts, Trainer
 from tests.data_files import write_indexed
 from tests.dist import WorkerPool

@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moepp.distributed import comm
 from moepp.checkpoint.storage import TensorReader
-from moepp.engine.engine import Engine
-from moepp.errors import CheckpointError, TrainingError
-from moepp.metrics.step_stats import StepStats
-from moepp.moe.registered import persistent_buffers
+from moepp.distributed import comm
 from moepp.distributed.groups import ParallelGroups
 from moepp.distributed.parameters import is_expert_parameter
+from moepp.engine.engine import Engine
+from moepp.errors import CheckpointError, TrainingError
 from moepp.io.untrusted import printable
+from moepp.metrics.step_stats import StepStats
+from moepp.moe.registered import persistent_buffers
 
 _BUFFER = "/buffer"
 
@@ -104,7 +104,9 @@ def _require_same(buffers: dict[str, Tensor], groups: ParallelGroups) -> None:
     if not buffers:
         return
     digests = {
-        key: hashlib.sha256(buffer.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+        key: hashlib.sha256(
+            buffer.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        ).hexdigest()
         for key, buffer in buffers.items()
     }
     for other, theirs in enumerate(comm.gather_objects(digests, groups.world)):

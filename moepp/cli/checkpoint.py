@@ -12,14 +12,13 @@ from pathlib import Path
 
 import torch
 
-from moepp.distributed import comm
 from moepp.arguments import add_plugin_option
 from moepp.checkpoint import Checkpointer, CheckpointInfo
 from moepp.checkpoint import format as fmt
 from moepp.checkpoint.storage import TensorReader
 from moepp.config import CheckpointConfig, Config, EngineConfig, ParallelConfig, RunConfig, from_stored, make_plan
 from moepp.config.compare import breaking_differences, other_differences
-from moepp.errors import CheckpointError, ConfigError, RunError
+from moepp.distributed import comm
 from moepp.distributed.groups import (
     ParallelGroups,
     build_groups,
@@ -28,9 +27,10 @@ from moepp.distributed.groups import (
     pick_device,
     read_launch_environment,
 )
+from moepp.errors import CheckpointError, ConfigError, RunError
+from moepp.io.untrusted import read_yaml
 from moepp.runs.directory import RunDir
 from moepp.runs.lock import RunLock
-from moepp.io.untrusted import read_yaml
 
 EXAMPLE = "moepp checkpoint list runs/tiny"
 
@@ -193,8 +193,8 @@ def _bench(args: argparse.Namespace, run_dir: RunDir) -> int:
 
 
 def _time_saves(config: Config, groups: ParallelGroups, checkpointer: Checkpointer, repeat: int) -> None:
-    from moepp.training.build import build_engine, build_model
     from moepp.metrics.step_stats import StepStats
+    from moepp.training.build import build_engine, build_model
 
     model = build_model(config, groups, comm.CommStats())
     engine = build_engine(config, make_plan(config, groups.world_size), model, groups)

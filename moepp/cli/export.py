@@ -10,22 +10,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moepp.interop import hf, official
-
-from moepp.io import files
 from moepp.arguments import add_plugin_option
 from moepp.checkpoint import list_checkpoints, verify
 from moepp.checkpoint.storage import TensorReader
+from moepp.cli.model_card import model_card
 from moepp.data.tokenizer import Tokenizer
 from moepp.errors import CheckpointError, ConfigError
 from moepp.evaluation.load import DTYPES, FoundModel, find_model, open_tokenizer, print_remarks, tokenizer_remarks
+from moepp.interop import hf, official
 from moepp.interop.hf.config import hf_config
-from moepp.cli.model_card import model_card
 from moepp.interop.official.config import released_config
 from moepp.interop.official.save import DTYPE_NAMES, ReadParameter, write_released
-from moepp.runs.directory import RunDir
 from moepp.interop.weights import whole_parameters
 from moepp.interop.weights.write import export_folder, write_json
+from moepp.io import files
+from moepp.runs.directory import RunDir
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?")
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}

@@ -15,14 +15,9 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from moepp.distributed import comm
 from moepp.arguments import add_plugin_option, may_be_empty
 from moepp.data.tokenizer import Tokenizer
-from moepp.runs.environment import command_facts
-from moepp.errors import ConfigError
-from moepp.evaluation.load import DTYPES, build_model, find_model, open_tokenizer, print_remarks, tokenizer_remarks
-from moepp.model import Transformer
-from moepp.model.generate import Sampling, stream
+from moepp.distributed import comm
 from moepp.distributed.groups import (
     ParallelGroups,
     build_groups,
@@ -30,7 +25,12 @@ from moepp.distributed.groups import (
     pick_device,
     read_launch_environment,
 )
+from moepp.errors import ConfigError
+from moepp.evaluation.load import DTYPES, build_model, find_model, open_tokenizer, print_remarks, tokenizer_remarks
 from moepp.io.untrusted import terminal_text
+from moepp.model import Transformer
+from moepp.model.generate import Sampling, stream
+from moepp.runs.environment import command_facts
 
 TIMEOUT_SECONDS = 1800.0
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a part of a character decodes to

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from moepp.config.require import require, require_above, require_at_least, require_choice
-from moepp.registry import BALANCE_RULES, EXPERT_KINDS, GATE_NORMALIZATIONS, ROUTERS
 from moepp.io.untrusted import show
+from moepp.registry import BALANCE_RULES, EXPERT_KINDS, GATE_NORMALIZATIONS, ROUTERS
 
 
 @dataclass(frozen=True)

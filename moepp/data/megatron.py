@@ -18,7 +18,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -80,10 +80,11 @@ class EpochGPTDataset(MegatronDataset):
         self._epochs = {epoch: self._build_epoch(epoch) for epoch in numbers}
 
     def _build_epoch(self, epoch: int) -> GPTDataset:
-        config = _config_of_epoch(self.config, epoch)
+        config = _config_of_epoch(cast(GPTDatasetConfig, self.config), epoch)
         if not self._is_stored:
             config.path_to_cache = ""
-        return GPTDataset(self.dataset, self.dataset_path, self.indices, None, self.index_split, config)
+        dataset = cast(IndexedDataset, self.dataset)
+        return GPTDataset(dataset, self.dataset_path, self.indices, None, self.index_split, config)
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: Any) -> int:

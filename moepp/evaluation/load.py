@@ -9,25 +9,24 @@ from pathlib import Path
 
 import torch
 
-from moepp.distributed import comm
-
-from moepp.interop import hf, official
 from moepp.checkpoint import CheckpointInfo, list_checkpoints, load_model, read_info
 from moepp.checkpoint.format import total_size
 from moepp.checkpoint.resume import verify_together
 from moepp.config import Config, ModelConfig, from_stored
 from moepp.data.manifest import read_manifest, sha256_of
 from moepp.data.tokenizer import Tokenizer
+from moepp.distributed import comm
+from moepp.distributed.groups import ParallelGroups
 from moepp.errors import CheckpointError, ConfigError, DataError, PluginError
 from moepp.evaluation.results import Subject
+from moepp.interop import hf, official
+from moepp.interop.weights import require_room, weight_bytes
+from moepp.interop.weights.files import read_json
+from moepp.io.untrusted import printable
 from moepp.model.init import reset_buffers
 from moepp.model.transformer import Transformer
 from moepp.moe import ExpertParallel
-from moepp.distributed.groups import ParallelGroups
 from moepp.runs.directory import RunDir
-from moepp.io.untrusted import printable
-from moepp.interop.weights import require_room, weight_bytes
-from moepp.interop.weights.files import read_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

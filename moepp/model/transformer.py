@@ -132,7 +132,7 @@ class Transformer(nn.Module):
     @property
     def routers(self) -> tuple[Router, ...]:
         """Of the MoE layers, first layer first."""
-        return tuple(layer.moe.router for layer in self.layers if layer.is_moe)
+        return tuple(layer.moe.router for layer in self.layers if isinstance(layer, TransformerLayer) and layer.is_moe)
 
     @property
     def output_weight(self) -> Tensor:

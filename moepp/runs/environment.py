@@ -50,7 +50,7 @@ def command_facts() -> dict[str, str]:
 @functools.cache
 def source_digest(folder: Path | None = None) -> str:
     """12 hexadecimal digits for names and contents of a package's source files; of this one by default."""
-    folder = folder or Path(__file__).resolve().parent
+    folder = folder or Path(__file__).resolve().parents[1]
     digest = hashlib.blake2b(digest_size=6)
     for path in sorted(path for path in folder.rglob("*") if path.suffix in _SOURCES):
         content = path.read_bytes()

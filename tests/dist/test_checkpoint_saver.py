@@ -22,10 +22,10 @@ from moepp.checkpoint import format as fmt
 from moepp.checkpoint.index import read_index
 from moepp.checkpoint.storage import TensorReader
 from moepp.config import CheckpointConfig
+from moepp.distributed.groups import ParallelGroups, build_groups, new_cpu_group
 from moepp.engine.engine import Engine
 from moepp.errors import CheckpointError
 from moepp.metrics.step_stats import StepStats
-from moepp.distributed.groups import ParallelGroups, build_groups, new_cpu_group
 from tests.checkpoint_cases import make_info
 from tests.dist import WorkerPool
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from moepp.distributed import comm
-from moepp.training.build import build_engine, build_model
 from moepp.config import make_plan
+from moepp.distributed import comm
 from moepp.engine.deepspeed import DeepSpeedEngine
 from moepp.engine.engine import StepResult
 from moepp.errors import ConfigError
+from moepp.training.build import build_engine, build_model
 from tests.parity import Layout, Setting, group_of, make_config, make_data
 
 Tensor = torch.Tensor

@@ -9,14 +9,14 @@ import torch
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 
-from moepp.distributed import comm
 from moepp.data.tokenizer import Tokenizer
+from moepp.distributed import comm
+from moepp.distributed.groups import ParallelGroups, build_groups
 from moepp.errors import ConfigError, DataError, PeerError
 from moepp.evaluation.backend import build_rows
 from moepp.evaluation.evaluate import check_tasks, evaluate_tasks
 from moepp.evaluation.scoring import Prompt
 from moepp.evaluation.sharing import SharedModel
-from moepp.distributed.groups import ParallelGroups, build_groups
 from tests.dist import WorkerPool
 from tests.evaluation_cases import slow_loglikelihood, tiny_config, tiny_model, write_benchmarks, write_byte_tokenizer
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from moepp.distributed import comm
 from moepp.config import OptimConfig
+from moepp.distributed import comm
 from moepp.engine.native import NativeEngine
 from tests.parity import group_of
 

@@ -12,15 +12,13 @@ import pytest
 import torch
 
 from moepp import MoELayer
-
-from moepp.distributed import comm
 from moepp.data.loader import Data
+from moepp.distributed import comm, parameters
+from moepp.distributed.groups import ParallelGroups
+from moepp.distributed.parameters import is_expert_parameter
 from moepp.engine.native import NativeEngine
 from moepp.model.init import init_parameters
 from moepp.model.transformer import LossOutput, Transformer
-from moepp.distributed import parameters
-from moepp.distributed.groups import ParallelGroups
-from moepp.distributed.parameters import is_expert_parameter
 from moepp.training.trainer import Trainer
 from tests.parity import REFERENCE, SEED, TOLERANCE, Deviation, Layout, Setting, deviation, train
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moepp.config import Config
 from moepp.distributed import comm
 from moepp.training.build import build_model
-from moepp.config import Config
 from tests.parity import (
     EVAL_BATCHES,
     GLOBAL_BATCH,
