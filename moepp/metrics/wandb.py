@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from moepp.io import files
 from moepp.config.schema import WandbConfig
 from moepp.errors import ConfigError, RunError, WriteError
+from moepp.io import files
 from moepp.io.write_errors import user_name
 
 logger = logging.getLogger(__name__)

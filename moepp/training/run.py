@@ -13,17 +13,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from moepp.distributed import comm
-from moepp.training.build import DTYPES, build_parts, device_name
 from moepp.checkpoint import choose_checkpoint, continues_same_data, read_info
 from moepp.config import Config, RunPlan, to_dict, validate
 from moepp.data import check_data, vocabulary_remarks
-from moepp.runs.environment import describe_environment
-from moepp.errors import DataError, MoeppError, PeerError
-from moepp.training.guards import StopRequest
-from moepp.metrics.logs import close_logging, setup_logging
-from moepp.metrics.wandb import require_wandb_login
-from moepp.model.accounting import count_parameters
+from moepp.distributed import comm
 from moepp.distributed.agreement import find_differences
 from moepp.distributed.groups import (
     LaunchEnvironment,
@@ -34,8 +27,15 @@ from moepp.distributed.groups import (
     read_launch_environment,
 )
 from moepp.distributed.peers import PeerWatch
-from moepp.training.rank_facts import file_facts, processor_facts, start_facts
+from moepp.errors import DataError, MoeppError, PeerError
+from moepp.metrics.logs import close_logging, setup_logging
+from moepp.metrics.wandb import require_wandb_login
+from moepp.model.accounting import count_parameters
 from moepp.runs.directory import RunClaim, RunDir
+from moepp.runs.environment import describe_environment
+from moepp.training.build import DTYPES, build_parts, device_name
+from moepp.training.guards import StopRequest
+from moepp.training.rank_facts import file_facts, processor_facts, start_facts
 from moepp.training.samples import lacks_samples, write_samples
 from moepp.training.trainer import Trainer
 

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 
-from moepp.distributed import comm
-
-from moepp.io import files
 from moepp.config import Config
 from moepp.data import Tokenizer
+from moepp.distributed import comm
 from moepp.errors import RunError, WriteError
+from moepp.io import files
 from moepp.model.generate import generate
 from moepp.training.trainer import Parts
 
