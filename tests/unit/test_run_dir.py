@@ -26,7 +26,11 @@ from moepp.runs.lock import RunLock
 
 CONFIG: dict[str, Any] = {
     "run": {"name": "a", "dir": None, "seed": 1234, "resume": "auto"},
-    "model": {"hidden_size": 64, "norm_eps": 1e-6, "moe": {"top_k": 2, "tau": 0.75, "balance_rule": "heterogeneous"}},
+    "model": {
+        "hidden_size": 64,
+        "norm_eps": 1e-6,
+        "moe": {"top_k": 2, "tau": 0.75, "capacity_factor": None, "balance_rule": "heterogeneous"},
+    },
     "data": {"paths": ["data/demo/text"], "weights": None, "split": "96,3,1", "cache_dir": None},
     "optim": {"name": "adamw", "lr": 5e-4, "betas": (0.9, 0.95), "eps": 1e-8},
     "parallel": {"expert": 1},
@@ -39,6 +43,7 @@ LEAVES_OF_MODEL = (
     "model.norm_eps: 1e-06",
     "model.moe.top_k: 2",
     "model.moe.tau: 0.75",
+    "model.moe.capacity_factor: None",
     "model.moe.balance_rule: heterogeneous",
 )
 ENVIRONMENT = {"python": "3.11.2", "device": "cpu", "world_size": 2}
