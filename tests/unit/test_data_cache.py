@@ -66,7 +66,7 @@ def _store_indices() -> None:
     megatron.IN_MEMORY_ITEMS = 0
 
 
-def _stream(prefix: str, cache_dir: str, steps: int, start_at: float = 0.0) -> list[list[int]]:
+def _stream(prefix: str, cache_dir: str, steps: int, together: Any = None) -> list[list[int]]:
     """All sequences of a run whose indices are written slowly, as on a slow disk."""
     save = np.save
 
@@ -79,21 +79,22 @@ def _stream(prefix: str, cache_dir: str, steps: int, start_at: float = 0.0) -> l
 
     np.save = save_slowly
     _store_indices()
-    time.sleep(max(0.0, start_at - time.time()))
+    if together is not None:
+        together.wait(100)
     data = open_data(make_config([prefix], train__steps=steps), 1, 0, cache_dir)
     return [row for step in range(steps) for row in data.train_batch(step, 0)[0].tolist()]
 
 
 def test_runs_that_start_together_share_one_folder(prefix: str, tmp_path: Path) -> None:
-    steps = (40, 60, 80)
-    start_at = time.time() + 8
-    started = [_start(_stream, prefix, str(tmp_path / "cache"), steps[i], start_at) for i in range(RUNS)]
+    steps = (20, 30, 40)
+    together = SERVER.Barrier(RUNS)
+    started = [_start(_stream, prefix, str(tmp_path / "cache"), steps[i], together) for i in range(RUNS)]
     streams = [_outcome(run) for run in started]
     assert all(isinstance(stream, list) for stream in streams), streams
     assert streams[0] == streams[2][: len(streams[0])] and streams[1] == streams[2][: len(streams[1])]
-    assert len(streams[2]) == 80 * 8
-    expected = open_data(make_config([prefix], train__steps=80), 1, 0, None)
-    assert streams[2][-8:] == expected.train_batch(79, 0)[0].tolist()
+    assert len(streams[2]) == 40 * 8
+    expected = open_data(make_config([prefix], train__steps=40), 1, 0, None)
+    assert streams[2][-8:] == expected.train_batch(39, 0)[0].tolist()
 
 
 def test_what_another_run_reads_stays_and_what_is_half_written_goes(tmp_path: Path) -> None:
