@@ -66,29 +66,32 @@ def _store_indices() -> None:
     megatron.IN_MEMORY_ITEMS = 0
 
 
-def _stream(prefix: str, cache_dir: str, steps: int, together: Any = None) -> list[list[int]]:
-    """All sequences of a run whose indices are written slowly, as on a slow disk."""
+def _stream(prefix: str, cache_dir: str, steps: int, half: Any = None, is_first: bool = False) -> list[list[int]]:
+    """All sequences of a run. The first one tells ``half`` when a file is half written; the others start then."""
     save = np.save
 
     def save_slowly(path: str, array: np.ndarray, **options: Any) -> None:
         save(path, array, **options)
-        content = Path(path).read_bytes()
-        Path(path).write_bytes(content[: len(content) // 2])
-        time.sleep(0.01)
-        Path(path).write_bytes(content)
+        if "shuffle" in str(path) and not half.is_set():  # the last file of a set: all of them are there
+            content = Path(path).read_bytes()
+            Path(path).write_bytes(content[: len(content) // 2])
+            half.set()
+            time.sleep(1)
+            Path(path).write_bytes(content)
 
-    np.save = save_slowly
+    if is_first:
+        np.save = save_slowly
+    elif half is not None:
+        assert half.wait(100)
     _store_indices()
-    if together is not None:
-        together.wait(100)
     data = open_data(make_config([prefix], train__steps=steps), 1, 0, cache_dir)
     return [row for step in range(steps) for row in data.train_batch(step, 0)[0].tolist()]
 
 
 def test_runs_that_start_together_share_one_folder(prefix: str, tmp_path: Path) -> None:
     steps = (20, 30, 40)
-    together = SERVER.Barrier(RUNS)
-    started = [_start(_stream, prefix, str(tmp_path / "cache"), steps[i], together) for i in range(RUNS)]
+    half = SERVER.Event()
+    started = [_start(_stream, prefix, str(tmp_path / "cache"), steps[i], half, i == 1) for i in range(RUNS)]
     streams = [_outcome(run) for run in started]
     assert all(isinstance(stream, list) for stream in streams), streams
     assert streams[0] == streams[2][: len(streams[0])] and streams[1] == streams[2][: len(streams[1])]
