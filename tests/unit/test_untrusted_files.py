@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from moepp.cli import generate
+from moepp.cli import generate, model_card
 from moepp.cli.main import main as cli
-from moepp.cli.main import model_card
 from moepp.config import from_dict, to_dict
 from moepp.config.compare import breaking_differences
 from moepp.errors import CheckpointError, ConfigError, DataError, RunError
