@@ -31,7 +31,7 @@ def check(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block", range(10))
+@pytest.mark.parametrize("block", [pytest.param(n, marks=[pytest.mark.slow] if n > 2 else []) for n in range(10)])
 def test_random_configurations_agree_with_the_oracle(dtype, block):
     for seed in range(block * 30, block * 30 + 30):
         check(draw_case(seed, dtype))
