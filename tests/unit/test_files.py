@@ -162,6 +162,7 @@ def test_a_kill_at_any_call_leaves_old_or_new_and_the_next_write_cleans_up(tmp_p
         content = {path.read_text()} if kind == "file" else {file.read_text() for file in path.iterdir()}
         assert content in ({"old"}, {"new"}), at
         seen |= content
+    print(f"survived {at - 1} kills")
     assert at > 4 and seen == {"old", "new"}
 
 
