@@ -156,7 +156,8 @@ def disk_full_at(step: int) -> None:
     def limited(self: Any, stream: Any) -> None:
         path = Path(stream.name)
         hit = path.parent.name == f".step-{step:08d}.tmp" and path.name == f"__{os.environ['RANK']}_0.distcp"
-        init(self, FullDisk(stream) if hit else stream)
+        disk: Any = FullDisk(stream) if hit else stream
+        init(self, disk)
 
     storage._HashingStream.__init__ = limited  # type: ignore[method-assign]
 

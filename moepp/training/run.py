@@ -185,11 +185,13 @@ def _train(
     logger.info("preparing data and model in %s", run_dir.path)
     checkpoint = choose_checkpoint(cfg, run_dir.checkpoints, groups)
     start = read_info(checkpoint) if checkpoint is not None else None
-    is_done = start is not None and start.step >= cfg.train.steps
-    owes_samples = is_done and start.step == cfg.train.steps and cfg.run.resume == "auto"
-    if is_done and not (owes_samples and lacks_samples(cfg, run_dir.path)):
-        logger.info("nothing to do: %s is at step %d; raise train.steps to go on", run_dir.path, start.step)
-        return
+    is_done = False
+    if start is not None and start.step >= cfg.train.steps:
+        is_done = True
+        is_at_its_end = start.step == cfg.train.steps and cfg.run.resume == "auto"
+        if not (is_at_its_end and lacks_samples(cfg, run_dir.path)):
+            logger.info("nothing to do: %s is at step %d; raise train.steps to go on", run_dir.path, start.step)
+            return
     parts = build_parts(cfg, plan, groups, run_dir, start, environment["packages"], check_claim)
     _introduce(cfg, plan, groups)
     for remark in vocabulary_remarks(cfg):

@@ -207,11 +207,12 @@ def test_sweep_goes_on_after_a_run_that_fails(data, tmp_path):
     assert read_records(tmp_path / "runs" / "tiny-1")
 
 
+@pytest.mark.slow  # tests/unit/test_sweep_jobs.py has the delivery of signals, with stand-ins for training
 @pytest.mark.parametrize(
     ("number", "code", "said"),
     [
         (signal.SIGINT, 130, "interrupted; start the same command to continue from the newest checkpoint"),
-        pytest.param(signal.SIGTERM, 75, "stopped by SIGTERM after step ", marks=pytest.mark.slow),
+        (signal.SIGTERM, 75, "stopped by SIGTERM after step "),
     ],
 )
 def test_signal_from_the_terminal_ends_the_run_at_work_and_the_sweep_goes_on_later(data, tmp_path, number, code, said):

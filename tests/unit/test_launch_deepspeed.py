@@ -83,6 +83,7 @@ def test_signal_reaches_each_process_once_and_the_exit_code_is_theirs(project: P
     assert [(project / f"signals-{rank}").read_text() for rank in (0, 1)] == [f"{number.name} "] * 2
 
 
+@pytest.mark.slow
 def test_signal_before_the_processes_exist_is_not_lost(project: Path) -> None:
     process = start(project)
     deadline = time.monotonic() + LIMIT_SECONDS
