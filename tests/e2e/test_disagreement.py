@@ -102,7 +102,8 @@ def test_invalid_configuration_of_one_rank_ends_all(server, corpus, tmp_path, ra
     assert len(own) == 1 and told in own[0]
     if rank != 0:
         assert run.output(0).startswith(f"error: rank {rank} cannot start: ") and told in run.output(0)
-    assert run.output(2) == ""
+    # Not our word; torch may remark there that the first rank's store is gone, when the machine is busy.
+    assert "error: " not in run.output(2) and told not in run.output(2)
 
 
 def test_rank_killed_while_the_files_are_compared_is_named(server, corpus, tmp_path):
