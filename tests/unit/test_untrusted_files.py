@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from moepp.cli import generate, model_card
-from moepp.cli.main import main as cli
+from moepp.cli import main as cli
 from moepp.config import from_dict, to_dict
 from moepp.config.compare import breaking_differences
 from moepp.errors import CheckpointError, ConfigError, DataError, RunError
