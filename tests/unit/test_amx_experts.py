@@ -152,8 +152,8 @@ def test_two_threads_on_wide_experts_agree_with_float64():
 def test_nothing_is_written_behind_the_outputs(tiles, rows):
     experts, x = make_experts(32, 96, 1), draw(rows, 32)
     out = torch.full((rows + 64, 32), 7.0, dtype=BF16)
-    tiles.call("expert_forward", x, experts.gate_up_proj[0], experts.down_proj[0], None, out, rows, 32, 96)
-    assert torch.equal(out[:rows], experts(x, [rows])) and (out[rows:] == 7).all()
+    tiles.call("amx_expert_forward", x, experts.gate_up_proj[0], experts.down_proj[0], None, out, rows, 32, 96)
+    assert torch.equal(out[:rows], experts(x, torch.tensor([rows]))) and (out[rows:] == 7).all()
 
 
 @on_tiles

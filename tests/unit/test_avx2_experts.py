@@ -119,10 +119,10 @@ def test_nothing_is_written_behind_results_and_scratch(dtype, rows):
         return torch.full((size + 64,), 7.0, dtype=kind)
 
     hidden, out, scratch = room(padded * 2 * ffn), room(rows * width), room(padded * (width + ffn), FP32)
-    library.call("vector_expert_forward", x, *weights, hidden, out, scratch, rows, width, ffn, padded)
-    assert torch.equal(out[: rows * width].view(rows, width), experts(x, [rows]))
+    library.call("avx2_expert_forward", x, *weights, hidden, out, scratch, rows, width, ffn, padded)
+    assert torch.equal(out[: rows * width].view(rows, width), experts(x, torch.tensor([rows])))
     results = [room(size) for size in (rows * width, 2 * ffn * width, width * ffn)]
     work = room(backward_scratch_bytes(width, ffn, rows) // 4, FP32)
-    library.call("vector_expert_backward", x, x, hidden, *weights, *results, None, None, work, rows, width, ffn)
+    library.call("avx2_expert_backward", x, x, hidden, *weights, *results, None, None, work, rows, width, ffn)
     for tensor in (hidden, out, scratch, work, *results):
         assert (tensor[-64:] == 7).all() and (tensor[:-64] != 7).any()
