@@ -102,8 +102,9 @@ def test_invalid_configuration_of_one_rank_ends_all(server, corpus, tmp_path, ra
     assert len(own) == 1 and told in own[0]
     if rank != 0:
         assert run.output(0).startswith(f"error: rank {rank} cannot start: ") and told in run.output(0)
-    # Not our word; torch may remark there that the first rank's store is gone, when the machine is busy.
-    assert "error: " not in run.output(2) and told not in run.output(2)
+    # Silent; but where the first rank has left too early, as on a busy machine, a rank says the same itself.
+    spoken = [line for line in run.output(2).splitlines() if line.startswith("error: ")]
+    assert spoken in ([], run.output(0).splitlines()[:1]) and "Traceback" not in run.output(2)
 
 
 def test_rank_killed_while_the_files_are_compared_is_named(server, corpus, tmp_path):
