@@ -57,6 +57,7 @@ class Inputs:
     grad_hidden: list[Tensor]  # [T, D]
     grad_logits: list[Tensor]  # [T, N]
     grad_aux: list[float]
+    buffers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def parameter_shapes(cfg: MoEConfig, hidden_size: int) -> dict[str, tuple[int, .
     """Name and shape of every parameter of the full layer: part of the interface (checkpoints, export)."""
     n, e, c, d, f = cfg.num_experts, cfg.num_ffn_experts, cfg.num_constant_experts, hidden_size, cfg.ffn_hidden_size
     shapes: dict[str, tuple[int, ...]] = {}
-    if cfg.router == "linear":
+    if cfg.router in ("linear", "bias"):
         shapes["router.weight"] = (n, d)
     else:
         shapes |= {"router.fc1.weight": (8 * n, d), "router.fc2.weight": (n, 8 * n)}
@@ -84,6 +85,8 @@ def parameter_shapes(cfg: MoEConfig, hidden_size: int) -> dict[str, tuple[int, .
     shapes |= {"experts.gate_up_proj": (e, 2 * f, d), "experts.down_proj": (e, d, f)}
     if c:
         shapes |= {"zero_computation.alpha_proj": (c, 2, d), "zero_computation.value": (c, d)}
+    if cfg.extra_experts.get("scale"):
+        shapes["zero_computation.scale.factor"] = (cfg.extra_experts["scale"], d)
     return shapes
 
 
@@ -109,6 +112,7 @@ def make_inputs(case: Case) -> Inputs:
         grad_hidden=[draw(tokens, d) for tokens in case.tokens],
         grad_logits=[draw(tokens, n) * 0.1 for tokens in case.tokens],
         grad_aux=[float(value) for value in draw(len(case.tokens))],
+        buffers={"router.bias": draw(n).float().double() * 0.125} if cfg.router == "bias" else {},
     )
 
 
@@ -140,6 +144,7 @@ def build_layer(case: Case, inputs: Inputs, rank: int = 0, **groups: Any) -> MoE
     """The layer of one rank with the case's parameters; names and shapes must be exactly the documented ones."""
     layer = MoELayer(case.cfg, case.hidden_size, layer_index=1, **groups)
     state = {name: local_slice(name, value, rank % case.ep_size, case.ep_size) for name, value in inputs.params.items()}
+    state |= inputs.buffers
     layer.load_state_dict(state, strict=True)
     layer.to(case.dtype).load_state_dict(state, strict=True)
     return layer.train(case.training)
@@ -180,7 +185,7 @@ def expect(case: Case, selection_share: list[float] | None = None) -> list[Expec
     x = [value.clone().requires_grad_() for value in inputs.x]
     prev = [None if value is None else value.clone().requires_grad_() for value in inputs.prev]
     options: dict[str, Any] = {"training": case.training, "ep_size": case.ep_size, "selection_share": selection_share}
-    references = moe_reference(case.cfg, params, x, prev, **options)
+    references = moe_reference(case.cfg, params | inputs.buffers, x, prev, **options)
     grads_by_rank = []
     for rank, reference in enumerate(references):
         loss = (reference.hidden_TD * inputs.grad_hidden[rank]).sum()

@@ -42,10 +42,15 @@ class _Routed:
     margin: float
 
 
+def kinds_of(cfg: Any) -> list[str]:
+    """Names of the kinds in the order of experts; those of docs/examples come last."""
+    return ["ffn", "constant", "copy", "zero", *sorted(cfg.extra_experts)]
+
+
 def kind_of(cfg: Any, expert: int) -> tuple[str, int]:
-    """Kind of an expert and its index within the kind; the order is FFN, constant, copy, zero."""
-    for kind in ("ffn", "constant", "copy", "zero"):
-        count = getattr(cfg, f"num_{kind}_experts")
+    """Kind of an expert and its index within the kind; the order is FFN, constant, copy, zero, others by name."""
+    for kind in kinds_of(cfg):
+        count = cfg.extra_experts[kind] if kind in cfg.extra_experts else getattr(cfg, f"num_{kind}_experts")
         if expert < count:
             return kind, expert
         expert -= count
@@ -55,19 +60,21 @@ def kind_of(cfg: Any, expert: int) -> tuple[str, int]:
 def capacity_of(cfg: Any, kind: str, tokens: int) -> int:
     """Eq. 8 on the K·T routed slots of one rank, rounded up."""
     e = cfg.num_ffn_experts
-    z = cfg.num_zero_experts + cfg.num_copy_experts + cfg.num_constant_experts
+    z = _num_experts(cfg) - e
     share = (cfg.tau if kind == "ffn" else 1.0) / (cfg.tau * e + z)
     slots = cfg.capacity_factor * cfg.top_k * tokens * share
     return math.ceil(slots - 1e-9)  # a product that is whole in exact arithmetic is not rounded up
 
 
 def _route_token(cfg: Any, params: Mapping[str, Tensor], x_D: Tensor, prev_N: Tensor | None) -> _Routed:
-    if cfg.router == "linear":
+    if cfg.router in ("linear", "bias"):
         logits = params["router.weight"] @ x_D
     else:
         logits = params["router.fc2.weight"] @ torch.tanh(params["router.fc1.weight"] @ x_D)
     if cfg.gating_residual:
         logits = logits + params["router.gate_map.weight"] @ (torch.zeros_like(logits) if prev_N is None else prev_N)
+    if cfg.router == "bias":
+        return _choose_with_bias(cfg, logits, params["router.bias"])
     n = len(logits)
     z = logits
     if cfg.logits_norm_std is not None:
@@ -86,11 +93,25 @@ def _route_token(cfg: Any, params: Mapping[str, Tensor], x_D: Tensor, prev_N: Te
         gates = {i: exponentials[i] / total for i in chosen}
     elif cfg.gate_normalization == "none":
         gates = {i: p[i] for i in chosen}
+    elif cfg.gate_normalization == "topk_sigmoid":
+        gates = {i: 1 / (1 + torch.exp(-z[i])) for i in chosen}
     else:
         alive = [i for i in chosen if kind_of(cfg, i)[0] != "zero"]
         total = sum((p[i] for i in alive), torch.zeros((), dtype=p.dtype))
         gates = {i: p[i] / total if i in alive else torch.zeros_like(p[i]) for i in chosen}
     return _Routed(logits, p, gates, margin)
+
+
+def _choose_with_bias(cfg: Any, logits_N: Tensor, bias_N: Tensor) -> _Routed:
+    """DeepSeek-V3 (arXiv 2412.19437), Eqs. 13, 15 and 16."""
+    scores = [1 / (1 + torch.exp(-logit)) for logit in logits_N]
+    rank_by = [float(score.detach()) + float(bias) for score, bias in zip(scores, bias_N, strict=True)]
+    order = sorted(range(len(scores)), key=lambda i: (-rank_by[i], i))
+    chosen, rest = order[: cfg.top_k], order[cfg.top_k :]
+    total = sum(scores[i] for i in chosen)
+    margin = rank_by[chosen[-1]] - rank_by[rest[0]] if rest else math.inf
+    everything = torch.stack(scores)
+    return _Routed(logits_N, everything / everything.sum(), {i: scores[i] / total for i in chosen}, margin)
 
 
 def _expert_output(cfg: Any, params: Mapping[str, Tensor], expert: int, x_D: Tensor) -> Tensor:
@@ -105,7 +126,9 @@ def _expert_output(cfg: Any, params: Mapping[str, Tensor], expert: int, x_D: Ten
         a, b = params["zero_computation.alpha_proj"][index] @ x_D
         alpha = 1 / (1 + torch.exp(b - a))
         return alpha * x_D + (1 - alpha) * params["zero_computation.value"][index]
-    return x_D if kind == "copy" else torch.zeros_like(x_D)
+    if kind == "scale":
+        return torch.stack([s * x for s, x in zip(params["zero_computation.scale.factor"][index], x_D, strict=True)])
+    return {"copy": x_D, "negate": -x_D, "zero": torch.zeros_like(x_D)}[kind]
 
 
 def _keep(cfg: Any, routed: list[_Routed], training: bool) -> tuple[set[tuple[int, int]], float]:
@@ -126,7 +149,8 @@ def _keep(cfg: Any, routed: list[_Routed], training: bool) -> tuple[set[tuple[in
 
 
 def _num_experts(cfg: Any) -> int:
-    return cfg.num_ffn_experts + cfg.num_constant_experts + cfg.num_copy_experts + cfg.num_zero_experts
+    plain = cfg.num_ffn_experts + cfg.num_constant_experts + cfg.num_copy_experts + cfg.num_zero_experts
+    return plain + sum(cfg.extra_experts.values())
 
 
 def _balance_loss(cfg: Any, routed: list[_Routed], fraction_N: Sequence[float]) -> Tensor:
@@ -135,6 +159,8 @@ def _balance_loss(cfg: Any, routed: list[_Routed], fraction_N: Sequence[float]) 
     n = _num_experts(cfg)
     for expert in range(n if routed else 0):
         eta = 1.0 if kind_of(cfg, expert)[0] == "ffn" else cfg.tau
+        if cfg.balance_rule == "ffn_only":
+            eta = float(kind_of(cfg, expert)[0] == "ffn")
         mean_probability = sum(r.probabilities_N[expert] for r in routed) / len(routed)
         loss = loss + eta * fraction_N[expert] * mean_probability
     return loss * n / cfg.top_k if cfg.balance_loss_switch_scale else loss
@@ -150,7 +176,7 @@ def _statistics(
     kept_ffn = [expert for _, expert in kept if kind_of(cfg, expert)[0] == "ffn"]
     stats: dict[str, Any] = {
         f"share_{kind}": sum(load[e] for e in range(len(load)) if kind_of(cfg, e)[0] == kind) / slots
-        for kind in ("ffn", "constant", "copy", "zero")
+        for kind in kinds_of(cfg)
     }
     return stats | {
         "ffn_per_token": len(kept_ffn) / max(1, tokens),
