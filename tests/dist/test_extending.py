@@ -1,4 +1,4 @@
-"""Parts that are registered outside the package, those of docs/examples, against the slow oracle and through the trainer."""
+"""Parts that are registered outside the package, those of docs/examples: the oracle, the trainer, the layouts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import docs.examples.negate_expert
 import docs.examples.scale_expert
 import docs.examples.small_parts  # noqa: F401
 from docs.examples.bias_router import BiasRouter
-from moepp import MoEConfig, comm
+from moepp import MoEConfig
+from moepp.distributed import comm
+from moepp.distributed.groups import ParallelGroups
 from moepp.model.accounting import count_parameters
 from moepp.model.transformer import Transformer
 from moepp.moe import MoELayer
-from moepp.parallel.groups import ParallelGroups
 from tests.dist import WorkerFailure, WorkerPool, subgroups
 from tests.moe_cases import LEAST_MARGIN, Case, Observed, assert_agrees, expect, run_layer
 from tests.parity import TOLERANCE, Layout, Setting, deviation, make_config, train
@@ -112,9 +113,8 @@ class _Watch:
             bias = [0.0] * len(router.bias)
             for step in range(len(self.loads[layer]) // self.forwards_per_step):
                 at = slice(step * self.forwards_per_step, (step + 1) * self.forwards_per_step)
-                load = [
-                    sum(column) for column in zip(*(f for loads in everyone for f in loads[layer][at]), strict=True)
-                ]
+                forwards = [load for loads in everyone for load in loads[layer][at]]
+                load = [sum(column) for column in zip(*forwards, strict=True)]
                 mean = sum(load) / len(load)
                 bias = [b + RATE * ((mean > n) - (mean < n)) for b, n in zip(bias, load, strict=True)]
             assert any(bias), "no bias moved"
