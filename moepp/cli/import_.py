@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
         place = shlex.quote(args.run_dir)
         print(
             f"imported {args.folder} into {args.run_dir}; train it further with\n"
-            f"  python train.py --config-dir {place} model={MODEL_NAME} run.dir={place} data.paths=[...]"
+            f"  python train.py --config-dir {place} model={MODEL_NAME} run.dir={place} data.paths=[...] "
+            f"data.tokenizer={shlex.quote(cfg.data.tokenizer or 'null')}"
         )
     return 0
 

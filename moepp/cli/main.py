@@ -28,7 +28,7 @@ USAGE_EXIT_CODE = 2
 INTERRUPT_EXIT_CODE = 130  # 128 + SIGINT, as shells do
 PIPE_EXIT_CODE = 141  # 128 + SIGPIPE
 _MESSAGE_CHARACTERS = 20_000
-_NO_COMMANDS = {"main", "model_card"}  # other files of this folder
+_NO_COMMANDS = {"__main__", "main", "model_card"}  # other files of this folder
 # What other trainers and tools call a command.
 _SYNONYMS = {
     **dict.fromkeys(("pretrain", "run", "fit", "finetune", "resume", "sweep"), "train"),
