@@ -4,19 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moepp.checkpoint.format import CheckpointInfo
-
-RUN_STATE: dict[str, Any] = {
-    "seed": 1,
-    "next_batch": 0,
-    "skipped_batches": 0,
-    "rewinds": 0,
-    "skipped_steps": 0,
-    "skipped_in_a_row": 0,
-    "recent_losses": [],
-    "data": {},
-    "wandb_run_id": None,
-}
+from moepp.checkpoint import CheckpointInfo, Layout, RunState
 
 
 def make_info(
@@ -24,4 +12,6 @@ def make_info(
 ) -> CheckpointInfo:
     """Information of a checkpoint after ``step`` steps."""
     plain = {"world_size": world_size, "expert": 1, "engine": "native", "zero_stage": 0, "precision": "fp32"}
-    return CheckpointInfo(step, tokens, plain | layout, config or {}, {"torch": "2.13.0"}, dict(RUN_STATE))
+    return CheckpointInfo(
+        step, tokens, Layout(**(plain | layout)), config or {}, {"torch": "2.13.0"}, RunState.fresh(seed=1)
+    )

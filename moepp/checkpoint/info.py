@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from moepp.config import Config, RunPlan
 from moepp.io.untrusted import show
 
 MAX_COUNT = 10**15  # steps, tokens and the like; more than any training has
@@ -19,38 +20,86 @@ _COUNTS = ("seed", "next_batch", "skipped_batches", "rewinds", "skipped_steps", 
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How the run that saved a checkpoint was laid out."""
+
+    world_size: int
+    expert: int  # ranks that share the experts
+    engine: str
+    zero_stage: int
+    precision: str
+
+    @classmethod
+    def of(cls, cfg: Config, plan: RunPlan) -> Layout:
+        """The layout of a run."""
+        return cls(plan.world_size, cfg.parallel.expert, cfg.engine.name, plan.zero_stage, cfg.train.precision)
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What the trainer and the metrics keep besides tensors.
+
+    Attributes:
+        seed: of the run.
+        next_batch: global batch that the next step trains on.
+        skipped_batches: global batches left out by rewinds.
+        rewinds: how often a spike sent the run back.
+        skipped_steps: steps whose update was left out.
+        skipped_in_a_row: of those, the newest ones without a step in between.
+        recent_losses: window of the spike guard, nats.
+        data: what tells each dataset from another one, by path; empty: nothing was trained on, any data may follow.
+        wandb_run_id: None: there is no W&B run.
+    """
+
+    seed: int
+    next_batch: int = 0
+    skipped_batches: int = 0
+    rewinds: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    wandb_run_id: str | None = None
+
+    @classmethod
+    def fresh(cls, seed: int) -> RunState:
+        """The state before the first step."""
+        return cls(seed)
+
+
+@dataclass(frozen=True)
 class CheckpointInfo:
     """Contents of ``info.json``.
 
     Attributes:
         step: optimizer steps done.
         tokens: training tokens seen.
-        layout: world_size, expert, engine, zero_stage, precision of the run that saved it.
+        layout: of the run that saved it.
         config: the resolved configuration.
         versions: package versions.
-        run_state: what the trainer and the metrics keep besides tensors.
+        run_state: of the trainer and the metrics.
         eod_id: token that ends the documents that were trained on; None: not known (checkpoints before it was kept).
         tokenizer_sha256: of the tokenizer.json that made them; None: not known.
     """
 
     step: int
     tokens: int
-    layout: dict[str, Any]
+    layout: Layout
     config: dict[str, Any]
     versions: dict[str, Any]
-    run_state: dict[str, Any]
+    run_state: RunState
     eod_id: int | None = None
     tokenizer_sha256: str | None = None
 
 
 def info_from(tree: Any) -> CheckpointInfo:
-    """The information in a JSON value, checked; more keys of layout and run_state than are known may be there.
+    """The information in a JSON value, checked; keys of layout and run_state that are not known are passed over.
 
     Raises:
         ValueError: a key is missing or unknown, or a value is of another type or out of range.
     """
-    keys = {field.name for field in fields(CheckpointInfo)}
-    needed = {field.name for field in fields(CheckpointInfo) if field.default is MISSING}
+    keys = _names(CheckpointInfo)
+    needed = {entry.name for entry in fields(CheckpointInfo) if entry.default is MISSING}
     if not isinstance(tree, dict) or not needed <= tree.keys() <= keys:
         found = (
             sorted(tree.keys() - keys or needed - tree.keys())[:3] if isinstance(tree, dict) else type(tree).__name__
@@ -68,7 +117,16 @@ def info_from(tree: Any) -> CheckpointInfo:
     _require(sha256 is None or _is_sha256(sha256), "tokenizer_sha256", sha256, "64 hexadecimal digits or null")
     for package, version in tree["versions"].items():
         _require(version is None or _is_text(version), f"versions.{show(package)}", version, "a text")
-    return CheckpointInfo(**tree)
+    layout, run_state = _known(Layout, tree["layout"]), _known(RunState, tree["run_state"])
+    return CheckpointInfo(**tree | {"layout": Layout(**layout), "run_state": RunState(**run_state)})
+
+
+def _names(kind: type) -> set[str]:
+    return {entry.name for entry in fields(kind)}
+
+
+def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key in _names(kind)}
 
 
 def _check_layout(layout: Mapping[str, Any]) -> None:

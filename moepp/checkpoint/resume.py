@@ -121,7 +121,7 @@ def _bin(file: IndexedFile) -> Path:
 
 def _data_differences(info: CheckpointInfo, cfg: Config) -> list[str]:
     """A line per dataset that is another one than at its place in the checkpoint's run, and for the tokenizer."""
-    old: dict[str, dict[str, Any]] = info.run_state.get("data", {})
+    old = info.run_state.data
     if not old:
         return []  # nothing was trained on: any data may follow
     old_paths, new_paths = list(info.config["data"]["paths"]), list(cfg.data.paths)

@@ -15,16 +15,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from moepp.checkpoint import format as fmt
 from moepp.checkpoint.format import CheckpointInfo, FileEntry
-from moepp.checkpoint.state import stage
+from moepp.checkpoint.state import Statistics, stage
 from moepp.checkpoint.storage import cause, source_of, write_tensors
 from moepp.config import CheckpointConfig
 from moepp.distributed import comm
 from moepp.distributed.groups import ParallelGroups
-from moepp.engine.engine import Engine
+from moepp.engine.engine import StateSource
 from moepp.errors import CheckpointError, MoeppError, WriteError
 from moepp.io.files import make_own_folder, move
 from moepp.io.write_errors import write_error
-from moepp.metrics.step_stats import StepStats
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +78,9 @@ class Checkpointer:
         if groups.rank == 0:
             fmt.remove_remains(checkpoints)
 
-    def save(self, engine: Engine, stats: StepStats, info: CheckpointInfo, background: bool | None = None) -> None:
+    def save(
+        self, source: StateSource, stats: Statistics, info: CheckpointInfo, background: bool | None = None
+    ) -> None:
         """Save the state after ``info.step`` steps; ``background`` overrides ``checkpoint.async``.
 
         Raises:
@@ -87,7 +88,7 @@ class Checkpointer:
         """
         start = time.perf_counter()
         self.wait()
-        staged = stage(engine, stats, self.groups)
+        staged = stage(source, stats, self.groups)
         in_background = self.cfg.async_ if background is None else background
         if not in_background:
             self._publish(staged, info, start, None)

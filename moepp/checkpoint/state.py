@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +23,31 @@ from moepp.checkpoint.storage import TensorReader
 from moepp.distributed import comm
 from moepp.distributed.groups import ParallelGroups
 from moepp.distributed.parameters import is_expert_parameter
-from moepp.engine.engine import Engine
+from moepp.engine.engine import Engine, StateSource
 from moepp.errors import CheckpointError, TrainingError
 from moepp.io.untrusted import printable
-from moepp.metrics.step_stats import StepStats
 from moepp.moe.registered import persistent_buffers
 
 _BUFFER = "/buffer"
 
 
-def stage(engine: Engine, stats: StepStats, groups: ParallelGroups) -> dict[str, Tensor]:
+class Statistics(Protocol):
+    """Sums of this rank that are not logged yet."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of the sums by name."""
+        ...
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes that :meth:`state` has, once there is something to keep."""
+        ...
+
+    def add_state(self, state: dict[str, Tensor]) -> None:
+        """Add sums of another moment or rank."""
+        ...
+
+
+def stage(source: StateSource, stats: Statistics, groups: ParallelGroups) -> dict[str, Tensor]:
     """Copy this rank's share of the training state to host memory; collective.
 
     Extra memory: the share itself and, while ZeRO partitions are assembled, one parameter.
@@ -41,7 +57,7 @@ def stage(engine: Engine, stats: StepStats, groups: ParallelGroups) -> dict[str,
     """
     staged: dict[str, Tensor] = {}
     dense_load, expert_load = [0] * groups.world_size, [0] * groups.edp_size
-    for name, state in engine.read_state():
+    for name, state in source.read_state():
         is_expert = is_expert_parameter(name)
         load, own = (expert_load, groups.rank // groups.ep_size) if is_expert else (dense_load, groups.rank)
         owner = load.index(min(load))
@@ -51,7 +67,7 @@ def stage(engine: Engine, stats: StepStats, groups: ParallelGroups) -> dict[str,
                 staged[key] = tensor.detach().to("cpu", copy=True)
                 del tensor
         del state  # the next parameter is assembled before the loop would forget this one
-    buffers = _buffers(engine.model)
+    buffers = _buffers(source.model)
     _require_same(buffers, groups)
     if groups.rank == 0:
         staged |= {key: buffer.detach().to("cpu", copy=True) for key, buffer in buffers.items()}
@@ -60,7 +76,9 @@ def stage(engine: Engine, stats: StepStats, groups: ParallelGroups) -> dict[str,
     return staged
 
 
-def load_training_state(path: Path, engine: Engine, stats: StepStats, groups: ParallelGroups, saved_ranks: int) -> None:
+def load_training_state(
+    path: Path, engine: Engine, stats: Statistics, groups: ParallelGroups, saved_ranks: int
+) -> None:
     """Restore parameters, buffers, optimizer state, statistics and, in an unchanged number of ranks, random generators.
 
     Args:
@@ -159,7 +177,7 @@ def _fill(reader: TensorReader, name: str, buffers: dict[str, Tensor], ep_rank: 
     reader.fill(targets)
 
 
-def _load_stats(reader: TensorReader, stats: StepStats, groups: ParallelGroups, saved_ranks: int) -> None:
+def _load_stats(reader: TensorReader, stats: Statistics, groups: ParallelGroups, saved_ranks: int) -> None:
     """Each rank takes its own statistics back; in another layout the first rank takes the sum of all."""
     if saved_ranks == groups.world_size:
         sources = {groups.rank}

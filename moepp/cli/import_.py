@@ -11,13 +11,13 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moepp.checkpoint import Checkpointer, CheckpointInfo
+from moepp.checkpoint import Checkpointer, CheckpointInfo, Layout, RunState
 from moepp.config import Config, ModelConfig, RunPlan, explain_hydra_error, from_hydra, to_dict, validate
 from moepp.data.manifest import sha256_of
 from moepp.distributed import comm
@@ -29,7 +29,6 @@ from moepp.distributed.groups import (
     pick_device,
     read_launch_environment,
 )
-from moepp.engine.engine import Engine
 from moepp.errors import CheckpointError, ConfigError
 from moepp.evaluation.load import eod_of_folder
 from moepp.interop import hf, official
@@ -183,38 +182,22 @@ def _save(
     info = CheckpointInfo(
         step=0,
         tokens=0,
-        layout={
-            "world_size": groups.world_size,
-            "expert": groups.ep_size,
-            "engine": cfg.engine.name,
-            "zero_stage": plan.zero_stage,
-            "precision": cfg.train.precision,
-        },
+        layout=Layout.of(cfg, plan),
         config=to_dict(cfg),
         versions=described.versions,
-        run_state={
-            "seed": cfg.run.seed,
-            "next_batch": 0,
-            "skipped_batches": 0,
-            "rewinds": 0,
-            "skipped_steps": 0,
-            "skipped_in_a_row": 0,
-            "recent_losses": [],
-            "data": {},  # none was seen: any may follow
-            "wandb_run_id": None,
-        },
+        run_state=RunState.fresh(cfg.run.seed),
         eod_id=described.eod_id,
         tokenizer_sha256=described.tokenizer_sha256,
     )
     stats = StepStats(cfg.model.moe_layers, moe.expert_counts, moe.top_k)
-    checkpointer.save(cast(Engine, _Untrained(model)), stats, info, background=False)
+    checkpointer.save(_Untrained(model), stats, info, background=False)
     problems = checkpointer.reports[-1].problems
     if problems:
         raise CheckpointError(f"the weights could not be saved: {'; '.join(problems)}; then repeat the import")
 
 
 class _Untrained:
-    """An engine before its first step, as far as a checkpoint is concerned."""
+    """The state before the first step of any engine."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -28,18 +28,10 @@ class StepResult:
     skipped: bool
 
 
-class Engine(Protocol):
-    """Owns the parameters' gradients, their reduction over ranks, and the optimizer."""
+class StateSource(Protocol):
+    """What a checkpoint is written from: an engine, or weights that were never trained on."""
 
     model: nn.Module
-
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of one micro-batch's mean loss; micro-batches and ranks are averaged."""
-        ...
-
-    def step(self, lr: float, update: bool = True) -> StepResult:
-        """Reduce, clip and update after the last micro-batch; ``update=False`` only measures and discards."""
-        ...
 
     def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Each parameter's ``fp32`` master and optimizer state, in one fixed order; every rank must exhaust it.
@@ -47,6 +39,18 @@ class Engine(Protocol):
         Tensors are shaped like this rank's parameter (dense ones whole, FFN experts its own); ``step`` is a scalar,
         the number of updates. They are only valid until the next item.
         """
+        ...
+
+
+class Engine(StateSource, Protocol):
+    """Owns the parameters' gradients, their reduction over ranks, and the optimizer."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of one micro-batch's mean loss; micro-batches and ranks are averaged."""
+        ...
+
+    def step(self, lr: float, update: bool = True) -> StepResult:
+        """Reduce, clip and update after the last micro-batch; ``update=False`` only measures and discards."""
         ...
 
     def write_state(self, fetch: Fetch) -> None:

@@ -198,7 +198,7 @@ def _eod_of_data(cfg: Config, info: CheckpointInfo) -> int | None:
 
     For checkpoints of versions that did not keep it.
     """
-    identity = info.run_state.get("data") or {}
+    identity = info.run_state.data
     for prefix in cfg.data.paths:
         try:
             manifest = read_manifest(prefix)

@@ -117,7 +117,7 @@ def build_parts(
     throughput = Throughput(groups.world_size, peak)
     checkpointer = Checkpointer(cfg.checkpoint, groups, run_dir.checkpoints, new_cpu_group(), check_claim)
     comm.limit_waits(cfg.parallel.timeout_seconds)
-    offset = start.run_state["skipped_batches"] if start is not None else 0
+    offset = start.run_state.skipped_batches if start is not None else 0
     sinks = comm.run_together(
         lambda: open_sinks(run_dir.path, cfg, start_step, offset, check_claim) if groups.rank == 0 else SinkGroup()
     )

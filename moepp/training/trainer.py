@@ -19,6 +19,8 @@ from torch import Tensor
 from moepp.checkpoint import (
     Checkpointer,
     CheckpointInfo,
+    Layout,
+    RunState,
     identify_data,
     load_training_state,
     newest_checkpoint,
@@ -108,13 +110,12 @@ class Trainer:
             eod_id=_known(self.vocabulary.eod_id, info.eod_id),
             tokenizer_sha256=_known(self.vocabulary.tokenizer_sha256, info.tokenizer_sha256),
         )
-        load_training_state(checkpoint, self.engine, self.stats, self.groups, info.layout["world_size"])
+        load_training_state(checkpoint, self.engine, self.stats, self.groups, info.layout.world_size)
         self.step = info.step
-        self.skipped_batches = info.run_state["skipped_batches"]
-        self.rewinds = info.run_state["rewinds"]
-        skipped, in_a_row = info.run_state["skipped_steps"], info.run_state["skipped_in_a_row"]
-        self.skipped_steps = SkippedSteps(self.cfg.guard, skipped, in_a_row)
-        self.spikes = SpikeGuard(self.cfg.guard, info.run_state["recent_losses"])
+        state = info.run_state
+        self.skipped_batches, self.rewinds = state.skipped_batches, state.rewinds
+        self.skipped_steps = SkippedSteps(self.cfg.guard, state.skipped_steps, state.skipped_in_a_row)
+        self.spikes = SpikeGuard(self.cfg.guard, state.recent_losses)
         self.parts.checkpointer.leave_behind(self.step)
 
     def fit(self, stop: StopRequest) -> None:
@@ -245,26 +246,20 @@ class Trainer:
         info = CheckpointInfo(
             step=self.step,
             tokens=self.tokens,
-            layout={
-                "world_size": self.groups.world_size,
-                "expert": self.groups.ep_size,
-                "engine": self.cfg.engine.name,
-                "zero_stage": self.plan.zero_stage,
-                "precision": self.cfg.train.precision,
-            },
+            layout=Layout.of(self.cfg, self.plan),
             config=to_dict(self.cfg),
             versions=self.parts.versions,
-            run_state={
-                "seed": self.cfg.run.seed,
-                "next_batch": self.step + self.skipped_batches,
-                "skipped_batches": self.skipped_batches,
-                "rewinds": self.rewinds,
-                "skipped_steps": self.skipped_steps.total,
-                "skipped_in_a_row": self.skipped_steps.in_a_row,
-                "recent_losses": self.spikes.history,
-                "data": self.data_identity,
-                "wandb_run_id": self.parts.sinks.wandb_run_id,
-            },
+            run_state=RunState(
+                seed=self.cfg.run.seed,
+                next_batch=self.step + self.skipped_batches,
+                skipped_batches=self.skipped_batches,
+                rewinds=self.rewinds,
+                skipped_steps=self.skipped_steps.total,
+                skipped_in_a_row=self.skipped_steps.in_a_row,
+                recent_losses=self.spikes.history,
+                data=self.data_identity,
+                wandb_run_id=self.parts.sinks.wandb_run_id,
+            ),
             eod_id=self.vocabulary.eod_id,
             tokenizer_sha256=self.vocabulary.tokenizer_sha256,
         )

@@ -103,7 +103,10 @@ def test_bad_information_is_one_line_and_the_list_goes_on(
 
 def test_good_information_is_read(tmp_path: Path) -> None:
     more = changed(layout__more=1, run_state__more={"a": [1]}, versions={"torch": "2.13.0", "triton": None})
-    assert asdict(fmt.read_info(write(tmp_path, 10, more))) == more
+    known = changed(versions={"torch": "2.13.0", "triton": None})
+    assert asdict(fmt.read_info(write(tmp_path, 10, more))) == known  # what a later version adds is passed over
+    without = changed(run_state__wandb_run_id=...)  # no run of W&B
+    assert asdict(fmt.read_info(write(tmp_path / "third", 10, without))) == changed()
     seed = changed(run_state__seed=2**64 - 1, run_state__recent_losses=[1, 2.5], run_state__data={"a": {"tokens": 1}})
     renamed = write(tmp_path / "other", 10, seed).rename(tmp_path / "best")
     assert asdict(fmt.read_info(renamed)) == seed  # a copy under a name of its own

@@ -53,7 +53,7 @@ def save(cfg: Config, checkpoints: Path, *, step: int = 3, old: bool = False) ->
         vocabulary = read_vocabulary(cfg)
         facts = (vocabulary.eod_id, vocabulary.tokenizer_sha256)
     info = make_info(step, 10, config=to_dict(cfg))
-    state = {**info.run_state, "data": identify_data(cfg) if step else {}}
+    state = replace(info.run_state, data=identify_data(cfg) if step else {})
     info = replace(info, run_state=state, eod_id=facts[0], tokenizer_sha256=facts[1])
     tree = asdict(info)
     if old:
