@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from moepp.config import Config, from_dict, make_plan
-from moepp.data import Data, build_data
+from moepp.data import Data, build_data, open_corpora
 
 CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "float64": 6, "float32": 7, "uint16": 8}
 
@@ -83,4 +83,4 @@ def make_config(paths: Sequence[str], **changes: Any) -> Config:
 
 def open_data(cfg: Config, world_size: int = 1, rank: int = 0, cache_dir: str | None = None) -> Data:
     """The loader of one rank, as a run opens it."""
-    return build_data(cfg, make_plan(cfg, world_size), rank, cache_dir)
+    return build_data(cfg, make_plan(cfg, world_size), open_corpora(cfg), rank, cache_dir)

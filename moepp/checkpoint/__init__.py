@@ -2,7 +2,7 @@
 
 from moepp.checkpoint.format import CheckpointInfo, list_checkpoints, read_info, verify
 from moepp.checkpoint.info import Layout, RunState
-from moepp.checkpoint.resume import choose_checkpoint, continues_same_data, identify_data, newest_checkpoint
+from moepp.checkpoint.resume import choose_checkpoint, continues_same_data, newest_checkpoint
 from moepp.checkpoint.saver import Checkpointer
 from moepp.checkpoint.state import load_model, load_training_state
 
@@ -13,7 +13,6 @@ __all__ = [
     "RunState",
     "choose_checkpoint",
     "continues_same_data",
-    "identify_data",
     "list_checkpoints",
     "load_model",
     "load_training_state",

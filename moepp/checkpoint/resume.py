@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from moepp.checkpoint.format import CheckpointInfo, list_checkpoints, read_info, step_of, verify
 from moepp.config import Config, to_dict
 from moepp.config.compare import breaking_differences, other_differences
-from moepp.data.identity import sampled_digest
-from moepp.data.indexed import IndexedFile, open_indexed
-from moepp.data.manifest import sha256_of
-from moepp.data.vocabulary import read_vocabulary
 from moepp.distributed import comm
 from moepp.distributed.groups import ParallelGroups
 from moepp.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-_SHA256_DIGITS = 64
+DataDifferences = Callable[[CheckpointInfo], list[str]]
+"""A line per dataset of the run that is not the one at its place in a checkpoint."""
 
 
-def choose_checkpoint(cfg: Config, checkpoints: Path, groups: ParallelGroups) -> Path | None:
+def choose_checkpoint(
+    cfg: Config, checkpoints: Path, groups: ParallelGroups, data_differences: DataDifferences
+) -> Path | None:
     """The checkpoint that ``run.resume`` means, verified, or ``None`` to start from the beginning; collective.
 
     ``auto`` takes the newest one that verifies and falls back past damaged ones with a warning; ``never`` takes none.
@@ -38,11 +37,11 @@ def choose_checkpoint(cfg: Config, checkpoints: Path, groups: ParallelGroups) ->
     else:
         chosen = _explicit(Path(cfg.run.resume).expanduser(), groups)
     if chosen is not None:
-        comm.run_together(lambda: _check_same_run(cfg, chosen) if groups.rank == 0 else None)
+        comm.run_together(lambda: _check_same_run(cfg, chosen, data_differences) if groups.rank == 0 else None)
     return chosen
 
 
-def continues_same_data(cfg: Config, checkpoints: Path) -> bool:
+def continues_same_data(cfg: Config, checkpoints: Path, data_differences: DataDifferences) -> bool:
     """Whether the run has trained on the data of ``cfg``, wherever they lie; to be called before it is continued.
 
     False where there is no checkpoint to compare with, or none that can be read.
@@ -58,7 +57,7 @@ def continues_same_data(cfg: Config, checkpoints: Path) -> bool:
             info = read_info(path)
         except CheckpointError:
             continue
-        _refuse(path, _data_differences(info, cfg))
+        _refuse(path, data_differences(info))
         return True
     return False
 
@@ -96,66 +95,12 @@ def newest_checkpoint(checkpoints: Path, groups: ParallelGroups) -> Path | None:
     return None
 
 
-def identify_data(cfg: Config) -> dict[str, dict[str, Any]]:
-    """What tells a dataset from another one, wherever it lies, by path."""
-    return {prefix: _identify(open_indexed(prefix)) for prefix in cfg.data.paths}
-
-
-def _identify(file: IndexedFile, content: str | None = None) -> dict[str, Any]:
-    if content is None:
-        content = file.manifest.bin_sha256 if file.manifest is not None else sampled_digest(_bin(file))
-    return {"tokens": file.num_tokens, "documents": file.documents, "lengths": file.fingerprint(), "content": content}
-
-
-def _identify_like(old: dict[str, Any], file: IndexedFile) -> dict[str, Any]:
-    """As :func:`_identify`, with the digest that ``old`` has: a copy may have lost its manifest, or got one."""
-    had_manifest = len(str(old.get("content"))) == _SHA256_DIGITS
-    if had_manifest == (file.manifest is not None):
-        return _identify(file)
-    return _identify(file, sha256_of(str(_bin(file))) if had_manifest else sampled_digest(_bin(file)))
-
-
-def _bin(file: IndexedFile) -> Path:
-    return Path(f"{file.prefix}.bin")
-
-
-def _data_differences(info: CheckpointInfo, cfg: Config) -> list[str]:
-    """A line per dataset that is another one than at its place in the checkpoint's run, and for the tokenizer."""
-    old = info.run_state.data
-    if not old:
-        return []  # nothing was trained on: any data may follow
-    old_paths, new_paths = list(info.config["data"]["paths"]), list(cfg.data.paths)
-    if len(old_paths) != len(new_paths):
-        return [f"data.paths: {old_paths} -> {new_paths}"]
-    found = []
-    for old_path, path in zip(old_paths, new_paths, strict=True):
-        where = path if path == old_path else f"{old_path} -> {path}"
-        was = old.get(old_path, {})
-        now = _identify_like(was, open_indexed(path))
-        found += [f"data.paths: {where}: {key} {was[key]} -> {now[key]}" for key in was if was[key] != now.get(key)]
-    vocabulary = read_vocabulary(cfg)
-    for name in ("eod_id", "tokenizer_sha256"):
-        was, now = getattr(info, name), getattr(vocabulary, name)
-        if was is not None and now is not None and was != now:
-            found.append(f"{'data.tokenizer' if name == 'tokenizer_sha256' else 'data.paths'}: {name} {was} -> {now}")
-    return found or _unknown_tokenizer(info, cfg)
-
-
-def _unknown_tokenizer(info: CheckpointInfo, cfg: Config) -> list[str]:
-    """Another tokenizer file where neither the checkpoint nor a manifest tells which tokenizer made the data."""
-    was, now = info.config["data"].get("tokenizer"), cfg.data.tokenizer
-    is_known = info.tokenizer_sha256 is not None or any(open_indexed(path).manifest for path in cfg.data.paths)
-    if is_known or was is None or now is None or was == now:
-        return []
-    return [f"data.tokenizer: {was} -> {now}"]
-
-
-def _check_same_run(cfg: Config, path: Path) -> None:
+def _check_same_run(cfg: Config, path: Path, data_differences: DataDifferences) -> None:
     info = read_info(path)
     old, new = info.config, to_dict(cfg)
     untrained = info.step == 0
     breaking = breaking_differences(old, new, untrained=untrained, same_data=True)
-    breaking += _data_differences(info, cfg)
+    breaking += data_differences(info)
     _refuse(path, breaking)
     logger.info("continuing from %s (step %d, %s tokens)", path, step_of(path), f"{info.tokens:,}")
     for difference in other_differences(old, new, untrained=untrained, same_data=True):

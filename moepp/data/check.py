@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from moepp.config.schema import Config
+from moepp.data.corpora import Corpora
 from moepp.data.indexed import SPLITS, IndexedFile, allow_open_files, open_indexed
 from moepp.data.manifest import sha256_of
 from moepp.data.tokenizer import Tokenizer
+from moepp.data.vocabulary import read_vocabulary
 from moepp.errors import DataError
 
 
-def check_data(cfg: Config) -> None:
-    """Refuse data that cannot be trained on. Relative paths start at the current directory.
+def check_data(cfg: Config) -> Corpora:
+    """Open the data of a run and refuse what cannot be trained on. Relative paths start at the current directory.
 
     Reads indices and manifests only; a .bin without a manifest is scanned for its largest token id.
 
@@ -20,7 +23,7 @@ def check_data(cfg: Config) -> None:
         DataError: one line with the file, the rule it breaks and the remedy.
     """
     allow_open_files()
-    files = [open_indexed(prefix) for prefix in cfg.data.paths]
+    files = tuple(open_indexed(prefix) for prefix in cfg.data.paths)
     for file in files:
         _check_size(file, cfg)
     _check_evaluation(files, cfg)
@@ -29,6 +32,7 @@ def check_data(cfg: Config) -> None:
     _check_tokenizers(files, cfg)
     _check_document_ends(files, cfg)
     _check_cache_dir(cfg.data.cache_dir)
+    return Corpora(files, read_vocabulary(cfg, files), cfg.data.tokenizer)
 
 
 def held_out_batches(cfg: Config) -> int:
@@ -50,7 +54,7 @@ def _check_size(file: IndexedFile, cfg: Config) -> None:
         )
 
 
-def _check_evaluation(files: list[IndexedFile], cfg: Config) -> None:
+def _check_evaluation(files: Sequence[IndexedFile], cfg: Config) -> None:
     if held_out_batches(cfg) == 0:
         return
     for file in files:
@@ -76,7 +80,7 @@ def _check_token_ids(file: IndexedFile, cfg: Config) -> None:
         )
 
 
-def _check_tokenizers(files: list[IndexedFile], cfg: Config) -> None:
+def _check_tokenizers(files: Sequence[IndexedFile], cfg: Config) -> None:
     made_with = {f.manifest.tokenizer_sha256: f.prefix for f in files if f.manifest is not None}
     if len(made_with) > 1:
         raise DataError(
@@ -99,7 +103,7 @@ def _check_tokenizers(files: list[IndexedFile], cfg: Config) -> None:
         )
 
 
-def _check_document_ends(files: list[IndexedFile], cfg: Config) -> None:
+def _check_document_ends(files: Sequence[IndexedFile], cfg: Config) -> None:
     """One token ends all documents, and the tokenizer that will encode prompts has it."""
     ends = {f.manifest.eod_id: f.prefix for f in files if f.manifest is not None}
     if len(ends) > 1:

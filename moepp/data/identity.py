@@ -1,11 +1,17 @@
-"""A cheap digest that tells a large file from another one."""
+"""What tells a dataset, or any large file, from another one."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from moepp.data.indexed import IndexedFile
+from moepp.data.manifest import sha256_of
 
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096  # how much of a file is looked at
+_SHA256_DIGITS = 64
 
 
 def sampled_digest(path: Path, blocks: int = SAMPLED_BLOCKS) -> str:
@@ -20,3 +26,22 @@ def sampled_digest(path: Path, blocks: int = SAMPLED_BLOCKS) -> str:
             stream.seek(i * max(size - BLOCK_BYTES, 0) // max(blocks - 1, 1))
             digest.update(stream.read(BLOCK_BYTES))
     return digest.hexdigest()
+
+
+def identify(file: IndexedFile, content: str | None = None) -> dict[str, Any]:
+    """What a checkpoint keeps of a dataset; ``content`` is the digest of its tokens (None: the cheapest to have)."""
+    if content is None:
+        content = file.manifest.bin_sha256 if file.manifest is not None else sampled_digest(_bin(file))
+    return {"tokens": file.num_tokens, "documents": file.documents, "lengths": file.fingerprint(), "content": content}
+
+
+def identify_like(old: Mapping[str, Any], file: IndexedFile) -> dict[str, Any]:
+    """As :func:`identify`, with the digest that ``old`` has: a copy may have lost its manifest, or got one."""
+    had_manifest = len(str(old.get("content"))) == _SHA256_DIGITS
+    if had_manifest == (file.manifest is not None):
+        return identify(file)
+    return identify(file, sha256_of(str(_bin(file))) if had_manifest else sampled_digest(_bin(file)))
+
+
+def _bin(file: IndexedFile) -> Path:
+    return Path(f"{file.prefix}.bin")

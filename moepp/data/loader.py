@@ -12,8 +12,8 @@ import torch
 
 from moepp.config import Config, RunPlan
 from moepp.data.check import held_out_batches
-from moepp.data.indexed import SPLITS, allow_open_files, open_indexed
-from moepp.data.vocabulary import read_vocabulary
+from moepp.data.corpora import Corpora
+from moepp.data.indexed import SPLITS
 from moepp.errors import DataError
 
 
@@ -83,21 +83,20 @@ class Data:
         return input_ids_BS, labels_BS
 
 
-def build_data(cfg: Config, plan: RunPlan, rank: int, cache_dir: str | None) -> Data:
-    """Datasets and loader of one rank. Call it on all ranks, after :func:`moepp.data.check_data`.
+def build_data(cfg: Config, plan: RunPlan, corpora: Corpora, rank: int, cache_dir: str | None) -> Data:
+    """Datasets and loader of one rank. Call it on all ranks.
 
     Args:
+        corpora: from :func:`moepp.data.check_data`.
         cache_dir: where rank 0 leaves dataset indices for the other ranks; None: each process builds its own in
             memory. Without torch.distributed they stay in memory in any case.
 
     Raises:
-        DataError: missing or corrupt files, or an unusable cache.
+        DataError: an unusable cache.
     """
     from moepp.data.megatron import TokenizerIdentity, build_datasets
 
-    allow_open_files()
-    files = [open_indexed(prefix) for prefix in cfg.data.paths]
-    vocabulary = read_vocabulary(cfg, files)
+    files, vocabulary = corpora.files, corpora.vocabulary
     vocab_size, eod = vocabulary.size or cfg.model.vocab_size, vocabulary.eod_id
     batch = cfg.train.global_batch_size
     datasets = build_datasets(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moepp.config.schema import Config
-from moepp.data.indexed import IndexedFile, open_indexed
+from moepp.data.indexed import IndexedFile
 from moepp.data.manifest import sha256_of
 from moepp.data.tokenizer import Tokenizer
 
@@ -26,16 +26,13 @@ class Vocabulary:
     tokenizer_sha256: str | None
 
 
-def read_vocabulary(cfg: Config, files: Sequence[IndexedFile] | None = None) -> Vocabulary:
-    """Facts about ``data.paths``, which agree among themselves: :func:`moepp.data.check_data` sees to that.
-
-    Args:
-        files: of ``data.paths``, where they are open already.
+def read_vocabulary(cfg: Config, files: Sequence[IndexedFile]) -> Vocabulary:
+    """Facts about ``files``, those of ``data.paths``; they agree: :func:`moepp.data.check_data` sees to that.
 
     Raises:
-        DataError: missing or corrupt files.
+        DataError: no manifest tells them, and the tokenizer cannot be read.
     """
-    for file in files if files is not None else [open_indexed(prefix) for prefix in cfg.data.paths]:
+    for file in files:
         if file.manifest is not None:
             manifest = file.manifest
             return Vocabulary(manifest.vocab_size, manifest.eod_id, manifest.tokenizer_sha256)
@@ -44,9 +41,9 @@ def read_vocabulary(cfg: Config, files: Sequence[IndexedFile] | None = None) -> 
     return Vocabulary(Tokenizer(cfg.data.tokenizer).vocab_size, None, sha256_of(cfg.data.tokenizer))
 
 
-def vocabulary_remarks(cfg: Config) -> list[str]:
+def vocabulary_remarks(cfg: Config, vocabulary: Vocabulary) -> list[str]:
     """What is allowed and yet worth a line before training starts."""
-    vocabulary, model_size = read_vocabulary(cfg), cfg.model.vocab_size
+    model_size = cfg.model.vocab_size
     remarks = []
     if vocabulary.size is not None and model_size > padded_size(vocabulary.size):
         remarks.append(

@@ -11,7 +11,7 @@ import torch
 from moepp import ops
 from moepp.checkpoint import Checkpointer, CheckpointInfo
 from moepp.config import Config, RunPlan
-from moepp.data import build_data
+from moepp.data import Corpora, build_data
 from moepp.distributed import comm
 from moepp.distributed.groups import ParallelGroups, new_cpu_group
 from moepp.engine.engine import Engine
@@ -84,6 +84,7 @@ def build_engine(cfg: Config, plan: RunPlan, model: Transformer, groups: Paralle
 def build_parts(
     cfg: Config,
     plan: RunPlan,
+    corpora: Corpora,
     groups: ParallelGroups,
     run_dir: RunDir,
     start: CheckpointInfo | None,
@@ -95,6 +96,7 @@ def build_parts(
     Args:
         cfg: the run's configuration.
         plan: what follows from it for this number of ranks.
+        corpora: the run's data.
         groups: process groups of the run.
         run_dir: the run's directory, claimed by rank 0.
         start: of the checkpoint that the run continues from; None: it starts fresh.
@@ -107,7 +109,7 @@ def build_parts(
     if starts_fresh:
         comm.run_together(lambda: check_initial_weights(cfg))
     cache_dir = cfg.data.cache_dir or str(run_dir.path / "data-cache")
-    data = build_data(cfg, plan, groups.rank, cache_dir)
+    data = build_data(cfg, plan, corpora, groups.rank, cache_dir)
     comm_stats = comm.CommStats()
     model = build_model(cfg, groups, comm_stats)
     if starts_fresh:
@@ -121,4 +123,4 @@ def build_parts(
     sinks = comm.run_together(
         lambda: open_sinks(run_dir.path, cfg, start_step, offset, check_claim) if groups.rank == 0 else SinkGroup()
     )
-    return Parts(cfg, plan, groups, model, engine, data, comm_stats, sinks, throughput, checkpointer, versions)
+    return Parts(cfg, plan, groups, model, engine, corpora, data, comm_stats, sinks, throughput, checkpointer, versions)

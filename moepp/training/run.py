@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from moepp.checkpoint import choose_checkpoint, continues_same_data, read_info
 from moepp.config import Config, RunPlan, to_dict, validate
-from moepp.data import check_data, vocabulary_remarks
+from moepp.data import Corpora, check_data, vocabulary_remarks
 from moepp.distributed import comm
 from moepp.distributed.agreement import find_differences
 from moepp.distributed.groups import (
@@ -84,14 +84,14 @@ def _leave_process_groups() -> None:
 
 def _run(cfg: Config, plan: RunPlan, groups: ParallelGroups) -> None:
     """Check what can be checked, then train in the run's directory."""
-    comm.run_together(lambda: check_data(cfg))
+    corpora = comm.run_together(lambda: check_data(cfg))
     _compare_ranks(cfg, groups)
     comm.run_together(lambda: require_wandb_login(cfg.logging.wandb.mode) if groups.rank == 0 else None)
     if cfg.eval.tasks:
         _check_tasks(cfg, groups)
     remark, remarked_here = find_differences(processor_facts(groups.device, DTYPES[cfg.train.precision]), groups.world)
     environment = describe_environment(device_name(groups.device), groups.world_size)
-    claim = comm.run_together(lambda: _claim(cfg, environment) if groups.rank == 0 else None)
+    claim = comm.run_together(lambda: _claim(cfg, corpora, environment) if groups.rank == 0 else None)
     try:
         run_dir = RunDir(Path(comm.broadcast_object(str(claim.run_dir.path) if claim else None)))
         comm.run_together(lambda: setup_logging(run_dir.path, groups.rank))
@@ -99,7 +99,16 @@ def _run(cfg: Config, plan: RunPlan, groups: ParallelGroups) -> None:
         if remark and remarked_here:
             logger.warning("ranks differ in what may change the last bits of results: %s", remark)
         with StopRequest() as stop:
-            _train(cfg, plan, groups, run_dir, environment, stop, claim.check if claim is not None else lambda: None)
+            _train(
+                cfg,
+                plan,
+                corpora,
+                groups,
+                run_dir,
+                environment,
+                stop,
+                claim.check if claim is not None else lambda: None,
+            )
     except MoeppError as error:
         _log_to_file(error)
         raise
@@ -151,8 +160,8 @@ def _check_tasks(cfg: Config, groups: ParallelGroups) -> None:
     check_tasks(cfg.eval.tasks, cfg.eval.data, groups)
 
 
-def _claim(cfg: Config, environment: dict[str, Any]) -> RunClaim:
-    same_data = continues_same_data(cfg, RunDir(Path(cfg.run.path).expanduser()).checkpoints)
+def _claim(cfg: Config, corpora: Corpora, environment: dict[str, Any]) -> RunClaim:
+    same_data = continues_same_data(cfg, RunDir(Path(cfg.run.path).expanduser()).checkpoints, corpora.differences)
     return RunDir.claim(cfg.run.path, to_dict(cfg), environment, cfg.run.resume, LOCK_WAIT_SECONDS, same_data=same_data)
 
 
@@ -176,6 +185,7 @@ def _introduce(cfg: Config, plan: RunPlan, groups: ParallelGroups) -> None:
 def _train(
     cfg: Config,
     plan: RunPlan,
+    corpora: Corpora,
     groups: ParallelGroups,
     run_dir: RunDir,
     environment: dict[str, Any],
@@ -183,7 +193,7 @@ def _train(
     check_claim: Callable[[], None],
 ) -> None:
     logger.info("preparing data and model in %s", run_dir.path)
-    checkpoint = choose_checkpoint(cfg, run_dir.checkpoints, groups)
+    checkpoint = choose_checkpoint(cfg, run_dir.checkpoints, groups, corpora.differences)
     start = read_info(checkpoint) if checkpoint is not None else None
     is_done = False
     if start is not None and start.step >= cfg.train.steps:
@@ -192,9 +202,9 @@ def _train(
         if not (is_at_its_end and lacks_samples(cfg, run_dir.path)):
             logger.info("nothing to do: %s is at step %d; raise train.steps to go on", run_dir.path, start.step)
             return
-    parts = build_parts(cfg, plan, groups, run_dir, start, environment["packages"], check_claim)
+    parts = build_parts(cfg, plan, corpora, groups, run_dir, start, environment["packages"], check_claim)
     _introduce(cfg, plan, groups)
-    for remark in vocabulary_remarks(cfg):
+    for remark in vocabulary_remarks(cfg, corpora.vocabulary):
         logger.warning("%s", remark)
     with parts.sinks:
         trainer = Trainer(parts)

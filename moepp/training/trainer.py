@@ -21,13 +21,12 @@ from moepp.checkpoint import (
     CheckpointInfo,
     Layout,
     RunState,
-    identify_data,
     load_training_state,
     newest_checkpoint,
     read_info,
 )
 from moepp.config import Config, RunPlan, to_dict
-from moepp.data import Tokenizer, read_vocabulary
+from moepp.data import Corpora, Tokenizer
 from moepp.distributed import comm
 from moepp.distributed.groups import ParallelGroups
 from moepp.engine.engine import Engine, StepResult
@@ -62,6 +61,7 @@ class Parts:
     groups: ParallelGroups
     model: Transformer
     engine: Engine
+    corpora: Corpora
     data: Data
     comm_stats: comm.CommStats
     sinks: SinkGroup
@@ -88,8 +88,7 @@ class Trainer:
         self.skipped_steps = SkippedSteps(parts.cfg.guard)
         self.spikes = SpikeGuard(parts.cfg.guard)
         self.loss_watch = LossWatch(parts.cfg.model.vocab_size, parts.cfg.optim.lr)
-        self.data_identity = identify_data(parts.cfg)
-        self.vocabulary = read_vocabulary(parts.cfg)
+        self.vocabulary = parts.corpora.vocabulary
 
     @property
     def tokens(self) -> int:
@@ -257,7 +256,7 @@ class Trainer:
                 skipped_steps=self.skipped_steps.total,
                 skipped_in_a_row=self.skipped_steps.in_a_row,
                 recent_losses=self.spikes.history,
-                data=self.data_identity,
+                data=self.parts.corpora.identity,
                 wandb_run_id=self.parts.sinks.wandb_run_id,
             ),
             eod_id=self.vocabulary.eod_id,

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from moepp.checkpoint import continues_same_data, identify_data
+from moepp import checkpoint
 from moepp.checkpoint.format import checkpoint_name
 from moepp.config import Config, to_dict
-from moepp.data import check_data, read_vocabulary
+from moepp.data import check_data, open_corpora, vocabulary_remarks
 from moepp.data.prepare.pipeline import PrepareOptions, prepare
 from moepp.data.prepare.readers import ReadOptions
-from moepp.data.vocabulary import vocabulary_remarks
 from moepp.errors import CheckpointError, DataError
 from tests.checkpoint_cases import make_info
 from tests.data_files import make_config, write_word_tokenizer
@@ -50,10 +49,10 @@ def save(cfg: Config, checkpoints: Path, *, step: int = 3, old: bool = False) ->
     """An info.json as a run with ``cfg`` writes it; ``old``: by a version that kept less."""
     facts = (None, None)
     if step and not old:
-        vocabulary = read_vocabulary(cfg)
+        vocabulary = open_corpora(cfg).vocabulary
         facts = (vocabulary.eod_id, vocabulary.tokenizer_sha256)
     info = make_info(step, 10, config=to_dict(cfg))
-    state = replace(info.run_state, data=identify_data(cfg) if step else {})
+    state = replace(info.run_state, data=open_corpora(cfg).identity if step else {})
     info = replace(info, run_state=state, eod_id=facts[0], tokenizer_sha256=facts[1])
     tree = asdict(info)
     if old:
@@ -62,6 +61,14 @@ def save(cfg: Config, checkpoints: Path, *, step: int = 3, old: bool = False) ->
     folder.mkdir(parents=True)
     (folder / "info.json").write_text(json.dumps(tree))
     return checkpoints
+
+
+def continues_same_data(cfg: Config, checkpoints: Path) -> bool:
+    return checkpoint.continues_same_data(cfg, checkpoints, open_corpora(cfg).differences)
+
+
+def remarks(cfg: Config) -> list[str]:
+    return vocabulary_remarks(cfg, open_corpora(cfg).vocabulary)
 
 
 @pytest.fixture
@@ -172,8 +179,8 @@ def test_blended_data_that_end_differently_are_refused(tmp_path: Path, tokenizer
 
 def test_a_vocabulary_that_is_mostly_unused_is_remarked(run: tuple[Config, Path]) -> None:
     cfg, _ = run
-    assert vocabulary_remarks(replace(cfg, model=replace(cfg.model, vocab_size=128))) == []
-    (remark,) = vocabulary_remarks(replace(cfg, model=replace(cfg.model, vocab_size=8192)))
+    assert remarks(replace(cfg, model=replace(cfg.model, vocab_size=128))) == []
+    (remark,) = remarks(replace(cfg, model=replace(cfg.model, vocab_size=8192)))
     assert remark.startswith("model.vocab_size is 8,192 and the tokenizer has 32 tokens: the other 8,160 rows")
     assert "model.vocab_size=128 is enough" in remark
 
@@ -181,6 +188,6 @@ def test_a_vocabulary_that_is_mostly_unused_is_remarked(run: tuple[Config, Path]
 def test_an_end_that_is_only_guessed_is_remarked(run: tuple[Config, Path], tmp_path: Path, tokenizer: str) -> None:
     cfg, _ = run
     bare = [moved(path, tmp_path / "bare", ".bin", ".idx") for path in cfg.data.paths]
-    (remark,) = vocabulary_remarks(with_paths(cfg, *bare, tokenizer=tokenizer))
+    (remark,) = remarks(with_paths(cfg, *bare, tokenizer=tokenizer))
     assert "<|endoftext|> (id 31) is taken by its name" in remark
-    assert read_vocabulary(with_paths(cfg, *bare, tokenizer=tokenizer)).eod_id is None
+    assert open_corpora(with_paths(cfg, *bare, tokenizer=tokenizer)).vocabulary.eod_id is None
