@@ -37,7 +37,7 @@ def choose_checkpoint(
     else:
         chosen = _explicit(Path(cfg.run.resume).expanduser(), groups)
     if chosen is not None:
-        comm.run_together(lambda: _check_same_run(cfg, chosen, data_differences) if groups.rank == 0 else None)
+        comm.on_first_rank(lambda: _check_same_run(cfg, chosen, data_differences))
     return chosen
 
 

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     found = find_model(args.model)
     tokenizer = open_tokenizer(found, args.tokenizer, args.eod_token)
     with _process_group(args.expert_parallel) as groups:
-        benchmarks = comm.run_together(lambda: _load_benchmarks(args) if groups.rank == 0 else [], groups.world)
+        benchmarks = comm.on_first_rank(lambda: _load_benchmarks(args), groups.world) or []
         model = build_model(found, groups, args.precision)
         from moepp.evaluation.evaluate import evaluate_all
         from moepp.evaluation.sharing import SharedModel
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         if is_first:
             print_remarks(tokenizer_remarks(found, tokenizer, args.eod_token))
         results = evaluate_all(shared, benchmarks, args.limit, _print_line if is_first else None)
-        comm.run_together(lambda: _report(args, found, results) if is_first else None, groups.world)
+        comm.on_first_rank(lambda: _report(args, found, results), groups.world)
     return 0
 
 

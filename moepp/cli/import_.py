@@ -139,7 +139,7 @@ def _import(cfg: Config, plan: RunPlan, cfg_with_source: Config, groups: Paralle
     assert source is not None
     comm.run_together(lambda: check_initial_weights(cfg_with_source))
     environment = describe_environment(device_name(groups.device), groups.world_size)
-    claim = comm.run_together(lambda: _claim(cfg, environment) if groups.rank == 0 else None)
+    claim = comm.on_first_rank(lambda: _claim(cfg, environment))
     try:
         run_dir = RunDir(Path(comm.broadcast_object(str(claim.run_dir.path) if claim else None)))
         if claim is not None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from torch import Tensor
 from moepp.errors import MoeppError
 
 Group = dist.ProcessGroup
+T = TypeVar("T")
 
 
 @dataclass
@@ -282,3 +283,8 @@ def run_together(action: Callable[[], Any], group: Group | None = None) -> Any:
     if first > 0 or str(problem) != str(problems[0]):
         problem.said_here = True
     raise problem
+
+
+def on_first_rank(action: Callable[[], T], group: Group | None = None) -> T | None:
+    """Run ``action`` on rank 0 of ``group`` alone, None elsewhere; a :class:`MoeppError` is raised on every rank."""
+    return run_together(lambda: action() if rank(group) == 0 else None, group)

@@ -63,9 +63,7 @@ def check_tasks(tasks: Sequence[str], data_folder: str | None, groups: ParallelG
     Raises:
         ConfigError, DataError: as :func:`evaluate_tasks`.
     """
-    comm.run_together(
-        lambda: load_benchmarks(tasks, open_source(data_folder)) and None if groups.rank == 0 else None, groups.world
-    )
+    comm.on_first_rank(lambda: load_benchmarks(tasks, open_source(data_folder)), groups.world)
 
 
 def evaluate_all(

@@ -11,7 +11,7 @@ import torch
 from moepp import ops
 from moepp.checkpoint import Checkpointer, CheckpointInfo
 from moepp.config import Config, RunPlan
-from moepp.data import Corpora, build_data
+from moepp.data import Corpora, Tokenizer, build_data
 from moepp.distributed import comm
 from moepp.distributed.groups import ParallelGroups, new_cpu_group
 from moepp.engine.engine import Engine
@@ -22,7 +22,7 @@ from moepp.model.init import init_parameters
 from moepp.model.transformer import Transformer
 from moepp.moe import ExpertParallel
 from moepp.runs.directory import RunDir
-from moepp.training.trainer import Parts
+from moepp.training.trainer import Evaluation, Parts
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -120,7 +120,35 @@ def build_parts(
     checkpointer = Checkpointer(cfg.checkpoint, groups, run_dir.checkpoints, new_cpu_group(), check_claim)
     comm.limit_waits(cfg.parallel.timeout_seconds)
     offset = start.run_state.skipped_batches if start is not None else 0
-    sinks = comm.run_together(
-        lambda: open_sinks(run_dir.path, cfg, start_step, offset, check_claim) if groups.rank == 0 else SinkGroup()
+    sinks = comm.on_first_rank(lambda: open_sinks(run_dir.path, cfg, start_step, offset, check_claim))
+    return Parts(
+        cfg=cfg,
+        plan=plan,
+        groups=groups,
+        model=model,
+        engine=engine,
+        corpora=corpora,
+        data=data,
+        comm_stats=comm_stats,
+        sinks=sinks if sinks is not None else SinkGroup(),
+        throughput=throughput,
+        checkpointer=checkpointer,
+        versions=versions,
+        evaluate_tasks=task_evaluation(cfg, groups) if cfg.eval.tasks else None,
     )
-    return Parts(cfg, plan, groups, model, engine, corpora, data, comm_stats, sinks, throughput, checkpointer, versions)
+
+
+def task_evaluation(cfg: Config, groups: ParallelGroups) -> Evaluation:
+    """The benchmarks of ``eval.tasks``."""
+    from moepp.evaluation.evaluate import evaluate_tasks  # imports lm-evaluation-harness
+
+    path, settings = cfg.data.tokenizer, cfg.eval
+    assert path is not None  # validated
+
+    def evaluate(model: Transformer, eod_id: int | None) -> dict[str, float]:
+        tokenizer = Tokenizer(path, eod_id=eod_id)
+        return evaluate_tasks(
+            model, tokenizer, settings.tasks, groups, settings.data, settings.limit, settings.batch_size
+        )
+
+    return evaluate

@@ -86,12 +86,12 @@ def _run(cfg: Config, plan: RunPlan, groups: ParallelGroups) -> None:
     """Check what can be checked, then train in the run's directory."""
     corpora = comm.run_together(lambda: check_data(cfg))
     _compare_ranks(cfg, groups)
-    comm.run_together(lambda: require_wandb_login(cfg.logging.wandb.mode) if groups.rank == 0 else None)
+    comm.on_first_rank(lambda: require_wandb_login(cfg.logging.wandb.mode))
     if cfg.eval.tasks:
         _check_tasks(cfg, groups)
     remark, remarked_here = find_differences(processor_facts(groups.device, DTYPES[cfg.train.precision]), groups.world)
     environment = describe_environment(device_name(groups.device), groups.world_size)
-    claim = comm.run_together(lambda: _claim(cfg, corpora, environment) if groups.rank == 0 else None)
+    claim = comm.on_first_rank(lambda: _claim(cfg, corpora, environment))
     try:
         run_dir = RunDir(Path(comm.broadcast_object(str(claim.run_dir.path) if claim else None)))
         comm.run_together(lambda: setup_logging(run_dir.path, groups.rank))

@@ -66,7 +66,7 @@ def write_samples(parts: Parts, run_path: Path, eod_id: int | None) -> None:
         text = tokenizer.decode(out[0, len(ids) :].tolist())
         samples.append({"prompt": tokenizer.decode(ids.tolist()), "continuation": text})
     text = json.dumps(samples, indent=2, ensure_ascii=False)
-    comm.run_together(lambda: _write(run_path / FILE, text) if groups.rank == 0 else None)
+    comm.on_first_rank(lambda: _write(run_path / FILE, text))
 
 
 def _write(path: Path, text: str) -> None:

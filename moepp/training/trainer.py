@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from moepp.checkpoint import (
     read_info,
 )
 from moepp.config import Config, RunPlan, to_dict
-from moepp.data import Corpora, Tokenizer
+from moepp.data import Corpora
 from moepp.distributed import comm
 from moepp.distributed.groups import ParallelGroups
 from moepp.engine.engine import Engine, StepResult
@@ -52,6 +52,10 @@ class Data(Protocol):
     def eval_batch(self, index: int, micro_step: int) -> tuple[Tensor, Tensor]: ...
 
 
+Evaluation = Callable[[Transformer, int | None], Mapping[str, float]]
+"""Benchmarks of a model and the id that ends its documents (None: not known): values by metric; collective."""
+
+
 @dataclass(frozen=True)
 class Parts:
     """What a run is made of; see :mod:`moepp.training.build`."""
@@ -68,6 +72,7 @@ class Parts:
     throughput: Throughput
     checkpointer: Checkpointer
     versions: dict[str, Any]
+    evaluate_tasks: Evaluation | None = None  # of eval.tasks; None: there are none
 
 
 class Trainer:
@@ -137,7 +142,7 @@ class Trainer:
                 self.log(result)
             if is_last or _is_due(self.step, train.eval_interval):
                 self.evaluate_and_log()
-            if self.cfg.eval.tasks and (is_last or _is_due(self.step, self.cfg.eval.interval)):
+            if is_last or _is_due(self.step, self.cfg.eval.interval):
                 self.evaluate_tasks_and_log()
             must_stop = self._anyone_must_stop(stop)
             if is_last or must_stop or _is_due(self.step, self.cfg.checkpoint.interval):
@@ -283,14 +288,11 @@ class Trainer:
         return ce_sum / num_tokens if num_tokens else math.nan
 
     def evaluate_tasks_and_log(self) -> None:
-        """Run the benchmarks of ``eval.tasks`` on the sharded model."""
-        from moepp.evaluation.evaluate import evaluate_tasks  # imports lm-evaluation-harness
-
-        cfg = self.cfg.eval
-        assert self.cfg.data.tokenizer is not None  # validated
-        tokenizer = Tokenizer(self.cfg.data.tokenizer, eod_id=self.vocabulary.eod_id)
+        """Run the benchmarks of ``eval.tasks``, if there are any, on the sharded model."""
+        if self.parts.evaluate_tasks is None:
+            return
         with self._evaluation():
-            record = evaluate_tasks(self.model, tokenizer, cfg.tasks, self.groups, cfg.data, cfg.limit, cfg.batch_size)
+            record = self.parts.evaluate_tasks(self.model, self.vocabulary.eod_id)
         self.parts.sinks.log(record, self.step, self.tokens)
 
     @contextmanager
