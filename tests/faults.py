@@ -212,15 +212,16 @@ def record_inputs(folder: str) -> None:
 
     import torch
 
-    from moepp.data.loader import Data
+    from moepp.data.reader import BatchReader
 
-    train_batch = Data.train_batch
+    read = BatchReader.read
     seen = hashlib.sha256()
 
-    def recorded(self: Any, step: int, micro_step: int) -> Any:
-        batch = train_batch(self, step, micro_step)
-        seen.update(batch[0].numpy().tobytes())
-        return batch
+    def recorded(self: Any, *args: Any) -> Any:
+        batches = read(self, *args)  # what is trained on, not what is read ahead
+        for batch in batches:
+            seen.update(batch[0].numpy().tobytes())
+        return batches
 
     def act(trainer: Any) -> None:
         nonlocal seen
@@ -229,7 +230,7 @@ def record_inputs(folder: str) -> None:
             stream.write(line)
         seen = hashlib.sha256()
 
-    Data.train_batch = recorded  # type: ignore[method-assign]
+    BatchReader.read = recorded  # type: ignore[method-assign]
     _after_each_step(act)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from moepp.config import Config, RunPlan
@@ -78,9 +79,12 @@ class Data:
         first = step * self._cfg.train.global_batch_size
         first += (micro_step * plan.world_size + self._rank) * plan.micro_batch_size
         samples = [dataset[first + i] for i in range(plan.micro_batch_size)]
-        input_ids_BS = torch.stack([sample["tokens"] for sample in samples])
-        labels_BS = torch.stack([sample["labels"] for sample in samples])
-        return input_ids_BS, labels_BS
+        return _stack([sample["tokens"] for sample in samples]), _stack([sample["labels"] for sample in samples])
+
+
+def _stack(rows: list[torch.Tensor]) -> torch.Tensor:
+    """As torch.stack, in the calling thread alone: torch would start threads beside those that train."""
+    return torch.from_numpy(np.stack([row.numpy() for row in rows]))
 
 
 def build_data(cfg: Config, plan: RunPlan, corpora: Corpora, rank: int, cache_dir: str | None) -> Data:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -27,6 +27,7 @@ from moepp.checkpoint import (
 )
 from moepp.config import Config, RunPlan, to_dict
 from moepp.data import Corpora
+from moepp.data.reader import BatchReader
 from moepp.distributed import comm
 from moepp.distributed.groups import ParallelGroups
 from moepp.engine.engine import Engine, StepResult
@@ -94,6 +95,7 @@ class Trainer:
         self.spikes = SpikeGuard(parts.cfg.guard)
         self.loss_watch = LossWatch(parts.cfg.model.vocab_size, parts.cfg.optim.lr)
         self.vocabulary = parts.corpora.vocabulary
+        self.batches = BatchReader(parts.data, parts.plan, parts.groups.device)
 
     @property
     def tokens(self) -> int:
@@ -132,24 +134,25 @@ class Trainer:
         """
         train = self.cfg.train
         self.model.train()
-        while self.step < train.steps:
-            step = self.step
-            result = self.train_step()
-            if self.step <= step:
-                continue  # rewound to a step whose records and checkpoint exist already
-            is_last = self.step == train.steps
-            if is_last or _is_due(self.step, train.log_interval):
-                self.log(result)
-            if is_last or _is_due(self.step, train.eval_interval):
-                self.evaluate_and_log()
-            if is_last or _is_due(self.step, self.cfg.eval.interval):
-                self.evaluate_tasks_and_log()
-            must_stop = self._anyone_must_stop(stop)
-            if is_last or must_stop or _is_due(self.step, self.cfg.checkpoint.interval):
-                with self.parts.throughput.paused():
-                    self.save(background=False if must_stop or is_last else None)
-            if must_stop and not is_last:
-                self._log_preemption(stop)
+        with closing(self.batches):
+            while self.step < train.steps:
+                step = self.step
+                result = self.train_step()
+                if self.step <= step:
+                    continue  # rewound to a step whose records and checkpoint exist already
+                is_last = self.step == train.steps
+                if is_last or _is_due(self.step, train.log_interval):
+                    self.log(result)
+                if is_last or _is_due(self.step, train.eval_interval):
+                    self.evaluate_and_log()
+                if is_last or _is_due(self.step, self.cfg.eval.interval):
+                    self.evaluate_tasks_and_log()
+                must_stop = self._anyone_must_stop(stop)
+                if is_last or must_stop or _is_due(self.step, self.cfg.checkpoint.interval):
+                    with self.parts.throughput.paused():
+                        self.save(background=False if must_stop or is_last else None)
+                if must_stop and not is_last:
+                    self._log_preemption(stop)
         self.parts.checkpointer.close()
         problems = self.parts.checkpointer.reports[-1].problems
         if problems:
@@ -163,7 +166,8 @@ class Trainer:
         comm_stats = self.parts.comm_stats
         sent_before = comm_stats.row_bytes
         batch = self.step + self.skipped_batches
-        batches = [self._to_device(self.parts.data.train_batch(batch, a)) for a in range(self.plan.accumulation_steps)]
+        has_next = self.step + 1 < self.cfg.train.steps
+        batches = [self._to_device(in_host_memory) for in_host_memory in self.batches.read(batch, has_next)]
         share_LE = self._global_selection_share(batches)
         loss_sums = torch.zeros(2, dtype=torch.float64, device=self.groups.device)  # cross-entropy; auxiliary
         for input_ids_BS, labels_BS in batches:
