@@ -19,14 +19,7 @@ from moepp.checkpoint.storage import TensorReader
 from moepp.config import CheckpointConfig, Config, EngineConfig, ParallelConfig, RunConfig, from_stored, make_plan
 from moepp.config.compare import breaking_differences, other_differences
 from moepp.distributed import comm
-from moepp.distributed.groups import (
-    ParallelGroups,
-    build_groups,
-    init_process_group,
-    new_cpu_group,
-    pick_device,
-    read_launch_environment,
-)
+from moepp.distributed.groups import ParallelGroups, joined, new_cpu_group, read_launch_environment
 from moepp.errors import CheckpointError, ConfigError, RunError
 from moepp.io.untrusted import read_yaml
 from moepp.runs.directory import RunDir
@@ -178,17 +171,13 @@ def _bench(args: argparse.Namespace, run_dir: RunDir) -> int:
     config = dataclasses.replace(
         config, run=RunConfig(seed=config.run.seed), parallel=ParallelConfig(), engine=EngineConfig("native")
     )
-    launch = read_launch_environment({})
-    device = pick_device(0)
-    init_process_group(launch, device, 60.0)
-    groups = build_groups(1, device)
-    folder = Path(tempfile.mkdtemp(prefix="checkpoint-bench-", dir=run_dir.path))  # the run's own storage
-    try:
-        checkpointer = Checkpointer(CheckpointConfig(keep=1), groups, folder, new_cpu_group())
-        _time_saves(config, groups, checkpointer, args.repeat)
-    finally:
-        shutil.rmtree(folder)
-        torch.distributed.destroy_process_group()
+    with joined(read_launch_environment({}), 1, 60.0) as groups:
+        folder = Path(tempfile.mkdtemp(prefix="checkpoint-bench-", dir=run_dir.path))  # the run's own storage
+        try:
+            checkpointer = Checkpointer(CheckpointConfig(keep=1), groups, folder, new_cpu_group())
+            _time_saves(config, groups, checkpointer, args.repeat)
+        finally:
+            shutil.rmtree(folder)
     return 0
 
 

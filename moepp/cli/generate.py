@@ -9,22 +9,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 
 from moepp.arguments import add_plugin_option, may_be_empty
 from moepp.data.tokenizer import Tokenizer
 from moepp.distributed import comm
-from moepp.distributed.groups import (
-    ParallelGroups,
-    build_groups,
-    init_process_group,
-    pick_device,
-    read_launch_environment,
-)
+from moepp.distributed.groups import joined, read_launch_environment
 from moepp.errors import ConfigError
 from moepp.evaluation.load import DTYPES, build_model, find_model, open_tokenizer, print_remarks, tokenizer_remarks
 from moepp.io.untrusted import terminal_text
@@ -74,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     found = find_model(args.model)
     tokenizer = open_tokenizer(found, args.tokenizer, args.eod_token)
     sampling = replace(sampling, never=tuple(tokenizer.unused_ids(found.cfg.vocab_size)))
-    with _process_group(args.expert_parallel) as groups:
+    with joined(read_launch_environment(), args.expert_parallel, TIMEOUT_SECONDS, command_facts()) as groups:
         model = build_model(found, groups, args.precision)
         generator = torch.Generator(device=groups.device).manual_seed(args.seed)
         pieces = continuation(model, tokenizer, args.prompt, args.max_new_tokens, sampling, generator)
@@ -119,14 +111,3 @@ def continuation(
 def _print(text: str) -> None:
     sys.stdout.write(terminal_text(text))  # a tokenizer may hold anything
     sys.stdout.flush()
-
-
-@contextmanager
-def _process_group(expert_parallel: int) -> Iterator[ParallelGroups]:
-    launch = read_launch_environment()
-    device = pick_device(launch.local_rank)
-    init_process_group(launch, device, TIMEOUT_SECONDS, command_facts())
-    try:
-        yield build_groups(expert_parallel, device)
-    finally:
-        dist.destroy_process_group()

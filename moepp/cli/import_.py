@@ -14,21 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from moepp.checkpoint import Checkpointer, CheckpointInfo, Layout, RunState
 from moepp.config import Config, ModelConfig, RunPlan, explain_hydra_error, from_hydra, to_dict, validate
 from moepp.data.manifest import sha256_of
 from moepp.distributed import comm
-from moepp.distributed.groups import (
-    ParallelGroups,
-    build_groups,
-    init_process_group,
-    new_cpu_group,
-    pick_device,
-    read_launch_environment,
-)
+from moepp.distributed.groups import ParallelGroups, joined, new_cpu_group, read_launch_environment
 from moepp.errors import CheckpointError, ConfigError
 from moepp.evaluation.load import eod_of_folder
 from moepp.interop import hf, official
@@ -64,13 +56,8 @@ def run(args: argparse.Namespace) -> int:
     cfg = _configuration(args, source_format)
     launch = read_launch_environment()
     plan = validate(cfg, launch.world_size)
-    device = pick_device(launch.local_rank)
-    init_process_group(launch, device, cfg.parallel.timeout_seconds, command_facts())
-    try:
-        groups = build_groups(cfg.parallel.expert, device)
+    with joined(launch, cfg.parallel.expert, cfg.parallel.timeout_seconds, command_facts()) as groups:
         _import(cfg, plan, replace(cfg, init=replace(cfg.init, path=args.folder, format=source_format)), groups)
-    finally:
-        dist.destroy_process_group()
     if launch.rank == 0:
         place = shlex.quote(args.run_dir)
         print(

@@ -7,6 +7,8 @@ group.  8 ranks, P = 4:  EP {0 1 2 3} {4 5 6 7},  EDP {0 4} {1 5} {2 6} {3 7}.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -24,6 +26,7 @@ __all__ = [
     "ParallelGroups",
     "build_groups",
     "init_process_group",
+    "joined",
     "new_cpu_group",
     "pick_device",
     "read_launch_environment",
@@ -122,6 +125,24 @@ def build_groups(ep_size: int, device: torch.device) -> ParallelGroups:
     edp = _own_group([list(range(ep_rank, world_size, ep_size)) for ep_rank in range(ep_size)])
     assert dist.group.WORLD is not None
     return ParallelGroups(rank, world_size, ep_size, device, dist.group.WORLD, ep, edp)
+
+
+@contextmanager
+def joined(
+    launch: LaunchEnvironment, ep_size: int, timeout_seconds: float, facts: Facts | None = None
+) -> Iterator[ParallelGroups]:
+    """Process groups for the time of a command, on this rank's device; all of them are left at its end.
+
+    Raises:
+        ConfigError: as :func:`init_process_group` and :func:`build_groups`; or the rank has no device.
+        PeerError: as :func:`init_process_group`.
+    """
+    device = pick_device(launch.local_rank)
+    init_process_group(launch, device, timeout_seconds, facts)
+    try:
+        yield build_groups(ep_size, device)
+    finally:
+        dist.destroy_process_group()
 
 
 def _own_group(partition: list[list[int]]) -> dist.ProcessGroup:

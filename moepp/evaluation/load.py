@@ -24,11 +24,10 @@ from moepp.interop.weights import require_room, weight_bytes
 from moepp.interop.weights.files import read_json
 from moepp.io.untrusted import printable
 from moepp.model.init import reset_buffers
+from moepp.model.precision import DTYPES
 from moepp.model.transformer import Transformer
 from moepp.moe import ExpertParallel
 from moepp.runs.directory import RunDir
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)

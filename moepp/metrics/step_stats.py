@@ -6,35 +6,16 @@ L MoE layers, E experts of all kinds (FFN first), C columns of layer statistics.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from moepp.metrics.values import Reduce, Value, reduce_values
+from moepp.moe.stats import MoEStats
 
 _MEANS = ("balance_loss", "drop_fraction")  # over this rank's tokens, as are the shares that follow them
 _COUNTS = ("num_tokens", "ffn_assignments", "remote_assignments")
 _COLUMNS = (*_COUNTS, *_MEANS)
-
-
-class RoutingStats(Protocol):
-    """What one MoE layer reports of one forward pass on this rank; detached tensors, 0-dim unless noted."""
-
-    @property
-    def num_tokens(self) -> Tensor: ...
-    @property
-    def ffn_assignments(self) -> Tensor: ...
-    @property
-    def remote_assignments(self) -> Tensor: ...
-    @property
-    def balance_loss(self) -> Tensor: ...
-    @property
-    def drop_fraction(self) -> Tensor: ...
-    @property
-    def share_Z(self) -> Tensor: ...  # one entry per expert kind
-    @property
-    def load_E(self) -> Tensor: ...
 
 
 class StepStats:
@@ -62,7 +43,7 @@ class StepStats:
         self._pending: dict[str, Tensor] = {}
         self._interval: dict[str, Tensor] = {}
 
-    def add_micro_batch(self, stats: Sequence[RoutingStats], loss_sum: Tensor, num_loss_tokens: Tensor | int) -> None:
+    def add_micro_batch(self, stats: Sequence[MoEStats], loss_sum: Tensor, num_loss_tokens: Tensor | int) -> None:
         """Add one training forward pass of this rank.
 
         Args:
@@ -181,7 +162,7 @@ class StepStats:
             metrics["comm/dispatch_bytes_vanilla"] = metrics["comm/dispatch_bytes"] * growth
 
 
-def _columns(layer: RoutingStats) -> Tensor:
+def _columns(layer: MoEStats) -> Tensor:
     """Counts, means and shares of one layer, [C]."""
     scalars = torch.stack([getattr(layer, name).detach() for name in _COLUMNS])
     return torch.cat((scalars, layer.share_Z.detach().to(scalars.dtype)))

@@ -19,12 +19,11 @@ from moepp.interop import hf, official, upcycle
 from moepp.metrics.sinks import SinkGroup, open_sinks
 from moepp.metrics.throughput import Throughput, peak_flops_per_second
 from moepp.model.init import init_parameters
+from moepp.model.precision import DTYPES
 from moepp.model.transformer import Transformer
 from moepp.moe import ExpertParallel
 from moepp.runs.directory import RunDir
 from moepp.training.trainer import Evaluation, Parts
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def device_name(device: torch.device) -> str:

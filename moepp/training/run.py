@@ -31,9 +31,10 @@ from moepp.errors import DataError, MoeppError, PeerError
 from moepp.metrics.logs import close_logging, setup_logging
 from moepp.metrics.wandb import require_wandb_login
 from moepp.model.accounting import count_parameters
+from moepp.model.precision import DTYPES
 from moepp.runs.directory import RunClaim, RunDir
 from moepp.runs.environment import describe_environment
-from moepp.training.build import DTYPES, build_parts, device_name
+from moepp.training.build import build_parts, device_name
 from moepp.training.guards import StopRequest
 from moepp.training.rank_facts import file_facts, processor_facts, start_facts
 from moepp.training.samples import lacks_samples, write_samples
