@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from moepp.checkpoint import Checkpointer, CheckpointInfo, Layout, RunState
-from moepp.config import Config, ModelConfig, RunPlan, explain_hydra_error, from_hydra, to_dict, validate
+from moepp.config import (
+    Config,
+    ModelConfig,
+    RunPlan,
+    explain_hydra_error,
+    from_hydra,
+    register_defaults,
+    to_dict,
+    validate,
+)
 from moepp.data.manifest import sha256_of
 from moepp.distributed import comm
 from moepp.distributed.groups import ParallelGroups, joined, new_cpu_group, read_launch_environment
@@ -98,6 +107,7 @@ def _configuration(args: argparse.Namespace, source_format: str) -> Config:
         f"data.seq_len={min(model.max_seq_len, DEFAULT_SEQ_LEN)}",
         f"data.tokenizer={_quoted(str(tokenizer.resolve())) if tokenizer.is_file() else 'null'}",
     ]
+    register_defaults()
     try:
         with tempfile.TemporaryDirectory() as folder:
             _write_model(Path(folder), model)

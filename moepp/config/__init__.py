@@ -6,6 +6,7 @@ from moepp.config.command_line import (
     refuse_incomplete_overrides,
     refuse_unknown_options,
 )
+from moepp.config.defaults import register_defaults
 from moepp.config.load import from_dict, from_hydra, from_stored, import_plugin, import_plugins, known_keys, to_dict
 from moepp.config.model import ModelConfig, MoEConfig, RopeScalingConfig
 from moepp.config.plan import RunPlan, make_plan
@@ -58,6 +59,7 @@ __all__ = [
     "missing_known_key",
     "refuse_incomplete_overrides",
     "refuse_unknown_options",
+    "register_defaults",
     "to_dict",
     "unknown_key_message",
     "validate",

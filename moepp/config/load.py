@@ -121,7 +121,9 @@ def upgrade(tree: Any) -> Any:
 def build(cls: type, tree: Any, path: str) -> Any:
     """Build dataclass ``cls`` from mapping ``tree``; ``path`` is the key's prefix in messages."""
     if not isinstance(tree, Mapping):
-        raise ConfigError(f"{path or 'configuration'}={show(tree)} must be a mapping of keys; see configs/")
+        raise ConfigError(
+            f"{path or 'configuration'}={show(tree)} must be a mapping of keys; `train.py --help` lists them"
+        )
     fields = {f.metadata.get("key", f.name): f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for key in tree:

@@ -109,7 +109,7 @@ def unknown_key_message(key: str, known: Sequence[str]) -> str:
     elif len(listed) <= _LISTED_KEYS:
         hint = f"known keys: {', '.join(sorted(listed))}"
     else:
-        hint = "configs/ lists the known ones"
+        hint = "`train.py --help` lists the known ones"
     return f"unknown configuration key {key}; {hint}"
 
 

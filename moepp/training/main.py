@@ -27,6 +27,7 @@ from moepp.config import (
     missing_known_key,
     refuse_incomplete_overrides,
     refuse_unknown_options,
+    register_defaults,
 )
 from moepp.errors import ConfigError, MoeppError
 from moepp.training import sweep
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> int:
+    register_defaults()
     options = _parse(arguments)
     if options.version:
         from moepp.runs.environment import version_line

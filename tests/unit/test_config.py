@@ -87,7 +87,7 @@ def test_whole_numbers_serve_as_numbers_and_numbers_as_texts():
         ("data.paths", ["a", ["b"]], "data.paths[1]=['b'] has the wrong type list; give a text"),
         ("eval.limit", "all", "eval.limit='all' has the wrong type str; give an integer or null"),
         ("model.moe", None, "model.moe=null is not allowed; give a mapping"),
-        ("model.moe", 3, "model.moe=3 must be a mapping of keys; see configs/"),
+        ("model.moe", 3, "model.moe=3 must be a mapping of keys; `train.py --help` lists them"),
     ],
 )
 def test_wrong_type_is_named_with_what_to_give(key, value, expected):
@@ -146,7 +146,10 @@ def test_every_synonym_stands_for_a_key():
 
 
 def test_unknown_key_far_from_all_others_does_not_list_a_hundred():
-    assert unknown_key_message("zzz", known_keys()) == "unknown configuration key zzz; configs/ lists the known ones"
+    assert (
+        unknown_key_message("zzz", known_keys())
+        == "unknown configuration key zzz; `train.py --help` lists the known ones"
+    )
 
 
 def test_missing_and_unresolved_values_are_named():

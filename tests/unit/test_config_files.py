@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from moepp.config import Config, from_hydra, known_keys, validate
+from moepp.config import Config, from_dict, from_hydra, known_keys, register_defaults, to_dict, validate
+from moepp.config.defaults import default_tree
 from moepp.model import Transformer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -20,6 +22,7 @@ FILES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIG
 
 @pytest.fixture(autouse=True, scope="module")
 def hydra() -> Iterator[None]:
+    register_defaults()
     with initialize_config_dir(config_dir=str(CONFIGS), version_base=None):
         yield
 
@@ -74,14 +77,31 @@ def test_every_key_can_be_overridden_without_a_plus():
     assert [key for key in known_keys() if not present(key)] == []
 
 
+@pytest.mark.parametrize("file", FILES)
+def test_every_key_can_be_overridden_whatever_a_file_leaves_out(file):
+    group, _, name = file.rpartition("/")
+    tree = compose("config", [f"{group}={name}"])
+    nothing = object()
+    assert [key for key in known_keys() if OmegaConf.select(tree, key, default=nothing) is nothing] == []
+
+
 @pytest.mark.parametrize("file", [file for file in FILES if file.startswith("model/")])
-def test_model_file_names_every_key_of_its_section(file):
-    """A key left to its default here could not be overridden on the command line with this model."""
-    tree = compose("config", [f"model={file.removeprefix('model/')}"])
-    wanted = {key for key in known_keys() if key.startswith("model.")}
-    flat = {f"model.{key}" for key in tree.model} | {f"model.moe.{key}" for key in tree.model.moe}
-    assert sorted(key for key in wanted if ".".join(key.split(".")[:2]) not in flat and key not in flat) == []
-    assert sorted(key for key in wanted if key.startswith("model.moe.") and key not in flat) == []
+def test_model_file_says_only_what_differs_from_the_defaults(file):
+    def repeated(tree: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
+        inner = [name for key in tree if isinstance(tree[key], dict) for name in repeated(tree[key], defaults[key])]
+        return inner + [key for key in tree if tree[key] == defaults[key]]
+
+    assert repeated(yaml.safe_load((CONFIGS / f"{file}.yaml").read_text()), default_tree()["model"]) == []
+
+
+def test_defaults_are_those_of_the_typed_configuration():
+    tree = default_tree()
+    assert [key for key in ("model", "data", "train") if "???" in str(tree[key])] == ["model", "data", "train"]
+    set_keys = OmegaConf.to_container(compose("config"), resolve=True)
+    assert isinstance(set_keys, dict)
+    for section in ("guard", "checkpoint", "eval", "init", "runtime", "parallel"):  # nothing sets them
+        assert set_keys[section] == tree[section]
+        assert to_dict(from_dict(set_keys | {section: {}}))[section] == tree[section]
 
 
 @pytest.mark.parametrize("pair", [("moepp_0.6b", "moe_0.6b"), ("tiny", "tiny_vanilla")])
