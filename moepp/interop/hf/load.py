@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moepp.config import ModelConfig
+from moepp.distributed.parameters import is_expert_parameter
 from moepp.interop.hf.config import read_config
 from moepp.interop.weights import (
     Piece,
@@ -16,14 +17,13 @@ from moepp.interop.weights import (
     weight_bytes,
     whole_parameters,
 )
-from moepp.interop.weights.pieces import is_stacked
 from moepp.model import Transformer
 
 
 def pieces_of(name: str, shape: tuple[int, ...]) -> list[Piece]:
     """The same names as in training below ``model.``; experts stay stacked, and are read one by one."""
     key = name if name.startswith("lm_head") else f"model.{name}"
-    if is_stacked(name):
+    if is_expert_parameter(name):
         return [Piece(key, shape, (expert,), expert) for expert in range(shape[0])]
     return [Piece(key, shape)]
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from moepp.config import ModelConfig
+from moepp.distributed.parameters import is_expert_parameter
 from moepp.interop.hf.config import hf_config
 from moepp.interop.hf.load import pieces_of
 from moepp.interop.official import TokenIds
 from moepp.interop.official.save import DTYPE_NAMES, ReadParameter, generation_config, read_from
 from moepp.interop.weights import whole_parameters, write_tensors
-from moepp.interop.weights.pieces import is_stacked
 from moepp.interop.weights.write import MAX_SHARD_BYTES, export_folder, write_json
 from moepp.io import files
 from moepp.model import Transformer
@@ -55,7 +55,7 @@ def write_hf(
 
     def read_key(key: str) -> Tensor:
         name = names[key]
-        if not is_stacked(name):
+        if not is_expert_parameter(name):
             return read(name, None)
         return torch.stack([read(name, expert) for expert in range(parameters[name][0])])
 

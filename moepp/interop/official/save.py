@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from moepp.config import ModelConfig
+from moepp.distributed.parameters import is_expert_parameter
 from moepp.interop.official.config import TokenIds, released_config
 from moepp.interop.official.keys import pieces_of
 from moepp.interop.official.model import OfficialModel
 from moepp.interop.weights import whole_parameters, write_tensors
-from moepp.interop.weights.pieces import is_stacked
 from moepp.interop.weights.write import MAX_SHARD_BYTES, export_folder, write_json
 from moepp.io import files
 from moepp.model import Transformer
@@ -81,7 +81,7 @@ def write_released(
 
     def read_key(key: str) -> Tensor:
         name, index = sources[key]
-        if index is None or is_stacked(name):
+        if index is None or is_expert_parameter(name):
             return read(name, index)
         return read(name, None)[index]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moepp.config import ModelConfig
+from moepp.distributed.parameters import is_expert_parameter
 from moepp.errors import CheckpointError
 from moepp.interop.weights.files import TensorFolder
 from moepp.io.untrusted import printable
@@ -43,11 +44,6 @@ def whole_parameters(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = Transformer(cfg)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def is_stacked(name: str) -> bool:
-    """Whether dimension 0 of the parameter counts FFN experts, which expert parallelism shards."""
-    return name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
 
 
 def check_keys(folder: TensorFolder, pieces: Iterable[Piece], ignore: Callable[[str], bool] | None = None) -> None:
@@ -90,7 +86,7 @@ def copy_pieces(
     """
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
-        stacked = is_stacked(name)
+        stacked = is_expert_parameter(name)
         if stacked:
             shape = (shape[0] * ep_size, *shape[1:])
         first = ep_rank * parameter.shape[0] if stacked else 0
