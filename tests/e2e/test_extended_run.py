@@ -1,0 +1,133 @@
+"""A run with parts from docs/examples: logged, saved, continued bitwise, read by commands; and a run of older code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import docs.examples.bias_router
+import docs.examples.negate_expert
+import docs.examples.scale_expert  # noqa: F401
+from moepp.checkpoint.storage import TensorReader
+from moepp.cli.main import main
+from moepp.evaluation.load import build_model, find_model
+from tests.dist import WorkerPool
+from tests.parity import group_of
+from tests.train_processes import ROOT, TrainServer, records
+
+PLUGINS = [f"docs.examples.{name}" for name in ("bias_router", "negate_expert", "scale_expert")]
+PARTS = [
+    f"runtime.plugins=[{','.join(PLUGINS)}]",
+    "model.moe.router=bias",
+    "model.moe.gate_normalization=none",
+    "++model.moe.router_options.bias_update_rate=0.01",
+    "++model.moe.extra_experts.negate=1",
+    "++model.moe.extra_experts.scale=1",
+    "checkpoint.interval=2",
+    "checkpoint.keep=0",
+    "train.steps=4",
+]
+BUFFERS = [f"layers.{layer}.moe.router.bias/buffer" for layer in range(2)]
+OLD = ROOT / "tests/golden/old_run"
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    reader = TensorReader(checkpoint)
+    found = {key: torch.empty(shape, dtype=reader.dtypes[key]) for key, shape in reader.shapes.items()}
+    reader.fill(found)
+    return found
+
+
+def assert_same_bits(first: Path, second: Path) -> None:
+    one, other = tensors(first), tensors(second)
+    assert one.keys() == other.keys()
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+@pytest.fixture(scope="module")
+def run(server: TrainServer, corpus: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("extended") / "run"
+    server.train(folder, 2, [corpus, *PARTS, "parallel.expert=2", "train.precision=bf16"])
+    return folder
+
+
+def test_every_kind_is_logged_and_every_buffer_saved(run: Path) -> None:
+    for record in records(run):
+        for layer in range(2) if "train/loss" in record else ():
+            kinds = ("ffn", "constant", "copy", "zero", "negate", "scale")
+            assert sum(record[f"routing/layer_{layer}/share_{kind}"] for kind in kinds) == pytest.approx(1, abs=1e-6)
+    saved = tensors(run / "checkpoints/step-00000004")
+    assert sorted(key for key in saved if key.endswith("/buffer")) == BUFFERS
+    for key in BUFFERS:
+        assert saved[key].dtype == torch.float32 and saved[key].any()
+        # Four steps of 0.01 each, up or down, or none where the load was the mean.
+        assert torch.equal((saved[key] * 100).round().abs().clamp(max=4), (saved[key] * 100).round().abs())
+    assert saved["layers.0.moe.zero_computation.scale.factor/fp32"].shape == (1, 16)
+
+
+@pytest.mark.parametrize("engine", ["native", "deepspeed"])
+def test_continued_run_is_bitwise_the_uninterrupted_one(
+    server: TrainServer, corpus: str, tmp_path: Path, run: Path, engine: str
+) -> None:
+    whole = run
+    options = [corpus, *PARTS, "parallel.expert=2", "train.precision=bf16", f"engine={engine}"]
+    if engine != "deepspeed":
+        whole = tmp_path / "whole"
+        server.train(whole, 2, options)
+    continued = tmp_path / "continued"
+    shutil.copytree(whole, continued)
+    shutil.rmtree(continued / "checkpoints/step-00000004")
+    server.train(continued, 2, options)
+    assert records(continued, after=2) == records(whole, after=2)
+    assert_same_bits(continued / "checkpoints/step-00000004", whole / "checkpoints/step-00000004")
+
+
+def _read(rank: int, run: str, precision: str) -> list[torch.Tensor]:
+    model = build_model(find_model(run), group_of(1), precision)
+    assert next(model.parameters()).dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    return [router.bias for router in model.routers]
+
+
+def test_model_is_read_with_its_buffers_in_every_precision(run: Path, pool_1: WorkerPool) -> None:
+    saved = tensors(run / "checkpoints/step-00000004")
+    for precision in ("fp32", "bf16"):
+        [biases] = pool_1.run(_read, str(run), precision)
+        assert [torch.equal(bias, saved[key]) for bias, key in zip(biases, BUFFERS, strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize("form", ["official", "moepp"])
+def test_exports_refuse_by_name(run: Path, tmp_path: Path, capsys: Any, form: str) -> None:
+    assert main(["export", str(run), str(tmp_path / "out"), "--format", form]) == 2
+    error = capsys.readouterr().err
+    assert "extra_experts.negate=1" in error and "router=bias" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_without_plugins_says_which_to_pass(run: Path) -> None:
+    command = [sys.executable, "-m", "moepp.cli.main", "generate", str(run), "--prompt", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "--plugin docs.examples.bias_router --plugin docs.examples.negate_expert" in done.stderr
+
+
+def test_run_of_older_code_goes_on(server: TrainServer, tmp_path: Path) -> None:
+    """README.md beside it tells how it was made."""
+    with tarfile.open(OLD / "run.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    options = json.loads((OLD / "overrides.json").read_text())
+    server.train(tmp_path / "run", 1, [f"data.paths=[{tmp_path / 'data/text'}]", *options])
+    wanted = [json.loads(line) for line in (OLD / "expected.jsonl").read_text().splitlines()]
+    found = records(tmp_path / "run", after=3)
+    assert [record["step"] for record in found] == [record["step"] for record in wanted]
+    for one, other in zip(found, wanted, strict=True):
+        for key, value in other.items():
+            # Not bitwise: the golden numbers are of one kind of CPU.
+            assert one[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
