@@ -45,12 +45,14 @@ def saved_bytes(layer: MoELayer, x_TD: Tensor) -> tuple[int, Any]:
 def saved_formula(case: Case, layer: MoELayer, num_tokens: int, ffn_assignments: int) -> int:
     """Per FFN slot its row and its output (2 D), gate and up (2 F).
 
-    Without compiled kernels torch's projection keeps x in float32 besides, where it is of another type.
+    Without compiled kernels the projections of the router and of the constant experts each keep x in float32 besides,
+    where it is of another type.
     """
     weight, width = layer.experts.down_proj, case.hidden_size
     copies_x = cpu_kernels(weight) is None and weight.dtype != torch.float32
+    num_copies = (1 + bool(layer.cfg.num_constant_experts)) if copies_x else 0
     per_slot = (2 * width + 2 * case.ffn_hidden_size) * weight.element_size()
-    return ffn_assignments * per_slot + (num_tokens * width * 4 if copies_x else 0)
+    return ffn_assignments * per_slot + num_copies * num_tokens * width * 4
 
 
 def peak_formula(case: Case, layer: MoELayer, num_tokens: int, ffn_assignments: int, busiest: int) -> int:

@@ -18,7 +18,6 @@ CPU_FILES = (
     "tests/unit/test_cpu.py",
     "tests/unit/test_bench.py",
     "tests/unit/test_counts_guard.py",
-    "tests/unit/test_kernel_cache.py",
     "tests/unit/test_kernels.py",
     "tests/unit/test_products.py",
     "tests/unit/test_amx_experts.py",
