@@ -18,7 +18,19 @@ ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = {key.partition(".")[0] for key in known_keys()}
 GROUPS = {folder.name: folder for folder in (ROOT / "configs").iterdir() if folder.is_dir()}
 # Programs of others that the pages name; their own options are not looked up.
-FOREIGN = {"pip", "pre-commit", "ruff", "pyright", "docker", "wandb", "source", "mkdocs", "lint-imports", "unshare", "deepspeed"}
+FOREIGN = {
+    "pip",
+    "pre-commit",
+    "ruff",
+    "pyright",
+    "docker",
+    "wandb",
+    "source",
+    "mkdocs",
+    "lint-imports",
+    "unshare",
+    "deepspeed",
+}
 HYDRA_OPTIONS = {"-m", "--multirun", "--cfg", "--help", "--hydra-help", "--config-dir", "--info", "--version"}
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 CODE = re.compile(r"`([^`\n]+)`")

@@ -1,4 +1,4 @@
-"""Worker of tests/unit/test_fuzz_loading.py: reads mutated files one after another and says how each one ended.
+"""Worker of tests/unit/checkpoint/test_fuzz_loading.py: reads mutated files one by one, says how each ended.
 
 Run as a program: ``python -m tests.fuzz_loading TEMPLATE WORKPLACE KIND FIRST COUNT``. Prints "<number> <outcome>" per
 input, and before it "<number> ..." so that the parent knows which one was at work if this process dies.

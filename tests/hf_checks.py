@@ -16,7 +16,7 @@ CLOSE = {"rtol": 1e-5, "atol": 6e-5}
 
 @torch.no_grad()
 def check_folder(folder: Path) -> None:
-    """Compare with what training computed: see ``expected`` in tests/unit/test_hf.py."""
+    """Compare with what training computed: see ``expected`` in tests/unit/interop/test_hf.py."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     want = torch.load(folder / "expected.pt", weights_only=True)

@@ -207,7 +207,7 @@ def test_sweep_goes_on_after_a_run_that_fails(data, tmp_path):
     assert read_records(tmp_path / "runs" / "tiny-1")
 
 
-@pytest.mark.slow  # tests/unit/test_sweep_jobs.py has the delivery of signals, with stand-ins for training
+@pytest.mark.slow  # tests/unit/training/test_sweep_jobs.py has the delivery of signals, with stand-ins for training
 @pytest.mark.parametrize(
     ("number", "code", "said"),
     [
