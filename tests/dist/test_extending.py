@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,14 +16,16 @@ import docs.examples.scale_expert
 import docs.examples.small_parts  # noqa: F401
 from docs.examples.bias_router import BiasRouter
 from moepp import MoEConfig
+from moepp.checkpoint.state import _require_same
 from moepp.distributed import comm
 from moepp.distributed.groups import ParallelGroups
+from moepp.errors import TrainingError
 from moepp.model.accounting import count_parameters
 from moepp.model.transformer import Transformer
 from moepp.moe import MoELayer
 from tests.dist import WorkerFailure, WorkerPool, subgroups
 from tests.moe_cases import LEAST_MARGIN, Case, Observed, assert_agrees, expect, run_layer
-from tests.parity import TOLERANCE, Layout, Setting, deviation, make_config, train
+from tests.parity import TOLERANCE, Layout, Setting, deviation, group_of, make_config, train
 
 RATE = 0.01
 BIAS = {"router": "bias", "gate_normalization": "none", "router_options": {"bias_update_rate": RATE}}
@@ -201,6 +205,34 @@ def test_biases_follow_the_load_of_all_ranks_and_micro_batches(pool_1: WorkerPoo
 def test_a_wrong_update_is_noticed(pool_1: WorkerPool, mistake: Callable[..., Any]) -> None:
     with pytest.raises(WorkerFailure, match="not close"):
         pool_1.run(train, _setting("everything"), Layout(), mistake)
+
+
+@contextlib.contextmanager
+def skip_the_second_step(model: Transformer, groups: ParallelGroups) -> Iterator[None]:
+    """The loss of one step is not finite; the biases that it found must be there in the next."""
+    loss, biases = model.loss, []
+
+    def broken(*args: Any) -> Any:
+        biases.append([router.bias.tolist() for router in model.routers])
+        out = loss(*args)
+        return dataclasses.replace(out, ce_sum=out.ce_sum * math.inf) if len(biases) == 2 else out
+
+    model.loss = broken
+    yield
+    assert biases[0] != biases[1] == biases[2] != biases[3], "a skipped step changed a bias, or one that was taken none"
+
+
+def test_skipped_step_updates_no_router(pool_1: WorkerPool) -> None:
+    pool_1.run(train, dataclasses.replace(_setting("bias"), steps=4), Layout(), skip_the_second_step)
+
+
+def _save_differing_buffers(rank: int) -> None:
+    _require_same({"same/buffer": torch.ones(2), "mine/buffer": torch.tensor([rank])}, group_of(1))
+
+
+def test_buffer_that_differs_between_ranks_is_not_saved(pool_2: WorkerPool) -> None:
+    for message in pool_2.run(_save_differing_buffers, raises=TrainingError):
+        assert "buffer mine differs" in message
 
 
 def test_parameters_are_counted() -> None:

@@ -16,9 +16,12 @@ import torch
 import docs.examples.bias_router
 import docs.examples.negate_expert
 import docs.examples.scale_expert  # noqa: F401
+from moepp.checkpoint import load_model
 from moepp.checkpoint.storage import TensorReader
 from moepp.cli.main import main
+from moepp.errors import CheckpointError
 from moepp.evaluation.load import build_model, find_model
+from moepp.model.transformer import Transformer
 from tests.dist import WorkerPool
 from tests.parity import group_of
 from tests.train_processes import ROOT, TrainServer, records
@@ -101,6 +104,29 @@ def test_model_is_read_with_its_buffers_in_every_precision(run: Path, pool_1: Wo
     for precision in ("fp32", "bf16"):
         [biases] = pool_1.run(_read, str(run), precision)
         assert [torch.equal(bias, saved[key]) for bias, key in zip(biases, BUFFERS, strict=True)] == [True, True]
+
+
+def _read_into_another(rank: int, run: str, change: str) -> None:
+    found = find_model(run)
+    with torch.device("meta"):
+        model = Transformer(found.cfg)
+    model.to_empty(device="cpu")
+    router = model.routers[1]
+    if change == "more":
+        router.register_buffer("count", torch.zeros(2))
+    elif change == "fewer":
+        del router.bias
+    elif change == "another shape":
+        router.bias = torch.zeros(3)
+    else:
+        router.bias = torch.zeros(len(router.bias), dtype=torch.int64)
+    load_model(Path(run) / "checkpoints/step-00000004", model)
+
+
+@pytest.mark.parametrize("change", ["more", "fewer", "another shape", "another type"])
+def test_buffers_that_do_not_fit_are_refused(run: Path, pool_1: WorkerPool, change: str) -> None:
+    [message] = pool_1.run(_read_into_another, str(run), change, raises=CheckpointError)
+    assert "layers.1.moe.router." in message and "\n" not in message
 
 
 @pytest.mark.parametrize("form", ["official", "moepp"])
