@@ -154,13 +154,18 @@ def _vanilla_peers(case: Case) -> dict[str, Callable[[MoELayer], Contestant]]:
     }
 
 
+def router_weight(ours: MoELayer) -> Tensor:
+    """[N, D]."""
+    return cast(LinearRouter, ours.router).weight
+
+
 class PlainLoop(nn.Module):
     """What one writes without a library: each expert picks its tokens, computes them and adds them up."""
 
     def __init__(self, ours: MoELayer) -> None:
         super().__init__()
         self.cfg = ours.cfg
-        self.gate = nn.Parameter(cast(LinearRouter, ours.router).weight.detach().clone())
+        self.gate = nn.Parameter(router_weight(ours).detach().clone())
         experts = zip(ours.experts.gate_up_proj.detach(), ours.experts.down_proj.detach(), strict=True)
         self.experts = nn.ParameterList(
             nn.Parameter(part.clone()) for gate_up, down in experts for part in (*gate_up.chunk(2), down)
@@ -212,7 +217,7 @@ def _mixtral(case: Case, ours: MoELayer, implementation: str) -> Contestant:
     reference = ours.experts.gate_up_proj
     block: Any = MixtralSparseMoeBlock(config).to(device=reference.device, dtype=reference.dtype)
     with torch.no_grad():
-        block.gate.weight.copy_(ours.router.input_weight)
+        block.gate.weight.copy_(router_weight(ours))
         block.experts.gate_up_proj.copy_(ours.experts.gate_up_proj)
         block.experts.down_proj.copy_(ours.experts.down_proj)
     return Contestant(lambda x_TD: block(x_TD.unsqueeze(0)).squeeze(0), block)
@@ -242,7 +247,7 @@ def _deepspeed(case: Case, ours: MoELayer) -> Contestant:
     ).to(device=ours.experts.gate_up_proj.device, dtype=ours.experts.gate_up_proj.dtype)
     with torch.no_grad():
         inner: Any = module.deepspeed_moe
-        inner.gate.wg.weight.copy_(ours.router.input_weight)
+        inner.gate.wg.weight.copy_(router_weight(ours))
         for expert, copy in enumerate(inner.experts.deepspeed_experts):
             copy.gate_up.weight.copy_(ours.experts.gate_up_proj[expert])
             copy.down.weight.copy_(ours.experts.down_proj[expert])
@@ -282,7 +287,7 @@ def _megatron(case: Case, ours: MoELayer) -> Contestant:
     module: Any = MegatronLayer(config, spec.submodules).to(device=reference.device, dtype=reference.dtype)
     module.set_layer_number(1)
     with torch.no_grad():
-        module.router.weight.copy_(ours.router.input_weight)
+        module.router.weight.copy_(router_weight(ours))
         for expert, copy in enumerate(module.experts.local_experts):
             copy.linear_fc1.weight.copy_(ours.experts.gate_up_proj[expert])
             copy.linear_fc2.weight.copy_(ours.experts.down_proj[expert])
