@@ -25,10 +25,7 @@ CPU_FILES = (
 )
 LAYER_FILES = (
     "tests/unit/ops/test_model_cross_entropy.py",
-    "tests/unit/model/test_model_transformer.py",
     "tests/unit/moe/test_moe_contract.py",
-    "tests/unit/moe/test_moe_layer.py",
-    "tests/dist/test_moe_expert_parallel.py",
 )
 # Tests that must have run, not been skipped, for a kind to count as tested.
 PROOF = {"amx": "test_amx_experts", "avx2": "test_avx2_experts"}
