@@ -21,7 +21,7 @@ def project(tmp_path: Path) -> Path:
     """The files that training needs, where nothing of this checkout is touched."""
     folder = tmp_path / "project"
     for name in ("moepp", "configs", "data_tools"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("train.py", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
     return folder
