@@ -15,6 +15,7 @@ import torch
 
 from moepp import cpu
 from moepp.errors import ConfigError
+from tests.devices import DEVICES
 from tests.dist import WorkerPool
 
 torch.set_num_threads(1)
@@ -33,6 +34,12 @@ def pytest_configure() -> None:
 def pytest_report_header() -> str:
     """Which CPU kind the tests run on."""
     return f"cpu kind: {cpu.chosen() or 'the whole machine'} ({cpu.VARIABLE})"
+
+
+@pytest.fixture(params=DEVICES, ids=str)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU, and in a run of its own the GPU where torch can use one."""
+    return request.param
 
 
 @pytest.fixture(scope="module")

@@ -140,26 +140,38 @@ def local_slice(name: str, value: Tensor, ep_rank: int, ep_size: int) -> Tensor:
     return value[ep_rank * count : (ep_rank + 1) * count]
 
 
-def build_layer(case: Case, inputs: Inputs, rank: int = 0, **groups: Any) -> MoELayer:
+def build_layer(
+    case: Case, inputs: Inputs, rank: int = 0, device: torch.device | str = "cpu", **groups: Any
+) -> MoELayer:
     """The layer of one rank with the case's parameters; names and shapes must be exactly the documented ones."""
     layer = MoELayer(case.cfg, case.hidden_size, layer_index=1, **groups)
     state = {name: local_slice(name, value, rank % case.ep_size, case.ep_size) for name, value in inputs.params.items()}
     state |= inputs.buffers
     layer.load_state_dict(state, strict=True)
-    layer.to(case.dtype).load_state_dict(state, strict=True)
+    layer.to(device, case.dtype).load_state_dict(state, strict=True)
     return layer.train(case.training)
 
 
-def run_layer(case: Case, rank: int = 0, selection_share: Tensor | None = None, **groups: Any) -> Observed:
-    """Forward and backward on one rank; ``groups`` are ``ep_group`` and ``balance_group``."""
+def run_layer(
+    case: Case,
+    rank: int = 0,
+    selection_share: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **groups: Any,
+) -> Observed:
+    """Forward and backward on one rank; ``groups`` are ``ep_group`` and ``balance_group``.
+
+    The layer and all that it sees lie on ``device``, what comes out on the CPU: the oracle computes there.
+    """
     inputs, comm_stats = make_inputs(case), CommStats()
     parallel = ExpertParallel(groups.get("ep_group"), groups.get("balance_group"), comm_stats, case.exchange_chunks)
-    layer = build_layer(case, inputs, rank, parallel=parallel)
-    x_TD = inputs.x[rank].to(case.dtype).requires_grad_()
+    layer = build_layer(case, inputs, rank, device, parallel=parallel)
+    x_TD = inputs.x[rank].to(device, case.dtype).requires_grad_()
     prev = inputs.prev[rank]
-    prev_TN = None if prev is None else prev.to(case.dtype).requires_grad_()
-    out = layer(x_TD, prev_TN, selection_share)
-    loss = (out.hidden * inputs.grad_hidden[rank]).sum() + (out.router_logits * inputs.grad_logits[rank]).sum()
+    prev_TN = None if prev is None else prev.to(device, case.dtype).requires_grad_()
+    out = layer(x_TD, prev_TN, None if selection_share is None else selection_share.to(device))
+    grad_hidden, grad_logits = inputs.grad_hidden[rank].to(device), inputs.grad_logits[rank].to(device)
+    loss = (out.hidden * grad_hidden).sum() + (out.router_logits * grad_logits).sum()
     (loss + inputs.grad_aux[rank] * out.aux_loss).backward()
     grads = {name: parameter.grad for name, parameter in layer.named_parameters()} | {"x": x_TD.grad}
     if prev_TN is not None:
@@ -167,7 +179,18 @@ def run_layer(case: Case, rank: int = 0, selection_share: Tensor | None = None, 
     stats = {f.name: getattr(out.stats, f.name) for f in dataclasses.fields(out.stats) if f.name != "kinds"}
     shares = stats.pop("share_Z")
     stats |= {f"share_{kind}": share for kind, share in zip(out.stats.kinds, shares, strict=True)}
-    return Observed(out.hidden.detach(), out.router_logits.detach(), out.aux_loss.detach(), stats, grads, comm_stats)
+    require_device(out.hidden, device, "the output")
+    on_host = [value.detach().cpu() for value in (out.hidden, out.router_logits, out.aux_loss)]
+    return Observed(*on_host, _to_host(stats), _to_host(grads), comm_stats)
+
+
+def require_device(tensor: Tensor, device: torch.device | str, name: str) -> None:
+    """A test that asks for a GPU must not pass on the CPU."""
+    assert tensor.device.type == torch.device(device).type, f"{name} lies on {tensor.device}, not on {device}"
+
+
+def _to_host(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in tensors.items()}
 
 
 @dataclass(frozen=True)

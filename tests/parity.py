@@ -53,6 +53,7 @@ class Setting:
     optim: tuple[tuple[str, Any], ...] = ()  # changes of optim.*
     steps: int = STEPS
     seq_len: int = SEQ_LEN
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,13 @@ class Layout:
     micro_batch: int | None = None  # sequences per rank and forward; None: no accumulation
     recompute: bool = False
     exchange_chunks: int = 1
+    device: str = "cpu"  # of every rank: with "cuda" all share one GPU, over gloo
 
     def __str__(self) -> str:
         engine = f"{self.engine} z{self.zero}" if self.engine == "deepspeed" else self.engine
         extras = [f"micro-batch {self.micro_batch}"] * (self.micro_batch is not None) + ["recompute"] * self.recompute
         extras += [f"exchange in {self.exchange_chunks}"] * (self.exchange_chunks > 1)
+        extras += [self.device] * (self.device != "cpu")
         return ", ".join([f"{self.ranks} x EP{self.ep}", engine, *extras])
 
 
@@ -169,7 +172,7 @@ def make_config(setting: Setting, layout: Layout) -> Config:
             "steps": setting.steps,
             "global_batch_size": GLOBAL_BATCH,
             "micro_batch_size": layout.micro_batch,
-            "precision": "fp32",
+            "precision": setting.precision,
             "recompute": layout.recompute,
             "eval_batches": EVAL_BATCHES,
             "log_interval": 1,
@@ -237,8 +240,8 @@ def train(rank: int, setting: Setting, layout: Layout, sabotage: Callable[..., A
 
     ``sabotage(model, groups)`` is a context manager that breaks something from before the engine is built to the end.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    cfg, groups = make_config(setting, layout), group_of(layout.ep)
+    os.environ.setdefault("DS_ACCELERATOR", layout.device)
+    cfg, groups = make_config(setting, layout), group_of(layout.ep, layout.device)
     plan = make_plan(cfg, groups.world_size)
     comm_stats = comm.CommStats()
     model = build_model(cfg, groups, comm_stats)
@@ -269,14 +272,14 @@ def train(rank: int, setting: Setting, layout: Layout, sabotage: Callable[..., A
     return history
 
 
-_GROUPS: dict[int, ParallelGroups] = {}
+_GROUPS: dict[tuple[int, str], ParallelGroups] = {}
 
 
-def group_of(ep: int) -> ParallelGroups:
+def group_of(ep: int, device: str = "cpu") -> ParallelGroups:
     """This worker's process groups for an EP size, made once: every gloo group holds sockets."""
-    if ep not in _GROUPS:
-        _GROUPS[ep] = build_groups(ep, torch.device("cpu"))
-    return _GROUPS[ep]
+    if (ep, device) not in _GROUPS:
+        _GROUPS[ep, device] = build_groups(ep, torch.device(device))
+    return _GROUPS[ep, device]
 
 
 def _watch(model: Transformer, history: History) -> None:

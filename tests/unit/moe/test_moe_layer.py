@@ -1,4 +1,7 @@
-"""The MoE layer on one process agrees with the oracle: outputs, every gradient, losses, drops and statistics."""
+"""The MoE layer on one process agrees with the oracle: outputs, every gradient, losses, drops and statistics.
+
+On the CPU, and on the GPU where there is one.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +28,16 @@ def config(ffn: int, constant: int = 0, copy: int = 0, zero: int = 0, **fields: 
     )
 
 
-def check(case: Case) -> None:
+def check(case: Case, device: torch.device) -> None:
     [expected] = expect(case)
-    assert_agrees(case, run_layer(case), expected)
+    assert_agrees(case, run_layer(case, device=device), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", [pytest.param(n, marks=[pytest.mark.slow] if n > 2 else []) for n in range(10)])
-def test_random_configurations_agree_with_the_oracle(dtype, block):
+def test_random_configurations_agree_with_the_oracle(dtype, block, device):
     for seed in range(block * 30, block * 30 + 30):
-        check(draw_case(seed, dtype))
+        check(draw_case(seed, dtype), device)
 
 
 FULL = {"ffn": 4, "constant": 2, "copy": 1, "zero": 1}
@@ -77,15 +80,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
 @pytest.mark.parametrize("tokens", [0, 1, 13])
-def test_every_option_agrees_with_the_oracle(variant, dtype, tokens):
-    check(Case(config(**(FULL | variant)), tokens=(tokens,), dtype=dtype, seed=3))
+def test_every_option_agrees_with_the_oracle(variant, dtype, tokens, device):
+    check(Case(config(**(FULL | variant)), tokens=(tokens,), dtype=dtype, seed=3), device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_prev", [True, False])
-def test_gating_residual_carries_gradients_to_the_previous_logits(dtype, with_prev):
+def test_gating_residual_carries_gradients_to_the_previous_logits(dtype, with_prev, device):
     case = Case(config(**FULL), dtype=dtype, with_prev=with_prev)
-    observed = run_layer(case)
+    observed = run_layer(case, device=device)
     assert_agrees(case, observed, expect(case)[0])
     gate_map = observed.grads["router.gate_map.weight"]
     assert gate_map is not None
@@ -112,18 +115,18 @@ ROUTINGS: dict[str, tuple[tuple[int, ...], ...]] = {
 @pytest.mark.parametrize("normalization", ["zero_masked", "none", "topk_softmax"])
 @pytest.mark.parametrize("capacity", [None, 0.9])
 @pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS.keys())
-def test_forced_routings_agree_with_the_oracle(routing, capacity, normalization, dtype):
+def test_forced_routings_agree_with_the_oracle(routing, capacity, normalization, dtype, device):
     cfg = config(**FULL, gate_normalization=normalization, capacity_factor=capacity)
-    check(Case(cfg, tokens=(T,), hidden_size=9, dtype=dtype, choices=(routing,), seed=1))
+    check(Case(cfg, tokens=(T,), hidden_size=9, dtype=dtype, choices=(routing,), seed=1), device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normalization", ["zero_masked", "none", "topk_softmax"])
-def test_tokens_that_choose_only_zero_experts_give_zeros_and_no_nan(normalization, dtype):
+def test_tokens_that_choose_only_zero_experts_give_zeros_and_no_nan(normalization, dtype, device):
     cfg = config(4, 2, 1, 3, gate_normalization=normalization, capacity_factor=None, top_k=2)
     routing = ((7, 8), (0, 7), (9, 7), (8, 6), (9, 8), (4, 5))
     case = Case(cfg, tokens=(6,), hidden_size=11, dtype=dtype, choices=(routing,), seed=4)
-    observed = run_layer(case)
+    observed = run_layer(case, device=device)
     assert_agrees(case, observed, expect(case)[0])
     all_zero = torch.tensor([True, False, True, False, True, False])
     assert (observed.hidden[all_zero] == 0).all() and (observed.hidden[~all_zero] != 0).any(dim=1).all()
@@ -131,10 +134,10 @@ def test_tokens_that_choose_only_zero_experts_give_zeros_and_no_nan(normalizatio
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_selection_share_from_outside_replaces_the_counted_one(training):
+def test_selection_share_from_outside_replaces_the_counted_one(training, device):
     cfg = config(**FULL, balance_loss_scope="global_batch")
     case = Case(cfg, training=training, seed=5)
     share = torch.linspace(0.1, 0.4, 8, dtype=torch.float64)
     [expected] = expect(case, selection_share=share.tolist())
-    assert_agrees(case, run_layer(case, selection_share=share), expected)
+    assert_agrees(case, run_layer(case, selection_share=share, device=device), expected)
     assert expected.reference.stats["balance_loss"] != expect(case)[0].reference.stats["balance_loss"]

@@ -20,6 +20,7 @@ from moepp.errors import ConfigError
 from moepp.ops import backend, use_kernels
 from moepp.ops.permute import RowOrder, combine_rows, gather_rows
 from moepp.ops.swiglu import swiglu, swiglu_backward
+from tests.devices import DEVICES
 from tests.moe_cases import Case, assert_agrees, expect, run_layer
 
 pytest.importorskip("triton", reason="pip install 'moepp[triton]'")
@@ -29,9 +30,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.6e-2}  # the interpreter cuts bfloat16 off where devices round
 WIDTHS = (1, 33, 130, 1100)  # the last one takes two blocks of columns
 ROOT = Path(__file__).parents[3]
-# A CUDA build of torch names its accelerator even where no driver is.
-DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="cases of the layer lie on the CPU, where Triton interprets")
+DEVICE = DEVICES[-1]
+on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="what Triton's interpreter is asked for on the CPU alone")
 
 
 grouped = importlib.import_module("moepp.ops.grouped_swiglu")
@@ -121,7 +121,6 @@ def test_gathered_rows_sum_their_gradients_by_token(dtype):
     assert_close(x.grad, wanted, dtype, "gradient")
 
 
-@on_cpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "fields",
@@ -136,15 +135,14 @@ def test_the_layer_agrees_with_the_oracle(dtype, fields):
         dtype=dtype,
     )
     [expected] = expect(case)
-    assert_agrees(case, run_layer(case), expected)
+    assert_agrees(case, run_layer(case, device=DEVICE), expected)
 
 
-@on_cpu
 def test_the_grouped_products_take_them_too(monkeypatch):
     """torch emulates its grouped product on the CPU."""
     cfg = MoEConfig(4, 16, 1, 1, 1, capacity_factor=None)
     torch.manual_seed(0)
-    layer = MoELayer(cfg, 16).to(torch.bfloat16)
+    layer = MoELayer(cfg, 16).to(DEVICE, torch.bfloat16)
     x, results = draw(30, 16, dtype=torch.bfloat16), []
     for kernels in ("auto", "triton"):
         if kernels == "triton":
