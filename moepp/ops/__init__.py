@@ -12,7 +12,7 @@ from moepp.ops.gates import NORMALIZATIONS as GATE_NORMALIZATIONS
 from moepp.ops.gates import softmax_gates
 from moepp.ops.grouped_swiglu import grouped_swiglu
 from moepp.ops.matmul import linear, linear_fp32, multiplies_in_float32
-from moepp.ops.permute import RowOrder, combine_rows, gather_rows
+from moepp.ops.permute import RowOrder, combine_rows, donate, gather_rows
 from moepp.ops.projection import project
 from moepp.ops.shared_gradient import share_gradient
 
@@ -27,6 +27,7 @@ __all__ = [
     "count_experts",
     "describe",
     "describe_experts",
+    "donate",
     "gather_rows",
     "grouped_swiglu",
     "linear",

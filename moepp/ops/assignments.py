@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moepp.ops.backend import cpu_kernels_for
+from moepp.ops.backend import cpu_kernels
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def sort_assignments(sort_keys_TK: Tensor, num_experts: int) -> SortedAssignment
     keys_A = sort_keys_TK.flatten()
     counts_E = keys_A.new_empty(num_experts)
     assignments_A, positions_A = torch.empty_like(keys_A), torch.empty_like(keys_A)
-    if kernels := cpu_kernels_for(keys_A.device, torch.float32):
+    if kernels := cpu_kernels(keys_A, torch.float32):
         kernels.call("sort_assignments", keys_A, assignments_A, counts_E, positions_A, keys_A.numel(), num_experts)
     else:
         torch.argsort(keys_A.clamp(max=num_experts), stable=True, out=assignments_A)
@@ -47,7 +47,7 @@ def sort_assignments(sort_keys_TK: Tensor, num_experts: int) -> SortedAssignment
 
 def count_experts(experts_A: Tensor, num_experts: int) -> Tensor:
     """How often each of the first ``num_experts`` experts occurs: int64 [E]; no host synchronisation."""
-    if kernels := cpu_kernels_for(experts_A.device, torch.float32):
+    if kernels := cpu_kernels(experts_A, torch.float32):
         counts_E = experts_A.new_empty(num_experts)
         kernels.call("count_experts", experts_A.contiguous(), counts_E, experts_A.numel(), num_experts)
         return counts_E

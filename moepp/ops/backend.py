@@ -64,9 +64,24 @@ def use_kernels(choice: str) -> Iterator[None]:
         _chosen = before
 
 
-def cpu_kernels(tensor: Tensor) -> Library | None:
-    """The compiled kernels for tensors like this one, or None where torch's operations must do."""
-    return cpu_kernels_for(tensor.device, tensor.dtype)
+def cpu_kernels(tensor: Tensor, dtype: torch.dtype | None = None) -> Library | None:
+    """The compiled kernels for tensors like this one, or None where torch's operations must do.
+
+    These do too while torch.compile traces, and for tensors that hold no memory of their own (fake ones, those of
+    ``torch.func``, distributed ones): a tracer sees operations that it knows.
+
+    Args:
+        tensor: one of the operation's inputs.
+        dtype: of the kernels, where it isn't the tensor's.
+    """
+    if torch.compiler.is_compiling() or not _is_plain(tensor):
+        return None
+    return cpu_kernels_for(tensor.device, dtype or tensor.dtype)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not is_wrapped
 
 
 def cpu_kernels_for(device: torch.device, dtype: torch.dtype) -> Library | None:

@@ -15,6 +15,8 @@ from torch import Tensor
 from moepp.ops.backend import require_row_kernels, row_kernels
 from moepp.ops.shared_gradient import SharedGradient, shared_gradient
 
+_DONATED = "_moepp_donated"
+
 
 @dataclass(frozen=True)
 class RowOrder:
@@ -59,11 +61,17 @@ class _Gather(torch.autograd.Function):
         return (grad_x_TD if ctx.shared is None else None), None, None, None
 
 
+def donate(tensor: Tensor) -> Tensor:
+    """The same tensor, which :func:`combine_rows` may overwrite: nothing else reads it, not even autograd."""
+    setattr(tensor, _DONATED, True)
+    return tensor
+
+
 def combine_rows(rows_RD: Tensor, order: RowOrder, weights_TK: Tensor, start_TD: Tensor | None = None) -> Tensor:
     """Each token's rows times their gate weights, added to ``start_TD`` if given: [T, D] in the rows' dtype.
 
     Gate weights are float32; a weighted row is rounded to the rows' dtype once, or only their sum is. Sums are always
-    taken in the same order.
+    taken in the same order. The result may take the place of a donated ``start_TD``.
     """
     if row_kernels(rows_RD):
         return _Combine.apply(rows_RD, order.positions_TK, weights_TK, start_TD)
@@ -104,11 +112,16 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, positions_TK: Tensor, weights_TK: Tensor, start_TD: Tensor | None) -> Tensor:
         rows_RD, weights_TK = rows_RD.contiguous(), weights_TK.contiguous()
-        start_TD = None if start_TD is None else start_TD.contiguous()
+        in_place = start_TD is not None and hasattr(start_TD, _DONATED) and start_TD.is_contiguous()
         ctx.save_for_backward(rows_RD, positions_TK, weights_TK)
         ctx.kernels, ctx.has_start = require_row_kernels(rows_RD), start_TD is not None
         ctx.sizes = (positions_TK.shape[0], rows_RD.shape[1], positions_TK.shape[1])
-        out_TD = rows_RD.new_empty(ctx.sizes[:2])
+        if start_TD is not None and in_place:  # tokens without rows cost nothing
+            ctx.mark_dirty(start_TD)
+            out_TD = start_TD
+        else:
+            start_TD = None if start_TD is None else start_TD.contiguous()
+            out_TD = rows_RD.new_empty(ctx.sizes[:2])
         ctx.kernels.call("combine", rows_RD, positions_TK, weights_TK, start_TD, out_TD, *ctx.sizes)
         return out_TD
 

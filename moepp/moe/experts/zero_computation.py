@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module
 
 from moepp import ops
 from moepp.config import MoEConfig
@@ -72,9 +73,11 @@ class ZeroComputation(nn.Module):
         if len(affine):
             alpha_C2D, value_CD = self._constant_parameters(x_TD)
             total_TD = ops.affine_experts(x_TD, ids_TK, weights_TK, alpha_C2D, value_CD, affine)
-        for kind, module in self.named_children():
+            if not self._forward_hooks and not module._global_forward_hooks:  # which may keep it
+                ops.donate(total_TD)
+        for kind, experts in self.named_children():
             gates_TZ = _gates_of(slices[kind], ids_TK, weights_TK)
-            out_TD = module(x_TD, gates_TZ)
+            out_TD = experts(x_TD, gates_TZ)
             total_TD = out_TD if total_TD is None else total_TD + out_TD
         return total_TD
 

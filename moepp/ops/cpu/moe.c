@@ -42,7 +42,8 @@ void swiglu_backward(const element *gate_up, const element *grad_act, element *g
 
 /* ---- sums of rows by token ---- */
 
-/* out[t] = start[t] + sum_k weights[t, k] rows[positions[t, k]]. Null weights stand for ones, a null start for zeros. */
+/* out[t] = start[t] + sum_k weights[t, k] rows[positions[t, k]]. Null weights stand for ones, a null start for zeros. The
+ * start may lie where out does. */
 void combine(const element *rows, const i64 *positions, const float *weights, const element *start, element *out, i64 T,
              i64 D, i64 K) {
     OMP(omp parallel if(WORTH_THREADS(T * D)))
@@ -61,6 +62,7 @@ void combine(const element *rows, const i64 *positions, const float *weights, co
                     factor[terms] = weights ? weights[t * K + k] : 1.f;
                     term[terms++] = rows + positions[t * K + k] * D;
                 }
+            if (terms == 1 && start == out) continue;
             FOR_COLUMNS(d, n, D, {
                 vf total = {0};
                 for (i64 k = 0; k < (t + 1 < T ? K : 0); k++) __builtin_prefetch(rows + positions[t * K + K + k] * D + d);

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint
 
 from moepp import MoEConfig, MoELayer
@@ -278,3 +279,31 @@ def test_previous_logits_of_the_wrong_shape_are_refused_with_a_clear_message(sha
     with pytest.raises(ConfigError) as error:
         layer(torch.randn(7, 6), torch.randn(shape))
     assert str(list(shape)) in str(error.value) and "[7, 8]" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_what_a_hook_keeps_of_the_zero_computation_experts_stays_as_it_was(everywhere):
+    layer, x = forced(config(), ((0, 6), (4, 1), (6, 7), (2, 3)))
+    layer, x = layer.float(), x.float()
+    wanted = layer.zero_computation(x, *gates_of(layer, x)).clone()
+    kept = []
+
+    def keep(module: torch.nn.Module, inputs: object, output: object) -> None:
+        if module is layer.zero_computation:
+            kept.append(output)
+
+    register = register_module_forward_hook if everywhere else layer.zero_computation.register_forward_hook
+    hook = register(keep)
+    try:
+        with torch.no_grad():
+            hidden = layer(x).hidden
+    finally:
+        hook.remove()
+    torch.testing.assert_close(kept[0], wanted, rtol=0, atol=0)
+    torch.testing.assert_close(layer(x).hidden, hidden, rtol=0, atol=0)
+
+
+def gates_of(layer: MoELayer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chosen experts and their gate weights, [T, K] each."""
+    gates = layer.router.choose(layer.router(x, None))
+    return gates.topk_ids_TK, gates.weights_TK

@@ -175,6 +175,25 @@ def test_gather_and_combine_with_all_gradients(library, dtype, width, with_start
         assert_close(grads[name], value, dtype, name)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_donated_start_is_overwritten_with_the_same_sums_and_gradients(library, dtype):
+    experts = torch.tensor([[0, 4], [4, 4], [1, 3], [4, 0]])  # 4 is none
+    order = ops.sort_assignments(experts, 4)
+    rows = RowOrder(order.assignments_A[:4], order.positions_TK)
+    values, start, grad = draw(4, 70, dtype=dtype, seed=1), draw(4, 70, dtype=dtype, seed=2), draw(4, 70, dtype=dtype)
+    results = []
+    for donated in (False, True):
+        leaves = [tensor.clone().requires_grad_() for tensor in (values, draw(4, 2), start)]
+        given = leaves[2] * 1  # as another operation makes it
+        out = combine_rows(leaves[0], rows, leaves[1], ops.donate(given) if donated else given)
+        assert (out.data_ptr() == given.data_ptr()) == donated
+        assert donated or torch.equal(given, start)
+        out.backward(grad)
+        results.append([out.detach()] + [leaf.grad for leaf in leaves])
+    for plain, in_place in zip(*results, strict=True):
+        assert torch.equal(plain, in_place)
+
+
 def uses_of(x: Tensor, weight: Tensor, alpha: Tensor, value: Tensor, shared: bool) -> tuple[Tensor, Tensor]:
     """A sum over three operations of the layer that read x, and x as they see it."""
     x = ops.share_gradient(x) if shared else x
