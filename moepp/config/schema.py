@@ -116,17 +116,30 @@ class OptimConfig:
 class ParallelConfig:
     """How the model is spread over ranks."""
 
-    expert: int = 1  # P: ranks that share one set of FFN experts
+    expert: int = 1  # P: ranks of a pipeline stage that share one set of FFN experts
     exchange_chunks: int = 1  # chunks of the all-to-all; one is computed while the next is in flight
+    pipeline: int = 1  # groups of ranks that hold the layers one after the other
+    pipeline_schedule: str = "1f1b"  # order of forwards and backwards: "1f1b" or "interleaved" (smaller bubble)
+    pipeline_chunks: int = 1  # stages per rank, for the interleaved schedule
+    pipeline_layers: tuple[int, ...] | None = None  # layers of each stage; None: even, else embedding and head count as 1
+    tensor: int = 1  # ranks that share the attention heads; outside attention each has a part of the tokens
+    context: int = 1  # ranks that share a sequence
+    context_method: str = "ulysses"  # attention over them: "ulysses" (exchange heads) or "gather" (keys and values)
     zero_stage: int | None = None  # deepspeed: 0, 1 or 2 (None: 1); native: 0
     timeout_seconds: float = 600.0  # longest wait for another rank before the run stops
 
     def __post_init__(self) -> None:
         require_at_least("parallel.expert", self.expert, 1)
         require_at_least("parallel.exchange_chunks", self.exchange_chunks, 1)
+        for axis in ("pipeline", "pipeline_chunks", "tensor", "context"):
+            require_at_least(f"parallel.{axis}", getattr(self, axis), 1)
+        require_choice("parallel.pipeline_schedule", self.pipeline_schedule, ("1f1b", "interleaved"))
+        require_choice("parallel.context_method", self.context_method, ("ulysses", "gather"))
+        for count in self.pipeline_layers or ():
+            require_at_least("parallel.pipeline_layers entry", count, 1)
         require(
-            self.zero_stage in (None, 0, 1, 2),
-            f"parallel.zero_stage={self.zero_stage} is not one of 0, 1, 2; choose one of them",
+            self.zero_stage in (None, 0, 1, 2, 3),
+            f"parallel.zero_stage={self.zero_stage} is not one of 0, 1, 2, 3; choose one of them",
         )
         require_above("parallel.timeout_seconds", self.timeout_seconds, 0)
 
@@ -158,7 +171,8 @@ class TrainConfig:
 
     steps: int  # optimizer steps
     global_batch_size: int  # sequences per optimizer step over all ranks
-    micro_batch_size: int | None = None  # sequences per rank and forward; None: global_batch_size / ranks
+    micro_batch_size: int | None = None  # sequences per replica and forward; None: global_batch_size / replicas, or 1
+    # under a pipeline. A replica is the parallel.tensor x parallel.context ranks that share a sequence
     precision: str = "bf16"  # "bf16" (fp32 masters and reduction) or "fp32"
     recompute: bool = False  # recompute each layer's forward in backward instead of storing it
     eval_interval: int = 0  # optimizer steps between evaluations; 0: only at the end

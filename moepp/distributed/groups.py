@@ -1,9 +1,4 @@
-"""Process groups: built once, frozen, passed down.
-
-Every rank is data parallel: it has its own tokens. Ranks are split in expert-parallel (EP) groups of P consecutive
-ranks that share one set of FFN experts; the ranks that hold the same experts form an expert-data-parallel (EDP)
-group.  8 ranks, P = 4:  EP {0 1 2 3} {4 5 6 7},  EDP {0 4} {1 5} {2 6} {3 7}.
-"""
+"""Process groups: built once, frozen, passed down. Which ranks they hold is in :mod:`moepp.distributed.layout`."""
 
 from __future__ import annotations
 
@@ -18,11 +13,13 @@ from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from moepp.distributed.agreement import Facts
 from moepp.distributed.launch import LaunchEnvironment, read_launch_environment
+from moepp.distributed.layout import Layout
 from moepp.distributed.meeting import join_store, meet
 from moepp.errors import ConfigError, LaunchError, PeerError
 
 __all__ = [
     "LaunchEnvironment",
+    "Layout",
     "ParallelGroups",
     "build_groups",
     "init_process_group",
@@ -37,27 +34,83 @@ __all__ = [
 class ParallelGroups:
     """This process's place among the others.
 
+    Every group is there in every layout; of one rank alone where the layout does not use it.
+
     Attributes:
-        world: all ranks (data parallel).
-        ep: the ranks that share one set of FFN experts, this one among them.
-        edp: the ranks that hold the same FFN experts as this one.
+        rank: among all ranks.
+        layout: who works with whom, in numbers.
+        device: this rank's.
+        world: all ranks.
+        stage, pp, dp, cp, tp, dpcp, replica, ep, edp: this rank's group of each kind of
+            :class:`moepp.distributed.layout.Layout`.
     """
 
     rank: int
-    world_size: int
-    ep_size: int
+    layout: Layout
     device: torch.device
     world: dist.ProcessGroup
+    stage: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    cp: dist.ProcessGroup
+    tp: dist.ProcessGroup
+    dpcp: dist.ProcessGroup
+    replica: dist.ProcessGroup
     ep: dist.ProcessGroup
     edp: dist.ProcessGroup
 
     @property
+    def world_size(self) -> int:
+        return self.layout.world_size
+
+    @property
+    def stage_size(self) -> int:
+        return self.layout.stage_size
+
+    @property
+    def ep_size(self) -> int:
+        return self.layout.expert
+
+    @property
     def ep_rank(self) -> int:
-        return self.rank % self.ep_size
+        return self.rank % self.layout.expert
 
     @property
     def edp_size(self) -> int:
-        return self.world_size // self.ep_size
+        return self.layout.stage_size // self.layout.expert
+
+    @property
+    def pp_size(self) -> int:
+        return self.layout.pipeline
+
+    @property
+    def pp_rank(self) -> int:
+        return self.layout.coordinates(self.rank).pipeline
+
+    @property
+    def cp_size(self) -> int:
+        return self.layout.context
+
+    @property
+    def cp_rank(self) -> int:
+        return self.layout.coordinates(self.rank).context
+
+    @property
+    def tp_size(self) -> int:
+        return self.layout.tensor
+
+    @property
+    def tp_rank(self) -> int:
+        return self.layout.coordinates(self.rank).tensor
+
+    @property
+    def data_size(self) -> int:
+        return self.layout.data
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the replicas this rank is part of: ranks of one read the same text."""
+        return self.layout.coordinates(self.rank).data
 
 
 def pick_device(local_rank: int) -> torch.device:
@@ -112,19 +165,34 @@ def init_process_group(
     return store
 
 
-def build_groups(ep_size: int, device: torch.device) -> ParallelGroups:
-    """Create the expert-parallel and expert-data-parallel groups (collective: call on every rank).
+# Kinds in one entry are for sums of gradients, which run one after the other: where they hold the same ranks they share
+# a communicator, the world's among them. What runs beside such sums, or beside each other, has one of its own.
+_SHARING = (("stage", "dp", "dpcp", "edp"), ("pp",), ("cp",), ("tp",), ("replica",), ("ep",))
+
+
+def build_groups(layout: Layout, device: torch.device) -> ParallelGroups:
+    """Create this rank's groups (collective: call on every rank).
 
     Raises:
-        ConfigError: ``ep_size`` does not divide the number of ranks.
+        ConfigError: the layout is for another number of ranks.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    if world_size % ep_size:
-        raise ConfigError(f"parallel.expert={ep_size} does not divide the {world_size} processes; change one of them")
-    ep = _own_group([list(range(start, start + ep_size)) for start in range(0, world_size, ep_size)])
-    edp = _own_group([list(range(ep_rank, world_size, ep_size)) for ep_rank in range(ep_size)])
+    if layout.world_size != world_size:
+        raise ConfigError(f"the layout is for {layout.world_size} processes, and {world_size} have started; match them")
     assert dist.group.WORLD is not None
-    return ParallelGroups(rank, world_size, ep_size, device, dist.group.WORLD, ep, edp)
+    everyone, alone = tuple(range(world_size)), (rank,)
+    only_this_rank = dist.group.WORLD if world_size == 1 else _new_group([rank])
+    own: dict[str, dist.ProcessGroup] = {}
+    for kinds in _SHARING:
+        made = {alone: only_this_rank}
+        if "stage" in kinds:
+            made[everyone] = dist.group.WORLD
+        for kind in kinds:  # in the same order on every rank: members wait for each other
+            ranks = tuple(layout.peers(kind, rank))
+            if ranks not in made:
+                made[ranks] = _new_group(list(ranks))
+            own[kind] = made[ranks]
+    return ParallelGroups(rank, layout, device, dist.group.WORLD, **own)
 
 
 @contextmanager
@@ -140,16 +208,16 @@ def joined(
     device = pick_device(launch.local_rank)
     init_process_group(launch, device, timeout_seconds, facts)
     try:
-        yield build_groups(ep_size, device)
+        yield build_groups(Layout(launch.world_size, expert=ep_size), device)
     finally:
         dist.destroy_process_group()
 
 
-def _own_group(partition: list[list[int]]) -> dist.ProcessGroup:
-    """Create a group for each part (all ranks take part in each) and return the one that holds this rank."""
-    own, _ = dist.new_subgroups_by_enumeration(partition)
-    assert isinstance(own, dist.ProcessGroup)
-    return own
+def _new_group(ranks: list[int]) -> dist.ProcessGroup:
+    """A group that its members alone have to make; all of them make their groups in the same order."""
+    group = dist.new_group(ranks, use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def new_cpu_group() -> dist.ProcessGroup:
