@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moepp.checkpoint import CheckpointInfo, Layout, RunState
+from moepp.checkpoint import CheckpointInfo, RunState, SavedLayout
 
 
 def make_info(
@@ -13,5 +13,5 @@ def make_info(
     """Information of a checkpoint after ``step`` steps."""
     plain = {"world_size": world_size, "expert": 1, "engine": "native", "zero_stage": 0, "precision": "fp32"}
     return CheckpointInfo(
-        step, tokens, Layout(**(plain | layout)), config or {}, {"torch": "2.13.0"}, RunState.fresh(seed=1)
+        step, tokens, SavedLayout(**(plain | layout)), config or {}, {"torch": "2.13.0"}, RunState.fresh(seed=1)
     )

@@ -23,6 +23,7 @@ from moepp.config import Config, RunPlan, from_dict, make_plan
 from moepp.data import Corpora, Data, Vocabulary
 from moepp.distributed import comm
 from moepp.distributed.groups import ParallelGroups, build_groups
+from moepp.distributed.layout import Layout as RankLayout
 from moepp.metrics.sinks import SinkGroup
 from moepp.metrics.throughput import Throughput
 from moepp.model.transformer import Transformer
@@ -272,14 +273,18 @@ def train(rank: int, setting: Setting, layout: Layout, sabotage: Callable[..., A
     return history
 
 
-_GROUPS: dict[tuple[int, str], ParallelGroups] = {}
+_GROUPS: dict[tuple[RankLayout, str], ParallelGroups] = {}
 
 
-def group_of(ep: int, device: str = "cpu") -> ParallelGroups:
-    """This worker's process groups for an EP size, made once: every gloo group holds sockets."""
-    if (ep, device) not in _GROUPS:
-        _GROUPS[ep, device] = build_groups(ep, torch.device(device))
-    return _GROUPS[ep, device]
+def group_of(expert: int = 1, device: str = "cpu", **sizes: int) -> ParallelGroups:
+    """This worker's process groups for a layout, made once: every gloo group holds sockets.
+
+    ``sizes``: of pipeline, context and tensor.
+    """
+    layout = RankLayout(comm.size(), expert=expert, **sizes)
+    if (layout, device) not in _GROUPS:
+        _GROUPS[layout, device] = build_groups(layout, torch.device(device))
+    return _GROUPS[layout, device]
 
 
 def _watch(model: Transformer, history: History) -> None:

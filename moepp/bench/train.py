@@ -26,7 +26,7 @@ from moepp.bench.processes import run_processes
 from moepp.bench.tables import Record
 from moepp.bench.timing import clock_for, summarize, threads
 from moepp.config import ModelConfig, MoEConfig, OptimConfig
-from moepp.distributed.groups import build_groups
+from moepp.distributed.groups import Layout, build_groups
 from moepp.engine.gradients import BUCKET_ELEMENTS
 from moepp.engine.native import NativeEngine
 from moepp.io import files
@@ -93,7 +93,7 @@ class Step:
         torch.manual_seed(0)
         build = _build_transformers if name in TRANSFORMERS else _build_ours
         model, self.loss = build(name, options)
-        groups = build_groups(1, options.device)
+        groups = build_groups(Layout(1), options.device)
         self.engine = NativeEngine(model, groups, OptimConfig(), 1, bucket_elements)
         shape = (options.batch_size, options.seq_len + 1)
         tokens = torch.randint(0, options.vocab_size, shape, generator=torch.Generator().manual_seed(1))

@@ -20,7 +20,7 @@ _COUNTS = ("seed", "next_batch", "skipped_batches", "rewinds", "skipped_steps", 
 
 
 @dataclass(frozen=True)
-class Layout:
+class SavedLayout:
     """How the run that saved a checkpoint was laid out."""
 
     world_size: int
@@ -28,11 +28,24 @@ class Layout:
     engine: str
     zero_stage: int
     precision: str
+    pipeline: int = 1
+    context: int = 1
+    tensor: int = 1
 
     @classmethod
-    def of(cls, cfg: Config, plan: RunPlan) -> Layout:
+    def of(cls, cfg: Config, plan: RunPlan) -> SavedLayout:
         """The layout of a run."""
-        return cls(plan.world_size, cfg.parallel.expert, cfg.engine.name, plan.zero_stage, cfg.train.precision)
+        parallel = cfg.parallel
+        return cls(
+            plan.world_size,
+            parallel.expert,
+            cfg.engine.name,
+            plan.zero_stage,
+            cfg.train.precision,
+            parallel.pipeline,
+            parallel.context,
+            parallel.tensor,
+        )
 
 
 @dataclass(frozen=True)
@@ -84,7 +97,7 @@ class CheckpointInfo:
 
     step: int
     tokens: int
-    layout: Layout
+    layout: SavedLayout
     config: dict[str, Any]
     versions: dict[str, Any]
     run_state: RunState
@@ -117,8 +130,8 @@ def info_from(tree: Any) -> CheckpointInfo:
     _require(sha256 is None or _is_sha256(sha256), "tokenizer_sha256", sha256, "64 hexadecimal digits or null")
     for package, version in tree["versions"].items():
         _require(version is None or _is_text(version), f"versions.{show(package)}", version, "a text")
-    layout, run_state = _known(Layout, tree["layout"]), _known(RunState, tree["run_state"])
-    return CheckpointInfo(**tree | {"layout": Layout(**layout), "run_state": RunState(**run_state)})
+    layout, run_state = _known(SavedLayout, tree["layout"]), _known(RunState, tree["run_state"])
+    return CheckpointInfo(**tree | {"layout": SavedLayout(**layout), "run_state": RunState(**run_state)})
 
 
 def _names(kind: type) -> set[str]:
@@ -132,7 +145,12 @@ def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
 def _check_layout(layout: Mapping[str, Any]) -> None:
     for key in ("world_size", "expert"):
         _require_count(f"layout.{key}", layout.get(key), MAX_RANKS, minimum=1)
-    divides = layout["world_size"] % layout["expert"] == 0
+    shared = 1
+    for key in ("pipeline", "context", "tensor"):
+        _require_count(f"layout.{key}", layout.get(key, 1), MAX_RANKS, minimum=1)
+        shared *= layout.get(key, 1)
+    _require(layout["world_size"] % shared == 0, "layout.world_size", layout["world_size"], f"a multiple of {shared}")
+    divides = layout["world_size"] // layout.get("pipeline", 1) % layout["expert"] == 0
     _require(divides, "layout.expert", layout["expert"], f"a divisor of world_size={layout['world_size']}")
     _require_count("layout.zero_stage", layout.get("zero_stage"), _ZERO_STAGES)
     for key, choices in (("engine", _ENGINES), ("precision", _PRECISIONS)):

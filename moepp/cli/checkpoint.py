@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from moepp.arguments import add_plugin_option
-from moepp.checkpoint import Checkpointer, CheckpointInfo, Layout, RunState
+from moepp.checkpoint import Checkpointer, CheckpointInfo, RunState, SavedLayout
 from moepp.checkpoint import format as fmt
 from moepp.checkpoint.storage import TensorReader
 from moepp.config import CheckpointConfig, Config, EngineConfig, ParallelConfig, RunConfig, from_stored, make_plan
@@ -89,7 +89,9 @@ def _tokens_and_layout(path: Path) -> tuple[str, str, list[str]]:
         return "?", "?", [str(error)] if (path / fmt.INFO).is_file() else []
     layout = info.layout
     ranks = f"{layout.world_size} rank{'s' if layout.world_size > 1 else ''}"
-    return f"{info.tokens:,}", f"{ranks}, EP {layout.expert}, {layout.engine}, ZeRO {layout.zero_stage}", []
+    sizes = {"PP": layout.pipeline, "TP": layout.tensor, "CP": layout.context}
+    split = [f"{name} {size}" for name, size in sizes.items() if size > 1] + [f"EP {layout.expert}"]
+    return f"{info.tokens:,}", f"{ranks}, {', '.join(split)}, {layout.engine}, ZeRO {layout.zero_stage}", []
 
 
 def _verify(args: argparse.Namespace, run_dir: RunDir) -> int:
@@ -192,7 +194,7 @@ def _time_saves(config: Config, groups: ParallelGroups, checkpointer: Checkpoint
     moe = config.model.moe
     stats = StepStats(config.model.moe_layers, moe.expert_counts, moe.top_k)
     for number in range(2 * repeat):  # interleaved: a slow moment of the disk hits both
-        info = CheckpointInfo(number, 0, Layout.of(config, plan), {}, {}, RunState.fresh(config.run.seed))
+        info = CheckpointInfo(number, 0, SavedLayout.of(config, plan), {}, {}, RunState.fresh(config.run.seed))
         checkpointer.save(engine, stats, info, background=number % 2 == 1)
         checkpointer.wait()
     failed = [problem for report in checkpointer.reports for problem in report.problems]

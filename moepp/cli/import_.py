@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moepp.checkpoint import Checkpointer, CheckpointInfo, Layout, RunState
+from moepp.checkpoint import Checkpointer, CheckpointInfo, RunState, SavedLayout
 from moepp.config import (
     Config,
     ModelConfig,
@@ -179,7 +179,7 @@ def _save(
     info = CheckpointInfo(
         step=0,
         tokens=0,
-        layout=Layout.of(cfg, plan),
+        layout=SavedLayout.of(cfg, plan),
         config=to_dict(cfg),
         versions=described.versions,
         run_state=RunState.fresh(cfg.run.seed),

@@ -208,8 +208,8 @@ def _validate_micro_batches(cfg: Config, plan: RunPlan) -> None:
     if pipeline == 1:
         return
     said = (
-        f"train.global_batch_size={cfg.train.global_batch_size} gives {count} micro-batches (of {plan.micro_batch_size} "
-        f"sequences, on {plan.data_size} replicas)"
+        f"train.global_batch_size={cfg.train.global_batch_size} gives {count} micro-batches (of "
+        f"{plan.micro_batch_size} sequences, on {plan.data_size} replicas)"
     )
     per_micro_batch = plan.micro_batch_size * plan.data_size
     works = f"train.global_batch_size={-(-count // pipeline) * pipeline * per_micro_batch} would work"

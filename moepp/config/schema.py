@@ -121,7 +121,7 @@ class ParallelConfig:
     pipeline: int = 1  # groups of ranks that hold the layers one after the other
     pipeline_schedule: str = "1f1b"  # order of forwards and backwards: "1f1b" or "interleaved" (smaller bubble)
     pipeline_chunks: int = 1  # stages per rank, for the interleaved schedule
-    pipeline_layers: tuple[int, ...] | None = None  # layers of each stage; None: even, else embedding and head count as 1
+    pipeline_layers: tuple[int, ...] | None = None  # layers of each stage; None: as even as it comes out
     tensor: int = 1  # ranks that share the attention heads; outside attention each has a part of the tokens
     context: int = 1  # ranks that share a sequence
     context_method: str = "ulysses"  # attention over them: "ulysses" (exchange heads) or "gather" (keys and values)

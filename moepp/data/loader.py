@@ -1,6 +1,6 @@
 """Batches as a pure function of (seed, step), whatever the number of ranks, micro-batches and restarts.
 
-Shape suffixes: B sequences of one micro-batch on one rank, S sequence (tokens).
+Shape suffixes: B sequences of one micro-batch of one replica, S sequence (tokens).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from moepp.errors import DataError
 
 
 class Data:
-    """The batches of one rank.
+    """The batches of one replica: ranks that share its sequences (context, tensor, pipeline) read the same text.
 
     Sequences ``s * G .. (s + 1) * G - 1`` of the training stream make step ``s`` (steps count from 0, G is
-    ``train.global_batch_size``). Micro-step ``a`` of A takes the a-th of A equal runs of them, and rank ``r`` of W the
-    r-th of W equal runs of that. The loader has no state: resuming is asking for the next step.
+    ``train.global_batch_size``). Micro-step ``a`` of A takes the a-th of A equal runs of them, and replica ``r`` of
+    R the r-th of R equal runs of that. The loader has no state: resuming is asking for the next step.
 
     Attributes:
         num_sequences: whole sequences in one pass over 'train', 'valid' and 'test', all paths together.
@@ -37,7 +37,7 @@ class Data:
         datasets: Mapping[str, Any | None],
         cfg: Config,
         plan: RunPlan,
-        rank: int,
+        data_rank: int,
         *,
         num_sequences: Mapping[str, int],
         vocab_size: int,
@@ -45,14 +45,14 @@ class Data:
     ) -> None:
         self._datasets = datasets
         self._cfg = cfg
-        self._rank = rank
+        self._data_rank = data_rank
         self.plan = plan
         self.num_sequences = num_sequences
         self.vocab_size = vocab_size
         self.eod = eod
 
     def train_batch(self, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and labels of this rank, int64 [B, S] on the CPU; labels are the inputs one position ahead."""
+        """Inputs and labels of this replica, int64 [B, S] on the CPU; labels are the inputs one position ahead."""
         return self._batch("train", step, micro_step)
 
     def eval_batch(self, index: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,7 +77,7 @@ class Data:
         if not (step >= 0 and 0 <= micro_step < plan.accumulation_steps):
             raise IndexError(f"step {step}, micro-step {micro_step} of {plan.accumulation_steps}")
         first = step * self._cfg.train.global_batch_size
-        first += (micro_step * plan.world_size + self._rank) * plan.micro_batch_size
+        first += (micro_step * plan.data_size + self._data_rank) * plan.micro_batch_size
         samples = [dataset[first + i] for i in range(plan.micro_batch_size)]
         return _stack([sample["tokens"] for sample in samples]), _stack([sample["labels"] for sample in samples])
 
@@ -87,10 +87,11 @@ def _stack(rows: list[torch.Tensor]) -> torch.Tensor:
     return torch.from_numpy(np.stack([row.numpy() for row in rows]))
 
 
-def build_data(cfg: Config, plan: RunPlan, corpora: Corpora, rank: int, cache_dir: str | None) -> Data:
-    """Datasets and loader of one rank. Call it on all ranks.
+def build_data(cfg: Config, plan: RunPlan, corpora: Corpora, data_rank: int, cache_dir: str | None) -> Data:
+    """Datasets and loader of one replica. Call it on all ranks.
 
     Args:
+        data_rank: number of the replica.
         corpora: from :func:`moepp.data.check_data`.
         cache_dir: where rank 0 leaves dataset indices for the other ranks; None: each process builds its own in
             memory. Without torch.distributed they stay in memory in any case.
@@ -116,7 +117,7 @@ def build_data(cfg: Config, plan: RunPlan, corpora: Corpora, rank: int, cache_di
         dict(zip(("train", "valid"), datasets, strict=True)),
         cfg,
         plan,
-        rank,
+        data_rank,
         num_sequences={
             split: sum(max(per_file[i] - 1, 0) // cfg.data.seq_len for per_file in tokens)
             for i, split in enumerate(SPLITS)

@@ -125,8 +125,13 @@ class Layout:
 
     def partition(self, kind: str) -> list[list[int]]:
         """All groups of a kind, ordered by their first rank."""
-        groups = {tuple(self.peers(kind, rank)): None for rank in range(self.world_size)}
-        return [list(ranks) for ranks in groups]
+        groups: list[list[int]] = []
+        seen: set[int] = set()
+        for rank in range(self.world_size):
+            if rank not in seen:
+                groups.append(self.peers(kind, rank))
+                seen.update(groups[-1])
+        return groups
 
     def stages_of(self, rank: int, chunks: int = 1) -> list[int]:
         """The stages whose layers a rank holds, when each holds ``chunks`` of ``pipeline * chunks`` in turn."""

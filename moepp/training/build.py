@@ -108,7 +108,7 @@ def build_parts(
     if starts_fresh:
         comm.run_together(lambda: check_initial_weights(cfg))
     cache_dir = cfg.data.cache_dir or str(run_dir.path / "data-cache")
-    data = build_data(cfg, plan, corpora, groups.rank, cache_dir)
+    data = build_data(cfg, plan, corpora, groups.data_rank, cache_dir)
     comm_stats = comm.CommStats()
     model = build_model(cfg, groups, comm_stats)
     if starts_fresh:

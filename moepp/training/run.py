@@ -20,6 +20,7 @@ from moepp.distributed import comm
 from moepp.distributed.agreement import find_differences
 from moepp.distributed.groups import (
     LaunchEnvironment,
+    Layout,
     ParallelGroups,
     build_groups,
     init_process_group,
@@ -60,7 +61,7 @@ def run_training(cfg: Config) -> None:
         print(_introduce_rank(launch), flush=True)
     watch = PeerWatch(store, launch.rank, launch.world_size, _leave)
     try:
-        _run(cfg, plan, build_groups(cfg.parallel.expert, device))
+        _run(cfg, plan, build_groups(Layout.of(cfg.parallel, launch.world_size), device))
         watch.stop()
         with contextlib.suppress(RuntimeError):  # all work is done; a rank that is gone now says itself why
             comm.barrier()  # rank 0 keeps the store, so it leaves last
@@ -170,17 +171,23 @@ def _introduce(cfg: Config, plan: RunPlan, groups: ParallelGroups) -> None:
     """Say what is about to be trained, and on what."""
     counts = count_parameters(cfg.model)
     logger.info(
-        "%s parameters (%.0f%% in FFN experts), %s, %d rank%s, EP %d, %s, ZeRO %d; training to step %d",
+        "%s parameters (%.0f%% in FFN experts), %s, %d rank%s, %s, %s, ZeRO %d; training to step %d",
         f"{counts.total:,}",
         100 * counts.ffn_experts / counts.total,
         cfg.train.precision,
         groups.world_size,
         "s" if groups.world_size > 1 else "",
-        groups.ep_size,
+        _sizes(groups.layout),
         cfg.engine.name,
         plan.zero_stage,
         cfg.train.steps,
     )
+
+
+def _sizes(layout: Layout) -> str:
+    """ "PP 2, EP 4": the sizes of a layout that are in use."""
+    sizes = {"PP": layout.pipeline, "TP": layout.tensor, "CP": layout.context}
+    return ", ".join([f"{name} {size}" for name, size in sizes.items() if size > 1] + [f"EP {layout.expert}"])
 
 
 def _train(

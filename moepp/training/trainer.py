@@ -19,8 +19,8 @@ from torch import Tensor
 from moepp.checkpoint import (
     Checkpointer,
     CheckpointInfo,
-    Layout,
     RunState,
+    SavedLayout,
     load_training_state,
     newest_checkpoint,
     read_info,
@@ -254,7 +254,7 @@ class Trainer:
         info = CheckpointInfo(
             step=self.step,
             tokens=self.tokens,
-            layout=Layout.of(self.cfg, self.plan),
+            layout=SavedLayout.of(self.cfg, self.plan),
             config=to_dict(self.cfg),
             versions=self.parts.versions,
             run_state=RunState(

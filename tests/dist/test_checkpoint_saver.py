@@ -22,7 +22,8 @@ from moepp.checkpoint import format as fmt
 from moepp.checkpoint.index import read_index
 from moepp.checkpoint.storage import TensorReader
 from moepp.config import CheckpointConfig
-from moepp.distributed.groups import ParallelGroups, build_groups, new_cpu_group
+from moepp.distributed import comm
+from moepp.distributed.groups import Layout, ParallelGroups, build_groups, new_cpu_group
 from moepp.engine.engine import Engine
 from moepp.errors import CheckpointError
 from moepp.metrics.step_stats import StepStats
@@ -71,7 +72,7 @@ class Saving:
     """A checkpointer and an engine on one rank."""
 
     def __init__(self, folder: str, ep_size: int = 1, **cfg: Any) -> None:
-        self.groups = build_groups(ep_size, torch.device("cpu"))
+        self.groups = build_groups(Layout(comm.size(), expert=ep_size), torch.device("cpu"))
         self.folder = Path(folder)
         self.checkpointer = Checkpointer(CheckpointConfig(**cfg), self.groups, self.folder, new_cpu_group())
         self.stats = StepStats((0,), {"ffn": 8, "zero": 1}, 2)

@@ -11,7 +11,7 @@ pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 
 from moepp.data.tokenizer import Tokenizer
 from moepp.distributed import comm
-from moepp.distributed.groups import ParallelGroups, build_groups
+from moepp.distributed.groups import Layout, ParallelGroups, build_groups
 from moepp.errors import ConfigError, DataError, PeerError
 from moepp.evaluation.backend import build_rows
 from moepp.evaluation.evaluate import check_tasks, evaluate_tasks
@@ -26,7 +26,7 @@ _GROUPS: dict[int, ParallelGroups] = {}
 
 def groups_of(ep_size: int) -> ParallelGroups:
     if ep_size not in _GROUPS:
-        _GROUPS[ep_size] = build_groups(ep_size, torch.device("cpu"))
+        _GROUPS[ep_size] = build_groups(Layout(comm.size(), expert=ep_size), torch.device("cpu"))
     return _GROUPS[ep_size]
 
 

@@ -157,6 +157,7 @@ def test_second_run_on_a_directory_is_refused(server: TrainServer, corpus: str, 
 def test_information_in_a_checkpoint_is_complete(three_checkpoints: Path) -> None:
     info = json.loads((three_checkpoints / "checkpoints/step-00000004/info.json").read_text())
     assert info["step"] == 4 and info["tokens"] == 4 * 8 * 16
-    assert info["layout"] == {"world_size": 2, "expert": 2, "engine": "native", "zero_stage": 0, "precision": "fp32"}
+    sizes = {"world_size": 2, "expert": 2, "pipeline": 1, "context": 1, "tensor": 1}
+    assert info["layout"] == sizes | {"engine": "native", "zero_stage": 0, "precision": "fp32"}
     assert info["config"]["model"]["hidden_size"] == 16 and info["versions"]["torch"]
     assert info["run_state"]["next_batch"] == 4 and info["run_state"]["seed"] == info["config"]["run"]["seed"]

@@ -46,6 +46,7 @@ def changed(**changes: Any) -> dict[str, Any]:
     return tree
 
 
+SINCE_PIPELINES = ("pipeline", "context", "tensor")
 BAD_INFOS: list[Any] = [
     *([], 3, "x", {}),
     # Older checkpoints lack the end-of-document token and the tokenizer.
@@ -53,10 +54,11 @@ BAD_INFOS: list[Any] = [
     INFO | {"more": 1},
     *(changed(**{key: value}) for key in ("step", "tokens") for value in ("x", None, True, 1.0, -1, 10**30, [], {})),
     *(changed(**{key: v}) for key in ("layout", "config", "versions", "run_state") for v in (None, [], "x", 1)),
-    *(changed(**{f"layout__{key}": ...}) for key in INFO["layout"]),
+    *(changed(**{f"layout__{key}": ...}) for key in INFO["layout"].keys() - set(SINCE_PIPELINES)),
     *(changed(**{f"run_state__{key}": ...}) for key in INFO["run_state"] if key != "wandb_run_id"),
     *(changed(layout__world_size=value) for value in (10**9, 10**30, 0, -1, True, "4", None, 1.5)),
     *(changed(layout__expert=value) for value in (0, 3, 8, False, "2")),
+    *(changed(**{f"layout__{key}": value}) for key in SINCE_PIPELINES for value in (0, -1, 3, "2", True, None)),
     *(changed(layout__engine=value) for value in ("\x1b[2J", "other", ["native"], None, 1)),
     *(changed(layout__precision=value) for value in ("fp8", {}, None)),
     *(changed(layout__zero_stage=value) for value in (-1, 4, True, "1")),
@@ -99,6 +101,13 @@ def test_bad_information_is_one_line_and_the_list_goes_on(
     assert good.endswith("verified") and "info.json cannot be read" in shown and shown.isprintable()
     assert main(["checkpoint", "diff", str(tmp_path), "5", "10"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_layout_of_a_time_before_pipelines_is_read(tmp_path: Path) -> None:
+    old = changed(**{f"layout__{key}": ... for key in SINCE_PIPELINES})
+    assert asdict(fmt.read_info(write(tmp_path, 10, old))) == changed()
+    split = changed(layout__world_size=8, layout__pipeline=2, layout__tensor=2, layout__context=2)
+    assert asdict(fmt.read_info(write(tmp_path / "split", 10, split))) == split
 
 
 def test_good_information_is_read(tmp_path: Path) -> None:

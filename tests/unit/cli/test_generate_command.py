@@ -88,12 +88,12 @@ def test_experts_may_be_sharded(folder, pool_2, capsys):
 
 
 def _generate_on_rank(rank: int, folder: str) -> str:
-    from moepp.distributed.groups import build_groups
+    from moepp.distributed.groups import Layout, build_groups
     from moepp.evaluation.load import build_model, find_model, open_tokenizer
 
     found = find_model(folder)
     tokenizer = open_tokenizer(found, None)
-    model = build_model(found, build_groups(2, torch.device("cpu")))
+    model = build_model(found, build_groups(Layout(2, expert=2), torch.device("cpu")))
     assert model.layers[0].moe.experts.down_proj.shape[0] == 2  # of 4
     return PROMPT + "".join(continuation(model, tokenizer, PROMPT, 9, Sampling(), torch.Generator()))
 

@@ -134,7 +134,7 @@ def test_unknown_key_comes_with_the_nearest_known_ones(key, expected):
         ("optim.lrr", "did you mean optim.lr?"),
         ("model.taus", "did you mean model.moe.tau?"),
         ("trian.steps", "did you mean train.steps?"),
-        ("parallel.tp", "known keys: parallel.exchange_chunks, parallel.expert"),
+        ("parallel.tp", "known keys: parallel.context, parallel.context_method, parallel.exchange_chunks"),
     ],
 )
 def test_unknown_key_suggests_what_was_meant(key, expected):
@@ -207,7 +207,9 @@ def test_fixed_keys_exist():
         model.moe.balance_loss_weight model.moe.z_loss_weight
         data.paths data.weights data.seq_len data.split data.tokenizer
         optim.lr optim.min_lr optim.warmup_steps optim.schedule optim.betas optim.weight_decay optim.grad_clip
-        parallel.expert parallel.zero_stage
+        parallel.expert parallel.zero_stage parallel.exchange_chunks parallel.timeout_seconds
+        parallel.pipeline parallel.pipeline_schedule parallel.pipeline_chunks parallel.pipeline_layers
+        parallel.tensor parallel.context parallel.context_method
         train.steps train.global_batch_size train.micro_batch_size train.precision train.recompute train.eval_interval
         train.eval_batches train.log_interval
         checkpoint.interval checkpoint.keep checkpoint.async
@@ -249,7 +251,15 @@ def test_fixed_keys_exist():
         ({"optim__grad_clip": 0}, ["optim.grad_clip=0.0"]),
         ({"optim__weight_decay": -1}, ["optim.weight_decay=-1.0"]),
         ({"parallel__expert": 0}, ["parallel.expert=0", "below its minimum 1"]),
-        ({"parallel__zero_stage": 3}, ["parallel.zero_stage=3", "0, 1, 2"]),
+        ({"parallel__zero_stage": 4}, ["parallel.zero_stage=4", "0, 1, 2, 3"]),
+        ({"parallel__zero_stage": 3}, ["parallel.zero_stage=3", "set it to 0, 1 or 2"]),
+        ({"parallel__pipeline": 0}, ["parallel.pipeline=0", "below its minimum 1"]),
+        ({"parallel__tensor": 0}, ["parallel.tensor=0"]),
+        ({"parallel__context": -1}, ["parallel.context=-1"]),
+        ({"parallel__pipeline_chunks": 0}, ["parallel.pipeline_chunks=0"]),
+        ({"parallel__pipeline_layers": [2, 0]}, ["parallel.pipeline_layers", "below its minimum 1"]),
+        ({"parallel__pipeline_schedule": "gpipe"}, ["'gpipe' is not one of 1f1b, interleaved"]),
+        ({"parallel__context_method": "ring"}, ["'ring' is not one of ulysses, gather"]),
         ({"parallel__zero_stage": 1, "engine__name": "native"}, ["parallel.zero_stage=1", "engine=deepspeed"]),
         ({"parallel__zero_stage": 0}, ["train.precision=bf16", "set parallel.zero_stage=1, or use engine=native"]),
         ({"engine__name": "megatron"}, ["'megatron' is not one of deepspeed, native"]),

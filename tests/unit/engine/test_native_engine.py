@@ -8,7 +8,7 @@ from torch import nn
 
 from moepp.bench.peers import one_process_group
 from moepp.config import OptimConfig
-from moepp.distributed.groups import build_groups
+from moepp.distributed.groups import Layout, build_groups
 from moepp.engine.native import NativeEngine
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ def test_gradient_is_the_sum_of_this_steps_micro_batches_alone(dtype):
     with one_process_group(CPU):
         model = TwoWeights(dtype)
         optim = OptimConfig(name="sgd", weight_decay=0.0, grad_clip=None)
-        engine = NativeEngine(model, build_groups(1, CPU), optim, accumulation_steps=2)
+        engine = NativeEngine(model, build_groups(Layout(1), CPU), optim, accumulation_steps=2)
         factors = torch.arange(1.0, 6.0)
         for micro_batch in (1.0, 3.0):
             engine.backward((model.first * factors).sum() * micro_batch + model.second.sum() * micro_batch)

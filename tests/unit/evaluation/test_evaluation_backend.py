@@ -16,7 +16,7 @@ pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 from lm_eval.api.instance import Instance
 
 from moepp.data.tokenizer import Tokenizer
-from moepp.distributed.groups import LaunchEnvironment, ParallelGroups, build_groups, init_process_group
+from moepp.distributed.groups import LaunchEnvironment, Layout, ParallelGroups, build_groups, init_process_group
 from moepp.errors import ConfigError, DataError
 from moepp.evaluation import backend as backend_module
 from moepp.evaluation.backend import HarnessModel, build_rows
@@ -31,7 +31,7 @@ MAX_SEQ_LEN = 48
 @pytest.fixture(scope="module")
 def groups() -> Iterator[ParallelGroups]:
     init_process_group(LaunchEnvironment(0, 1, 0), torch.device("cpu"), 60.0)
-    yield build_groups(1, torch.device("cpu"))
+    yield build_groups(Layout(1), torch.device("cpu"))
     dist.destroy_process_group()
 
 

@@ -21,7 +21,14 @@ from moepp.checkpoint import Checkpointer
 from moepp.cli.main import main
 from moepp.config import CheckpointConfig, from_dict, to_dict
 from moepp.data.tokenizer import Tokenizer
-from moepp.distributed.groups import LaunchEnvironment, ParallelGroups, build_groups, init_process_group, new_cpu_group
+from moepp.distributed.groups import (
+    LaunchEnvironment,
+    Layout,
+    ParallelGroups,
+    build_groups,
+    init_process_group,
+    new_cpu_group,
+)
 from moepp.engine.native import NativeEngine
 from moepp.evaluation.data import open_source
 from moepp.evaluation.evaluate import evaluate_all
@@ -44,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def groups() -> Iterator[ParallelGroups]:
     init_process_group(LaunchEnvironment(0, 1, 0), torch.device("cpu"), 60.0)
-    yield build_groups(1, torch.device("cpu"))
+    yield build_groups(Layout(1), torch.device("cpu"))
     dist.destroy_process_group()
 
 
@@ -107,7 +114,7 @@ def test_folder_is_evaluated(form: str, tmp_path: Path, folder: Path, capsys: py
     assert "4/4 ai2_arc: 12 documents" in table and "LAMBADA" in table and "average" in table
     init_process_group(LaunchEnvironment(0, 1, 0), torch.device("cpu"), 60.0)
     try:
-        groups = build_groups(1, torch.device("cpu"))
+        groups = build_groups(Layout(1), torch.device("cpu"))
         assert results_of(tmp_path / "r.json") == expected_results(model, tokenizer, groups, folder)
     finally:
         dist.destroy_process_group()

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 
-from moepp.distributed.groups import LaunchEnvironment, ParallelGroups, build_groups, init_process_group
+from moepp.distributed.groups import LaunchEnvironment, Layout, ParallelGroups, build_groups, init_process_group
 from moepp.errors import DataError
 from moepp.evaluation.data import open_source
 from moepp.evaluation.evaluate import evaluate_all
@@ -58,7 +58,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def groups() -> Iterator[ParallelGroups]:
     init_process_group(LaunchEnvironment(0, 1, 0), torch.device("cpu"), 600.0)
-    yield build_groups(1, torch.device("cpu"))
+    yield build_groups(Layout(1), torch.device("cpu"))
     dist.destroy_process_group()
 
 

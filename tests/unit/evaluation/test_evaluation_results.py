@@ -17,7 +17,7 @@ pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 from lm_eval.api.metrics import mean_stderr, pooled_sample_stderr
 
 from moepp.data.tokenizer import Tokenizer
-from moepp.distributed.groups import LaunchEnvironment, ParallelGroups, build_groups, init_process_group
+from moepp.distributed.groups import LaunchEnvironment, Layout, ParallelGroups, build_groups, init_process_group
 from moepp.errors import MoeppError, WriteError
 from moepp.evaluation.data import open_source
 from moepp.evaluation.evaluate import check_tasks, evaluate_all, evaluate_tasks
@@ -38,7 +38,7 @@ from tests.evaluation_cases import slow_loglikelihood, tiny_config, tiny_model, 
 @pytest.fixture(scope="module")
 def groups() -> Iterator[ParallelGroups]:
     init_process_group(LaunchEnvironment(0, 1, 0), torch.device("cpu"), 60.0)
-    yield build_groups(1, torch.device("cpu"))
+    yield build_groups(Layout(1), torch.device("cpu"))
     dist.destroy_process_group()
 
 

@@ -1,0 +1,45 @@
+"""Process groups hold the ranks that the layout says, and the groups of a rank alone need nobody."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moepp.distributed import comm
+from moepp.distributed.groups import build_groups
+from moepp.distributed.layout import KINDS, Layout
+from moepp.errors import ConfigError
+
+LAYOUTS = [Layout(4), Layout(4, expert=2), Layout(4, pipeline=2, expert=2), Layout(4, tensor=2), Layout(4, 2, 2)]
+
+
+def _groups(rank: int, sizes: tuple[int, ...]) -> dict[str, object]:
+    groups = build_groups(Layout(*sizes), torch.device("cpu"))
+    sums = {}
+    for kind in KINDS:
+        group = getattr(groups, kind)
+        assert dist.get_process_group_ranks(group) == groups.layout.peers(kind, rank), kind
+        sums[kind] = int(comm.all_reduce_sum(torch.tensor(10**rank), group))
+    comm.limit_waits(60.0)
+    places = (groups.pp_rank, groups.data_rank, groups.cp_rank, groups.tp_rank)
+    assert places == tuple(groups.layout.coordinates(rank))
+    assert groups.ep_rank == groups.layout.peers("ep", rank).index(rank)
+    beside = [groups.pp, groups.cp, groups.tp, groups.replica, groups.ep, groups.stage]
+    assert len({id(group) for group in beside if comm.size(group) > 1}) == sum(comm.size(g) > 1 for g in beside)
+    return sums
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_groups_reduce_over_the_ranks_of_the_layout(pool_4, layout):
+    sizes = (layout.world_size, layout.pipeline, layout.context, layout.tensor, layout.expert)
+    for rank, sums in enumerate(pool_4.run(_groups, sizes)):
+        assert sums == {kind: sum(10**peer for peer in layout.peers(kind, rank)) for kind in KINDS}
+
+
+def _wrong_world(rank: int) -> None:
+    build_groups(Layout(2), torch.device("cpu"))
+
+
+def test_layout_of_another_number_of_ranks_is_refused(pool_4):
+    assert "2 processes, and 4 have started" in pool_4.run(_wrong_world, raises=ConfigError)[0]
