@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moepp.config import ModelConfig
 from moepp.errors import ConfigError
 from moepp.model.linear import Linear
-from moepp.ops import multiplies_in_float32
+from moepp.ops import multiplies_in_float32, rotate
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor, inputs: AttentionInputs) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
-        query_BHSd = apply_rotary(self._split_heads(self.q_proj(x_BSD)), inputs.cos, inputs.sin)
-        key_BGPd = apply_rotary(self._split_heads(self.k_proj(x_BSD)), inputs.cos, inputs.sin)
+        query_BHSd = rotate(self._split_heads(self.q_proj(x_BSD)), inputs.cos, inputs.sin)
+        key_BGPd = rotate(self._split_heads(self.k_proj(x_BSD)), inputs.cos, inputs.sin)
         value_BGPd = self._split_heads(self.v_proj(x_BSD))
         if inputs.cache is not None:
             key_BGPd, value_BGPd = inputs.cache.append(self.layer_index, key_BGPd, value_BGPd)
@@ -139,12 +139,6 @@ def _scaled_rope(cfg: ModelConfig, num_positions: int) -> tuple[float, float]:
         return theta, 1.0
     stretch = scaling.factor * num_positions / cfg.max_seq_len - (scaling.factor - 1)
     return theta * stretch ** (cfg.head_dim / (cfg.head_dim - 2)), 1.0
-
-
-def apply_rotary(x_BHSd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + d/2) of every head by the angles of :func:`rotary_table`; [B, H, S, d] -> same."""
-    first, second = x_BHSd.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def build_attention_mask(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from moepp.ops import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """``weight * (x / sqrt(mean(x^2) + eps))``: the quotient in fp32, then rounded to the dtype of ``x``."""
+    """``weight * (x / sqrt(mean(x^2) + eps))``, see :func:`moepp.ops.rms_norm`."""
 
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
@@ -17,5 +18,4 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_D: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        wide_D = x_D.to(torch.promote_types(x_D.dtype, torch.float32))
-        return self.weight * F.rms_norm(wide_D, wide_D.shape[-1:], eps=self.eps).to(x_D.dtype)
+        return rms_norm(x_D, self.weight, self.eps)

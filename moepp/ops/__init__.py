@@ -14,6 +14,8 @@ from moepp.ops.grouped_swiglu import grouped_swiglu
 from moepp.ops.matmul import linear, linear_fp32, multiplies_in_float32
 from moepp.ops.permute import RowOrder, combine_rows, donate, gather_rows
 from moepp.ops.projection import project
+from moepp.ops.rms_norm import rms_norm
+from moepp.ops.rotary import rotate
 from moepp.ops.shared_gradient import share_gradient
 
 __all__ = [
@@ -35,6 +37,8 @@ __all__ = [
     "log_softmax",
     "multiplies_in_float32",
     "project",
+    "rms_norm",
+    "rotate",
     "share_gradient",
     "softmax_gates",
     "sort_assignments",

@@ -105,3 +105,36 @@ def dense_transpose(tensor_RM: Tensor) -> Tensor:
 def matmul_transposed(left_RM: Tensor, right_RN: Tensor, out_MN: Tensor) -> None:
     """``out = leftᵀ right``."""
     mm(dense_transpose(left_RM), right_RN, out_MN)
+
+
+def add_transposed_product(sum_MN: Tensor, left_RM: Tensor, right_RN: Tensor) -> None:
+    """``sum += leftᵀ right`` into a sum of at least float32.
+
+    Products of a lower precision are added in float32 by the device where it can; elsewhere each is rounded once.
+    """
+    if sum_MN.dtype == left_RM.dtype:
+        torch.addmm(sum_MN, left_RM.t(), right_RN, out=sum_MN)
+    elif adds_into_float32(left_RM):
+        torch.addmm(sum_MN, left_RM.t(), right_RN, out_dtype=torch.float32, out=sum_MN)  # pyright: ignore[reportCallIssue]
+    else:
+        product_MN = torch.empty_like(sum_MN, dtype=left_RM.dtype)
+        matmul_transposed(left_RM, right_RN, product_MN)
+        sum_MN += product_MN
+
+
+def adds_into_float32(tensor: Tensor) -> bool:
+    """Whether products of such tensors can be added to a float32 matrix without being rounded."""
+    if tensor.device.type == "cpu" or tensor.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return _adds_into_float32(tensor.device, tensor.dtype)
+
+
+@functools.cache
+def _adds_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Found out by one product: which devices, releases and builds of torch can is written down nowhere."""
+    factor, total = torch.full((16, 16), 1 / 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, factor.t(), factor, out_dtype=torch.float32, out=total)  # pyright: ignore[reportCallIssue]
+    except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
+        return False
+    return bool((total == 1 + 1 / 16).all())

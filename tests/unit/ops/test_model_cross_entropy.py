@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moepp.ops import chunked_cross_entropy
+from moepp.ops import chunked_cross_entropy, cross_entropy, matmul, use_kernels
 from moepp.ops.cross_entropy import log_softmax
 
 TOKENS, WIDTH, VOCAB = 37, 8, 51
@@ -97,6 +97,88 @@ def test_bfloat16_weight_gradient_is_summed_in_fp32():
     loss, _ = chunked_cross_entropy(hidden, weight, torch.zeros(2000, dtype=torch.int64), chunk_tokens=1)
     loss.backward()
     assert weight.grad.flatten().tolist() == [-500.0, 500.0]
+
+
+@pytest.mark.parametrize("scale", [1 / 3, 0.0007])
+def test_the_upstream_gradient_is_not_rounded_to_bfloat16(scale):
+    hidden, weight, labels = make_inputs(torch.bfloat16)
+    exact = [leaf.detach().double().requires_grad_() for leaf in (hidden, weight)]
+    (F.cross_entropy(exact[0] @ exact[1].T, labels, reduction="sum") * scale).backward()
+    loss, _ = chunked_cross_entropy(hidden, weight, labels, chunk_tokens=9)
+    (loss * scale).backward()
+    plain, _ = chunked_cross_entropy(hidden, weight, labels, chunk_tokens=9)
+    [unscaled] = torch.autograd.grad(plain, hidden)
+    assert torch.equal(hidden.grad, (unscaled.float() * scale).bfloat16())  # the factor in bfloat16: 0.2 % off
+    for found, wanted in ((hidden.grad, exact[0].grad), (weight.grad, exact[1].grad)):
+        assert (found.double() - wanted).norm() / wanted.norm() < 8e-3
+
+
+@pytest.fixture
+def as_on_an_accelerator(monkeypatch):
+    """torch's operations, with products that add into float32 as CUDA has them."""
+    addmm, used = torch.addmm, []
+
+    def into_float32(total, left, right, *, out_dtype=None, out):
+        if out_dtype is None:
+            return addmm(total, left, right, out=out)
+        assert out_dtype == torch.float32 == total.dtype and out is total and left.dtype == torch.bfloat16
+        used.append(left.shape)
+        return addmm(total, left.float(), right.float(), out=out)
+
+    monkeypatch.setattr(torch, "addmm", into_float32)
+    monkeypatch.setattr(matmul, "adds_into_float32", lambda tensor: tensor.dtype == torch.bfloat16)
+    with use_kernels("torch"):
+        yield used
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_operations_of_an_accelerator_give_the_same(as_on_an_accelerator, dtype):
+    hidden, weight, labels = make_inputs(dtype)
+    loss, _ = chunked_cross_entropy(hidden, weight, labels, chunk_tokens=9)
+    grads = torch.autograd.grad(loss / 3, (hidden, weight))
+    exact = [leaf.detach().double().requires_grad_() for leaf in (hidden, weight)]
+    wanted = F.cross_entropy(exact[0] @ exact[1].T, labels, reduction="sum")
+    wanted_grads = torch.autograd.grad(wanted / 3, exact)
+    assert len(as_on_an_accelerator) == (5 if dtype == torch.bfloat16 else 0)  # one per chunk
+    tolerance = 1e-6 if dtype == torch.float32 else 8e-3
+    torch.testing.assert_close(loss.double(), wanted.detach(), rtol=tolerance, atol=0)
+    for grad, wanted_grad in zip(grads, wanted_grads, strict=True):
+        assert grad.dtype == dtype and (grad.double() - wanted_grad).norm() / wanted_grad.norm() < tolerance
+
+
+def test_where_products_cannot_add_into_float32_nobody_tries(monkeypatch):
+    monkeypatch.setattr(matmul, "_adds_into_float32", None)
+    assert not matmul.adds_into_float32(torch.ones(2, 2, dtype=torch.bfloat16))
+    monkeypatch.undo()
+    assert not matmul._adds_into_float32(torch.device("cpu"), torch.bfloat16)  # the CPU refuses such a product
+
+
+def test_a_label_out_of_range_on_an_accelerator_shows_without_a_wait():
+    """There nobody looks at the labels: the loss and the gradients are not finite."""
+    hidden, weight, labels = make_inputs(torch.float32)
+    for wrong in (-1, VOCAB, 10**12):
+        labels[7] = wrong
+        logits = (hidden @ weight.T).detach()
+        losses = torch.empty(TOKENS)
+        with use_kernels("torch"):
+            cross_entropy._loss_and_gradient(logits, labels, losses, True)
+        assert losses.isnan().nonzero().tolist() == [[7]] and losses[0] == 0
+        assert logits.isnan().any(dim=1).nonzero().tolist() == [[7]]
+        for kernels in ("auto", "torch"):
+            with use_kernels(kernels), pytest.raises(IndexError, match="a label is neither"):
+                chunked_cross_entropy(hidden, weight, labels)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_what_an_ignored_token_holds_does_not_matter(kernels):
+    hidden, weight, labels = make_inputs(torch.float32, ignored=(0, 5))
+    with torch.no_grad():
+        hidden[5] = float("nan")
+    with use_kernels(kernels):
+        loss, _ = chunked_cross_entropy(hidden, weight, labels, chunk_tokens=9)
+        loss.backward()
+    assert loss.isfinite() and weight.grad.isfinite().all()
+    assert not hidden.grad[[0, 5]].any() and hidden.grad.isfinite().all()
 
 
 def test_no_tokens():
