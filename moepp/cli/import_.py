@@ -21,6 +21,7 @@ from moepp.config import (
     Config,
     ModelConfig,
     RunPlan,
+    configs_folder,
     explain_hydra_error,
     from_hydra,
     register_defaults,
@@ -40,7 +41,6 @@ from moepp.runs.directory import RunClaim, RunDir
 from moepp.runs.environment import command_facts, describe_environment
 from moepp.training.build import build_model, check_initial_weights, device_name, load_initial_weights
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MODEL_NAME = "imported"
 DEFAULT_SEQ_LEN = 2048  # of the paper; shorter where the model is
 EXAMPLE = "moepp import FOLDER runs/mine data.paths=[data/mine/text]"
@@ -97,8 +97,7 @@ def _configuration(args: argparse.Namespace, source_format: str) -> Config:
     from omegaconf.errors import OmegaConfBaseException
 
     model = _read_config(args.folder, source_format)
-    if not CONFIGS.is_dir():
-        raise ConfigError(f"{CONFIGS} does not exist; run `moepp import` from a checkout of the project")
+    configs = configs_folder()
     run_dir = Path(args.run_dir)
     tokenizer = Path(args.folder, "tokenizer.json")
     defaults = [
@@ -111,7 +110,7 @@ def _configuration(args: argparse.Namespace, source_format: str) -> Config:
     try:
         with tempfile.TemporaryDirectory() as folder:
             _write_model(Path(folder), model)
-            with initialize_config_dir(str(CONFIGS), version_base=None):
+            with initialize_config_dir(str(configs), version_base=None):
                 search = [f"hydra.searchpath=[file://{folder}]", f"model={MODEL_NAME}"]
                 return from_hydra(compose("config", [*search, *defaults, *args.overrides]))
     except (HydraException, OmegaConfBaseException) as error:

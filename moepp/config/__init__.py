@@ -7,6 +7,7 @@ from moepp.config.command_line import (
     refuse_unknown_options,
 )
 from moepp.config.defaults import register_defaults
+from moepp.config.folder import configs_folder
 from moepp.config.load import from_dict, from_hydra, from_stored, import_plugin, import_plugins, known_keys, to_dict
 from moepp.config.model import ModelConfig, MoEConfig, RopeScalingConfig
 from moepp.config.plan import RunPlan, make_plan
@@ -48,6 +49,7 @@ __all__ = [
     "RuntimeConfig",
     "TrainConfig",
     "WandbConfig",
+    "configs_folder",
     "explain_hydra_error",
     "from_dict",
     "from_hydra",

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moepp import cpu
 from moepp.config import (
+    configs_folder,
     from_hydra,
     missing_known_key,
     refuse_incomplete_overrides,
@@ -33,7 +34,6 @@ from moepp.errors import ConfigError, MoeppError
 from moepp.training import sweep
 from moepp.training.leave import leave, leave_interrupted
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 CONFIG_NAME = "config"
 # Options that say what is to be done; --cfg goes with --multirun and shows the jobs of the sweep.
 _EXCLUSIVE = ("cfg", "info", "shell_completion", "run", "multirun")
@@ -114,7 +114,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _absolute(config_path: str | None) -> str:
     """A folder of configurations; a relative one starts at the project's root, beside train.py."""
-    return str(CONFIGS if config_path is None else CONFIGS.resolve().parent / config_path)
+    configs = configs_folder()
+    return str(configs if config_path is None else configs.parent / config_path)
 
 
 def _refuse(message: str) -> NoReturn:
