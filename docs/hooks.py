@@ -45,14 +45,14 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     markdown = _LINK_OUT.sub(r"\1", markdown)
     equations: list[str] = []
 
-    def set_aside(match: re.Match[str]) -> str:
+    def protect(match: re.Match[str]) -> str:
         latex = match["block"] or match["line"]
         if latex is None:
             return match.group()
         equations.append(mathml(latex, "block" if match["block"] else "inline"))
         return f"EQUATION{len(equations) - 1}ENDS"
 
-    markdown = _PIECES.sub(set_aside, markdown)
+    markdown = _PIECES.sub(protect, markdown)
     page.meta["equations"] = equations
     return markdown
 

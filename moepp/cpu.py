@@ -77,28 +77,28 @@ KINDS = {
 
 @functools.cache
 def flags() -> frozenset[str]:
-    """What this processor can do, in Linux's names; empty where that is not known."""
+    """Return the processor's features by Linux's names; empty if unknown."""
     lines = CPUINFO.read_text(errors="replace").splitlines() if CPUINFO.exists() else []
     return frozenset(next((line for line in lines if line.startswith("flags")), "").partition(":")[2].split())
 
 
 def missing(name: str) -> list[str]:
-    """The flags of a kind that this processor lacks."""
+    """Return the features of a kind that this processor lacks."""
     return sorted(KINDS[name].needs - flags())
 
 
 def environment(name: str | None, base: Mapping[str, str]) -> dict[str, str]:
-    """``base`` for a new process of that kind, or of the machine's own (None)."""
+    """Return ``base`` for a new process of that kind, or of the machine's own (None)."""
     ours = {VARIABLE, *(variable for kind in KINDS.values() for variable in kind.variables)}
     return {key: value for key, value in base.items() if key not in ours} | ({VARIABLE: name} if name else {})
 
 
 @functools.cache
 def chosen() -> str | None:
-    """The kind that ``MOEPP_CPU`` names, or None where it is unset.
+    """Return the kind that ``MOEPP_CPU`` names, or None where it is unset.
 
     Raises:
-        ConfigError: an unknown kind, one that this machine lacks, or one that cannot be had in this process.
+        ConfigError: an unknown kind, one that this machine lacks, or one that this process cannot use.
     """
     name = os.environ.get(VARIABLE)
     if not name:

@@ -37,7 +37,7 @@ class Registry:
         self._reserved.update(names)
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator: enter a class or function under ``name``.
+        """Return a decorator that enters a class or function under ``name``.
 
         Raises:
             ConfigError: the name is taken by another one, is reserved, or is no plain word.
@@ -62,12 +62,12 @@ class Registry:
         return enter
 
     def names(self) -> tuple[str, ...]:
-        """All registered names, the package's own first."""
+        """Return all registered names, the package's own first."""
         importlib.import_module(self._builtin)
         return tuple(self._entries)
 
     def get(self, name: str) -> Any:
-        """The entry of that name.
+        """Return the entry of that name.
 
         Raises:
             ConfigError: there is none.
@@ -85,7 +85,7 @@ class Registry:
 
 
 def _origin(entry: Any) -> tuple[Any, Any]:
-    """Name and file of a class or function; nothing else has the same."""
+    """Return the name and file that identify a class or function."""
     module = sys.modules.get(getattr(entry, "__module__", ""))
     return getattr(entry, "__qualname__", id(entry)), getattr(module, "__file__", None)
 

@@ -54,7 +54,7 @@ def _installed(name: str) -> str | None:
 
 
 def _declared() -> tuple[str, dict[str, str]]:
-    """Oldest Python, and the oldest release of each package; without those of optional features."""
+    """Return the oldest allowed Python and release of each package, without optional ones."""
     if _PYPROJECT.is_file():
         python, requirements = _read_pyproject()
     else:

@@ -44,7 +44,7 @@ def tiny_config(max_seq_len: int = 256, **changes: Any) -> ModelConfig:
         num_zero_experts=1,
         num_copy_experts=1,
         num_constant_experts=2,
-        capacity_factor=0.5,  # drops most slots in training mode: scores taken there would be far off
+        capacity_factor=0.5,  # drops most assignments in training mode: scores taken there would be far off
     )
     shape = {"vocab_size": 272, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
     return ModelConfig(**(shape | changes), max_seq_len=max_seq_len, moe=moe, init_std=0.3)

@@ -28,7 +28,7 @@ class Reference:
     aux_loss: Tensor
     stats: dict[str, Any]  # the fields of MoEStats: floats, and load_E as a list
     gates: list[dict[int, float]]  # weight of each expert that a token chose, best first, before drops
-    kept: set[tuple[int, int]]  # (token, expert) slots that survive the capacities
+    kept: set[tuple[int, int]]  # (token, expert) assignments that survive the capacities
     margin: float  # smallest gap that decided a choice or a drop; rounding below it cannot change the routing
 
 
@@ -58,12 +58,12 @@ def kind_of(cfg: Any, expert: int) -> tuple[str, int]:
 
 
 def capacity_of(cfg: Any, kind: str, tokens: int) -> int:
-    """Eq. 8 on the K·T routed slots of one rank, rounded up."""
+    """Eq. 8 on the K·T assignments of one rank, rounded up."""
     e = cfg.num_ffn_experts
     z = _num_experts(cfg) - e
     share = (cfg.tau if kind == "ffn" else 1.0) / (cfg.tau * e + z)
-    slots = cfg.capacity_factor * cfg.top_k * tokens * share
-    return math.ceil(slots - 1e-9)  # a product that is whole in exact arithmetic is not rounded up
+    assignments = cfg.capacity_factor * cfg.top_k * tokens * share
+    return math.ceil(assignments - 1e-9)  # a product that is whole in exact arithmetic is not rounded up
 
 
 def _route_token(cfg: Any, params: Mapping[str, Tensor], x_D: Tensor, prev_N: Tensor | None) -> _Routed:
@@ -132,7 +132,7 @@ def _expert_output(cfg: Any, params: Mapping[str, Tensor], expert: int, x_D: Ten
 
 
 def _keep(cfg: Any, routed: list[_Routed], training: bool) -> tuple[set[tuple[int, int]], float]:
-    """Slots that fit the capacities, and the smallest gap of gate weights at a capacity's edge."""
+    """Assignments that fit the capacities, and the smallest gap of gate weights at a capacity's edge."""
     kept: set[tuple[int, int]] = set()
     margin = math.inf
     for expert in range(_num_experts(cfg)):
@@ -140,7 +140,7 @@ def _keep(cfg: Any, routed: list[_Routed], training: bool) -> tuple[set[tuple[in
         if training and cfg.capacity_factor is not None:
             room = capacity_of(cfg, kind_of(cfg, expert)[0], len(routed))
             if cfg.drop_policy == "weight":
-                queue.sort(key=lambda slot: (-slot[0], slot[1]))
+                queue.sort(key=lambda entry: (-entry[0], entry[1]))
                 if room < len(queue) and queue[room - 1][0] != queue[room][0]:  # exact ties: earlier token first
                     margin = min(margin, queue[room - 1][0] - queue[room][0])
             queue = queue[:room]
@@ -170,17 +170,17 @@ def _statistics(
     cfg: Any, routed: list[_Routed], kept: set[tuple[int, int]], ep_rank: int, ep_size: int
 ) -> dict[str, Any]:
     tokens = len(routed)
-    slots = max(1, cfg.top_k * tokens)
+    assignments = max(1, cfg.top_k * tokens)
     per_device = cfg.num_ffn_experts // ep_size
     load = [sum(expert in r.gates for r in routed) for expert in range(_num_experts(cfg))]
     kept_ffn = [expert for _, expert in kept if kind_of(cfg, expert)[0] == "ffn"]
     stats: dict[str, Any] = {
-        f"share_{kind}": sum(load[e] for e in range(len(load)) if kind_of(cfg, e)[0] == kind) / slots
+        f"share_{kind}": sum(load[e] for e in range(len(load)) if kind_of(cfg, e)[0] == kind) / assignments
         for kind in kinds_of(cfg)
     }
     return stats | {
         "ffn_per_token": len(kept_ffn) / max(1, tokens),
-        "drop_fraction": (cfg.top_k * tokens - len(kept)) / slots,
+        "drop_fraction": (cfg.top_k * tokens - len(kept)) / assignments,
         "load_E": load,
         "num_tokens": tokens,
         "ffn_assignments": len(kept_ffn),

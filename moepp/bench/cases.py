@@ -30,7 +30,7 @@ class Case:
     top_k: int = 2
 
     def config(self, tau: float | None) -> MoEConfig:
-        """The MoE++ layer for ``tau``, or the vanilla one for None; dropless."""
+        """Return the MoE++ layer for ``tau``, or the vanilla one for None; dropless."""
         zero_computation = 0 if tau is None else 1
         return MoEConfig(
             num_ffn_experts=self.num_ffn,
@@ -44,12 +44,12 @@ class Case:
         )
 
     def limit(self, tau: float) -> float:
-        """Largest speed-up over the vanilla layer that the arithmetic allows: (τ N_F + N_Z) / (τ N_F)."""
+        """Return the largest speed-up over the vanilla layer that the arithmetic allows: (τ N_F + N_Z) / (τ N_F)."""
         return 1 + (self.num_constant + 2) / (tau * self.num_ffn)
 
-    def expert_flops(self, ffn_slots: float) -> float:
-        """Of the three matrix products of a SwiGLU expert, forward, over so many slots."""
-        return 6.0 * ffn_slots * self.hidden_size * self.ffn_hidden_size
+    def expert_flops(self, ffn_assignments: float) -> float:
+        """Return the FLOPs of an expert's three matrix products, forward, for ``ffn_assignments`` assignments."""
+        return 6.0 * ffn_assignments * self.hidden_size * self.ffn_hidden_size
 
 
 # MoE++ (arXiv 2410.07348), Table 2.
@@ -66,15 +66,15 @@ CASES = {
 
 
 def make_layer(case: Case, tau: float | None, dtype: torch.dtype, device: torch.device, seed: int = 0) -> MoELayer:
-    """A layer with random weights of the usual size; in eval and training mode dropless."""
+    """Return a layer with random weights of the usual size; in eval and training mode dropless."""
     torch.manual_seed(seed)
     return MoELayer(case.config(tau), case.hidden_size).to(device=device, dtype=dtype)
 
 
 def balanced_logits(cfg: MoEConfig, num_tokens: int, seed: int = 0) -> Tensor:
-    """Logits [T, E] whose top-K choices are random and spread as the balance loss wants them at its minimum.
+    """Return logits [T, E] whose top-K choices are random and spread as the balance loss wants them at its minimum.
 
-    FFN experts each get a share τ / (τ N_F + N_Z) of the slots, the others 1 / (τ N_F + N_Z). Random scores are
+    FFN experts each get a share τ / (τ N_F + N_Z) of the assignments, the others 1 / (τ N_F + N_Z). Random scores are
     biased until the shares fit (drawing K experts without replacement would make popular ones too rare).
     """
     generator = torch.Generator().manual_seed(seed)
@@ -132,7 +132,7 @@ def learn_balance(layer: MoELayer, x_TD: Tensor, steps: int = 150, lr: float = 2
 
 
 def random_tokens(num_tokens: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Normal hidden states [T, D] around a common mean, as those of a trained model are; they require gradients."""
+    """Return hidden states [T, D] around a common mean, like a trained model's, which require gradients."""
     generator = torch.Generator().manual_seed(1)
     mean_D = torch.randn(hidden_size, generator=generator)
     x_TD = torch.randn(num_tokens, hidden_size, generator=generator) + 0.5 * mean_D

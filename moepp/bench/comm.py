@@ -1,9 +1,10 @@
-"""The expert exchange on real collectives: bytes against the formula, time against a bare all-to-all, overlap; and the
-sum of gradients beside backward.
+"""The expert exchange on real collectives: bytes against the formula, time against a bare all-to-all, overlap.
+
+Also the sum of gradients beside backward.
 
 Three ways to place the experts of the same layer: *vanilla* (FFN experts alone, sharded), *MoE++* (zero-computation
-experts on every rank, so that only FFN slots travel), *all sharded* (zero-computation experts on one rank each, as any
-other expert). Every rank is a process with its own tokens.
+experts on every rank, so that only FFN assignments are sent), *all sharded* (zero-computation experts on one rank
+each, as any other expert). Every rank is a process with its own tokens.
 
 Shapes: T tokens per rank, D width, K experts per token, P ranks, E experts of the sharded kinds.
 """
@@ -48,8 +49,10 @@ class Options:
 
 
 def run(options: Options) -> dict[str, list[Record]]:
-    """Tables ``exchange`` (bytes and times of a dispatch and a combine), ``overlap`` (layer steps) and ``gradients``
-    (steps of a small model)."""
+    """Return the tables ``exchange`` (bytes and times of dispatch and combine), ``overlap`` and ``gradients``.
+
+    ``overlap`` times steps of the layer, ``gradients`` steps of a small model.
+    """
     gradients: list[Record] = []
     exchange: list[Record] = []
     overlap: list[Record] = []
@@ -71,7 +74,7 @@ def _world() -> comm.Group:
 
 
 def _merge(ep_size: int, records: list[Record]) -> Record:
-    """One row of all ranks: bytes summed, times of the slowest rank."""
+    """Return one row of all ranks: bytes summed, times of the slowest rank."""
     sent, formula = (sum(record[key] for record in records) for key in ("bytes", "formula"))
     dispatch, counts, exchange, bare = (
         max(record[key] for record in records) for key in ("whole", "counts", "exchange", "bare")
@@ -127,7 +130,7 @@ def _exchange(rank: int, world_size: int, case: Case, name: str, tau: float | No
     returned = sum(chunk.receive_splits) - chunk.receive_splits[rank]
     formula = (_remote_assignments(gates.topk_ids_TK, num_sharded, rank, world_size) + returned) * row_bytes
     timings = _time_exchange(whole, dispatcher, chunk, metadata, x_TD, options.rounds * ROUNDS_PER_STEP)
-    # Every FFN slot of a balanced vanilla layer travels with probability (P - 1) / P.
+    # Every FFN assignment of a balanced vanilla layer is sent with probability (P - 1) / P.
     share = num_sharded / cfg.num_experts if tau is None or name == "all sharded" else 1 / case.limit(tau)
     return {
         "experts": name,
@@ -140,7 +143,7 @@ def _exchange(rank: int, world_size: int, case: Case, name: str, tau: float | No
 
 
 def _remote_assignments(topk_ids_TK: Tensor, num_sharded: int, rank: int, world_size: int) -> int:
-    """Assignments whose expert lives elsewhere, counted from the choices alone."""
+    """Return assignments whose expert lives elsewhere, counted from the choices alone."""
     owner_TK = topk_ids_TK // (num_sharded // world_size)
     return int(((topk_ids_TK < num_sharded) & (owner_TK != rank)).sum())
 
@@ -189,7 +192,7 @@ class BlockingDispatcher(AllToAllDispatcher):
 
 
 def _overlap(case: Case, tau: float | None, options: Options) -> list[Record]:
-    """Steps (forward and backward) of one layer with the exchange overlapped in several ways and not at all."""
+    """Return forward-and-backward steps of one layer, with and without overlapping the exchange."""
     group = _world()
     torch.manual_seed(0)
     layer = MoELayer(case.config(tau), case.hidden_size, ep_group=group).to(options.dtype)

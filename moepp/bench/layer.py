@@ -1,6 +1,6 @@
 """The MoE++ layer against the vanilla layer of the same size and against its bare matrix products.
 
-Shapes: T tokens, D width, F expert width, E FFN experts, K experts per token, R = T·K slots of the vanilla layer.
+Shapes: T tokens, D width, F expert width, E FFN experts, K experts per token, R = T·K assignments of the vanilla layer.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Options:
 
 
 def run(options: Options) -> dict[str, list[Record]]:
-    """Tables ``times`` (every layer of every case, interleaved), ``stages`` (adding up to a pass) and ``memory``."""
+    """Return the tables ``times`` (all layers of all cases, interleaved), ``stages`` and ``memory``."""
     tables: dict[str, list[Record]] = {"times": [], "stages": [], "memory": []}
     for count in options.num_threads:
         with threads(count):
@@ -53,7 +53,7 @@ def run(options: Options) -> dict[str, list[Record]]:
 
 
 class _Contestant:
-    """A layer with its routing, and how many FFN slots per token that routing has."""
+    """A layer with its routing, and its FFN assignments per token."""
 
     def __init__(self, name: str, layer: MoELayer, x_TD: Tensor, tau: float | None, forced: bool = True) -> None:
         self.name, self.layer, self.x_TD, self.tau = name, layer, x_TD, tau
@@ -110,20 +110,20 @@ def _records(
 ) -> list[Record]:
     factor = 1 if direction == "forward" else 3  # backward has two products for each of forward
     bare, vanilla = timings["bare matmuls"], timings["vanilla None"]
-    slots = options.num_tokens * case.top_k
+    num_assignments = options.num_tokens * case.top_k
     rows: list[Record] = [
         {
             "pass": direction,
             "layer": "bare matmuls",
             "ms": bare.median,
             "spread": bare.spread,
-            "GFLOP/s": factor * case.expert_flops(slots) / bare.median / 1e6,
+            "GFLOP/s": factor * case.expert_flops(num_assignments) / bare.median / 1e6,
         }
     ]
     for one in layers:
         timing = timings[f"{one.name} {one.tau}"]
         speedup = vanilla.median / timing.median
-        # The limit of the slots that were really drawn, which a finite sample moves a little.
+        # The limit of the assignments that were really drawn, which a finite sample moves a little.
         limit = case.top_k / one.ffn_per_token if one.tau else None
         rows.append(
             {
@@ -159,20 +159,20 @@ def _stages(one: _Contestant) -> list[Record]:
     ]
 
 
-def _rows_per_expert(layer: MoELayer, num_slots: int) -> int:
-    return max(num_slots // layer.cfg.num_ffn_experts, 1)
+def _rows_per_expert(layer: MoELayer, num_assignments: int) -> int:
+    return max(num_assignments // layer.cfg.num_ffn_experts, 1)
 
 
 def _factors(layer: MoELayer) -> tuple[Tensor, Tensor]:
-    """The experts' weights in the type in which torch multiplies them here, so that the products are as fast as any."""
+    """Return the experts' weights in the dtype in which torch multiplies fastest here."""
     weights = layer.experts.gate_up_proj.detach(), layer.experts.down_proj.detach()
     return (weights[0].float(), weights[1].float()) if multiplies_in_float32(weights[0]) else weights
 
 
-def bare_forward(layer: MoELayer, num_slots: int) -> Callable[[], None]:
-    """The matrix products of a forward of the vanilla layer and nothing else, on rows that are there already."""
+def bare_forward(layer: MoELayer, num_assignments: int) -> Callable[[], None]:
+    """Return a function that does the vanilla layer's matrix products alone, on prepared rows."""
     gate_up_EGD, down_EDF = _factors(layer)
-    count = _rows_per_expert(layer, num_slots)
+    count = _rows_per_expert(layer, num_assignments)
     x_RD = torch.randn(count * len(gate_up_EGD), gate_up_EGD.shape[2]).to(gate_up_EGD)
     hidden_CG, act_CF = x_RD.new_empty(count, gate_up_EGD.shape[1]), x_RD.new_ones(count, down_EDF.shape[2])
     out_RD = torch.empty_like(x_RD)
@@ -186,11 +186,11 @@ def bare_forward(layer: MoELayer, num_slots: int) -> Callable[[], None]:
     return run
 
 
-def bare_forward_backward(layer: MoELayer, num_slots: int) -> Callable[[], None]:
+def bare_forward_backward(layer: MoELayer, num_assignments: int) -> Callable[[], None]:
     """As :func:`bare_forward` with the four products of backward, in the form that autograd gives them."""
-    forward = bare_forward(layer, num_slots)
+    forward = bare_forward(layer, num_assignments)
     gate_up_EGD, down_EDF = _factors(layer)
-    count = _rows_per_expert(layer, num_slots)
+    count = _rows_per_expert(layer, num_assignments)
     x_RD = torch.randn(count * len(gate_up_EGD), gate_up_EGD.shape[2]).to(gate_up_EGD)
     hidden_CG, act_CF = x_RD.new_ones(count, gate_up_EGD.shape[1]), x_RD.new_ones(count, down_EDF.shape[2])
     grad_gate_up_EGD, grad_down_EDF = torch.empty_like(gate_up_EGD), torch.empty_like(down_EDF)

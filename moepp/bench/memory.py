@@ -1,6 +1,6 @@
 """Memory of one layer's forward and backward against what its sizes say.
 
-Shapes: T tokens, D width, F expert width, S FFN slots, L slots of the busiest expert (or chunk).
+Shapes: T tokens, D width, F expert width, S FFN assignments, L those of the busiest expert (or chunk).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MEGABYTE = 2**20
 
 
 def saved_bytes(layer: MoELayer, x_TD: Tensor) -> tuple[int, Any]:
-    """Bytes that autograd keeps for backward, each memory once, without parameters and the input; and the output."""
+    """Return the bytes that autograd keeps for backward (no parameters, no input), and the output."""
     known = {p.untyped_storage().data_ptr() for p in (*layer.parameters(), x_TD)}
     saved: dict[int, int] = {}
     kept = []
@@ -43,7 +43,7 @@ def saved_bytes(layer: MoELayer, x_TD: Tensor) -> tuple[int, Any]:
 
 
 def saved_formula(case: Case, layer: MoELayer, num_tokens: int, ffn_assignments: int) -> int:
-    """Per FFN slot its row and its output (2 D), gate and up (2 F).
+    """Return the bytes saved for backward: per FFN assignment its row and output (2 D), gate and up (2 F).
 
     Without compiled kernels the projections of the router and of the constant experts each keep x in float32 besides,
     where it is of another type.
@@ -51,12 +51,12 @@ def saved_formula(case: Case, layer: MoELayer, num_tokens: int, ffn_assignments:
     weight, width = layer.experts.down_proj, case.hidden_size
     copies_x = cpu_kernels(weight) is None and weight.dtype != torch.float32
     num_copies = (1 + bool(layer.cfg.num_constant_experts)) if copies_x else 0
-    per_slot = (2 * width + 2 * case.ffn_hidden_size) * weight.element_size()
-    return ffn_assignments * per_slot + num_copies * num_tokens * width * 4
+    per_assignment = (2 * width + 2 * case.ffn_hidden_size) * weight.element_size()
+    return ffn_assignments * per_assignment + num_copies * num_tokens * width * 4
 
 
 def peak_formula(case: Case, layer: MoELayer, num_tokens: int, ffn_assignments: int, busiest: int) -> int:
-    """What backward holds at its height, in the experts, beyond weights, x and the output's gradient.
+    """Return the experts' peak memory in backward, beyond weights, x and the output's gradient.
 
     What is saved but the experts' outputs, which are no longer needed; gradients of the experts' weights; of their
     outputs and rows (2 D an assignment); the output (D a token); and :func:`expert_scratch`. Zero-computation experts
@@ -69,9 +69,9 @@ def peak_formula(case: Case, layer: MoELayer, num_tokens: int, ffn_assignments: 
 
 
 def expert_scratch(layer: MoELayer, busiest: int) -> int:
-    """Bytes that one expert's backward needs for itself, by the way in which this CPU computes experts.
+    """Return the temporary bytes of one expert's backward, which depend on this CPU's kernels.
 
-    On vector registers: all in one float32 buffer. On tile registers: the gradients of gate and up and the activation.
+    AVX2: all in one float32 buffer. AMX: the gradients of gate and up and the activation.
     By products of torch: the same and the activation's gradient. The last two ways use torch's products, which copy
     and convert as the CPU wants it: what these need is measured by themselves, at the same sizes.
     """
@@ -89,7 +89,7 @@ def expert_scratch(layer: MoELayer, busiest: int) -> int:
 
 
 def _products_scratch(down_EDF: Tensor, rows: int, transposes_hidden: bool) -> int:
-    """Most bytes beyond factors and result of the products that give the gradients of an expert's weights."""
+    """Return the peak temporary bytes of the products that give the gradients of an expert's weights."""
     width, expert_width = down_EDF.shape[1:]
     x_RD, act_RF = down_EDF.new_zeros(rows, width), down_EDF.new_zeros(rows, expert_width)
     grad_GR, grad_RG = down_EDF.new_zeros(2 * expert_width, rows), down_EDF.new_zeros(rows, 2 * expert_width)
@@ -103,7 +103,7 @@ def _products_scratch(down_EDF: Tensor, rows: int, transposes_hidden: bool) -> i
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """Most bytes that torch had allocated at one time during ``work``, beyond what was there before."""
+    """Return torch's peak allocation during ``work``, beyond what was allocated before, bytes."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     results = profiler.profiler
@@ -115,20 +115,20 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 
 def measure_memory(case: Case, tau: float | None, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Record:
-    """Saved and largest memory of one forward and backward, and what the formulas say."""
+    """Return the saved and the peak memory of one forward and backward, measured and by the formulas."""
     layer, x_TD = make_layer(case, tau, dtype, device), random_tokens(num_tokens, case.hidden_size, dtype, device)
     grad_TD = torch.ones_like(x_TD)
     with ForcedRouting(layer, num_tokens):
         saved, out = saved_bytes(layer, x_TD)
-        slots, busiest = int(out.stats.ffn_assignments), int(out.stats.load_E[: case.num_ffn].max())
+        ffn_assignments, busiest = int(out.stats.ffn_assignments), int(out.stats.load_E[: case.num_ffn].max())
         del out
         peak = peak_bytes(lambda: layer(x_TD).hidden.backward(grad_TD))
     return {
         "layer": "vanilla" if tau is None else "MoE++",
         "tau": tau,
-        "ffn/token": slots / num_tokens,
+        "ffn/token": ffn_assignments / num_tokens,
         "saved MB": saved / MEGABYTE,
-        "saved formula MB": saved_formula(case, layer, num_tokens, slots) / MEGABYTE,
+        "saved formula MB": saved_formula(case, layer, num_tokens, ffn_assignments) / MEGABYTE,
         "peak MB": peak / MEGABYTE,
-        "peak formula MB": peak_formula(case, layer, num_tokens, slots, busiest) / MEGABYTE,
+        "peak formula MB": peak_formula(case, layer, num_tokens, ffn_assignments, busiest) / MEGABYTE,
     }

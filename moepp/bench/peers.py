@@ -51,7 +51,7 @@ class Contestant:
 
 
 def run(options: Options) -> dict[str, list[Record]]:
-    """Table ``peers``: times, ratio to ours, largest difference from our output; or why a peer was skipped."""
+    """Return the table ``peers``: times, ratio to ours, largest difference from our output; or why one was skipped."""
     records: list[Record] = []
     with one_process_group(options.device):
         for count in options.num_threads:
@@ -63,7 +63,7 @@ def run(options: Options) -> dict[str, list[Record]]:
 
 @contextmanager
 def one_process_group(device: torch.device) -> Iterator[None]:
-    """Some peers ask for a process group even when alone."""
+    """Make a process group of one, which some peers ask for."""
     if dist.is_initialized():
         yield
         return

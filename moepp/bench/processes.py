@@ -54,7 +54,7 @@ def run_processes(work: Callable[..., Any], world_size: int, *args: Any, timeout
 
 
 def _collect(results: Any, processes: list[Any], timeout_seconds: float) -> dict[int, Any]:
-    """The results of all processes; a killed one (by the kernel, out of memory) will never send its own."""
+    """Return the results of all processes; fail if one was killed, which never sends its own."""
     found: dict[int, Any] = {}
     deadline = time.monotonic() + timeout_seconds
     while len(found) < len(processes):
@@ -73,7 +73,7 @@ def _collect(results: Any, processes: list[Any], timeout_seconds: float) -> dict
 
 
 def _end_with_parent() -> None:
-    """A killed benchmark leaves nothing behind that computes on."""
+    """End with the parent, so that a killed benchmark leaves no process computing."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])

@@ -17,7 +17,7 @@ BUCKETS = {"after backward": 2**62, "during backward": 2**20}
 
 
 def run(world_size: int, num_tokens: int, dtype: torch.dtype, rounds: int) -> list[Record]:
-    """One row for each way; the time is the slowest rank's, every rank has one thread and its own ``num_tokens``."""
+    """Return one row per way; times are the slowest rank's, each with one thread and ``num_tokens`` tokens."""
     seq_len = min(num_tokens, 256)
     options = Options(
         dtype=dtype,

@@ -56,7 +56,7 @@ def _recorded(layer: MoELayer) -> Iterator[None]:
 def stage_times(
     layer: MoELayer, forward_backward: Callable[[], object], repeats: int = 5
 ) -> dict[str, tuple[float, float]]:
-    """Milliseconds (forward, backward) of each stage, means of profiled runs; they add up to the whole."""
+    """Return milliseconds (forward, backward) of each stage, means of profiled runs, which sum to the whole."""
     forward_backward()
     with _recorded(layer), profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(repeats):

@@ -13,7 +13,7 @@ Record = dict[str, Any]
 
 
 def format_table(records: Sequence[Record], columns: Sequence[str] | None = None) -> str:
-    """Columns aligned; numbers to three digits after the point, absent values as a dash."""
+    """Return text with aligned columns; numbers have three decimals, absent values are a dash."""
     if not records:
         return "(nothing)"
     names = list(columns) if columns else list(dict.fromkeys(name for record in records for name in record))

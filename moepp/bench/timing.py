@@ -31,7 +31,7 @@ class Timing:
 
 
 def summarize(samples_ms: list[float]) -> Timing:
-    """Median and quartiles."""
+    """Return the median and quartiles."""
     if len(samples_ms) < 2:
         return Timing(samples_ms[0], samples_ms[0], samples_ms[0])
     low, median, high = statistics.quantiles(samples_ms, n=4, method="inclusive")
@@ -39,7 +39,7 @@ def summarize(samples_ms: list[float]) -> Timing:
 
 
 def clock_for(device: torch.device, num_threads: int) -> Callable[[], float]:
-    """Seconds. One thread on the CPU is timed by its own CPU time, which other processes do not lengthen."""
+    """Return a clock in seconds; one thread on the CPU has its own, which other processes do not slow."""
     if device.type == "cpu":
         return time.thread_time if num_threads == 1 else time.perf_counter
 

@@ -62,7 +62,7 @@ class Options:
         return self.batch_size * self.seq_len
 
     def model_config(self, vanilla: bool) -> ModelConfig:
-        """Dropless, so that all contestants compute every slot."""
+        """Return a dropless model, so that all contestants compute every assignment."""
         few = 0 if vanilla else 1
         return ModelConfig(
             vocab_size=self.vocab_size,
@@ -100,7 +100,7 @@ class Step:
         self.tokens = tokens.to(options.device)
 
     def run(self) -> dict[str, float]:
-        """Milliseconds of each stage."""
+        """Return milliseconds of each stage."""
         marks = [self.clock()]
         loss = self.loss(self.tokens[:, :-1], self.tokens[:, 1:])
         marks.append(self.clock())
@@ -154,7 +154,7 @@ def _build_transformers(name: str, options: Options) -> tuple[nn.Module, Callabl
 
 
 def run(options: Options, with_scaling: bool) -> dict[str, list[Record]]:
-    """Tables ``step`` and ``scaling`` (empty unless asked for)."""
+    """Return tables ``step`` and ``scaling`` (empty unless asked for)."""
     # In processes of their own, so that models' memory is given back.
     [records] = run_processes(_compare, 1, torch.get_num_threads(), options)
     for record in records:
@@ -208,7 +208,7 @@ def _total(stages: list[dict[str, float]]) -> float:
 
 
 def _peak_memory(_rank: int, _world_size: int, name: str, options: Options) -> float:
-    """Megabytes: largest resident size of a process after two steps; on an accelerator what torch allocated there."""
+    """Return the peak megabytes of two steps: resident size, or torch's allocation on an accelerator."""
     keep_freed_memory()
     step = Step(name, options)
     for _ in range(2):
@@ -223,7 +223,7 @@ def _peak_memory(_rank: int, _world_size: int, name: str, options: Options) -> f
 
 
 def _scaling(options: Options) -> list[Record]:
-    """One quantity changed at a time, each in a process of its own, whose memory the next one gets."""
+    """Return the results of changing one quantity at a time, each in its own process."""
     variants: dict[str, list[tuple[int, Options]]] = {
         "sequence length": [
             (
@@ -254,7 +254,7 @@ def _scale(
 
 
 def _scale_point(what: str, value: int, options: Options) -> list[Record]:
-    """Operations per step beside the time explain the growth."""
+    """Return rows with operations per step beside the time, which explain its growth."""
     steps = {name: Step(name, options) for name in (OURS, VANILLA)}
     records = []
     for name, stages in _interleaved(steps, options.rounds).items():
@@ -279,7 +279,7 @@ def _scale_point(what: str, value: int, options: Options) -> list[Record]:
 
 
 def plot_scaling(records: list[Record], path: str) -> None:
-    """One panel per varied quantity, step time over it, both models."""
+    """Draw one panel per varied quantity: step time over it, both models."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -300,6 +300,6 @@ def plot_scaling(records: list[Record], path: str) -> None:
 
 
 def describe(options: Options) -> Record:
-    """The settings as a record."""
+    """Return the settings as a record."""
     values = dataclasses.asdict(options)
     return {key: str(value) if key in ("dtype", "device") else value for key, value in values.items()}

@@ -31,7 +31,7 @@ _LOCAL_HEADER = 30  # bytes, before a record's name and extra field
 
 
 def read_tensor(stream: BinaryIO, stored: StoredTensor) -> Tensor:
-    """The tensor whose place is ``stored`` in ``stream``, on the CPU.
+    """Return the tensor whose place is ``stored`` in ``stream``, on the CPU.
 
     Raises:
         ValueError, OSError: the bytes there are no archive of such a tensor.
@@ -55,7 +55,7 @@ def read_tensor(stream: BinaryIO, stored: StoredTensor) -> Tensor:
 
 
 def _records(archive: zipfile.ZipFile) -> tuple[zipfile.ZipInfo, zipfile.ZipInfo]:
-    """The records data.pkl and data/0."""
+    """Return the records data.pkl and data/0."""
     pickled = [info for info in archive.infolist() if info.filename.endswith("/data.pkl")]
     if len(pickled) != 1 or pickled[0].file_size > MAX_OVERHEAD_BYTES:
         raise ValueError("it is no archive of a tensor (it has no data.pkl)")
@@ -75,7 +75,7 @@ def _records(archive: zipfile.ZipFile) -> tuple[zipfile.ZipInfo, zipfile.ZipInfo
 
 
 def _view(description: Any, stored: StoredTensor, storage_bytes: int) -> tuple[int, tuple[int, ...]]:
-    """Offset and strides, in elements, of the tensor in its storage."""
+    """Return the offset and strides, in elements, of the tensor in its storage."""
     if type(description) is not Made or description.name != _REBUILD or description.has_state:
         raise ValueError("it does not hold a plain tensor")
     if len(description.args) not in (6, 7) or description.args[6:] not in ((), (None,)):
@@ -101,7 +101,7 @@ def _are_counts(values: Any) -> bool:
 
 
 def _start(part: _Part, record: zipfile.ZipInfo) -> int:
-    """Where the content of a record starts in the archive."""
+    """Return where the content of a record starts in the archive."""
     part.seek(record.header_offset)
     header = part.read(_LOCAL_HEADER)
     if len(header) != _LOCAL_HEADER or header[:4] != b"PK\3\4":

@@ -47,20 +47,20 @@ class FileEntry:
 
 
 def checkpoint_name(step: int) -> str:
-    """Folder name of the checkpoint after ``step`` optimizer steps."""
+    """Return the folder name of the checkpoint after ``step`` optimizer steps."""
     return f"step-{step:08d}"
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
-    """Checkpoints by increasing step; folders being written are not among them."""
+    """Return checkpoints by increasing step; folders being written are not among them."""
     if not checkpoints.is_dir():
         return []
     found = [p for p in checkpoints.iterdir() if NAME.fullmatch(p.name) and p.is_dir()]
     return sorted(found, key=step_of)
 
 
-def list_replaced(checkpoints: Path) -> list[Path]:
-    """Checkpoints that were set aside, see :func:`set_aside`."""
+def list_archived(checkpoints: Path) -> list[Path]:
+    """Return archived checkpoints, see :func:`archive_checkpoint`."""
     if not checkpoints.is_dir():
         return []
     found = [p for p in checkpoints.iterdir() if _REPLACED.fullmatch(p.name) and p.is_dir()]
@@ -68,7 +68,7 @@ def list_replaced(checkpoints: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint's folder name."""
+    """Return the step in a checkpoint's folder name."""
     match = NAME.fullmatch(path.name) or _REPLACED.fullmatch(path.name)
     if match is None:
         raise CheckpointError(
@@ -78,7 +78,7 @@ def step_of(path: Path) -> int:
 
 
 def checksum(path: Path, from_disk: bool = False) -> FileEntry:
-    """Size and SHA-256 of a file; ``from_disk`` drops the system's copy in memory first, where it can."""
+    """Return the size and SHA-256 of a file; ``from_disk`` drops the system's copy in memory first, where it can."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as stream:
         if from_disk and hasattr(os, "posix_fadvise"):
@@ -103,7 +103,7 @@ def write_manifest(folder: Path, entries: dict[str, FileEntry]) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, FileEntry]:
-    """Entry of every file by name.
+    """Return the entry of every file by name.
 
     Raises:
         CheckpointError: no such checkpoint, or a manifest that is missing or damaged.
@@ -135,7 +135,7 @@ def _entry(name: str, entry: dict[str, Any]) -> FileEntry:
 
 
 def verify(path: Path, share: tuple[int, int] = (0, 1), from_disk: bool = False) -> list[str]:
-    """What is wrong with a checkpoint: a line per problem, empty when it is whole.
+    """Return what is wrong with a checkpoint: a line per problem, empty when it is whole.
 
     Args:
         path: the checkpoint's folder.
@@ -168,7 +168,7 @@ def _verify_file(file: Path, expected: FileEntry, from_disk: bool) -> list[str]:
 
 
 def read_info(path: Path) -> CheckpointInfo:
-    """Contents of ``info.json``.
+    """Return the contents of ``info.json``.
 
     Raises:
         CheckpointError: missing, damaged, or of another step than the folder's name says.
@@ -187,12 +187,12 @@ class _Unreadable(MoeppError):
 
 
 def total_size(path: Path) -> int:
-    """Bytes of all files of a checkpoint."""
+    """Return the size of all files of a checkpoint."""
     return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
 
 
 def prunable(checkpoints: Path, keep: int, keep_every: int) -> list[Path]:
-    """Checkpoints that may go: all but the ``keep`` newest (0: keep all) and the multiples of ``keep_every`` steps."""
+    """Return what may be deleted: all but the ``keep`` newest (0: all) and multiples of ``keep_every`` steps."""
     if keep == 0:
         return []
     old = list_checkpoints(checkpoints)[:-keep]
@@ -223,7 +223,7 @@ def _remove_tree(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def set_aside(path: Path) -> Path:
+def archive_checkpoint(path: Path) -> Path:
     """Take a checkpoint out of the run without deleting it; returns its new place."""
     n = 1
     while os.path.lexists(place := path.with_name(f"{path.name}.replaced-{n}")):

@@ -63,7 +63,7 @@ class StoredTensor:
 
 
 def read_index(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint by its key.
+    """Return every tensor of a checkpoint by its key.
 
     Raises:
         CheckpointError: the index is missing or damaged, refers to anything but whole tensors in files of ``folder``,
@@ -148,7 +148,7 @@ def _is_call(value: Any, name: str) -> bool:
 
 
 def _place(place: Any, described: dict[str, Any]) -> str:
-    """The key that a place is for."""
+    """Return the key that a place is for."""
     fields = _fields(place, f"{_METADATA}MetadataIndex", ("fqn",), ("offset", "index"))
     key = _key(fields["fqn"])
     if key not in described:
@@ -161,7 +161,7 @@ def _place(place: Any, described: dict[str, Any]) -> str:
 
 
 def _extent(key: str, info: Any) -> tuple[str, int, int]:
-    """File, offset and length of a place."""
+    """Return the file, offset and length of a place."""
     fields = _fields(info, _STORAGE_INFO, ("relative_path", "offset", "length"), ("transform_descriptors",))
     name = fields["relative_path"]
     if type(name) is not str or not _DATA_FILE.fullmatch(name):
@@ -192,7 +192,7 @@ def _require_places(folder: Path, tensors: dict[str, StoredTensor]) -> None:
 
 
 def _fields(value: Any, name: str, required: Iterable[str], optional: Iterable[str] = ()) -> dict[str, Any]:
-    """Attributes of a recorded object of class ``name``."""
+    """Return the attributes of a recorded object of class ``name``."""
     if type(value) is not Made or value.name != name or value.args != () or type(value.state) is not Pairs:
         raise ValueError(f"an entry that should be a {name.rpartition('.')[2]} is not")
     fields: dict[str, Any] = {}

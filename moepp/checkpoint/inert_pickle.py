@@ -49,7 +49,7 @@ class Persistent:
 
 
 def interpret(data: bytes, allowed: frozenset[str], what: str) -> Any:
-    """Value that a pickle of protocol 2 to 5 describes: None, bool, int, str, tuple, list, and the classes above.
+    """Return the value of a pickle (protocol 2 to 5): None, bool, int, str, tuple, list, and the classes above.
 
     Args:
         data: the pickle; nothing may follow it.

@@ -34,7 +34,7 @@ class SavedLayout:
 
     @classmethod
     def of(cls, cfg: Config, plan: RunPlan) -> SavedLayout:
-        """The layout of a run."""
+        """Return the layout of a run."""
         parallel = cfg.parallel
         return cls(
             plan.world_size,
@@ -76,7 +76,7 @@ class RunState:
 
     @classmethod
     def fresh(cls, seed: int) -> RunState:
-        """The state before the first step."""
+        """Return the state before the first step."""
         return cls(seed)
 
 
@@ -106,7 +106,7 @@ class CheckpointInfo:
 
 
 def info_from(tree: Any) -> CheckpointInfo:
-    """The information in a JSON value, checked; keys of layout and run_state that are not known are passed over.
+    """Return the information in a JSON value, checked; unknown keys of layout and run_state are ignored.
 
     Raises:
         ValueError: a key is missing or unknown, or a value is of another type or out of range.

@@ -22,7 +22,7 @@ DataDifferences = Callable[[CheckpointInfo], list[str]]
 def choose_checkpoint(
     cfg: Config, checkpoints: Path, groups: ParallelGroups, data_differences: DataDifferences
 ) -> Path | None:
-    """The checkpoint that ``run.resume`` means, verified, or ``None`` to start from the beginning; collective.
+    """Return the checkpoint that ``run.resume`` means, verified, or ``None`` to start from the beginning; collective.
 
     ``auto`` takes the newest one that verifies and falls back past damaged ones with a warning; ``never`` takes none.
 
@@ -42,7 +42,7 @@ def choose_checkpoint(
 
 
 def continues_same_data(cfg: Config, checkpoints: Path, data_differences: DataDifferences) -> bool:
-    """Whether the run has trained on the data of ``cfg``, wherever they lie; to be called before it is continued.
+    """Return whether the run was trained on the data of ``cfg``, wherever stored; call it before continuing.
 
     False where there is no checkpoint to compare with, or none that can be read.
 
@@ -63,7 +63,7 @@ def continues_same_data(cfg: Config, checkpoints: Path, data_differences: DataDi
 
 
 def verify_together(path: Path, groups: ParallelGroups) -> list[str]:
-    """Every problem of a checkpoint, its files shared out over the ranks; collective."""
+    """Return every problem of a checkpoint, its files shared out over the ranks; collective."""
     found = comm.gather_objects(verify(path, (groups.rank, groups.world_size)), groups.world)
     return sorted({problem for part in found for problem in part})
 
@@ -76,7 +76,7 @@ def _explicit(path: Path, groups: ParallelGroups) -> Path:
 
 
 def newest_checkpoint(checkpoints: Path, groups: ParallelGroups) -> Path | None:
-    """The newest checkpoint that verifies, ``None`` where there is none at all; collective.
+    """Return the newest checkpoint that verifies, ``None`` where there is none at all; collective.
 
     Raises:
         CheckpointError: there are some, and all of them are damaged.

@@ -33,7 +33,7 @@ class SaveReport:
     """What one save cost and whether it succeeded.
 
     Attributes:
-        blocked_seconds: how long training stood still, waiting for an earlier save included.
+        blocked_seconds: how long training was blocked, waiting for an earlier save included.
         total_seconds: until the checkpoint was verified and in its place (or had failed).
         size: bytes of all files.
         problems: a line per failure; empty when the checkpoint is whole.
@@ -84,7 +84,7 @@ class Checkpointer:
         """Save the state after ``info.step`` steps; ``background`` overrides ``checkpoint.async``.
 
         Raises:
-            RuntimeError: another rank is gone. Whatever else goes wrong is in :attr:`reports` and in the log.
+            RuntimeError: another rank was lost. Whatever else goes wrong is in :attr:`reports` and in the log.
         """
         start = time.perf_counter()
         self.wait()
@@ -98,10 +98,10 @@ class Checkpointer:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until the save in flight, if any, has finished.
+        """Wait until the save in flight, if any, has finished.
 
         Raises:
-            RuntimeError: it could not, because another rank is gone.
+            RuntimeError: it could not, because another rank was lost.
         """
         if self._thread is None:
             return
@@ -113,24 +113,24 @@ class Checkpointer:
 
     close = wait
 
-    def leave_behind(self, step: int) -> None:
-        """Set aside every checkpoint after ``step``, because the run now goes on from there; collective.
+    def archive_after(self, step: int) -> None:
+        """Archive every checkpoint after ``step``, because the run now goes on from there; collective.
 
-        They would otherwise pass for the newest ones of the run that takes another way from here.
+        Otherwise they would be taken for this run's newest.
         """
-        comm.run_together(lambda: self._on_first_rank(lambda: self._set_aside_after(step)))
+        comm.run_together(lambda: self._on_first_rank(lambda: self._archive_after(step)))
 
-    def _set_aside_after(self, step: int) -> None:
+    def _archive_after(self, step: int) -> None:
         for path in fmt.list_checkpoints(self.checkpoints):
             if fmt.step_of(path) > step:
                 try:
-                    place = fmt.set_aside(path)
+                    place = fmt.archive_checkpoint(path)
                 except OSError as error:
                     raise CheckpointError(
-                        f"{path} lies after step {step}, from which the run continues, and cannot be renamed "
+                        f"{path} is after step {step}, from which the run continues, and cannot be renamed "
                         f"({error.strerror}); make {self.checkpoints} writable"
                     ) from error
-                logger.warning("%s lies after step %d: set aside as %s", path.name, step, place.name)
+                logger.warning("%s is after step %d: archived as %s", path.name, step, place.name)
 
     def _run(self, staged: dict[str, Tensor], info: CheckpointInfo, start: float, blocked: float) -> None:
         try:
@@ -152,7 +152,7 @@ class Checkpointer:
     def _write(
         self, staged: dict[str, Tensor], info: CheckpointInfo, final: Path, files: dict[str, FileEntry]
     ) -> list[str]:
-        """The steps of a save; after each of them all ranks agree whether to go on. Fills ``files``."""
+        """Return the steps of a save, which fill ``files``; all ranks agree after each whether to go on."""
         temporary = final.with_name(f".{final.name}.tmp")
         steps: list[Callable[[], None]] = [
             lambda: self._on_first_rank(lambda: files.update(_prepare(temporary, info))),
@@ -174,7 +174,7 @@ class Checkpointer:
         """Run ``action`` here and tell every rank what went wrong anywhere.
 
         Raises:
-            RuntimeError: a rank is gone, so nothing can be agreed on.
+            RuntimeError: a rank was lost, so nothing can be agreed on.
         """
         problem = None
         try:
@@ -189,7 +189,7 @@ class Checkpointer:
         return list(dict.fromkeys(problem for problem in found if problem is not None))
 
     def _explain(self, error: BaseException) -> str:
-        """What went wrong, with the remedy where the disk is the cause."""
+        """Return what went wrong, with the remedy where the disk is the cause."""
         rank, source = source_of(error)
         if isinstance(source, OSError) and not isinstance(source, WriteError) and source.errno:
             source = write_error(source.errno, source.filename or self.checkpoints, source.strerror)
@@ -232,7 +232,7 @@ def _prepare(temporary: Path, info: CheckpointInfo) -> dict[str, FileEntry]:
 
 def _rename(temporary: Path, final: Path) -> None:
     if final.exists():
-        fmt.set_aside(final)
+        fmt.archive_checkpoint(final)
     move(temporary, final)
 
 
@@ -245,7 +245,7 @@ def _log(report: SaveReport, final: Path) -> None:
         )
         return
     logger.info(
-        "saved %s: %.1f MB, training stood still for %.2f s, finished after %.2f s",
+        "saved %s: %.1f MB, blocked training for %.2f s, finished after %.2f s",
         final,
         report.size / 1e6,
         report.blocked_seconds,

@@ -35,11 +35,11 @@ class Statistics(Protocol):
     """Sums of this rank that are not logged yet."""
 
     def state(self) -> dict[str, Tensor]:
-        """Copies of the sums by name."""
+        """Return copies of the sums by name."""
         ...
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes that :meth:`state` has, once there is something to keep."""
+        """Return the shapes that :meth:`state` has, once there is something to keep."""
         ...
 
     def add_state(self, state: dict[str, Tensor]) -> None:
@@ -154,7 +154,7 @@ def _load_buffers(reader: TensorReader, model: nn.Module) -> None:
 
 
 def _keys(name: str, state: dict[str, Tensor], ep_rank: int) -> dict[str, Tensor]:
-    """Checkpoint keys of one parameter's state; scalars become one-element tensors."""
+    """Return the checkpoint keys of one parameter's state; scalars become one-element tensors."""
     out: dict[str, Tensor] = {}
     num_local = state["fp32"].shape[0] if is_expert_parameter(name) else 0
     for key, tensor in state.items():
@@ -178,7 +178,7 @@ def _fill(reader: TensorReader, name: str, buffers: dict[str, Tensor], ep_rank: 
 
 
 def _load_stats(reader: TensorReader, stats: Statistics, groups: ParallelGroups, saved_ranks: int) -> None:
-    """Each rank takes its own statistics back; in another layout the first rank takes the sum of all."""
+    """Give each rank its statistics back; in another layout the first rank gets the sum of all."""
     if saved_ranks == groups.world_size:
         sources = {groups.rank}
     else:

@@ -69,7 +69,7 @@ class TensorReader:
 
 
 def source_of(error: BaseException) -> tuple[int | None, BaseException]:
-    """The exception itself, and the rank it comes from: DCP wraps each rank's in one with a traceback."""
+    """Return the original exception and its rank: DCP wraps each rank's exception and traceback in its own."""
     failures = getattr(error, "failures", None)
     if not failures:
         return None, error
@@ -78,7 +78,7 @@ def source_of(error: BaseException) -> tuple[int | None, BaseException]:
 
 
 def cause(error: BaseException) -> str:
-    """What went wrong, in one line."""
+    """Return what went wrong, in one line."""
     rank, error = source_of(error)
     text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
     return text if rank is None else f"rank {rank}: {text}"
@@ -121,7 +121,7 @@ class _HashingStream:
             raise
 
     def close(self) -> None:
-        """Everything is on the disk afterwards. (DCP's own fsync comes before the last flush.)"""
+        """Close the stream once all of it is on the disk: DCP's own fsync comes before the last flush."""
         if not self._stream.closed:
             self._stream.flush()
             os.fsync(self._stream.fileno())

@@ -119,7 +119,7 @@ def _thread_counts(args: argparse.Namespace) -> list[int]:
 
 
 def _machine(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
-    """Device, dtype, and what the report says about them."""
+    """Return the device, the dtype, and the report's lines about them."""
     import torch
 
     from moepp import ops

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("list", _list, "step, tokens, size, layout and state of every checkpoint; reads every byte"),
         ("verify", _verify, "check every file of every checkpoint; exit code 1 if one is damaged"),
         ("diff", _diff, "compare two checkpoints: configuration and tensors"),
-        ("prune", _prune, "delete old checkpoints and those set aside; shows what would go unless --yes is given"),
+        ("prune", _prune, "delete old checkpoints and archived ones; shows what would go unless --yes is given"),
         ("bench", _bench, "time saving of a run's state, in the foreground and in the background"),
     ):
         action = actions.add_parser(name, help=text, description=text)
@@ -65,12 +65,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _list(args: argparse.Namespace, run_dir: RunDir) -> int:
     rows = [("step", "tokens", "size", "layout", "state")]
-    for path in (*fmt.list_checkpoints(run_dir.checkpoints), *fmt.list_replaced(run_dir.checkpoints)):
+    for path in (*fmt.list_checkpoints(run_dir.checkpoints), *fmt.list_archived(run_dir.checkpoints)):
         problems = fmt.verify(path)
         tokens, layout, unreadable = _tokens_and_layout(path)
         state = "; ".join([*problems, *unreadable]) or "verified"
-        if path in fmt.list_replaced(run_dir.checkpoints):
-            state += f" (set aside as {path.name})"
+        if path in fmt.list_archived(run_dir.checkpoints):
+            state += f" (archived as {path.name})"
         rows.append((str(fmt.step_of(path)), tokens, f"{fmt.total_size(path) / 1e6:,.1f} MB", layout, state))
     if len(rows) == 1:
         print(f"no checkpoint in {run_dir.checkpoints}")
@@ -82,7 +82,7 @@ def _list(args: argparse.Namespace, run_dir: RunDir) -> int:
 
 
 def _tokens_and_layout(path: Path) -> tuple[str, str, list[str]]:
-    """Two columns of the list, and why they are unknown."""
+    """Return two columns of the list, and why they are unknown if so."""
     try:
         info = fmt.read_info(path)
     except CheckpointError as error:
@@ -127,7 +127,7 @@ def _diff(args: argparse.Namespace, run_dir: RunDir) -> int:
 
 
 def _tensor_difference(name: str, left: TensorReader, right: TensorReader) -> str | None:
-    """How a tensor differs, or ``None`` where it is bitwise the same."""
+    """Return how a tensor differs, or ``None`` where it is bitwise the same."""
     shapes = left.shapes.get(name), right.shapes.get(name)
     if shapes[0] is None or shapes[1] is None:
         return f"only after the {'second' if shapes[0] is None else 'first'} step"
@@ -147,7 +147,7 @@ def _prune(args: argparse.Namespace, run_dir: RunDir) -> int:
         raise ConfigError(
             f"--keep {args.keep} --keep-every {args.keep_every}: keep at least 1, and every 0 or more steps"
         )
-    doomed = fmt.prunable(run_dir.checkpoints, args.keep, args.keep_every) + fmt.list_replaced(run_dir.checkpoints)
+    doomed = fmt.prunable(run_dir.checkpoints, args.keep, args.keep_every) + fmt.list_archived(run_dir.checkpoints)
     kept = [path for path in fmt.list_checkpoints(run_dir.checkpoints) if path not in doomed]
     if doomed and not any(not fmt.verify(path) for path in kept):
         raise CheckpointError(f"none of the {len(kept)} checkpoints that would stay verifies; raise --keep")

@@ -123,7 +123,7 @@ def _checkpoint(place: str) -> Path:
 
 
 def _reader(checkpoint: Path, found: FoundModel) -> ReadParameter:
-    """Parameters by name from the checkpoint's fp32 masters, one at a time."""
+    """Return parameters by name from the checkpoint's fp32 masters, one at a time."""
     reader, shapes = TensorReader(checkpoint), whole_parameters(found.cfg)
 
     def read(name: str, expert: int | None) -> Tensor:

@@ -92,7 +92,7 @@ def continuation(
 ) -> Iterator[str]:
     """Yield the text after ``prompt`` in pieces of whole characters, until the document ends.
 
-    An empty prompt starts a document: it stands for the token that ended the one before.
+    An empty prompt starts a document: it means the token that ended the one before.
     """
     ids = tokenizer.encode(prompt) or [tokenizer.eod_id]
     ids_1S = torch.tensor([ids], device=generator.device)

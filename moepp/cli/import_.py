@@ -86,7 +86,7 @@ def _read_config(folder: str, source_format: str) -> ModelConfig:
 
 
 def _configuration(args: argparse.Namespace, source_format: str) -> Config:
-    """What train.py would run with these overrides and the folder's model.
+    """Return what train.py would run with these overrides and the folder's model.
 
     Raises:
         CheckpointError: not a folder that can be imported.
@@ -118,7 +118,7 @@ def _configuration(args: argparse.Namespace, source_format: str) -> Config:
 
 
 def _quoted(text: str) -> str:
-    """A value that Hydra takes as it is, whatever characters a path has."""
+    """Return a value that Hydra takes as it is, whatever characters a path has."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
 

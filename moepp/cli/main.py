@@ -44,7 +44,7 @@ _SYNONYMS = {
 
 
 def commands() -> dict[str, str]:
-    """Module name of every subcommand; a trailing underscore (``import_``) and dashes are Python's affair."""
+    """Return the module name of every subcommand; the underscore of ``import_`` and dashes are handled here."""
     names = {module.name for module in pkgutil.iter_modules(moepp.cli.__path__)} - _NO_COMMANDS
     return {name.rstrip("_").replace("_", "-"): f"moepp.cli.{name}" for name in sorted(names)}
 
@@ -115,7 +115,7 @@ def _overview(known: dict[str, str]) -> str:
 
 
 def _summary(module: str) -> str:
-    """First line of a command's docstring, without importing it."""
+    """Return the first line of a command's docstring, without importing it."""
     source = Path(moepp.cli.__path__[0], f"{module.rpartition('.')[2]}.py").read_text(encoding="utf-8")
     return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
 

@@ -31,7 +31,7 @@ _CODE = {
 def model_card(
     found: FoundModel, form: str, dtype: torch.dtype, eod_id: int | None = None, tokenizer: Tokenizer | None = None
 ) -> str:
-    """Markdown with the metadata block of the Hugging Face hub.
+    """Return Markdown with the metadata block of the Hugging Face hub.
 
     Args:
         found: a checkpoint of a run.
@@ -56,7 +56,7 @@ def model_card(
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown and HTML show as it is."""
+    """Return text that Markdown and HTML show as it is."""
     return re.sub(r"([\\`*\[\]<>|&~#])", r"\\\1", printable(text, 200))
 
 
@@ -106,7 +106,7 @@ def _document_end(eod_id: int | None, tokenizer: Tokenizer | None) -> list[str]:
 
 
 def _sizes(prefix: str) -> tuple[str, str]:
-    """Documents and tokens of a dataset; the card is complete without them when the data has moved on."""
+    """Return the documents and tokens of a dataset, or nothing if the data has moved."""
     try:
         manifest = read_manifest(prefix)
     except DataError:
@@ -146,7 +146,7 @@ def _evaluation(found: FoundModel) -> str:
 
 
 def _held_out_loss(run_dir: RunDir, step: int | None) -> float | None:
-    """The last evaluation up to the exported step."""
+    """Return the last evaluation up to the exported step."""
     try:
         records = read_records(run_dir.metrics_file)
     except RunError:
@@ -156,7 +156,7 @@ def _held_out_loss(run_dir: RunDir, step: int | None) -> float | None:
 
 
 def _benchmarks(run_dir: RunDir, subject: Subject) -> str | None:
-    """The newest table that `moepp eval` wrote for this checkpoint."""
+    """Return the newest table that `moepp eval` wrote for this checkpoint."""
     files = sorted((run_dir.path / "eval").glob(f"{subject.step:08d}-*.json"))
     if not files:
         return None

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _entropy_of_data(run_dir: RunDir) -> float | None:
-    """Entropy of the validation tokens; ``None`` for a blend of several corpora, or where the data is gone."""
+    """Return the entropy of the validation tokens; ``None`` for a blend of corpora or if the data is missing."""
     from moepp.data.prepare.inspect import unigram_entropy
 
     try:

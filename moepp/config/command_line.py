@@ -19,7 +19,7 @@ _HYDRA_OPTIONS = {
 
 
 def explain_hydra_error(error: Exception) -> str:
-    """One line for what Hydra or OmegaConf refused before the typed configuration was reached."""
+    """Return one line for an error of Hydra or OmegaConf."""
     from hydra.errors import OverrideParseException
 
     if isinstance(error, OverrideParseException):
@@ -51,7 +51,7 @@ _CAN_BE_ADDED = re.compile(r"To append to your config|Key '[^']+' is not in stru
 
 
 def missing_known_key(error: Exception) -> str | None:
-    """The key of an override that Hydra refused only because no file of configs/ gives the key a value.
+    """Return the key of an override that Hydra refused only because no file of configs/ sets it.
 
     A model file may leave keys to their defaults; such a key is as good as any other, ``++key=value`` sets it.
     """

@@ -26,7 +26,7 @@ PLACES_OF_DATA = ("data.paths", "data.tokenizer")
 def breaking_differences(
     old: Mapping[str, Any], new: Mapping[str, Any], *, untrained: bool = False, same_data: bool = False
 ) -> list[str]:
-    """ "key: old -> new" for every key that must stay the same over the life of a run.
+    """Return "key: old -> new" for every key that must stay the same over the life of a run.
 
     Args:
         untrained: no step was taken yet (imported weights): only what the weights were made for must stay.
@@ -40,21 +40,21 @@ def breaking_differences(
 def other_differences(
     old: Mapping[str, Any], new: Mapping[str, Any], *, untrained: bool = False, same_data: bool = False
 ) -> list[str]:
-    """ "key: old -> new" for every other key that changed; arguments as for :func:`breaking_differences`."""
+    """Return "key: old -> new" for every other key that changed; arguments as for :func:`breaking_differences`."""
     old = upgrade(old)
     free = {key for key in _keys(old, new) if not _must_agree(key, untrained, same_data)}
     return _differences(old, new, free)
 
 
 def differing_keys(trees: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Dotted keys that do not have the same value in all configurations."""
+    """Return dotted keys that do not have the same value in all configurations."""
     flat = [flatten(tree) for tree in trees]
     keys = {key for tree in flat for key in tree}
     return {key for key in keys if any(tree.get(key, _ABSENT) != flat[0].get(key, _ABSENT) for tree in flat)}
 
 
 def changed_values(old: Mapping[str, Any], new: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
-    """ "key: old -> new" for every one of ``keys`` that both have, or a part of that name, with another value."""
+    """Return "key: old -> new" for every one of ``keys`` that both have, or a part of that name, with another value."""
     flat_old, flat_new = flatten(old), flatten(new)
     prefixes = tuple(f"{key}." for key in keys)
     return [
@@ -88,7 +88,7 @@ def _must_agree(key: str, untrained: bool, same_data: bool) -> bool:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
+    """Return nested mappings as one, with dotted keys."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):

@@ -25,7 +25,7 @@ def register_defaults() -> None:
 
 
 def default_tree(cls: type = Config) -> dict[str, Any]:
-    """Every key with its default, ``???`` where there is none."""
+    """Return every key with its default, ``???`` where there is none."""
     tree: dict[str, Any] = {}
     hints = typing.get_type_hints(cls)
     for entry in dataclasses.fields(cls):

@@ -33,7 +33,7 @@ def configs_folder(package: Path = PACKAGE) -> Path:
 
 
 def _differing(left: Path, right: Path) -> list[str]:
-    """Configuration files that only one of two folders has, or that have other content in it."""
+    """Return the configuration files that are missing in one of two folders, or differ."""
     names = {str(path.relative_to(folder)) for folder in (left, right) for path in folder.rglob("*.yaml")}
     return sorted(name for name in names if _content(left / name) != _content(right / name))
 

@@ -103,7 +103,7 @@ def _plugins(tree: Any) -> Sequence[Any]:
 
 
 def upgrade(tree: Any) -> Any:
-    """A stored configuration of an earlier version with the keys of today."""
+    """Return a stored configuration with its renamed keys replaced by today's."""
     tree = copy.deepcopy(tree)
     try:
         parallel, moe = tree["parallel"], tree["model"]["moe"]
@@ -139,7 +139,7 @@ def build(cls: type, tree: Any, path: str) -> Any:
 
 
 def known_keys(cls: type = Config, path: str = "") -> list[str]:
-    """Every dotted key of the configuration."""
+    """Return every dotted key of the configuration."""
     keys = []
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
@@ -152,7 +152,7 @@ def known_keys(cls: type = Config, path: str = "") -> list[str]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain dictionaries (YAML and JSON friendly), the inverse of :func:`from_dict`."""
+    """Return nested plain dictionaries (YAML and JSON friendly), the inverse of :func:`from_dict`."""
     out = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)

@@ -38,7 +38,7 @@ class MoEConfig:
     balance_rule: str = "heterogeneous"  # Eq. 7, or a registered one
     balance_loss_switch_scale: bool = False  # multiply Eq. 7 by N/K as Switch Transformer does; the paper does not
     z_loss_weight: float = 0.0  # weight of mean(logsumexp(logits)^2) (ST-MoE, arXiv 2202.08906 Eq. 5)
-    expert_chunk_rows: int | None = None  # compute experts in chunks of so many rows, again in backward; None: at once
+    expert_chunk_rows: int | None = None  # rows that experts compute at a time, again in backward; None: all at once
     extra_experts: Mapping[str, int] = field(default_factory=dict, hash=False)  # experts of each registered kind
     router_options: Mapping[str, float] = field(default_factory=dict, hash=False)  # of a registered router
 

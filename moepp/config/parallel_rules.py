@@ -138,7 +138,7 @@ def _validate_pipeline(cfg: Config) -> None:
 
 
 def _refuse_whole_model_work(cfg: Config, layout: str) -> None:
-    """Samples and benchmarks run the whole model on a rank of an EP group."""
+    """Refuse samples, which need a whole model on a rank or an EP group."""
     require(
         cfg.train.samples == 0,
         f"train.samples={cfg.train.samples} draws from the whole model and {layout} splits it; set train.samples=0 and "
@@ -242,5 +242,5 @@ def _validate_zero_stage(cfg: Config, plan: RunPlan) -> None:
 
 
 def _largest_divisor(number: int, at_most: int) -> int:
-    """The largest divisor of ``number`` that is not above ``at_most``."""
+    """Return the largest divisor of ``number`` that is not above ``at_most``."""
     return max(divisor for divisor in range(1, min(number, at_most) + 1) if number % divisor == 0)

@@ -58,7 +58,7 @@ def make_plan(cfg: Config, world_size: int) -> RunPlan:
 
 
 def _spare_batches(cfg: Config) -> int:
-    """Global batches that rewinds may leave out, so that there are still enough for ``train.steps`` steps."""
+    """Return how many global batches rewinds may skip and still leave enough for ``train.steps``."""
     if cfg.guard.spike_sigma is None or cfg.guard.spike_action != "rewind":
         return 0
     # A rewind goes back to the newest checkpoint; twice the interval if that one is damaged.

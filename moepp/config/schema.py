@@ -174,7 +174,7 @@ class TrainConfig:
     micro_batch_size: int | None = None  # sequences per replica and forward; None: global_batch_size / replicas, or 1
     # under a pipeline. A replica is the parallel.tensor x parallel.context ranks that share a sequence
     precision: str = "bf16"  # "bf16" (fp32 masters and reduction) or "fp32"
-    recompute: bool = False  # recompute each layer's forward in backward instead of storing it
+    recompute: bool = False  # activation checkpointing: compute each layer's forward again in backward
     eval_interval: int = 0  # optimizer steps between evaluations; 0: only at the end
     eval_batches: int = 8  # global batches per evaluation; 0: never evaluate
     log_interval: int = 10  # optimizer steps between metric records
@@ -196,11 +196,11 @@ class TrainConfig:
 class GuardConfig:
     """What to do when a step goes wrong."""
 
-    max_skipped_steps: int = 10  # stop after so many steps in a row whose gradient is not finite
-    spike_sigma: float | None = None  # a loss so many standard deviations above the window's mean is a spike; None: off
+    max_skipped_steps: int = 10  # stop after this many steps in a row with a gradient that is not finite
+    spike_sigma: float | None = None  # a loss this many standard deviations above the mean is a spike; None: off
     spike_window: int = 64  # optimizer steps that mean and deviation are taken over
     spike_action: str = "skip"  # "skip" the update, or "rewind" to the newest checkpoint and skip the batches since
-    max_rewinds: int = 3  # stop after so many rewinds
+    max_rewinds: int = 3  # stop after this many rewinds
 
     def __post_init__(self) -> None:
         require_at_least("guard.max_skipped_steps", self.max_skipped_steps, 1)
@@ -217,7 +217,7 @@ class CheckpointConfig:
 
     interval: int = 0  # optimizer steps between checkpoints; 0: only at the end
     keep: int = 2  # newest checkpoints kept; 0: all
-    keep_every: int = 0  # checkpoints at multiples of so many steps are kept for good; 0: none
+    keep_every: int = 0  # checkpoints at multiples of this many steps are never deleted; 0: none
     async_: bool = field(default=False, metadata={"key": "async"})  # write in the background
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def split_layers(num_layers: int, num_stages: int, given: Sequence[int] | None = None) -> tuple[range, ...]:
-    """The layers of each stage, consecutive, first stage first.
+    """Return the layers of each stage, consecutive, first stage first.
 
     Args:
         num_layers: of the model; at least ``num_stages``.

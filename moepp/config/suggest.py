@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-_LISTED_KEYS = 14  # an error names all known keys of a section up to so many
+_LISTED_KEYS = 14  # an error names all known keys of a section of at most this many
 _SHOWN_KEYS = 3
 # Keys of earlier versions, and what says the same now.
 RENAMED = {
@@ -79,7 +79,7 @@ _KEY_OF = {word: key for key, words in _SYNONYMS.items() for word in words.split
 
 
 def nearest_keys(key: str, known: Sequence[str]) -> list[str]:
-    """At most three of the ``known`` dotted keys that a mistyped one may stand for, the likeliest first."""
+    """Return at most three of the ``known`` dotted keys that a mistyped one may mean, the likeliest first."""
     section, _, last = key.rpartition(".")
     word = _plain(last)
     same_word = [name for name in known if _plain(_last(name)) == word]  # in another section, or spelt otherwise
@@ -99,7 +99,7 @@ def nearest_keys(key: str, known: Sequence[str]) -> list[str]:
 
 
 def unknown_key_message(key: str, known: Sequence[str]) -> str:
-    """One line for a mistyped key, with the nearest known ones."""
+    """Return one line for a mistyped key, with the nearest known ones."""
     if key in RENAMED:
         return f"configuration key {key} is now {RENAMED[key]}; write that instead"
     own = [name for name in known if _section(key) and _section(name) == _section(key)]

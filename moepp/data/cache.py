@@ -26,7 +26,7 @@ NEARLY_FULL_BYTES = 16 << 20  # less room than this explains a write that failed
 
 
 def cache_folder(files: Sequence[IndexedFile], cache_dir: str) -> str:
-    """The folder for the indices of some files.
+    """Return the folder for the indices of some files.
 
     Megatron's cache key knows the path but not the content, so data prepared again under the same name would be read
     through stale indices: hence a folder per content.
@@ -98,7 +98,7 @@ def _remove_damaged(folder: str) -> None:
 
 
 def explained(error: Exception, folder: str) -> MoeppError:
-    """What to tell the user about an error while the indices in ``folder`` were written or read.
+    """Return what to tell the user about an error while the indices in ``folder`` were written or read.
 
     Megatron hides the system's error behind an Exception of its own.
     """

@@ -36,7 +36,7 @@ def check_data(cfg: Config) -> Corpora:
 
 
 def held_out_batches(cfg: Config) -> int:
-    """Global batches of the validation split that a run reads: for its evaluations, and one per sample it draws."""
+    """Return the validation split's global batches that a run reads: for evaluations, and one per sample."""
     return max(cfg.train.eval_batches, cfg.train.samples if cfg.data.tokenizer is not None else 0)
 
 
@@ -104,7 +104,7 @@ def _check_tokenizers(files: Sequence[IndexedFile], cfg: Config) -> None:
 
 
 def _check_document_ends(files: Sequence[IndexedFile], cfg: Config) -> None:
-    """One token ends all documents, and the tokenizer that will encode prompts has it."""
+    """Check that one token ends all documents, and that the tokenizer has it."""
     ends = {f.manifest.eod_id: f.prefix for f in files if f.manifest is not None}
     if len(ends) > 1:
         told = " and ".join(f"{prefix} (id {eod_id})" for eod_id, prefix in ends.items())

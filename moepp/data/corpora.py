@@ -53,7 +53,7 @@ class Corpora:
         return {file.prefix: identify(file) for file in self.files}
 
     def differences(self, saved: SavedRun) -> list[str]:
-        """A line per dataset that is another one than at its place in a saved run, and for the tokenizer."""
+        """Return a line for each dataset, and for the tokenizer, that differs from the saved run's."""
         old = saved.run_state.data
         if not old:
             return []  # nothing was trained on: any data may follow
@@ -73,7 +73,7 @@ class Corpora:
         return found or self._unknown_tokenizer(saved)
 
     def _unknown_tokenizer(self, saved: SavedRun) -> list[str]:
-        """Another tokenizer file where neither the checkpoint nor a manifest tells which tokenizer made the data."""
+        """Return the problem of a changed tokenizer file when nothing records which one made the data."""
         was, now = saved.config["data"].get("tokenizer"), self.tokenizer
         is_known = saved.tokenizer_sha256 is not None or any(file.manifest for file in self.files)
         if is_known or was is None or now is None or was == now:

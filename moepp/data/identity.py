@@ -15,7 +15,7 @@ _SHA256_DIGITS = 64
 
 
 def sampled_digest(path: Path, blocks: int = SAMPLED_BLOCKS) -> str:
-    """A digest of blocks spread evenly over a file: cheap for any size, and different for other text.
+    """Return a digest of blocks spread evenly over a file: cheap for any size, different for different text.
 
     Args:
         blocks: of 4 kB; a file that is no larger than all of them is read whole.
@@ -29,7 +29,7 @@ def sampled_digest(path: Path, blocks: int = SAMPLED_BLOCKS) -> str:
 
 
 def identify(file: IndexedFile, content: str | None = None) -> dict[str, Any]:
-    """What a checkpoint keeps of a dataset; ``content`` is the digest of its tokens (None: the cheapest to have)."""
+    """Return a dataset's record in a checkpoint; ``content`` is its tokens' digest (None: the cheapest one)."""
     if content is None:
         content = file.manifest.bin_sha256 if file.manifest is not None else sampled_digest(_bin(file))
     return {"tokens": file.num_tokens, "documents": file.documents, "lengths": file.fingerprint(), "content": content}

@@ -49,24 +49,24 @@ class IndexedFile:
         return int(self.lengths_Q.sum(dtype=np.int64))
 
     def tokens_T(self) -> np.ndarray:
-        """All tokens in file order, memory-mapped."""
+        """Return all tokens in file order, memory-mapped."""
         if self.num_tokens == 0:
             return np.zeros(0, dtype=self.dtype)
         return np.memmap(f"{self.prefix}.bin", dtype=self.dtype, mode="r", shape=(self.num_tokens,))
 
     def split_tokens(self, split: str) -> tuple[int, ...]:
-        """Tokens of train, validation and test under ``split``, for example '96,3,1'."""
+        """Return tokens of train, validation and test under ``split``, for example '96,3,1'."""
         bounds = split_bounds(split, len(self.lengths_Q))
         return tuple(int(self.lengths_Q[begin:end].sum(dtype=np.int64)) for begin, end in bounds)
 
     def tokens_of_split(self, split: str, part: str) -> np.ndarray:
-        """Tokens of one part ('train', 'valid', 'test') of ``split``, in file order, memory-mapped."""
+        """Return tokens of one part ('train', 'valid', 'test') of ``split``, in file order, memory-mapped."""
         begin, end = split_bounds(split, len(self.lengths_Q))[SPLITS.index(part)]
         first = int(self.lengths_Q[:begin].sum(dtype=np.int64))
         return self.tokens_T()[first : first + int(self.lengths_Q[begin:end].sum(dtype=np.int64))]
 
     def token_id_range(self) -> tuple[int, int]:
-        """Smallest and largest token id: from the manifest, else from the first ``SCAN_LIMIT_BYTES`` of the .bin."""
+        """Return the smallest and largest token id, from the manifest or the .bin's first ``SCAN_LIMIT_BYTES``."""
         if self.manifest is not None:
             return 0, self.manifest.max_token_id
         tokens_T = self.tokens_T()[: SCAN_LIMIT_BYTES // self.dtype.itemsize]
@@ -84,7 +84,7 @@ class IndexedFile:
 
 
 def split_bounds(split: str, num_sequences: int) -> tuple[tuple[int, int], ...]:
-    """First and one-past-last sequence of train, validation and test.
+    """Return the first and one-past-last sequence of train, validation and test.
 
     The rule is Megatron's (blended_megatron_dataset_builder.py): cumulative shares of the number of sequences,
     rounded, so that the three never overlap.

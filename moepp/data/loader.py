@@ -52,7 +52,7 @@ class Data:
         self.eod = eod
 
     def train_batch(self, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and labels of this replica, int64 [B, S] on the CPU; labels are the inputs one position ahead."""
+        """Return inputs and labels of this replica, int64 [B, S] on the CPU; labels are inputs one position ahead."""
         return self._batch("train", step, micro_step)
 
     def eval_batch(self, index: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,12 +83,12 @@ class Data:
 
 
 def _stack(rows: list[torch.Tensor]) -> torch.Tensor:
-    """As torch.stack, in the calling thread alone: torch would start threads beside those that train."""
+    """Stack as torch.stack, in the calling thread alone: torch would start threads beside those that train."""
     return torch.from_numpy(np.stack([row.numpy() for row in rows]))
 
 
 def build_data(cfg: Config, plan: RunPlan, corpora: Corpora, data_rank: int, cache_dir: str | None) -> Data:
-    """Datasets and loader of one replica. Call it on all ranks.
+    """Return datasets and loader of one replica. Call it on all ranks.
 
     Args:
         data_rank: number of the replica.

@@ -37,7 +37,7 @@ class Manifest:
 
 
 def read_manifest(prefix: str) -> Manifest | None:
-    """The manifest of ``prefix``, or None where there is no ``PREFIX.json``.
+    """Return the manifest of ``prefix``, or None where there is no ``PREFIX.json``.
 
     Raises:
         DataError: the file cannot be read or is not a manifest.
@@ -60,6 +60,6 @@ def read_manifest(prefix: str) -> Manifest | None:
 
 
 def sha256_of(path: str) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Return the hexadecimal SHA-256 of a file."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -175,14 +175,14 @@ def _blend(files: Sequence[IndexedFile], data: DataConfig) -> tuple[list[str], l
 
 
 def _cache_folder(files: Sequence[IndexedFile], cache_dir: str | None) -> str:
-    """Where the indices are kept; empty means in memory (None: beside the data)."""
+    """Return where the indices are kept; empty means in memory (None: beside the data)."""
     if cache_dir is None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return ""
     return cache_folder(files, cache_dir)
 
 
 def _margin(config: GPTDatasetConfig, path: str | None) -> int:
-    """Sequences of a path beyond its share that the blend may take.
+    """Return how many sequences beyond its share the blend may take of a path.
 
     Megatron rounds the share of each of P paths up, so that the blend has up to P sequences more, and then picks the
     path that lacks most: with share w, a path gives up to w·P + 1 more than asked for.

@@ -94,12 +94,12 @@ class Tokenizer:
         return (tokens[0], self._vocabulary[tokens[0]]) if tokens else None
 
     def is_special(self, token_id: int) -> bool:
-        """Whether the file marks the token as special: it stands for no text."""
+        """Return whether the file marks the token as special: it represents no text."""
         token = self._tokenizer.get_added_tokens_decoder().get(token_id)
         return token is not None and token.special
 
     def token(self, token_id: int) -> str | None:
-        """The token with this id, as the file spells it; None where there is none."""
+        """Return the token with this id, as the file spells it; None where there is none."""
         return self._tokenizer.id_to_token(token_id)
 
     def unused_ids(self, num_ids: int) -> list[int]:
@@ -113,12 +113,12 @@ class Tokenizer:
             return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``; special tokens are left out."""
+        """Return the text of ``ids``; special tokens are left out."""
         with no_panic(self.path):
             return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def to_json(self) -> str:
-        """The tokenizer as JSON, truncation, padding and dropout off."""
+        """Return the tokenizer as JSON, truncation, padding and dropout off."""
         return self._tokenizer.to_str()
 
     def to_plain_json(self) -> str:
@@ -148,7 +148,7 @@ def plain(tokenizer: Any) -> Any:
 
 
 def _without_special_tokens(processor: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What is left of a post-processor that adds no token; it treats offsets and types of tokens as before."""
+    """Return a post-processor without its added tokens; it treats offsets and types of tokens as before."""
     if processor is None:
         return None
     kind = processor.get("type")

@@ -127,7 +127,7 @@ def require_bounded(num_tokens: int, text: str, path: str) -> None:
 
 
 def _steps(normalizer: Any) -> Iterator[dict[str, Any]]:
-    """Steps of a normalizer in the order in which they are taken. The nesting is bounded by the JSON reader."""
+    """Yield a normalizer's steps in order. The JSON reader bounds the nesting."""
     if isinstance(normalizer, dict):
         if normalizer.get("type") == "Sequence" and isinstance(normalizer.get("normalizers"), list):
             for step in normalizer["normalizers"]:
@@ -137,7 +137,7 @@ def _steps(normalizer: Any) -> Iterator[dict[str, Any]]:
 
 
 def _growth(step: dict[str, Any]) -> float:
-    """How much longer a Replace step can make a text."""
+    """Return how much longer a Replace step can make a text."""
     content = len(str(step.get("content", "")))
     pattern = step.get("pattern")
     literal = pattern.get("String") if isinstance(pattern, dict) else None

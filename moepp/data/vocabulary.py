@@ -42,7 +42,7 @@ def read_vocabulary(cfg: Config, files: Sequence[IndexedFile]) -> Vocabulary:
 
 
 def vocabulary_remarks(cfg: Config, vocabulary: Vocabulary) -> list[str]:
-    """What is allowed and yet worth a line before training starts."""
+    """Return the remarks about allowed but unusual vocabularies."""
     model_size = cfg.model.vocab_size
     remarks = []
     if vocabulary.size is not None and model_size > padded_size(vocabulary.size):
@@ -64,7 +64,7 @@ _STEP, _LARGE_STEP = 128, 1024
 
 
 def padded_size(num_tokens: int) -> int:
-    """The largest vocabulary that counts as the tokenizer's, padded for speed or for tensor parallelism.
+    """Return the largest vocabulary that counts as the tokenizer's, padded for speed or for tensor parallelism.
 
     Frameworks round up to a multiple of 64 or 128, times the tensor-parallel size (at most 8 within a machine). Small
     vocabularies are rounded up to 128 only.

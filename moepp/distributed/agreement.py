@@ -48,7 +48,7 @@ def group_ranks(digests: Sequence[str]) -> list[list[int]]:
 
 
 def describe_differences(groups: Sequence[Sequence[int]], facts: Sequence[Facts]) -> str:
-    """Each group's differences from the first one, the first few of them.
+    """Return each group's differences from the first one, the first few of them.
 
     Args:
         groups: ranks of the same facts, as :func:`group_ranks` orders them.
@@ -68,7 +68,7 @@ def describe_differences(groups: Sequence[Sequence[int]], facts: Sequence[Facts]
 
 
 def name_ranks(ranks: Iterable[int]) -> str:
-    """ "rank 3", "ranks 8-15", "ranks 0, 2, 5-7"; the list is cut where it gets long."""
+    """Return "rank 3", "ranks 8-15" or "ranks 0, 2, 5-7"; the list is cut where it gets long."""
     spans: list[list[int]] = []
     for rank in sorted(ranks):
         if spans and rank == spans[-1][1] + 1:

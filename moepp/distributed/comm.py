@@ -124,7 +124,7 @@ def finish_exchange(in_flight_RD: Tensor, pending: PendingExchange) -> Tensor:
 
 
 def host_reads_at_once(tensor: Tensor) -> bool:
-    """Whether reading values does not wait for a device to compute them."""
+    """Return whether reading values does not wait for a device to compute them."""
     return tensor.is_cpu
 
 
@@ -142,11 +142,11 @@ class PendingCounts:
     _values: list[list[list[int]]] | None = None
 
     def sent(self) -> list[list[int]]:
-        """This rank's rows for each (rank, local expert)."""
+        """Return this rank's rows for each (rank, local expert)."""
         return self.sent_PL.tolist() if host_reads_at_once(self.sent_PL) else self._both()[0]
 
     def received(self) -> list[list[int]]:
-        """The rows that come from each rank, for each local expert."""
+        """Return the rows that come from each rank, for each local expert."""
         return self._both()[1]
 
     def _both(self) -> list[list[list[int]]]:
@@ -191,19 +191,19 @@ def start_all_reduce_sum(tensor: Tensor, group: Group | None) -> PendingReductio
 
 
 def all_reduce_max(tensor: Tensor, group: Group | None) -> Tensor:
-    """Maximum in place over the group."""
+    """Take the maximum over the group, in place."""
     if size(group) > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
     return tensor
 
 
 def agree_on_flag(flag: bool, group: Group | None) -> bool:
-    """Whether ``flag`` is set on any rank; over gloo, so that no accelerator has to be waited for."""
+    """Return whether ``flag`` is set on any rank; over gloo, which waits for no accelerator."""
     return bool(all_reduce_max(torch.tensor(int(flag)), group))
 
 
 def agree_on_digest(digest: str, group: Group | None) -> bool:
-    """Whether all ranks have the same digest (32 hexadecimal digits); costs one small reduction over gloo."""
+    """Return whether all ranks have the same digest (32 hexadecimal digits); costs one small reduction over gloo."""
     words = torch.tensor([int(digest[i : i + 8], 16) for i in range(0, 32, 8)])
     # The largest value is the smallest one too, which is the negative of the largest negative.
     most = all_reduce_max(torch.cat((words, -words)), group)
@@ -211,12 +211,12 @@ def agree_on_digest(digest: str, group: Group | None) -> bool:
 
 
 def size(group: Group | None = None) -> int:
-    """Number of ranks of the group; 1 where nothing is distributed."""
+    """Return the number of ranks of the group; 1 where nothing is distributed."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank(group: Group | None = None) -> int:
-    """This process's rank in the group; 0 where nothing is distributed."""
+    """Return the rank of this process in the group; 0 where nothing is distributed."""
     return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
 
 
@@ -227,7 +227,7 @@ def barrier(group: Group | None = None) -> None:
 
 
 def gather_objects(value: Any, group: Group | None = None) -> list[Any]:
-    """The ``value`` of every rank, on every rank."""
+    """Return the ``value`` of every rank, on every rank."""
     if size(group) == 1:
         return [value]
     values: list[Any] = [None] * size(group)
@@ -236,7 +236,7 @@ def gather_objects(value: Any, group: Group | None = None) -> list[Any]:
 
 
 def broadcast_object(value: Any, group: Group | None = None) -> Any:
-    """Rank 0's ``value`` on every rank."""
+    """Return rank 0's ``value`` on every rank."""
     if size(group) == 1:
         return value
     box = [value]
@@ -245,7 +245,7 @@ def broadcast_object(value: Any, group: Group | None = None) -> Any:
 
 
 def is_communication_error(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone or does not answer in time."""
+    """Return whether a collective failed because another rank was lost or did not answer in time."""
     if not isinstance(error, RuntimeError):
         return False  # an OSError, say, of a file whose path happens to hold one of the words
     text = str(error).lower()

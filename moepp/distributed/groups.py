@@ -32,7 +32,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ParallelGroups:
-    """This process's place among the others.
+    """The place of this process among the others.
 
     Every group is there in every layout; of one rank alone where the layout does not use it.
 
@@ -114,7 +114,7 @@ class ParallelGroups:
 
 
 def pick_device(local_rank: int) -> torch.device:
-    """This rank's accelerator, or the CPU where there is none.
+    """Return this rank's accelerator, or the CPU where there is none.
 
     Raises:
         LaunchError: this host has fewer accelerators than processes.
@@ -140,7 +140,7 @@ def init_process_group(
 
     One process needs no network.
 
-    CPU tensors always travel over gloo, the accelerator's over its own backend.
+    CPU tensors always go over gloo, the accelerator's over its own backend.
 
     Returns:
         The key-value store that brought the ranks together.
@@ -214,14 +214,14 @@ def joined(
 
 
 def _new_group(ranks: list[int]) -> dist.ProcessGroup:
-    """A group that its members alone have to make; all of them make their groups in the same order."""
+    """Return a group that its members alone have to make; all of them make their groups in the same order."""
     group = dist.new_group(ranks, use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)
     return group
 
 
 def new_cpu_group() -> dist.ProcessGroup:
-    """A gloo group of all ranks of its own, for work beside the training loop (collective)."""
+    """Return a new gloo group of all ranks, for work beside the training loop (collective)."""
     group = dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)
     return group

@@ -31,7 +31,7 @@ class LaunchEnvironment:
 
 
 def read_launch_environment(environ: Mapping[str, str] = os.environ) -> LaunchEnvironment:
-    """Rank and world size from torchrun's and deepspeed's variables, or from ``srun`` without them.
+    """Return rank and world size from torchrun's and deepspeed's variables, or from ``srun`` without them.
 
     Raises:
         LaunchError: variables are missing, no numbers, or contradictory. A lone process under a Slurm step (or mpirun)
@@ -117,7 +117,7 @@ def _master(environ: Mapping[str, str]) -> tuple[str, int]:
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:
-    """The value of a variable, which is plain digits: Python's own rule takes ' 1_0 ' and digits of other scripts."""
+    """Return a variable's value, plain digits alone: int() takes ' 1_0 ' and digits of other scripts."""
     value = environ.get(name)
     if value is None:
         raise LaunchError(f"{name} is not set; {_REMEDY}")

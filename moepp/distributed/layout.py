@@ -78,7 +78,7 @@ class Layout:
 
     @classmethod
     def of(cls, parallel: ParallelConfig, world_size: int) -> Layout:
-        """The layout that a configuration asks for."""
+        """Return the layout that a configuration asks for."""
         return cls(world_size, parallel.pipeline, parallel.context, parallel.tensor, parallel.expert)
 
     @property
@@ -102,11 +102,11 @@ class Layout:
         return Coordinates(*divmod(rest, self.data), context, tensor)
 
     def rank_at(self, place: Coordinates) -> int:
-        """The rank at a place, the inverse of :meth:`coordinates`."""
+        """Return the rank at a place, the inverse of :meth:`coordinates`."""
         return ((place.pipeline * self.data + place.data) * self.context + place.context) * self.tensor + place.tensor
 
     def peers(self, kind: str, rank: int) -> list[int]:
-        """The ranks of this rank's group of a kind, in ascending order, itself among them."""
+        """Return the ranks of this rank's group of a kind, in ascending order, itself among them."""
         place = self.coordinates(rank)
         start = place.pipeline * self.stage_size
         if kind == "ep":
@@ -124,7 +124,7 @@ class Layout:
         return [self.rank_at(Coordinates(*place)) for place in itertools.product(*ranges)]
 
     def partition(self, kind: str) -> list[list[int]]:
-        """All groups of a kind, ordered by their first rank."""
+        """Return all groups of a kind, ordered by their first rank."""
         groups: list[list[int]] = []
         seen: set[int] = set()
         for rank in range(self.world_size):
@@ -134,7 +134,7 @@ class Layout:
         return groups
 
     def stages_of(self, rank: int, chunks: int = 1) -> list[int]:
-        """The stages whose layers a rank holds, when each holds ``chunks`` of ``pipeline * chunks`` in turn."""
+        """Return the stages whose layers a rank holds, when each holds ``chunks`` of ``pipeline * chunks`` in turn."""
         own = self.coordinates(rank).pipeline
         return [chunk * self.pipeline + own for chunk in range(chunks)]
 

@@ -43,7 +43,7 @@ REMEDY = "start all ranks with the same command, packages and files"
 
 
 def join_store(launch: LaunchEnvironment, timeout_seconds: float) -> Store:
-    """The store where the ranks meet: rank 0 keeps it, unless the launcher does.
+    """Return the store where the ranks meet: rank 0 keeps it, unless the launcher does.
 
     Raises:
         LaunchError: its place cannot be right: a name that does not resolve, a port that is taken.
@@ -83,7 +83,7 @@ def meet(store: Store, launch: LaunchEnvironment, facts: Facts, timeout_seconds:
     Raises:
         ConfigError: the ranks differ, or some cannot start; names them.
         LaunchError: two processes have one rank, or another number of ranks.
-        PeerError: a rank has not come in time, or rank 0 is gone.
+        PeerError: a rank has not come in time, or rank 0 was lost.
     """
     if launch.world_size == 1:
         return store
@@ -119,24 +119,24 @@ def _part(store: Store, launch: LaunchEnvironment, name: str) -> None:
 
 
 def announce_meeting(store: Store, launch: LaunchEnvironment) -> str:
-    """Rank 0: name the meeting of this process; the same name at every call."""
+    """Return the name of this process's meeting (rank 0), the same at every call."""
     name = f"{_PROCESS}-{os.getpid()}"  # forked processes share the first part
     store.set("start/meeting", json.dumps({"name": name, "world_size": launch.world_size}))
     return name
 
 
 def current_meeting(store: Store) -> str:
-    """The meeting that rank 0 has announced last, which may be one of an earlier start; empty where there is none."""
+    """Return the meeting that rank 0 announced last, perhaps of an earlier start; empty if there is none."""
     return json.loads(store.get("start/meeting"))["name"] if store.check(["start/meeting"]) else ""
 
 
 def take_place(store: Store, name: str, rank: int) -> bool:
-    """Whether this process is the first to come to the meeting as ``rank``."""
+    """Return whether this process is the first to come to the meeting as ``rank``."""
     return store.add(f"start/{name}/taken/{rank}", 1) == 1
 
 
 def tell_problem(store: Store, name: str, rank: int, text: str, kind: str = "config") -> None:
-    """What keeps a rank from starting; rank 0 ends the meeting with it."""
+    """Tell rank 0 what keeps this rank from starting; rank 0 ends the meeting with it."""
     key = f"start/{name}"
     number = store.add(f"{key}/numbers", 1)
     store.set(f"{key}/problem/{number}", json.dumps({"rank": rank, "text": text, "kind": kind}))
@@ -149,7 +149,7 @@ def refuse_all(store: Store, name: str, problem: str) -> None:
 
 
 def refusal_of(store: Store, name: str) -> str:
-    """Why the meeting was refused; empty where it was not."""
+    """Return why the meeting was refused; empty where it was not."""
     for key in (f"start/{name}/differences", f"start/{name}/verdict"):
         if store.check([key]):
             return json.loads(store.get(key)).get("message", "")
@@ -157,7 +157,7 @@ def refusal_of(store: Store, name: str) -> str:
 
 
 def outlives_starts() -> bool:
-    """Whether torchrun's own store is the meeting place; it still holds what an earlier start has left."""
+    """Return whether torchrun's own store is the meeting place; it keeps entries of earlier starts."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
@@ -246,7 +246,7 @@ def _attend(store: Store, launch: LaunchEnvironment, facts: Facts, seconds: floa
 def _attend_one(
     store: Store, launch: LaunchEnvironment, name: str, facts: Facts, deadline: float
 ) -> dict[str, Any] | None:
-    """The verdict of one meeting, or None where it is not of this start."""
+    """Return the verdict of one meeting, or None where it is not of this start."""
     key = f"start/{name}"
     if store.check([f"{key}/verdict"]):
         verdict = json.loads(store.get(f"{key}/verdict"))
@@ -265,7 +265,7 @@ def _is_replaced(store: Store, name: str) -> bool:
 
 
 def _follow(store: Store, launch: LaunchEnvironment, key: str, facts: Facts, seconds: float) -> dict[str, Any]:
-    """The verdict, after this rank's facts were brought if they are asked for."""
+    """Return the verdict, after sending this rank's facts if rank 0 asks for them."""
     verdict = json.loads(store.get(f"{key}/verdict"))
     if verdict["is"] != "facts":
         return verdict
@@ -277,7 +277,7 @@ def _follow(store: Store, launch: LaunchEnvironment, key: str, facts: Facts, sec
 
 
 def _judge(store: Store, launch: LaunchEnvironment, key: str, facts: Facts, seconds: float) -> dict[str, Any]:
-    """Rank 0: wait for all, compare, and publish what comes of it."""
+    """Return the verdict of rank 0, which waits for all ranks, compares their facts and publishes it."""
 
     def counted(what: str) -> int:
         return store.add(f"{key}/{what}", 0)
@@ -307,7 +307,7 @@ def _judge(store: Store, launch: LaunchEnvironment, key: str, facts: Facts, seco
 
 
 def _compare(store: Store, key: str, facts: Facts, groups: list[list[int]], seconds: float) -> dict[str, Any]:
-    """Rank 0: ask one rank of each kind for its facts, and say in what they differ."""
+    """Return in what the ranks differ, after asking one rank of each kind for its facts (rank 0)."""
     asked = [group[0] for group in groups[: 1 + SHOWN_GROUPS]]
     _publish(store, f"{key}/verdict", {"is": "facts", "of": asked})
     keys = [f"{key}/facts/{rank}" for rank in asked if rank != 0]
@@ -351,7 +351,7 @@ def _get_all(store: Store, keys: list[str]) -> list[bytes]:
 
 
 def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Whether the condition came true in time; asks less and less often."""
+    """Return whether the condition came true in time; asks less and less often."""
     deadline, pause = time.monotonic() + seconds, 0.005
     while not condition():
         if time.monotonic() >= deadline:

@@ -19,7 +19,7 @@ class ParameterGroup:
 
 
 def is_expert_parameter(name: str) -> bool:
-    """Whether the parameter is stacked over FFN experts (dimension 0) and so sharded over the EP group."""
+    """Return whether the parameter is stacked over FFN experts (dimension 0) and so sharded over the EP group."""
     return ".experts." in f".{name}"
 
 

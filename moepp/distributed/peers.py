@@ -1,4 +1,4 @@
-"""Noticing within seconds that another rank is gone, and which one.
+"""Notice within seconds that another rank was lost, and which one.
 
 A failed collective says little: the neighbours of a dead rank see a closed connection, all others wait on for the whole
 time limit, and nobody learns who is missing. So each rank has a thread that asks the store twice a second whether any
@@ -58,14 +58,14 @@ class PeerWatch:
             self._thread.start()
 
     def stop(self) -> None:
-        """This rank's part is done in good order; what happens to the others from now on is no failure."""
+        """End in good order: what happens to the other ranks from now on is no failure."""
         self._stopped.set()
         self._wake.set()
         if self._thread is not None:
             self._thread.join(2 * POLL_SECONDS)
 
     def announce(self, error: BaseException) -> None:
-        """Tell the others that this rank ends with an error of its own; they hardly ever wait for it then."""
+        """Tell the others that this rank ends with an error of its own; they rarely have to time out then."""
         if self._thread is not None:
             self._error = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             self._wake.set()
@@ -91,7 +91,7 @@ class PeerWatch:
             if self._stopped.is_set() or self._error is not None:
                 return
             self._explanation = self._find_lost()
-        except RuntimeError:  # the store is gone: rank 0 was lost, or has left in good order with this one about to
+        except RuntimeError:  # the store has ended: rank 0 was lost, or has left in good order with this one about to
             self._posted.set()
         self._explained.set()
         if self._stopped.wait(LEAVE_SECONDS) or (self._noticed and self._stopped.wait(CLOSE_SECONDS)):
@@ -130,7 +130,7 @@ def _stack_of(thread: int) -> list[FrameType]:
 
 
 def _collective_in(frames: list[FrameType]) -> str:
-    """The innermost function of this project, and the innermost of all; ``frames`` from the outermost."""
+    """Return the innermost function of this project and the innermost of all; ``frames`` start outermost."""
     codes = [frame.f_code for frame in frames if frame.f_code.co_name != "wrapper"]
     names = [code.co_qualname for code in codes]
     own = [code.co_qualname for code in codes if f"{os.sep}moepp{os.sep}" in code.co_filename]

@@ -47,7 +47,7 @@ def print_once(message: str, here: bool = False) -> None:
             _wait_for_others(launch, message)
         elif not _first_has_printed(launch, message) and not here:
             _print(line)
-    except (RuntimeError, MoeppError):  # too late, or the first rank is gone
+    except (RuntimeError, MoeppError):  # too late, or the first rank was lost
         if launch.rank != 0 and not here:
             _print(line)
 
@@ -66,7 +66,7 @@ def _wait_for_others(launch: LaunchEnvironment, message: str) -> None:
 
 
 def _first_has_printed(launch: LaunchEnvironment, message: str) -> bool:
-    """Whether the first rank, which is told if need be, has printed the same message."""
+    """Return whether the first rank, which is told if necessary, has printed the same message."""
     start = time.monotonic()
     store = meeting.join_store(launch, SPEAK_SECONDS)
     told, limit = "", SPEAK_SECONDS
@@ -87,7 +87,7 @@ def _first_has_printed(launch: LaunchEnvironment, message: str) -> bool:
 
 
 def _is_old(store: Store, name: str, start: float) -> bool:
-    """Whether a meeting may be of an earlier start: what it ends with was there when this rank came."""
+    """Return whether a meeting may be of an earlier start: its end was there when this rank came."""
     recent = time.monotonic() - start < meeting.GRACE_SECONDS
     return meeting.outlives_starts() and recent and store.check([f"start/{name}/printed"])
 

@@ -83,7 +83,7 @@ def _mark_experts(model: nn.Module, groups: ParallelGroups) -> None:
             self.expert_group_name = group_name
 
         def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
-            """The groups exist already."""
+            """Do nothing: the groups exist already."""
 
     model.add_module("deepspeed_marker", Marker())
 

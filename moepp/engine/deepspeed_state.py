@@ -13,7 +13,7 @@ from moepp.engine.engine import Fetch, state_keys
 
 
 def read_zero_state(model: nn.Module, optimizer: Any, optim: OptimConfig) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Each parameter's full fp32 value and optimizer state, assembled one at a time (collective)."""
+    """Yield each parameter's full fp32 value and optimizer state, assembled one at a time (collective)."""
     _link_optimizer_state(optimizer, optim)
     step = _any_step(optimizer, optim)
     for name, parameter in model.named_parameters():
@@ -56,7 +56,7 @@ def _found(name: str, key: str, value: Tensor | None) -> Tensor:
 
 
 def _partitions(optimizer: Any) -> list[Tensor]:
-    """This rank's flat fp32 partitions, one per parameter group."""
+    """Return this rank's flat fp32 partitions, one per parameter group."""
     return [parameter for group in optimizer.optimizer.param_groups for parameter in group["params"]]
 
 
@@ -77,7 +77,7 @@ def _link_optimizer_state(optimizer: Any, optim: OptimConfig) -> None:
 
 
 def _any_step(optimizer: Any, optim: OptimConfig) -> Tensor | None:
-    """Updates applied so far; the same for every parameter, as all are updated together."""
+    """Return the number of updates so far, the same for all parameters, which are updated together."""
     if not state_keys(optim):
         return None
     return optimizer.optimizer.state[_partitions(optimizer)[0]]["step"]

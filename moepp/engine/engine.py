@@ -34,7 +34,7 @@ class StateSource(Protocol):
     model: nn.Module
 
     def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Each parameter's ``fp32`` master and optimizer state, in one fixed order; every rank must exhaust it.
+        """Return each parameter's ``fp32`` master and optimizer state, in one fixed order; every rank must exhaust it.
 
         Tensors are shaped like this rank's parameter (dense ones whole, FFN experts its own); ``step`` is a scalar,
         the number of updates. They are only valid until the next item.
@@ -97,7 +97,7 @@ def write_plain_state(
 
 
 def _plain_entry(master: Tensor, optimizer: torch.optim.Optimizer, optim: OptimConfig) -> dict[str, Tensor]:
-    """The optimizer's state of one parameter, created as the optimizer would where there is none yet."""
+    """Return the optimizer's state of one parameter, created as the optimizer would if missing."""
     entry = optimizer.state[master]
     if state_keys(optim) and not entry:
         entry["step"] = torch.zeros((), dtype=torch.float32, device=master.device)

@@ -1,8 +1,8 @@
 """Gradients of the native engine: fp32, flat, summed over ranks in buckets while backward goes on.
 
 A bucket is a slice of a group's flat gradient. Once its parameters have their gradients of the last micro-batch, its
-all-reduce starts. Buckets start in one order on every rank, whatever becomes ready first: that of backward, those of
-the last layers first.
+all-reduce starts. Buckets start in one order on every rank, whatever becomes ready first: the order of
+backward, the last layers first.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class GradientReduction:
 
     @staticmethod
     def _cut(flat: FlatGroup, group: comm.Group, position: dict[int, int], bucket_elements: int) -> list[_Bucket]:
-        """The bucket of each parameter; cut from the end, where backward begins."""
+        """Return the bucket of each parameter, cut from the end, where backward begins."""
         of_parameter: list[_Bucket] = []
         end, stop, size = flat.grad.numel(), flat.grad.numel(), 0
         for parameter in reversed(flat.parameters):

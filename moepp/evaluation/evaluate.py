@@ -100,7 +100,7 @@ def evaluate_all(
 def evaluate_benchmark(
     shared: SharedModel, benchmark: Benchmark, limit: int | None = None, progress: bool = False
 ) -> BenchmarkResult:
-    """One benchmark, on rank 0 inside :meth:`SharedModel.run`.
+    """Return one benchmark, on rank 0 inside :meth:`SharedModel.run`.
 
     Every benchmark is a harness run of its own, so that its numbers do not depend on which others are evaluated.
     """
@@ -131,7 +131,7 @@ def evaluate_benchmark(
 
 
 def _metrics(found: dict[str, Any]) -> dict[str, float]:
-    """The harness's ``metric,filter`` keys without the filter, unless a metric comes with several."""
+    """Return the harness's ``metric,filter`` keys without the filter, unless a metric has several."""
     keys = [
         key for key, value in found.items() if "," in key and "_stderr" not in key and isinstance(value, int | float)
     ]
@@ -155,7 +155,7 @@ def _pool(by_task: dict[str, dict[str, float]], sizes: dict[str, int]) -> tuple[
 
 
 def _chance(benchmark: Benchmark) -> float:
-    """Expected accuracy of picking an answer at random: 0 where texts are predicted or written."""
+    """Return the expected accuracy of a random answer: 0 where text is predicted or generated."""
     per_document: list[float] = []
     for task in benchmark.tasks.values():
         choices = Counter(instance.doc_id for instance in task.instances)

@@ -81,7 +81,7 @@ def find_model(place: str) -> FoundModel:
 
 
 def open_tokenizer(found: FoundModel, override: str | None, eod_token: str | None = None) -> Tokenizer:
-    """The model's tokenizer, or the one that the user names, with the end-of-document token that training saw.
+    """Return the model's tokenizer, or the one that the user names, with the end-of-document token that training saw.
 
     Args:
         override: path of a tokenizer.json.
@@ -118,7 +118,7 @@ def open_tokenizer(found: FoundModel, override: str | None, eod_token: str | Non
 
 
 def tokenizer_remarks(found: FoundModel, tokenizer: Tokenizer, eod_token: str | None) -> list[str]:
-    """What was taken for granted when :func:`open_tokenizer` returned ``tokenizer``."""
+    """Return the assumptions behind the ``tokenizer`` that :func:`open_tokenizer` returned."""
     remarks = []
     if _is_other_tokenizer(found, tokenizer):
         remarks.append(f"{tokenizer.path} is another file than the tokenizer that the training data were prepared with")
@@ -131,7 +131,7 @@ def tokenizer_remarks(found: FoundModel, tokenizer: Tokenizer, eod_token: str | 
 
 
 def print_remarks(remarks: list[str]) -> None:
-    """A line each on standard error."""
+    """Print a line each on standard error."""
     for remark in remarks:
         print(f"note: {remark}", file=sys.stderr, flush=True)
 
@@ -141,7 +141,7 @@ def _is_other_tokenizer(found: FoundModel, tokenizer: Tokenizer) -> bool:
 
 
 def build_model(found: FoundModel, groups: ParallelGroups, precision: str | None = None) -> Transformer:
-    """This rank's share of the model with its weights, on this rank's device; collective.
+    """Return this rank's share of the model with its weights, on this rank's device; collective.
 
     Args:
         precision: "bf16" or "fp32"; None: the model's own.
@@ -193,7 +193,7 @@ def _find_checkpoint(checkpoint: Path, place: str) -> FoundModel:
 
 
 def _eod_of_data(cfg: Config, info: CheckpointInfo) -> int | None:
-    """The end-of-document token of the run's data where they still lie at their place, unchanged.
+    """Return the end-of-document token of the run's data if they are still in place, unchanged.
 
     For checkpoints of versions that did not keep it.
     """
@@ -209,7 +209,7 @@ def _eod_of_data(cfg: Config, info: CheckpointInfo) -> int | None:
 
 
 def eod_of_folder(folder: Path) -> int | None:
-    """The end-of-document token of a folder of weights: its config.json's ``eos_token_id``, if the tokenizer agrees.
+    """Return the end-of-document token of a folder of weights: ``eos_token_id``, if the tokenizer agrees.
 
     Released configurations often carry the default of the format instead. So the number counts where the folder's
     tokenizer marks that token as special or its tokenizer_config.json names it, or where there is no tokenizer.
@@ -230,7 +230,7 @@ def eod_of_folder(folder: Path) -> int | None:
 
 
 def _find_folder(folder: Path, place: str) -> FoundModel:
-    """The released format or the project's own, whichever config.json names; the released one where it is another."""
+    """Return the format that config.json names; the released one for any other name."""
     form = hf if read_json(folder / "config.json").get("model_type") == hf.MODEL_TYPE else official
 
     def fill(model: Transformer, groups: ParallelGroups) -> None:

@@ -59,7 +59,7 @@ _TAGS = re.compile(r"""^["']?tag["']?:(?: *["']?([\w.\-]+)["']? *$|((?: *\n *- *
 
 
 def harness_tasks_folder() -> Path:
-    """Folder of the harness's task files.
+    """Return the folder of the harness's task files.
 
     Raises:
         DataError: the harness is not installed.
@@ -72,7 +72,7 @@ def harness_tasks_folder() -> Path:
 
 @lru_cache(maxsize=1)
 def task_families() -> dict[str, Path]:
-    """Every task, group and tag of the harness -> the folder of the family that defines it."""
+    """Return every task, group and tag of the harness -> the folder of the family that defines it."""
     root = harness_tasks_folder()
     families: dict[str, Path] = {}
     for path in sorted(root.rglob("*.yaml")):
@@ -86,7 +86,7 @@ def task_families() -> dict[str, Path]:
 
 
 def resolve_names(tasks: Sequence[str], source: DataSource) -> list[str]:
-    """The harness's names of the tasks, groups and tags that were asked for, each once.
+    """Return the harness's names of the tasks, groups and tags that were asked for, each once.
 
     Args:
         tasks: names of the harness, short names, ``paper``, or ``bigbench`` (those whose documents ``source`` has).

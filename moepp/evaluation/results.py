@@ -56,7 +56,7 @@ class BenchmarkResult:
 
     @property
     def score(self) -> str | None:
-        """The metric that stands for this benchmark."""
+        """The main metric of this benchmark."""
         return next((name for name in ACCURACIES if name in self.metrics), None)
 
 
@@ -109,7 +109,7 @@ def flat_metrics(results: Sequence[BenchmarkResult]) -> dict[str, float]:
 
 
 def accuracy_stderr(accuracies: Sequence[float], sizes: Sequence[int]) -> float:
-    """Standard error of an accuracy over all documents of one or more tasks; NaN for a single document per task.
+    """Return the standard error of an accuracy over the documents of one or more tasks; NaN for one document each.
 
     With one task the sample standard deviation of zeros and ones over sqrt(n); with several the pooled one, as the
     harness's groups have it.
@@ -122,7 +122,7 @@ def accuracy_stderr(accuracies: Sequence[float], sizes: Sequence[int]) -> float:
 
 
 def table_text(results: Sequence[BenchmarkResult], subject: Subject) -> str:
-    """The results as aligned text: percent, standard error, chance, and what the numbers rest on."""
+    """Return the results as aligned text: percent, standard error, chance, and the settings."""
     header = ["benchmark", "score", "±", "norm.", "chance", "shots", "documents", "data"]
     lines = [[_name(r), *_numbers(r), str(r.shots), f"{r.documents:,}", r.origin] for r in results]
     scored = [r for r in results if r.score is not None]

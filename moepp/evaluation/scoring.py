@@ -54,7 +54,7 @@ class Prompt:
 
 @torch.no_grad()
 def score_rows(model: Transformer, rows: Sequence[Row]) -> list[list[tuple[float, bool]]]:
-    """Log-likelihood in nats of each continuation of each row, and whether greedy decoding would write it.
+    """Return the log-likelihood in nats of each continuation of each row, and whether greedy decoding would write it.
 
     The softmax is taken in fp32 and sums in fp64, whatever the dtype of the model. Rows are padded on the right, where
     causal attention never looks and dropless routing makes no difference, so no mask is needed. The model must be in
@@ -96,7 +96,7 @@ def _token_logprobs(model: Transformer, hidden_CD: Tensor, target_C: Tensor) -> 
 def continue_prompts(
     model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt], batch_index: int
 ) -> list[str]:
-    """Continuations up to the first stop text, the end-of-document token or ``max_new_tokens``.
+    """Return continuations up to the first stop text, the end-of-document token or ``max_new_tokens``.
 
     With expert parallelism every rank of the EP group calls it with the same prompts. All prompts of a batch have the
     same ``max_new_tokens``, ``until`` and ``sampling``. Prompts are padded on the left, with a mask.

@@ -88,7 +88,7 @@ class SharedModel:
         return self._answer(kind, content)
 
     def _answer(self, kind: str, content: Sequence[Any]) -> list[Any]:
-        """This rank's part of the work, and everyone's results in the order of ``content``."""
+        """Do this rank's share of the work and return everyone's results in the order of ``content``."""
         own = self._score_own(content) if kind == "score" else self._generate_own(content)
         parts = comm.gather_objects(own, self.groups.world)
         merged = {index: result for part in parts for index, result in part}
@@ -118,7 +118,7 @@ class SharedModel:
 
 
 def _batches(items: Sequence[Row | Prompt], keys: Sequence[Any], batch_size: int) -> list[list[int]]:
-    """Indices in batches of equal key, longest first: whatever does not fit in memory fails at once."""
+    """Return indices in batches of equal key, longest first, so that running out of memory shows at once."""
     order = sorted(range(len(items)), key=lambda i: (-len(items[i].input_ids), i))
     by_key: dict[Any, list[int]] = {}
     for index in order:

@@ -102,7 +102,7 @@ class _Loader:
         return entry
 
     def _leaves(self, name: str) -> list[str]:
-        """Tasks of a task, tag or group."""
+        """Return the tasks of a task, tag or group."""
         entry = self._entry(name)
         if entry.kind.name == "TAG":
             return [leaf for child in sorted(entry.tags) for leaf in self._leaves(child)]

@@ -101,7 +101,7 @@ def load_into(
 
 
 def _diversified(dense: dict[str, Tensor], init: InitConfig, key: str) -> dict[str, Tensor]:
-    """One expert's matrices: gate and up [F, D], down [D, F]."""
+    """Return one expert's matrices: gate and up [F, D], down [D, F]."""
     num_units = dense["gate_proj"].shape[0]
     num_new = round(init.reinit_fraction * num_units)
     units_U = torch.randperm(num_units, generator=random_stream(f"{key}/units"))[:num_new]
@@ -120,7 +120,7 @@ def _diversified(dense: dict[str, Tensor], init: InitConfig, key: str) -> dict[s
 
 
 def _pieces_of(name: str, shape: tuple[int, ...]) -> list[Piece]:
-    """Everything but the MoE layers has the same name and shape there."""
+    """Return a parameter's tensors in a dense model; all but the MoE layers have the same name and shape."""
     if ".moe." in name:
         return []
     return [Piece(name if name.startswith("lm_head") else f"model.{name}", shape)]
@@ -159,7 +159,7 @@ def _require_fit(folder: str | Path, cfg: ModelConfig) -> None:
 
 
 def _refuse_windows(path: Path, tree: dict, cfg: ModelConfig) -> None:
-    """A window changes nothing as long as no sequence is longer."""
+    """Refuse sliding windows that are shorter than a sequence, which change results."""
     default = 4096 if tree["model_type"] == "mistral" else None  # of transformers' MistralConfig
     window = tree.get("sliding_window", default)
     if window is not None and (type(window) is not int or window < cfg.max_seq_len):
@@ -250,7 +250,7 @@ def _require_numbers(path: Path, values: dict[str, object]) -> None:
 
 
 def _rope(path: Path, tree: dict) -> tuple[float, RopeScalingConfig | None]:
-    """Base and scaling of the rotary embeddings; transformers 5 keeps both in ``rope_parameters``."""
+    """Return the base and scaling of the rotary embeddings; transformers 5 keeps both in ``rope_parameters``."""
     old, new = tree.get("rope_scaling") or {}, tree.get("rope_parameters") or {}
     if not isinstance(old, dict) or not isinstance(new, dict) or any(isinstance(v, dict) for v in new.values()):
         raise CheckpointError(

@@ -55,7 +55,7 @@ def write_whole(path: str | Path, data: bytes | str, mode: int = 0o644) -> None:
 
 @contextlib.contextmanager
 def new_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """A stream whose content appears as ``path`` when the block ends well; after an exception nothing has changed.
+    """Yield a stream whose content becomes ``path`` when the block succeeds; an error changes nothing.
 
     Args:
         path: as for :func:`write_whole`.
@@ -77,10 +77,10 @@ def new_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 @contextlib.contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """A hidden empty folder that becomes ``path`` when the block ends well, in place of an earlier folder there.
+    """Yield a hidden empty folder that replaces ``path`` when the block succeeds.
 
     Every file in it is forced to the disk first. The earlier folder goes whole, with whatever it holds: look before
-    you write. Where the file system can, both change places in one step; elsewhere the earlier one is set aside by a
+    you write. Where the file system can, both change places in one step; elsewhere the earlier one is archived by a
     rename, and put back by the next write if there was no time for the second rename.
 
     Raises:
@@ -106,7 +106,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 def open_append(path: str | Path, mode: int = 0o644) -> IO[bytes]:
     """Open an own file for appending, unbuffered, made if there is none; no link, pipe or file of another user.
 
-    Its descriptor can be read as well: what was written can be had even after somebody has removed the file.
+    Its descriptor can be read as well: what was written can be read even after somebody has removed the file.
 
     Raises:
         WriteError: it is none of that, or cannot be opened.
@@ -115,7 +115,7 @@ def open_append(path: str | Path, mode: int = 0o644) -> IO[bytes]:
 
 
 def open_own(path: str | Path, flags: int, mode: int = 0o644) -> int:
-    """Descriptor of an own regular file, made if there is none; not passed on to other programs.
+    """Return the descriptor of an own regular file, made if missing, closed in other programs.
 
     Raises:
         WriteError: a link, a pipe, a file of another user, or one that cannot be opened.
@@ -216,12 +216,12 @@ def sync_tree(path: str | Path) -> None:
 
 
 def is_remains(name: str) -> bool:
-    """Whether this is the hidden name of something being written, or left behind by a crash."""
+    """Return whether this is the hidden name of a write in progress, or of a crash's remains."""
     return _REMAINS.fullmatch(name) is not None
 
 
 def is_at(descriptor: int, path: str | Path) -> bool:
-    """Whether an open file still lies at ``path``: neither removed nor replaced."""
+    """Return whether an open file is still at ``path``: neither removed nor replaced."""
     try:
         found, opened = os.lstat(path), os.fstat(descriptor)
     except FileNotFoundError:
@@ -247,7 +247,7 @@ def _explained(path: str | Path, in_body: bool = False) -> Iterator[None]:
 
 
 def _is_beside(place: Path, path: Path) -> bool:
-    """Whether an error at ``place`` is one of writing ``path``: there, above, or in its hidden folder."""
+    """Return whether an error at ``place`` is one of writing ``path``: there, above, or in its hidden folder."""
     return place == path or place in path.parents or _is_hidden(place)
 
 
@@ -257,7 +257,7 @@ def _is_hidden(place: Path) -> bool:
 
 @contextlib.contextmanager
 def _new_name(path: Path, mode: int) -> Iterator[int]:
-    """A new locked file beside ``path``, which it replaces at the end; removed after an exception."""
+    """Yield a new locked file beside ``path``, which it replaces at the end; removed after an exception."""
     _refuse_other_kind(path, stat.S_ISREG, "file")
     _clean(path)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -326,7 +326,7 @@ def _stem(path: Path) -> str:
 
 
 def _clean(path: Path) -> None:
-    """Remove what dead writers of ``path`` left; put an old folder back that was set aside for a new one."""
+    """Remove what dead writers of ``path`` left; put an old folder back that was archived for a new one."""
     try:
         with os.scandir(path.parent) as entries:
             names = [entry.name for entry in entries]
@@ -359,7 +359,7 @@ def _clean_one(remains: Path, path: Path) -> None:
 
 
 def _try_lock(descriptor: int, operation: int) -> bool:
-    """Whether the lock is held now; a file system without locks has writers that nobody can tell from dead ones."""
+    """Return whether the lock is held now; without locks, live writers look like dead ones."""
     try:
         fcntl.flock(descriptor, operation)
     except OSError:

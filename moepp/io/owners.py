@@ -55,7 +55,7 @@ def _is_own(uid: int, folder: Path) -> bool:
 
 
 def _uid_of_new_files(folder: Path) -> int:
-    """Whose new files are here: network file systems may give those of root, or all, to another user."""
+    """Return the owner of new files here: network file systems may give root's, or all, to another user."""
     probe = folder / f".owner.{secrets.token_hex(4)}.new"
     try:
         descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)

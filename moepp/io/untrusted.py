@@ -26,10 +26,10 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def show(value: object, limit: int = 60) -> str:
-    """A value of a file, quoted as Python does, for a message: at most ``limit`` characters, on one line.
+    r"""Return a value of a file, quoted as Python does, for a message: at most ``limit`` characters, on one line.
 
     Control characters, terminal escapes, line ends, marks that turn the direction of text and everything else that
-    cannot be printed appear as escapes such as ``\\x1b``.
+    cannot be printed appear as escapes such as ``\x1b``.
     """
     if isinstance(value, str | bytes):
         shortened = value[: limit + 1]  # escapes only make it longer
@@ -43,7 +43,7 @@ def show(value: object, limit: int = 60) -> str:
 
 
 def printable(text: object, limit: int = 400) -> str:
-    """Text from a file or a library in a message: on one line, without quotes, nothing in it that a terminal obeys."""
+    """Return text of a file or a library for a message: one line, no quotes, no terminal controls."""
     source = str(text)
     cut = " ".join(source[: 2 * limit].splitlines()).replace("\t", " ")
     escaped = "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
@@ -51,7 +51,7 @@ def printable(text: object, limit: int = 400) -> str:
 
 
 def terminal_text(text: str) -> str:
-    """Text of any length and language whose lines stay: characters that command a terminal become escapes.
+    """Return text with its lines, and terminal controls as escapes.
 
     These are control characters except line ends and tabs, halves of surrogate pairs, and the marks that override or
     isolate the direction of text. Unlike :func:`printable` it leaves what some scripts need between letters.
@@ -72,7 +72,7 @@ def _short_repr(limit: int) -> reprlib.Repr:
 def read_bytes(
     path: Path, limit_bytes: int, error: type[MoeppError] = DataError, remedy: str = "give another file"
 ) -> bytes:
-    """Content of a regular file of at most ``limit_bytes`` bytes. Links are followed; pipes and devices are refused.
+    """Return a regular file's content, at most ``limit_bytes``; links are followed, pipes and devices refused.
 
     Raises:
         error: missing, unreadable, no regular file, or larger.
@@ -112,14 +112,14 @@ def read_json(
     error: type[MoeppError] = DataError,
     remedy: str = "give another file",
 ) -> Any:
-    """Value in a JSON file; see :func:`read_bytes` for the file and :func:`load_json` for what is refused."""
+    """Return the value in a JSON file; see :func:`read_bytes` (the file) and :func:`load_json` (what is refused)."""
     return load_json(read_bytes(path, limit_bytes, error, remedy), path, error, remedy)
 
 
 def load_json(
     text: str | bytes, where: object, error: type[MoeppError] = DataError, remedy: str = "give another file"
 ) -> Any:
-    """Value of a JSON text.
+    """Return the value of a JSON text.
 
     Refused are bad syntax and bad UTF-8, NaN and infinite numbers (1e999 too), integers of more than
     :data:`MAX_DIGITS` digits, more than :data:`MAX_JSON_DEPTH` nested values, a key twice in one object, halves of
@@ -153,14 +153,14 @@ def load_json(
 
 
 def read_yaml(path: Path, error: type[MoeppError] = DataError, remedy: str = "give another file") -> Any:
-    """Value of a small YAML file of plain values: see :func:`load_yaml`, and :func:`read_bytes` for the file."""
+    """Return the value of a small YAML file of plain values; see :func:`load_yaml` and :func:`read_bytes`."""
     return load_yaml(read_text(path, MAX_YAML_BYTES, error, remedy), path, error, remedy)
 
 
 def load_yaml(text: str, where: object, error: type[MoeppError] = DataError, remedy: str = "give another file") -> Any:
-    """Value of a YAML text. No interpolation is resolved in it: ``${oc.env:HOME}`` stays this text.
+    """Return the value of a YAML text. No interpolation is resolved in it: ``${oc.env:HOME}`` stays this text.
 
-    Refused are bad syntax, tags of Python objects, references to anchors (a few lines of which stand for any amount
+    Refused are bad syntax, tags of Python objects, references to anchors (a few lines of which expand to any amount
     of memory), and more than :data:`MAX_JSON_DEPTH` nested values.
 
     Raises:

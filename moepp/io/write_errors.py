@@ -12,7 +12,7 @@ from moepp.errors import WriteError
 def write_error(
     number: int | None, path: str | Path, reason: str | None = None, remedy: str | None = None
 ) -> WriteError:
-    """The error for a failed write of ``path``: reason and remedy as given, or else as the error number says.
+    """Return the error for a failed write of ``path``: reason and remedy as given, or else as the error number says.
 
     A full disk is told from a lack of permission, and so on: each needs another remedy.
     """
@@ -22,7 +22,7 @@ def write_error(
 
 
 def _usual(number: int, path: Path, reason: str | None) -> tuple[str, str]:
-    """Reason and remedy of a system error in writing ``path``."""
+    """Return the reason and remedy of a system error in writing ``path``."""
     reason = reason or os.strerror(number)
     folder = next((place for place in (path.absolute(), *path.absolute().parents) if os.path.isdir(place)), Path("/"))
     if number == errno.ENOSPC:
@@ -75,7 +75,7 @@ def _describe_denial(path: Path) -> str:
 
 
 def user_name(uid: int) -> str:
-    """A user as messages name one."""
+    """Return a user as messages name one."""
     import pwd
 
     try:

@@ -49,7 +49,7 @@ class LineSink:
         logger.info(" | ".join(parts), extra=self._extra)
 
     def close(self) -> None:
-        """Nothing to write out."""
+        """Do nothing: nothing is held back."""
 
 
 class BarSink:

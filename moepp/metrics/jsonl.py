@@ -117,7 +117,7 @@ class JsonlSink:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl.
+    """Return the records of a metrics.jsonl.
 
     Its end may be damaged: the unfinished last line of a killed run is left out, and so, with a warning, are lines
     that a power failure has left torn or zeroed after the last whole record.
@@ -141,7 +141,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """The record in a line; None if there is none."""
+    """Return the record in a line; None if there is none."""
     try:
         record = load_json(line, "record", RunError)
     except RunError:

@@ -62,7 +62,7 @@ class SinkGroup:
                 logger.warning("%s failed at step %d and gets no more records: %s", name, step, _in_one_line(error))
 
     def rewind(self, step: int, offset: int) -> None:
-        """Training goes back to ``step``: drop the later records of metrics.jsonl, which will be written again.
+        """Drop the records of metrics.jsonl after ``step``, which will be written again.
 
         ``offset``: global batches left out by rewinds so far; with it, W&B's steps go on increasing.
         """
@@ -124,7 +124,7 @@ class SinkGroup:
 def open_sinks(
     run_dir: Path, cfg: Config, start_step: int, step_offset: int = 0, check: Callable[[], None] = lambda: None
 ) -> SinkGroup:
-    """The sinks that ``cfg`` asks for, to be called on rank 0 of a run whose directory is claimed.
+    """Return the sinks that ``cfg`` asks for, to be called on rank 0 of a run whose directory is claimed.
 
     Args:
         run_dir: run directory.

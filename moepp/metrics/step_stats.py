@@ -94,11 +94,11 @@ class StepStats:
         return not self._interval
 
     def state(self) -> dict[str, Tensor]:
-        """This rank's sums since the last :meth:`reduce`, by name; call it between steps."""
+        """Return this rank's sums since the last :meth:`reduce`, by name; call it between steps."""
         return {f"stats.{name}": tensor for name, tensor in self._interval.items()}
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of what :meth:`state` returns once a step was committed."""
+        """Return the names and shapes of :meth:`state` after the first committed step."""
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("loss_sum", "loss_tokens", "dispatch_bytes", "steps"), ())
         if layers := len(self.moe_layers):
             num_columns, num_experts = len(_COLUMNS) + len(self.expert_counts), sum(self.expert_counts.values())
@@ -110,7 +110,7 @@ class StepStats:
         _accumulate(self._interval, {name.removeprefix("stats."): tensor for name, tensor in state.items()})
 
     def reduce(self, sum_reduce: Reduce, max_reduce: Reduce) -> dict[str, float]:
-        """Metrics over all ranks and all steps committed since the last call; every rank calls it.
+        """Return metrics over all ranks and all steps committed since the last call; every rank calls it.
 
         - ``train/loss``: mean over tokens, nats.
         - ``train/balance_loss``: sum over layers of L_b (Eq. 7, without its weight), mean over tokens.
@@ -118,7 +118,7 @@ class StepStats:
         - ``routing/layer_<i>/share_<kind>``: of the router's choices, before drops; they sum to 1.
         - ``routing/layer_<i>/max_over_mean``: busiest FFN expert over the mean; absent if no FFN expert was chosen.
         - ``comm/dispatch_bytes``: rows sent to other ranks, per step, over all ranks.
-        - ``comm/dispatch_bytes_vanilla``: the same if all K slots of each token were FFN slots, with each layer's
+        - ``comm/dispatch_bytes_vanilla``: the same if all K assignments of each token were FFN ones, with each layer's
           observed remote share: ``bytes * sum_l(K T remote_l / ffn_l) / sum_l(remote_l)``.
         """
         if not self._interval:
@@ -163,7 +163,7 @@ class StepStats:
 
 
 def _columns(layer: MoEStats) -> Tensor:
-    """Counts, means and shares of one layer, [C]."""
+    """Return counts, means and shares of one layer, [C]."""
     scalars = torch.stack([getattr(layer, name).detach() for name in _COLUMNS])
     return torch.cat((scalars, layer.share_Z.detach().to(scalars.dtype)))
 

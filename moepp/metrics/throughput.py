@@ -29,7 +29,7 @@ _PEAK_FLOPS: tuple[tuple[str, float | None, float], ...] = (
 
 
 def peak_flops_per_second(device_name: str, precision: str) -> float | None:
-    """Peak dense FLOP/s of one device, or None if it is not known (CPUs, MIG slices, unlisted devices).
+    """Return one device's peak dense FLOP/s, or None if unknown (CPUs, MIG slices, unlisted devices).
 
     Args:
         device_name: as ``torch.cuda.get_device_name()`` gives it.
@@ -73,7 +73,7 @@ class Throughput:
             self._start += self._clock() - begin
 
     def read(self, flops_per_token: float) -> dict[str, float]:
-        """Metrics since the last call; starts the next interval. Call it when the device's work is done.
+        """Return metrics since the last call and start the next interval; call it when the device is idle.
 
         Args:
             flops_per_token: forward and backward, expected under the observed routing.

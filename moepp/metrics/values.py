@@ -27,7 +27,7 @@ class Value:
 
     @classmethod
     def mean(cls, weighted_sum: Tensor, weight: Tensor) -> Value:
-        """Mean over ranks: sum of ``weighted_sum`` over sum of ``weight`` (0-dim)."""
+        """Return the mean over ranks: sum of ``weighted_sum`` over sum of ``weight`` (0-dim)."""
         return cls("mean", weighted_sum, weight)
 
     @classmethod
@@ -37,7 +37,7 @@ class Value:
 
     @classmethod
     def max(cls, data: Tensor) -> Value:
-        """Maximum over ranks, element by element."""
+        """Return the maximum over ranks, element by element."""
         return cls("max", data)
 
 

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 _PUBLIC_SERVER = "https://api.wandb.ai"
 _MAX_WAITING = 10_000  # records that W&B has not taken yet
 _FINISH_SECONDS = {"offline": 30.0, "online": 600.0}  # to flush a file; to send what is left
-_END_SECONDS = 10.0  # for the thread to notice that the service is gone
+_END_SECONDS = 10.0  # for the thread to notice that the service has ended
 _RUN_ID = re.compile(r"[\w-]{1,128}")
 _MAX_RUN_ID = 8192  # characters of the file: an id and a path
 
@@ -110,7 +110,7 @@ class WandbSink:
     def log(self, record: Mapping[str, float], step: int, tokens: int) -> None:
         """Hand over one record.
 
-        W&B's own step is that of the run plus the offset, the number of global batches: so it increases also after a
+        W&B's own step is the run's step plus the offset, the number of global batches: so it increases also after a
         rewind, and the parts of a run that was resumed are disjoint but for steps that are computed again.
         """
         if self._has_failed:
@@ -132,7 +132,7 @@ class WandbSink:
         self._thread.join(_END_SECONDS)
 
     def _work(self) -> None:
-        """What the thread does: log until None comes, then finish."""
+        """Log until None comes, then finish: the thread's work."""
         while (item := self._records.get()) is not None:
             record, step = item
             if self._has_failed:
@@ -164,7 +164,7 @@ class WandbSink:
 
 
 def _settings(cfg: WandbConfig) -> dict[str, Any]:
-    """Settings of W&B: its files get nothing that tells of this machine or checkout unless ``git`` asks for that."""
+    """Return W&B's settings: its files say nothing about this machine or checkout unless ``git`` asks for it."""
     settings = {"silent": True, "console": "off", "disable_code": True}  # log/ holds the console output already
     if not cfg.git:
         settings |= {"disable_git": True, "x_disable_meta": True, "host": "not-recorded"}
@@ -172,7 +172,7 @@ def _settings(cfg: WandbConfig) -> dict[str, Any]:
 
 
 def why_not_own(run_dir: Path) -> str | None:
-    """Why the W&B run of a run directory is not for the present user to add to; ``None``: it is.
+    """Return why this user may not add to the W&B run of a run directory; ``None``: they may.
 
     It is where this user trained, in this very place: a copy that came from elsewhere names a run of somebody else.
     """
@@ -186,7 +186,7 @@ def why_not_own(run_dir: Path) -> str | None:
 
 
 def _run_id(path: Path, is_resumed: bool) -> str:
-    """The id of the W&B run, stored with the run directory it was made for."""
+    """Return the id of the W&B run, stored with the run directory it was made for."""
     run_dir = os.path.realpath(path.parents[1])
     run_id = None
     if is_resumed and path.is_file():
@@ -202,7 +202,7 @@ def _run_id(path: Path, is_resumed: bool) -> str:
 
 
 def _read_run_id(path: Path) -> tuple[str | None, str | None]:
-    """Id and run directory; None for what is not there."""
+    """Return the id and run directory; None for what is missing."""
     with path.open(encoding="utf-8", errors="replace") as stream:
         first, _, rest = stream.read(_MAX_RUN_ID).partition("\n")
     return first.strip() if _RUN_ID.fullmatch(first.strip()) else None, rest.removesuffix("\n") or None
@@ -213,7 +213,7 @@ def _in_one_line(error: Exception) -> str:
 
 
 def _read_settings() -> dict[str, str]:
-    """wandb's own settings: the user's file, then the working directory's, which wins."""
+    """Read wandb's own settings: the user's file, then the working directory's, which wins."""
     user_dir = os.environ.get("WANDB_CONFIG_DIR") or os.path.expanduser("~/.config/wandb")
     parser = configparser.ConfigParser(interpolation=None)
     try:

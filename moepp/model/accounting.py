@@ -64,7 +64,7 @@ class FlopsPerToken:
 
 
 def count_parameters(cfg: ModelConfig) -> ParameterCounts:
-    """Every parameter, by kind."""
+    """Return every parameter, by kind."""
     moe, width, num_moe = cfg.moe, cfg.hidden_size, len(cfg.moe_layers)
     num_experts = moe.num_experts
     if moe.router in ("linear", "mlp"):
@@ -87,7 +87,7 @@ def count_parameters(cfg: ModelConfig) -> ParameterCounts:
 
 
 def _size(make: Callable[[], nn.Module]) -> int:
-    """Parameters of a module; takes no memory."""
+    """Return parameters of a module; takes no memory."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in make().parameters())
 
@@ -95,7 +95,7 @@ def _size(make: Callable[[], nn.Module]) -> int:
 def activated_parameters(
     cfg: ModelConfig, ffn_per_token: float | None = None, *, include_embedding: bool = True
 ) -> float:
-    """Parameters that one token uses: all but the FFN experts that it does not choose.
+    """Return parameters that one token uses: all but the FFN experts that it does not choose.
 
     Args:
         ffn_per_token: A, averaged over the MoE layers; None: all K choices are FFN experts, the upper bound.
@@ -110,7 +110,7 @@ def activated_parameters(
 
 
 def flops_per_token(cfg: ModelConfig, seq_len: int, ffn_per_token: float) -> FlopsPerToken:
-    """Operations per token when each computes ``ffn_per_token`` FFN experts in every MoE layer (A, on average).
+    """Return operations per token when each computes ``ffn_per_token`` FFN experts in every MoE layer (A, on average).
 
     Observed cost: the ``ffn_per_token`` of the run. Active: :func:`max_ffn_per_token`, what a vanilla MoE of the
     same size computes. Expected under a perfect balance: :func:`balanced_ffn_per_token`. Total, every expert for
@@ -133,12 +133,12 @@ def flops_per_token(cfg: ModelConfig, seq_len: int, ffn_per_token: float) -> Flo
 
 
 def max_ffn_per_token(moe: MoEConfig) -> int:
-    """A when every choice that can be an FFN expert is one: min(K, N_FFN)."""
+    """Return A when every choice that can be an FFN expert is one: min(K, N_FFN)."""
     return min(moe.top_k, moe.num_ffn_experts)
 
 
 def balanced_ffn_per_token(moe: MoEConfig) -> float:
-    """A at the optimum of the balance loss (arXiv 2410.07348, Eq. 7): K tau N_FFN / (tau N_FFN + N_ZC)."""
+    """Return A at the optimum of the balance loss (arXiv 2410.07348, Eq. 7): K tau N_FFN / (tau N_FFN + N_ZC)."""
     weighted_ffn = moe.tau * moe.num_ffn_experts
     return moe.top_k * weighted_ffn / (weighted_ffn + moe.num_zero_computation_experts)
 

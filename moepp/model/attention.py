@@ -113,7 +113,7 @@ class Attention(nn.Module):
 def rotary_table(
     position_ids_BS: Tensor, cfg: ModelConfig, num_positions: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of ``position / theta^(2i/d)``, i < d/2 (RoPE, arXiv 2104.09864), scaled as ``cfg`` says.
+    """Return cosine and sine of ``position / theta^(2i/d)``, i < d/2 (RoPE, arXiv 2104.09864), scaled as ``cfg`` says.
 
     Angles are computed in fp32 and the results rounded to ``dtype``. Returns two [B, 1, S, d/2].
 
@@ -144,7 +144,7 @@ def _scaled_rope(cfg: ModelConfig, num_positions: int) -> tuple[float, float]:
 def build_attention_mask(
     valid_BP: Tensor | None, num_new: int, num_past: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor | None:
-    """What is added to the attention scores; None where SDPA needs no mask.
+    """Return the mask added to the attention scores; None where SDPA needs none.
 
     Each of "in the future" and "padding" adds the dtype's lowest number rather than -inf. So a padding position that
     may attend to nothing gets some finite output instead of NaN, the same as in the released code.

@@ -118,7 +118,7 @@ def _next_token(
     sampling: Sampling,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """One forward over what the cache does not hold yet, and one choice; the model's training flag is restored."""
+    """Run one forward over the tokens that the cache lacks, choose, and restore the training flag."""
     was_training = model.training
     model.eval()
     try:
@@ -131,7 +131,7 @@ def _next_token(
 
 
 def sample(logits_BV: Tensor, sampling: Sampling = GREEDY, generator: torch.Generator | None = None) -> Tensor:
-    """One token per row, [B, 1] int64."""
+    """Return one token per row, [B, 1] int64."""
     if sampling.never:
         never = torch.tensor(sampling.never, device=logits_BV.device)
         logits_BV = logits_BV.index_fill(1, never, -math.inf)
@@ -150,7 +150,7 @@ def sample(logits_BV: Tensor, sampling: Sampling = GREEDY, generator: torch.Gene
 
 
 def _agree(next_B1: Tensor, group: comm.Group | None) -> Tensor:
-    """The first rank's tokens on every rank: the others' logits may differ from its in the last bit."""
+    """Return the first rank's tokens on every rank: logits may differ in the last bit."""
     if group is None or comm.size(group) == 1:
         return next_B1
     return comm.all_reduce_sum(next_B1 if comm.rank(group) == 0 else torch.zeros_like(next_B1), group)

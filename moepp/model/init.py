@@ -55,7 +55,7 @@ def init_parameters(model: Transformer, seed: int, ep_rank: int = 0, ep_size: in
 
 
 def _constant(model: Transformer, name: str) -> float | None:
-    """What a parameter is filled with; ``None``: it is drawn."""
+    """Return the value that fills a parameter; ``None``: it is drawn."""
     module: nn.Module = model
     path = name.split(".")
     for depth, part in enumerate(path[:-1], 1):
@@ -80,12 +80,12 @@ def reset_buffers(model: nn.Module) -> None:
 
 
 def _std(name: str, init_std: float) -> float:
-    """Standard deviation of a parameter."""
+    """Return the standard deviation of a parameter."""
     return 1.0 if name.endswith("zero_computation.value") else init_std
 
 
 def random_stream(key: str) -> torch.Generator:
-    """A generator on the CPU whose numbers depend on ``key`` alone."""
+    """Return a generator on the CPU whose numbers depend on ``key`` alone."""
     digest = hashlib.sha256(key.encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little"))
 

@@ -84,7 +84,7 @@ class TransformerLayer(nn.Module):
         prev_logits_TE: Tensor | None,
         selection_share_E: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, MoEStats | None]:
-        """Returns (hidden, router logits for the next MoE layer, aux loss, statistics).
+        """Return (hidden, router logits for the next MoE layer, aux loss, statistics).
 
         A dense layer hands the previous logits on and has neither loss nor statistics.
         """

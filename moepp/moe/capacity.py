@@ -15,7 +15,7 @@ from moepp.ops import count_experts
 
 
 def capacities(cfg: MoEConfig, num_assignments: int) -> tuple[int, int]:
-    """Assignments that one FFN expert and one zero-computation expert may keep, of ``num_assignments`` = K·T.
+    """Return assignments that one FFN expert and one zero-computation expert may keep, of ``num_assignments`` = K·T.
 
     ``C_FFN = ⌈γ τ A / (τ N_FFN + N_ZC)⌉``, ``C_ZC = ⌈γ A / (τ N_FFN + N_ZC)⌉``. A counts assignments: with A = T,
     as the paper prints it, almost half of them would drop at γ = 1.1.
@@ -27,7 +27,7 @@ def capacities(cfg: MoEConfig, num_assignments: int) -> tuple[int, int]:
 
 
 def keep_within_capacity(topk_ids_TK: Tensor, weights_TK: Tensor, cfg: MoEConfig) -> Tensor:
-    """Which assignments survive: bool [T, K].
+    """Return which assignments fit into the capacities: bool [T, K].
 
     Each expert keeps its assignments with the highest gate weights (``drop_policy="weight"``; among equals the earlier
     token), or its earliest tokens (``"position"``). Every rank applies this to its own tokens.

@@ -8,7 +8,7 @@ Both dispatchers compute the same thing. With expert parallelism, for the tokens
     ... experts ...
     3'. 2'. 1'.    the same way back, then each token sums its weighted outputs
 
-Rows may travel in several chunks, each for some of every rank's experts: while one chunk is computed the next is on its
+Rows may be sent in several chunks, each for some of every rank's experts: while one is computed, the next is on its
 way there and the one before on its way back. Zero-computation and dropped assignments never appear here. A rank that
 sends or receives nothing still takes part.
 
@@ -48,13 +48,13 @@ class Assignments:
     num_dropped: Tensor
 
     def row_order(self, num_rows: int) -> ops.RowOrder:
-        """The rows in the order of experts; ``num_rows`` = N as the host knows it."""
+        """Return the rows in the order of experts; ``num_rows`` = N as the host knows it."""
         return ops.RowOrder(self.ffn.assignments_A[:num_rows], self.ffn.positions_TK)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows for some of every rank's experts, which travel together."""
+    """Rows for some of every rank's experts, which are sent together."""
 
     rows: Tensor  # for the local experts; in flight until they are received
     counts_E: Tensor  # rows of each of these local experts, summing to R
@@ -100,7 +100,7 @@ class LocalDispatcher:
         return [Chunk(rows_ND, counts_E)], DispatchMetadata(order, assignments.weights_TK, 0)
 
     def receive(self, chunk: Chunk) -> Tensor:
-        """The rows to compute, [R, D] sorted by local expert."""
+        """Return the rows to compute, [R, D] sorted by local expert."""
         return chunk.rows
 
     def send_back(self, rows_RD: Tensor, chunk: Chunk) -> InFlight:

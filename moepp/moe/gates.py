@@ -31,7 +31,7 @@ class Gates:
 
 
 def compute_gates(logits_TE: Tensor, cfg: MoEConfig) -> Gates:
-    """Top-K experts and their weights, as ``cfg.gate_normalization`` says, in the logits' precision.
+    """Return the top-K experts and their weights, as ``cfg.gate_normalization`` says, in the logits' precision.
 
     A gate normalisation is a function ``(logits_TE, cfg) -> Gates`` in :data:`moepp.registry.GATE_NORMALIZATIONS`.
     """

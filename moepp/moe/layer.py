@@ -178,7 +178,7 @@ class MoELayer(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Experts per kind, and how many each token chooses."""
+        """Return the experts per kind and the number that each token chooses."""
         counts = ", ".join(f"{count} {kind}" for kind, count in self.cfg.expert_counts.items() if count)
         return f"{counts}; top {self.cfg.top_k}"
 

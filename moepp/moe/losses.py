@@ -13,7 +13,7 @@ from moepp.registry import BALANCE_RULES
 
 
 def balance_loss(*, probs_TE: Tensor, selection_share_E: Tensor, cfg: MoEConfig) -> Tensor:
-    """The loss that ``cfg.balance_rule`` names.
+    """Return the loss that ``cfg.balance_rule`` names.
 
     A balance rule is a function with these arguments in :data:`moepp.registry.BALANCE_RULES`.
 

@@ -22,7 +22,7 @@ class RegisteredModule(nn.Module):
     """
 
     def init(self, name: str) -> float | None:
-        """What the parameter ``name`` (relative to this module) is filled with at the start; ``None``: drawn."""
+        """Return the initial value of the parameter ``name`` (relative to this module); ``None``: drawn."""
         return None
 
     def reset_buffers(self) -> None:
@@ -61,7 +61,7 @@ class RegisteredModule(nn.Module):
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and buffer of everything that a checkpoint holds besides parameters.
+    """Yield the name and buffer of everything that a checkpoint holds besides parameters.
 
     Raises:
         ConfigError: a dtype that checkpoints do not hold.

@@ -60,7 +60,7 @@ class Router(RegisteredModule):
         raise NotImplementedError
 
     def forward(self, x_TD: Tensor, prev_logits_TE: Tensor | None) -> Tensor:
-        """Logits [T, N] after the residual, before any normalisation; fp32 (fp64 for fp64 input).
+        """Return logits [T, N] after the residual, before any normalisation; fp32 (fp64 for fp64 input).
 
         Args:
             x_TD: the tokens.
@@ -74,7 +74,7 @@ class Router(RegisteredModule):
         return logits_TE
 
     def choose(self, logits_TE: Tensor) -> Gates:
-        """The K experts of every token and their gate weights."""
+        """Return the K experts of every token and their gate weights."""
         return compute_gates(logits_TE, self.cfg)
 
     @torch.no_grad()
@@ -111,5 +111,5 @@ class MLPRouter(Router):
 
 
 def make_router(cfg: MoEConfig, hidden_size: int) -> Router:
-    """The router that ``cfg.router`` names."""
+    """Return the router that ``cfg.router`` names."""
     return ROUTERS.get(cfg.router)(cfg, hidden_size)

@@ -27,7 +27,7 @@ class MoEStats:
     z_loss: Tensor  # not multiplied by its weight
 
     def share(self, kind: str) -> Tensor:
-        """Share of the choices that went to experts of this kind."""
+        """Return the share of the choices that went to experts of this kind."""
         return self.share_Z[self.kinds.index(kind)]
 
     @property

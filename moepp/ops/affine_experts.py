@@ -22,7 +22,7 @@ from moepp.ops.shared_gradient import SharedGradient, shared_gradient
 def affine_experts(
     x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, alpha_C2D: Tensor, value_CD: Tensor, experts: range
 ) -> Tensor:
-    """Weighted sum of these experts' outputs: [T, D] in x's dtype; 0 for a token that chose none of them.
+    """Return the weighted sum of these experts' outputs: [T, D] in x's dtype; 0 for a token that chose none of them.
 
     Args:
         x_TD: the tokens.

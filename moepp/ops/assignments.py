@@ -46,7 +46,7 @@ def sort_assignments(sort_keys_TK: Tensor, num_experts: int) -> SortedAssignment
 
 
 def count_experts(experts_A: Tensor, num_experts: int) -> Tensor:
-    """How often each of the first ``num_experts`` experts occurs: int64 [E]; no host synchronisation."""
+    """Return how often each of the first ``num_experts`` experts occurs: int64 [E]; no host synchronisation."""
     if kernels := cpu_kernels(experts_A, torch.float32):
         counts_E = experts_A.new_empty(num_experts)
         kernels.call("count_experts", experts_A.contiguous(), counts_E, experts_A.numel(), num_experts)

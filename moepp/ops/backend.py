@@ -55,7 +55,7 @@ def choose_kernels(choice: str, device: torch.device) -> None:
 
 @contextmanager
 def use_kernels(choice: str) -> Iterator[None]:
-    """Within it operations run these kernels, unchecked; to compare them."""
+    """Run operations with these kernels, unchecked, inside the block; to compare them."""
     global _chosen
     before, _chosen = _chosen, choice
     try:
@@ -65,7 +65,7 @@ def use_kernels(choice: str) -> Iterator[None]:
 
 
 def cpu_kernels(tensor: Tensor, dtype: torch.dtype | None = None) -> Library | None:
-    """The compiled kernels for tensors like this one, or None where torch's operations must do.
+    """Return the compiled kernels for tensors like this one, or None to use torch's operations.
 
     These do too while torch.compile traces, and for tensors that hold no memory of their own (fake ones, those of
     ``torch.func``, distributed ones): a tracer sees operations that it knows.
@@ -92,14 +92,14 @@ def cpu_kernels_for(device: torch.device, dtype: torch.dtype) -> Library | None:
 
 
 def require_cpu_kernels(tensor: Tensor) -> Library:
-    """As :func:`cpu_kernels`, where it has been found out that there are some."""
+    """Return :func:`cpu_kernels`, which must exist."""
     kernels = cpu_kernels(tensor)
     assert kernels is not None
     return kernels
 
 
 def require_row_kernels(tensor: Tensor) -> Library | TritonRows:
-    """As :func:`row_kernels`, where it has been found out that there are some."""
+    """Return :func:`row_kernels`, which must exist."""
     kernels = row_kernels(tensor)
     assert kernels is not None
     return kernels
@@ -118,7 +118,7 @@ def row_kernels(tensor: Tensor) -> Library | TritonRows | None:
 
 
 def uses_triton() -> bool:
-    """Whether Triton's kernels are chosen."""
+    """Return whether Triton's kernels are chosen."""
     return _chosen == "triton"
 
 
@@ -147,14 +147,14 @@ def _triton_rows() -> TritonRows:
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:
-    """Which kernels tensors of this device and dtype use, for reports."""
+    """Return which kernels tensors of this device and dtype use, for reports."""
     if uses_triton():
         return "triton"
     return "compiled" if cpu_kernels_for(device, dtype) else "torch"
 
 
 def describe_experts(device: torch.device, dtype: torch.dtype) -> str:
-    """What the FFN experts of this device and dtype are computed by, for reports."""
+    """Return the name of the kernels of FFN experts on this device and dtype, for reports."""
     kernels = cpu_kernels_for(device, dtype)
     if kernels is not None and kernels.has_amx:
         return "amx"

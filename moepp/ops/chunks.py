@@ -1,4 +1,4 @@
-"""Which rows of which expert are computed at a time, and the gradients of weights that several chunks add to.
+"""Chunks of rows that are computed at a time, and weight gradients summed over chunks.
 
 Shapes: R rows ordered by expert, M and N the two sides of a weight, C rows of a chunk.
 """
@@ -40,7 +40,7 @@ def chunks(rows_per_expert: list[int], chunk_rows: int | None) -> Iterator[Chunk
 
 
 def largest_chunk(rows_per_expert: list[int], chunk_rows: int | None) -> int:
-    """Rows of the longest chunk."""
+    """Return rows of the longest chunk."""
     largest = max(rows_per_expert, default=0)
     return largest if chunk_rows is None else min(largest, chunk_rows)
 
@@ -60,7 +60,7 @@ class WeightGradients:
 
     @contextmanager
     def open(self, chunk: Chunk) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """(where to write the gradient of the chunk's expert, None), or the sum to add to instead where not None."""
+        """Yield (output, accumulator): write the chunk's gradient to output, or add it to accumulator if not None."""
         target_MN = self.value_EMN[chunk.expert]
         if chunk.first and chunk.last:
             yield target_MN, None

@@ -101,7 +101,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The product in fp32 at least, rounded once: a factor in bfloat16 would be off by up to 0.4 % everywhere."""
+    """Return the product in fp32 at least, rounded once: a bfloat16 factor would be off by up to 0.4 %."""
     # A 0-dim factor would be rounded to the gradient's dtype first.
     return torch.mul(gradient, factor.view(1), out=torch.empty_like(gradient, dtype=dtype))
 

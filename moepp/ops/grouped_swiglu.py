@@ -25,14 +25,14 @@ from moepp.ops.swiglu import swiglu, swiglu_backward
 def grouped_swiglu(
     rows_RD: Tensor, counts_E: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, chunk_rows: int | None = None
 ) -> Tensor:
-    """Outputs [R, D] of each expert's rows.
+    """Return outputs [R, D] of each expert's rows.
 
     Args:
         rows_RD: sorted by expert.
         counts_E: rows of each expert, int64, summing to R.
         gate_up_EGD: rows 0..F-1 gate, F..2F-1 up.
         down_EDF: back to the width.
-        chunk_rows: no more hidden activations than those of so many rows exist at a time; they are not stored, and
+        chunk_rows: hidden activations of at most this many rows exist at a time; they are not stored, and
             backward computes them again. None: all are stored.
     """
     gate_up_EGD, down_EDF = gate_up_EGD.to(rows_RD.dtype), down_EDF.to(rows_RD.dtype)
@@ -48,7 +48,7 @@ def grouped_swiglu(
 
 
 def has_grouped_mm(rows_RD: Tensor) -> bool:
-    """Whether torch has a native grouped matmul for this device and dtype (bf16 on compute capability >= 8.0)."""
+    """Return whether torch has a grouped matmul for this device and dtype (bf16, compute capability >= 8.0)."""
     if not hasattr(F, "grouped_mm") or rows_RD.dtype != torch.bfloat16 or not rows_RD.is_cuda:
         return False
     return torch.cuda.get_device_capability(rows_RD.device) >= (8, 0)

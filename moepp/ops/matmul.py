@@ -19,7 +19,7 @@ from moepp.ops.backend import cpu_kernels
 
 
 def multiplies_in_float32(tensor: Tensor) -> bool:
-    """Whether products of tensors like this one are computed in float32 and rounded."""
+    """Return whether products of tensors like this one are computed in float32 and rounded."""
     return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and not _cpu_has_bfloat16()
 
 
@@ -81,7 +81,7 @@ def transpose(tensor_RM: Tensor, out_MR: Tensor) -> None:
 
 
 def repacks_right_factor(tensor: Tensor) -> bool:
-    """Whether a product of such tensors copies its right factor and is slow for a transposed left one.
+    """Return whether a product of such tensors copies its right factor and is slow for a transposed left one.
 
     oneDNN's bfloat16 product on the CPU repacks B in every call, and is slow for a transposed A (measured).
     """
@@ -90,7 +90,7 @@ def repacks_right_factor(tensor: Tensor) -> bool:
 
 
 def dense_transpose(tensor_RM: Tensor) -> Tensor:
-    """The transposed matrix as a product's left factor: contiguous where oneDNN prefers it, else a view."""
+    """Return the transpose as a product's left factor: contiguous if oneDNN prefers it, else a view."""
     if not repacks_right_factor(tensor_RM):
         return tensor_RM.t()
     num_rows, width = tensor_RM.shape
@@ -123,7 +123,7 @@ def add_transposed_product(sum_MN: Tensor, left_RM: Tensor, right_RN: Tensor) ->
 
 
 def adds_into_float32(tensor: Tensor) -> bool:
-    """Whether products of such tensors can be added to a float32 matrix without being rounded."""
+    """Return whether products of such tensors can be added to a float32 matrix without being rounded."""
     if tensor.device.type == "cpu" or tensor.dtype not in (torch.bfloat16, torch.float16):
         return False
     return _adds_into_float32(tensor.device, tensor.dtype)

@@ -32,7 +32,7 @@ class RowOrder:
 
 
 def gather_rows(x_TD: Tensor, order: RowOrder) -> Tensor:
-    """The token of every row: [R, D]."""
+    """Return the token of every row: [R, D]."""
     return _Gather.apply(x_TD, order.token_ids_R, order.positions_TK, shared_gradient(x_TD))
 
 
@@ -62,13 +62,13 @@ class _Gather(torch.autograd.Function):
 
 
 def donate(tensor: Tensor) -> Tensor:
-    """The same tensor, which :func:`combine_rows` may overwrite: nothing else reads it, not even autograd."""
+    """Return the same tensor, which :func:`combine_rows` may overwrite: nothing else reads it, not even autograd."""
     setattr(tensor, _DONATED, True)
     return tensor
 
 
 def combine_rows(rows_RD: Tensor, order: RowOrder, weights_TK: Tensor, start_TD: Tensor | None = None) -> Tensor:
-    """Each token's rows times their gate weights, added to ``start_TD`` if given: [T, D] in the rows' dtype.
+    """Return each token's rows times their gate weights, added to ``start_TD`` if given: [T, D] in the rows' dtype.
 
     Gate weights are float32; a weighted row is rounded to the rows' dtype once, or only their sum is. Sums are always
     taken in the same order. The result may take the place of a donated ``start_TD``.
@@ -82,7 +82,7 @@ def combine_rows(rows_RD: Tensor, order: RowOrder, weights_TK: Tensor, start_TD:
 
 
 def _add_rows(start_TD: Tensor, rows_RD: Tensor, positions_TK: Tensor) -> Tensor:
-    """Each token's rows added to its start one after the other and rounded once: always the same bits.
+    """Return each token's rows added to its start in a fixed order and rounded once: bitwise reproducible.
 
     ``index_add`` on an accelerator adds in the order in which its threads come, and rounds each time.
     """

@@ -25,17 +25,17 @@ class SharedGradient:
         self._sum: tuple[int, Tensor] | None = None
 
     def take(self) -> Tensor | None:
-        """What to add to; the caller puts its result back."""
+        """Return the sum to add to; the caller puts the result back."""
         found, self._sum = self._sum, None
         return found[1] if found is not None and found[0] == torch._C._current_graph_task_id() else None
 
     def put(self, gradient: Tensor) -> None:
-        """The new sum."""
+        """Put the new sum back."""
         self._sum = (torch._C._current_graph_task_id(), gradient)
 
 
 def share_gradient(x_TD: Tensor) -> Tensor:
-    """The same tensor, for several of this package's operations; where it gains nothing, ``x_TD`` itself."""
+    """Return ``x_TD`` with one gradient buffer shared by several operations; where useless, ``x_TD`` itself."""
     if not cpu_kernels(x_TD) or not torch.is_grad_enabled() or not x_TD.requires_grad:
         return x_TD
     shared = SharedGradient()
@@ -45,7 +45,7 @@ def share_gradient(x_TD: Tensor) -> Tensor:
 
 
 def shared_gradient(x_TD: Tensor) -> SharedGradient | None:
-    """The buffer of a tensor from :func:`share_gradient`, for an operation's forward to keep."""
+    """Return the buffer of a tensor from :func:`share_gradient`, for an operation's forward to keep."""
     return getattr(x_TD, _ATTRIBUTE, None)
 
 

@@ -183,7 +183,7 @@ class RunClaim:
             logger.warning("cannot look after %s now: %s", path, error.strerror)
 
     def finish_import(self) -> None:
-        """The weights are in place: from now on the directory is a run like any other."""
+        """Mark the weights as complete: from now on the directory is a run like any other."""
         self.run_dir.importing.unlink()
         files.sync_folder(self.run_dir.path)
 
@@ -262,7 +262,7 @@ def _run_files(run_dir: RunDir) -> list[Path]:
 
 
 def _was_never_trained(run_dir: RunDir) -> bool:
-    """True for a start that failed before its first record, which another configuration may take over."""
+    """Return whether a start failed before its first record, so that another configuration may take over."""
     return (
         run_dir.environment_file.exists()
         and run_dir.metrics_file.exists()
@@ -274,13 +274,13 @@ def _was_never_trained(run_dir: RunDir) -> bool:
 
 
 def _is_untrained(run_dir: RunDir) -> bool:
-    """True for imported weights that no step was taken from: a checkpoint at step 0 and no record."""
+    """Return whether these are imported weights without a step: a checkpoint at step 0 and no record."""
     has_records = run_dir.metrics_file.exists() and run_dir.metrics_file.stat().st_size > 0
     return _saved(run_dir) == ["step-00000000"] and not has_records
 
 
 def _saved(run_dir: RunDir) -> list[str]:
-    """What lies in checkpoints/, without the remains of a save that was interrupted."""
+    """Return the entries of checkpoints/ without the remains of an interrupted save."""
     names = os.listdir(run_dir.checkpoints) if run_dir.checkpoints.is_dir() else []
     return [name for name in names if not (name.startswith(".step-") and name.endswith(".tmp"))]
 

@@ -37,13 +37,13 @@ _SOURCES = (".py", ".c", ".h")
 
 
 def code_facts() -> dict[str, str]:
-    """What the ranks of one run must have in common beside the configuration: packages, and the files of this one."""
+    """Return what all ranks must have in common besides the configuration: packages, and our own files."""
     packages = {name: _version(name) or "absent" for name in _COMPUTING}
     return {"Python": platform.python_version(), **packages, "moepp's source": source_digest()}
 
 
 def command_facts() -> dict[str, str]:
-    """The same for a command without a configuration: what was asked for, word by word."""
+    """Return what all ranks of a command must have in common: packages and the command line."""
     return {"the command": shlex.join(sys.argv[1:]), **code_facts()}
 
 
@@ -59,7 +59,7 @@ def source_digest(folder: Path | None = None) -> str:
 
 
 def describe_environment(device_name: str, world_size: int) -> dict[str, Any]:
-    """Versions, commit and hardware, for environment.json.
+    """Return the versions, commit and hardware for environment.json.
 
     Args:
         device_name: of rank 0's device, for example ``torch.cuda.get_device_name()`` or "cpu".
@@ -83,7 +83,7 @@ def describe_environment(device_name: str, world_size: int) -> dict[str, Any]:
 
 
 def version_line() -> str:
-    """Versions of this package, torch and Python, read without importing torch."""
+    """Return the versions of this package, torch and Python, read without importing torch."""
     python = platform.python_version()
     return (
         f"moepp {_version('moepp') or 'not installed'} (torch {_version('torch') or 'not installed'}, Python {python})"
@@ -91,7 +91,7 @@ def version_line() -> str:
 
 
 def cpu_name() -> str:
-    """The processor as it calls itself, or its architecture."""
+    """Return the processor's name, or its architecture."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,4 +1,4 @@
-"""An exclusive lock on a run directory, held as long as its process lives."""
+"""An exclusive lock on a run directory, held until its process ends."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class RunLock:
 
 
 def _require_single_name(fd: int, path: Path) -> None:
-    """What is locked is overwritten: a planted second name of some other file must not be."""
+    """Refuse a planted second name of another file: what is locked is overwritten."""
     if os.fstat(fd).st_nlink > 1:
         raise RunError(f"{path} is a hard link to another file, which locking would overwrite; remove it")
 

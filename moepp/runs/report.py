@@ -52,7 +52,7 @@ def write_report(run_dir: RunDir, inputs: ReportInputs) -> str:
 
 
 def read_inputs(run_dir: RunDir) -> ReportInputs:
-    """The entropy that the last :func:`write_report` was given, and the samples that training drew (samples.json).
+    """Return the entropy given to the last :func:`write_report`, and training's samples (samples.json).
 
     Raises:
         RunError: ``report.json`` or ``samples.json`` is damaged.
@@ -77,7 +77,7 @@ def _read_json(path: Path) -> Any:
 
 
 def summary_text(records: Records, inputs: ReportInputs, run_dir: RunDir) -> str:
-    """The summary as Markdown; pure, and complete whatever metrics are missing."""
+    """Return the summary as Markdown, whatever metrics are missing."""
     sections = [
         _headline(records),
         _loss_section(records, inputs.unigram_entropy),
@@ -138,7 +138,7 @@ def _loss_section(records: Records, unigram_entropy: float | None) -> str:
 
 
 def _verdict(margin: float, tokens: int) -> str:
-    """What it means that the validation loss lies so many nats below (above: negative) the unigram entropy."""
+    """Return a sentence on the validation loss being ``nats`` below (negative: above) the unigram entropy."""
     if margin > 0:
         return (
             f"PASS: the validation loss is {margin:.4f} below the unigram entropy: "
@@ -173,7 +173,8 @@ def _routing_section(records: Records) -> str:
             "",
             *_table(header, rows),
             "",
-            f"FFN experts per token: {_number(record['routing/ffn_per_token'], '{:.3f}')}; dropped slots: {dropped}",
+            f"FFN experts per token: {_number(record['routing/ffn_per_token'], '{:.3f}')}; "
+            f"dropped assignments: {dropped}",
         ]
     )
 
@@ -218,12 +219,12 @@ def _places_section(run_dir: RunDir) -> str:
 
 
 def _last_with(records: Records, name: str) -> Mapping[str, Any] | None:
-    """The last record in which ``name`` is a number."""
+    """Return the last record in which ``name`` is a number."""
     return next((record for record in reversed(records) if record.get(name) is not None), None)
 
 
 def _mean_per_step(records: Records, name: str) -> float | None:
-    """Mean of a per-step metric over the run, weighing each record by the steps since the one before."""
+    """Return the mean of a per-step metric over the run, weighing each record by the steps since the one before."""
     points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
     if not points:
         return None
@@ -236,7 +237,7 @@ def _mean_per_step(records: Records, name: str) -> float | None:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table with aligned columns, readable as plain text too."""
+    """Return a Markdown table with aligned columns, readable as plain text too."""
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * (width - 1) + ":" for width in widths], *rows]
     return ["| " + " | ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]

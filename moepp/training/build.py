@@ -27,14 +27,14 @@ from moepp.training.trainer import Evaluation, Parts
 
 
 def device_name(device: torch.device) -> str:
-    """The accelerator's name as its vendor gives it, or the processor's architecture."""
+    """Return the accelerator's name as its vendor gives it, or the processor's architecture."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} {platform.machine()}"
 
 
 def build_model(cfg: Config, groups: ParallelGroups, comm_stats: comm.CommStats) -> Transformer:
-    """The model on this rank's device, with weights that depend on the seed and the names alone."""
+    """Return the model on this rank's device, with weights that depend on the seed and the names alone."""
     with torch.device("meta"):
         model = Transformer(
             cfg.model,
@@ -70,7 +70,7 @@ def load_initial_weights(cfg: Config, model: Transformer, groups: ParallelGroups
 
 
 def build_engine(cfg: Config, plan: RunPlan, model: Transformer, groups: ParallelGroups) -> Engine:
-    """The engine that ``engine.name`` asks for."""
+    """Return the engine that ``engine.name`` asks for."""
     if cfg.engine.name == "native":
         from moepp.engine.native import NativeEngine
 
@@ -90,7 +90,7 @@ def build_parts(
     versions: dict[str, Any],
     check_claim: Callable[[], None],
 ) -> Parts:
-    """Everything that :class:`moepp.training.trainer.Trainer` needs; collective.
+    """Return everything that :class:`moepp.training.trainer.Trainer` needs; collective.
 
     Args:
         cfg: the run's configuration.
@@ -138,7 +138,7 @@ def build_parts(
 
 
 def task_evaluation(cfg: Config, groups: ParallelGroups) -> Evaluation:
-    """The benchmarks of ``eval.tasks``."""
+    """Return the benchmarks of ``eval.tasks``."""
     from moepp.evaluation.evaluate import evaluate_tasks  # imports lm-evaluation-harness
 
     path, settings = cfg.data.tokenizer, cfg.eval

@@ -82,7 +82,7 @@ class LossWatch:
         self._has_warned = False
 
     def remark(self, loss: float, step: int, is_last: bool) -> str | None:
-        """What there is to say about one logged loss: once when it is too high, and at the end if it still is."""
+        """Return a warning for a logged loss: once when it is too high, and at the end if it still is."""
         is_first = self._limit is None
         if self._limit is None:
             self._limit = FAR_ABOVE * min(max(loss, self._guessing), 2 * self._guessing)

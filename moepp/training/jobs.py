@@ -124,7 +124,7 @@ class _Signals:
         self.send(_PASSED_ON[signal.Signals(number)])
 
     def _pause(self, number: int, frame: FrameType | None) -> None:
-        """Ctrl-Z: the job stands still as long as the sweep does."""
+        """Stop the job as long as the sweep is stopped (Ctrl-Z)."""
         self.send(signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGSTOP)
         self.send(signal.SIGCONT)
@@ -155,7 +155,7 @@ def _run(job: Job, signals: _Signals) -> int:
 
 
 def _stopped_code(codes: dict[int, int], received: signal.Signals | None) -> int | None:
-    """The exit code of a sweep that was stopped: 130 by Ctrl-C, 75 by another signal."""
+    """Return the exit code of a sweep that was stopped: 130 by Ctrl-C, 75 by another signal."""
     for code in (EXIT_INTERRUPTED, Preempted.exit_code):
         if code in codes.values():
             return code
@@ -185,7 +185,7 @@ def _outcome(job: Job, code: int | None) -> str:
 
 
 def _last_losses(metrics: Path) -> list[str]:
-    """The newest training and validation loss; nothing where they cannot be read."""
+    """Return the newest training and validation loss, or nothing if they cannot be read."""
     found: dict[str, float] = {}
     try:
         for line in metrics.read_text(encoding="utf-8").splitlines():
@@ -196,7 +196,7 @@ def _last_losses(metrics: Path) -> list[str]:
 
 
 def _shown(path: str | None) -> str:
-    """A directory as short as it can be written from here."""
+    """Return the shortest way to write a directory from here."""
     if path is None:
         return "-"
     relative = os.path.relpath(path)

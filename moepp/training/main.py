@@ -113,7 +113,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _absolute(config_path: str | None) -> str:
-    """A folder of configurations; a relative one starts at the project's root, beside train.py."""
+    """Return a folder of configurations; a relative one starts at the project's root, beside train.py."""
     configs = configs_folder()
     return str(configs if config_path is None else configs.parent / config_path)
 
@@ -147,7 +147,7 @@ def _hydra(options: argparse.Namespace) -> None:
 
 
 def _given_options(options: argparse.Namespace) -> list[str]:
-    """The command line's options again, for Hydra to read; the sources of configurations are handed over otherwise."""
+    """Return the options for Hydra to read again; sources of configurations are passed separately."""
     flags = ("help", "hydra_help", "resolve", "run", "multirun", "shell_completion")
     valued = ("cfg", "package", "config_dir", "experimental_rerun", "info")
     return [
@@ -157,7 +157,7 @@ def _given_options(options: argparse.Namespace) -> list[str]:
 
 
 def _train(cfg: DictConfig) -> None:
-    """One run: from Hydra's configuration to the typed one, and on."""
+    """Start one run from Hydra's configuration."""
     from moepp.training.run import run_training
 
     job = HydraConfig.get()

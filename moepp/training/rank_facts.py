@@ -24,13 +24,13 @@ _ALL_BLOCKS, _MOST_BLOCKS, _FEWEST_BLOCKS = 4096, 64, 2  # of 4 kB, of all files
 
 
 def start_facts(cfg: Config, device: torch.device) -> dict[str, str]:
-    """Every key of the configuration, packages, plugins and the kind of device: no rank may differ in any of them."""
+    """Return what no rank may differ in: every key, packages, plugins and the kind of device."""
     config = {key: _text(value) for key, value in flatten(to_dict(cfg)).items()}
     return {**config, **code_facts(), **_plugin_facts(cfg), "the device": device.type}
 
 
 def _plugin_facts(cfg: Config) -> dict[str, str]:
-    """Digest of the source of each plugin, which was imported already."""
+    """Return the digest of the source of each plugin, which was imported already."""
     facts = {}
     for name in cfg.runtime.plugins:
         path = getattr(sys.modules.get(name), "__file__", None)
@@ -40,9 +40,9 @@ def _plugin_facts(cfg: Config) -> dict[str, str]:
 
 
 def file_facts(cfg: Config) -> dict[str, str]:
-    """Size and digest of each file of the data, the tokenizer and the initial weights, by path.
+    """Return the size and digest of each file of the data, the tokenizer and the initial weights, by path.
 
-    A digest is the manifest's checksum, if there is one, and that of blocks spread over the file. So a copy that
+    A digest covers the manifest's checksum, if there is one, and blocks spread over the file. So a copy that
     differs in few places only, beside an old manifest, may pass.
 
     Raises:
@@ -68,7 +68,7 @@ def file_facts(cfg: Config) -> dict[str, str]:
 
 
 def processor_facts(device: torch.device, precision: torch.dtype) -> dict[str, str]:
-    """What decides about the last bits of a result and about speed: ranks may differ, which deserves a remark."""
+    """Return what decides the last bits of results and speed: ranks may differ, with a remark."""
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device)}
     if device.type != "cpu":

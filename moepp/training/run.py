@@ -43,7 +43,7 @@ from moepp.training.trainer import Trainer
 
 logger = logging.getLogger("moepp.training.run")
 
-LOCK_WAIT_SECONDS = 5.0  # a launcher restarts a run when its predecessor is hardly dead
+LOCK_WAIT_SECONDS = 5.0  # a launcher may restart a run while its predecessor is still exiting
 
 
 def run_training(cfg: Config) -> None:
@@ -51,7 +51,7 @@ def run_training(cfg: Config) -> None:
 
     Raises:
         MoeppError: anything a user can cause, the same on every rank, before training starts.
-        PeerError: another rank is gone; it is named.
+        PeerError: another rank was lost; the message names it.
     """
     launch = read_launch_environment()
     plan = validate(cfg, launch.world_size)
@@ -63,7 +63,7 @@ def run_training(cfg: Config) -> None:
     try:
         _run(cfg, plan, build_groups(Layout.of(cfg.parallel, launch.world_size), device))
         watch.stop()
-        with contextlib.suppress(RuntimeError):  # all work is done; a rank that is gone now says itself why
+        with contextlib.suppress(RuntimeError):  # all work is done; a rank that died reports its own error
             comm.barrier()  # rank 0 keeps the store, so it leaves last
     except Exception as error:
         if comm.is_communication_error(error):
@@ -76,7 +76,7 @@ def run_training(cfg: Config) -> None:
 
 
 def _leave_process_groups() -> None:
-    """Destroy the process groups; DeepSpeed, which has adopted them, must hear of it, or a second run gets the old."""
+    """Destroy the process groups, DeepSpeed's record of them too, or a second run would get the old ones."""
     adopter = sys.modules.get("deepspeed.comm")
     if adopter is not None and adopter.is_initialized():
         adopter.destroy_process_group()
@@ -142,7 +142,7 @@ def _peer_error(explanation: str) -> PeerError:
 
 
 def _leave(explanation: str) -> None:
-    """End a process whose training thread waits for a rank that is gone."""
+    """End a process whose training thread waits for a lost rank."""
     error = _peer_error(explanation)
     print(f"error: {error}", file=sys.stderr, flush=True)
     os._exit(error.exit_code)
@@ -185,7 +185,7 @@ def _introduce(cfg: Config, plan: RunPlan, groups: ParallelGroups) -> None:
 
 
 def _sizes(layout: Layout) -> str:
-    """ "PP 2, EP 4": the sizes of a layout that are in use."""
+    """Return the sizes of a layout that are in use, as "PP 2, EP 4"."""
     sizes = {"PP": layout.pipeline, "TP": layout.tensor, "CP": layout.context}
     return ", ".join([f"{name} {size}" for name, size in sizes.items() if size > 1] + [f"EP {layout.expert}"])
 

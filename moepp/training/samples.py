@@ -25,7 +25,7 @@ FILE = "samples.json"
 
 
 def lacks_samples(cfg: Config, run_path: Path) -> bool:
-    """Whether a run that is at its end still owes samples, as after a disk that was full; collective."""
+    """Return whether a run that is at its end still owes samples, as after a disk that was full; collective."""
     wanted = cfg.train.samples > 0 and cfg.data.tokenizer is not None
     return comm.broadcast_object(wanted and not (run_path / FILE).exists())
 
@@ -50,7 +50,7 @@ def write_samples(parts: Parts, run_path: Path, eod_id: int | None) -> None:
     generator = torch.Generator(device=groups.device).manual_seed(cfg.run.seed)
     samples = []
     for index in range(cfg.train.samples):
-        # With expert parallelism all ranks must continue the same prompt: that of the first.
+        # With expert parallelism all ranks must continue the first rank's prompt.
         prompt = comm.broadcast_object(parts.data.eval_batch(index, 0)[0][0, :PROMPT_TOKENS].tolist())
         ids = torch.tensor(prompt, device=groups.device)
         out = generate(

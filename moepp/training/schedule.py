@@ -8,7 +8,7 @@ from moepp.config import OptimConfig
 
 
 def learning_rate(step: int, total_steps: int, optim: OptimConfig) -> float:
-    """Learning rate of 0-based ``step``: linear warm-up to ``lr``, then the schedule, which ends at ``final_lr``."""
+    """Return the learning rate of 0-based ``step``: linear warm-up to ``lr``, then the schedule to ``final_lr``."""
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
     if optim.schedule == "constant":

@@ -72,7 +72,7 @@ def take_mode(options: argparse.Namespace) -> None:
 
 
 def add_key(overrides: Sequence[str], key: str) -> list[str]:
-    """The overrides with ``key=value`` turned into ``++key=value``, which sets a key that no file names."""
+    """Return the overrides with ``key=value`` turned into ``++key=value``, which sets a key that no file names."""
     return [f"++{override}" if override.startswith(f"{key}=") else override for override in overrides]
 
 
@@ -85,7 +85,7 @@ def number(cfg: DictConfig, num: int) -> None:
 
 
 def run_path(cfg: DictConfig) -> str:
-    """The directory of a run, links and relative parts resolved."""
+    """Return the directory of a run, links and relative parts resolved."""
     folder = cfg.run.get("dir")
     return os.path.realpath(os.path.expanduser(str(folder) if folder is not None else f"runs/{cfg.run.name}"))
 
@@ -195,7 +195,7 @@ class _Draft:
         self._find_path()
 
     def task(self) -> DictConfig:
-        """The configuration without Hydra's part."""
+        """Return the configuration without Hydra's part."""
         self.activate()
         cfg = copy.deepcopy(self.cfg)
         assert cfg is not None
@@ -204,7 +204,7 @@ class _Draft:
         return cfg
 
     def show(self, what: str, package: str | None, resolve: bool) -> str:
-        """The configuration, or the part ``package`` of it, as YAML."""
+        """Return the configuration, or the part ``package`` of it, as YAML."""
         task = self.task()
         assert self.cfg is not None
         shown = {"job": task, "hydra": self.cfg.hydra, "all": self.cfg}[what]
@@ -220,7 +220,7 @@ class _Draft:
 
 
 def _give_each_a_directory(drafts: list[_Draft]) -> None:
-    """Number the runs unless the sweep itself gives each a directory of its own.
+    """Give the runs numbers unless the sweep itself gives each a directory of its own.
 
     Jobs that cannot run count too, so that mending their values does not rename the others.
     """
@@ -238,7 +238,7 @@ def _give_each_a_directory(drafts: list[_Draft]) -> None:
 
 
 def _overlapping(drafts: Sequence[_Draft]) -> Iterator[tuple[_Draft, _Draft]]:
-    """Pairs of jobs of which one would write in the directory of the other."""
+    """Yield pairs of jobs one of which would write into the other's directory."""
     by_path: dict[str, _Draft] = {}
     for draft in drafts:
         assert draft.path is not None
@@ -268,7 +268,7 @@ class Plan:
                 draft.error = error
 
     def jobs(self) -> list[Job]:
-        """The jobs, ready to run, once their directories have been looked at."""
+        """Return the jobs, ready to run, after checking their directories."""
         swept = differing_keys(list(self._trees.values())) - {"run.name", "run.dir"}
         for draft in self._sound():
             try:
@@ -315,7 +315,7 @@ def _check_directory(draft: _Draft, tree: dict[str, Any], swept: set[str]) -> No
 
 
 def _swept_values(jobs: Sequence[Sequence[str]]) -> list[str]:
-    """What tells the jobs apart: their overrides without those that all of them have."""
+    """Return the overrides that distinguish the jobs."""
     common = set(jobs[0]).intersection(*jobs[1:])
     told = [" ".join(override.lstrip("+") for override in job if override not in common) for job in jobs]
     return [text.replace("$\\{", "${").replace("\\}", "}") for text in told]  # as written, before Hydra's quoting

@@ -103,7 +103,7 @@ class Trainer:
         return self.step * self.plan.tokens_per_step
 
     def resume(self, checkpoint: Path) -> None:
-        """Continue from a verified checkpoint of this run, saved in any layout; later ones are set aside."""
+        """Continue from a verified checkpoint of this run, saved in any layout; later ones are archived."""
         info = read_info(checkpoint)
         if None not in (info.eod_id, self.vocabulary.eod_id) and info.eod_id != self.vocabulary.eod_id:
             logger.warning(  # weights that were imported: a run of its own data is refused before this
@@ -122,7 +122,7 @@ class Trainer:
         self.skipped_batches, self.rewinds = state.skipped_batches, state.rewinds
         self.skipped_steps = SkippedSteps(self.cfg.guard, state.skipped_steps, state.skipped_in_a_row)
         self.spikes = SpikeGuard(self.cfg.guard, state.recent_losses)
-        self.parts.checkpointer.leave_behind(self.step)
+        self.parts.checkpointer.archive_after(self.step)
 
     def fit(self, stop: StopRequest) -> None:
         """Train to the last step, evaluating, logging and saving on the way.
@@ -162,7 +162,7 @@ class Trainer:
             )
 
     def train_step(self) -> StepResult:
-        """One optimizer step over the global batch; a rewind may follow, and then :attr:`step` goes back."""
+        """Take one optimizer step over the global batch; a rewind may follow and lower :attr:`step`."""
         comm_stats = self.parts.comm_stats
         sent_before = comm_stats.row_bytes
         batch = self.step + self.skipped_batches
@@ -280,7 +280,7 @@ class Trainer:
             self.parts.sinks.log({"eval/loss": self.evaluate()}, self.step, self.tokens)
 
     def evaluate(self) -> float:
-        """Mean cross-entropy in nats per token over ``train.eval_batches`` held-out global batches."""
+        """Return the mean cross-entropy in nats per token over ``train.eval_batches`` held-out global batches."""
         ce_and_tokens = torch.zeros(2, dtype=torch.float64, device=self.groups.device)
         with self._evaluation(), torch.no_grad():
             for index in range(self.cfg.train.eval_batches):
@@ -327,7 +327,7 @@ class Trainer:
         return (self._sum(counts_LE) / (num_tokens * self.groups.world_size)).float()
 
     def _anyone_must_stop(self, stop: StopRequest) -> bool:
-        """Whether any rank got a stop signal; the answer is the same on every rank."""
+        """Return whether any rank got a stop signal; the answer is the same on every rank."""
         return bool(comm.agree_on_flag(stop.received is not None, self.groups.world))
 
     def _log_preemption(self, stop: StopRequest) -> None:
@@ -352,10 +352,10 @@ class Trainer:
 
 
 def _known(now: T | None, before: T | None) -> T | None:
-    """What the data tell now, or told when the checkpoint was saved."""
+    """Return the data's value today, or the one that the checkpoint recorded."""
     return before if now is None else now
 
 
 def _is_due(step: int, interval: int) -> bool:
-    """Whether something that happens every ``interval`` steps (0: never) happens after ``step``."""
+    """Return whether something that happens every ``interval`` steps (0: never) happens after ``step``."""
     return interval > 0 and step % interval == 0

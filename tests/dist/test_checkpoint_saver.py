@@ -328,9 +328,9 @@ def _go_back(rank: int, folder: str) -> None:
     saving = Saving(folder, keep=0)
     for step in (1, 2, 3):
         saving.save(step)
-    saving.checkpointer.leave_behind(1)
+    saving.checkpointer.archive_after(1)
     saving.save(2)
-    saving.checkpointer.leave_behind(1)
+    saving.checkpointer.archive_after(1)
 
 
 def test_going_back_sets_later_checkpoints_aside(pool_2: WorkerPool, tmp_path: Path) -> None:

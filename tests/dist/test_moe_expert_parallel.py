@@ -107,7 +107,7 @@ def test_forced_routings_agree_with_the_oracle_on_every_rank(pools, ranks, ep_si
 
 
 def test_row_bytes_of_a_routing_counted_by_hand(pool_2):
-    # Rank 0 sends its slots on experts 2 and 3, rank 1 those on 0 and 1: 2 + 3 rows, there and back, twice; fp64, D=9.
+    # Rank 0 sends its assignments to experts 2 and 3, rank 1 those to 0 and 1: 2 + 3 rows, both ways, twice; fp64, D=9.
     choices = (((0, 2), (1, 6), (3, 5)), ((0, 1), (2, 1), (7, 4)))
     case = Case(config(capacity_factor=None), (3, 3), hidden_size=9, ep_size=2, choices=choices)
     [observed] = check(pool_2, [case])
@@ -145,7 +145,7 @@ def test_parts_that_do_not_divide_the_experts_of_a_rank_are_refused(pool_2, ffn)
         assert "exchange_chunks=3" in message and f"the {ffn // 2} FFN experts" in message and "\n" not in message
 
 
-def test_dropped_and_zero_computation_slots_are_never_sent(pool_2):
+def test_dropped_and_zero_computation_assignments_are_never_sent(pool_2):
     choices = (((3, 6),) * 10, ((0, 6),) * 10)
     kept = {}
     for capacity in (None, 0.5):

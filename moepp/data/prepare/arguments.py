@@ -38,7 +38,7 @@ def add_read_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_options(args: argparse.Namespace) -> ReadOptions:
-    """The options given on the command line."""
+    """Return the options given on the command line."""
     return ReadOptions(
         text_fields=tuple(args.text_field.split(",")),
         text_unit=args.text_unit,

@@ -1,4 +1,4 @@
-"""Lines that cannot be used: the first ends the work, or so many as the user allows are counted and listed."""
+"""Unusable lines: the first one ends the work, unless the user allows some, which are counted and listed."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class Encoder:
         self._meter = LossMeter(self._tokenizer) if can_lose(tokenizer_json) else None
 
     def __call__(self, texts: list[str]) -> Encoded:
-        """Raises DataError where the tokenizer fails on a text or makes absurdly many tokens of it."""
+        """Raise DataError where the tokenizer fails on a text or makes absurdly many tokens of it."""
         # Offsets, which show what was lost, take about a third more time.
         needs_offsets = self._meter is not None and self._meter.needs_offsets
         encode = self._tokenizer.encode_batch if needs_offsets else self._tokenizer.encode_batch_fast
@@ -129,7 +129,7 @@ def _start_worker(*encoder_arguments: str | int) -> None:
 
 
 def _exit_with_parent() -> None:
-    """A killed parent must not leave workers behind, which would wait for work for ever."""
+    """End with the parent: workers of a killed one would wait for work for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

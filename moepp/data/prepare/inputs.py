@@ -53,17 +53,17 @@ class Inputs:
         self.left_out.setdefault(reason, []).append(path)
 
     def remarks(self) -> list[str]:
-        """One line for each reason: how many were left out, and the first names."""
+        """Return one line for each reason: how many were left out, and the first names."""
         return [f"left out {len(paths):,} {reason}: {_names(sorted(paths))}" for reason, paths in self.left_out.items()]
 
 
 def has_kind(path: str, *suffixes: str) -> bool:
-    """Whether a name ends in one of the suffixes, in whatever case."""
+    """Return whether a name ends in one of the suffixes, in whatever case."""
     return path.lower().endswith(suffixes)
 
 
 def find_inputs(inputs: Sequence[str]) -> Inputs:
-    """Files named by files, folders (searched through, sorted by path) and glob patterns; each file once, in order.
+    """Return the files that names, folders (recursively, sorted by path) and glob patterns give, each once.
 
     Links to files and folders are followed. In a folder, hidden names and names with other endings are left out, and
     listed in the result; what is named itself must be readable.
@@ -89,7 +89,7 @@ def find_inputs(inputs: Sequence[str]) -> Inputs:
 
 
 def _matches(entry: str) -> list[str]:
-    """The entry itself, or what the pattern matches: files, and folders as if they had been named."""
+    """Return the entry itself, or the files and folders that its pattern matches."""
     if os.path.isdir(entry) or os.path.isfile(entry):
         return [entry]
     if os.path.exists(entry):
@@ -118,12 +118,12 @@ def _add(path: str, found: Inputs, seen: dict[object, str]) -> None:
 
 
 def _identity(path: str, status: os.stat_result) -> object:
-    """What two names of one file or folder have in common."""
+    """Return a key that is the same for all names of one file or folder."""
     return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
 
 
 def _files_below(root: str, found: Inputs) -> list[str]:
-    """Files of known kinds in a folder and its folders, sorted by path; each folder once, so that links may loop."""
+    """Return the files of known kinds below a folder, sorted by path; each folder once, as links may loop."""
     visited = {_identity(parent, os.stat(parent)) for parent in _parents(root)}
     files, waiting = [], [root]
     while waiting:
@@ -150,7 +150,7 @@ def _files_below(root: str, found: Inputs) -> list[str]:
 
 
 def _parents(folder: str) -> list[str]:
-    """The folders that a folder lies in: a link to one of them leads back to where it is."""
+    """Return the parents of a folder: a link to one of them is a loop."""
     path, parents = os.path.realpath(folder), []
     while (parent := os.path.dirname(path)) != path:
         parents.append(parent)
@@ -170,7 +170,7 @@ def _left_out_as_hidden(path: str, found: Inputs) -> bool:
 
 
 def _is_wanted(path: str, found: Inputs) -> bool:
-    """Whether a name in a folder is a file to read; a word about it otherwise."""
+    """Return whether a name in a folder is a file to read; say so if not."""
     if os.path.isdir(path) or _left_out_as_hidden(path, found):
         return False
     try:

@@ -31,7 +31,7 @@ def verify(prefix: str) -> Manifest:
 
 
 def unigram_entropy(prefix: str, split: str | None = None, part: str = "valid") -> float:
-    """Entropy of the token distribution, in nats per token: the loss of the best model that ignores context.
+    """Return the entropy of the token distribution, in nats per token: the loss of the best model that ignores context.
 
     Args:
         split: as ``data.split``, to count only its ``part`` ('train', 'valid' or 'test'); None: the whole file.
@@ -51,7 +51,7 @@ def unigram_entropy(prefix: str, split: str | None = None, part: str = "valid") 
 
 
 def describe(prefix: str, tokenizer_path: str | None = None, split: str = "96,3,1") -> dict[str, Any]:
-    """Counts, sizes and the beginning of the first document; the vocabulary is checked against the tokenizer.
+    """Return counts, sizes and the beginning of the first document; the vocabulary is checked against the tokenizer.
 
     Raises:
         DataError: unusable files, or token ids that the tokenizer does not have.

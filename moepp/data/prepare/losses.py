@@ -1,7 +1,7 @@
 """What a tokenizer cannot represent: characters without a token, and those that became the unknown token.
 
 Byte-level tokenizers and those that fall back to bytes lose nothing, which their file shows; with all others every
-document is measured: by the spans of text that its tokens stand for, or character by character where a tokenizer
+document is measured: by the spans of text of its tokens, or character by character where a tokenizer
 drops some without a trace. White space does not count: many tokenizers
 leave it out on purpose. Changes that normalizers make (lower case, accents in another form) do not count either.
 """
@@ -92,7 +92,7 @@ def _unknown_id(tokenizer: Any, model: dict[str, Any]) -> int | None:
 
 
 def can_lose(tokenizer_json: str) -> bool:
-    """Whether a tokenizer may have no token for some character; where its file does not show it, True."""
+    """Return whether a tokenizer may have no token for some character; where its file does not show it, True."""
     tree = json.loads(tokenizer_json)
     normalizers, splitters = _steps(tree.get("normalizer")), _steps(tree.get("pre_tokenizer"))
     for step in normalizers:

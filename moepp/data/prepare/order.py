@@ -17,7 +17,7 @@ UNKNOWN_INPUT = -1  # of documents that were prepared before, from several files
 
 
 def shuffled(num_documents: int, seed: int, first: int = 0) -> np.ndarray:
-    """A permutation of documents ``first`` to ``num_documents`` that depends on their number and ``seed`` alone.
+    """Return a permutation of documents ``first`` to ``num_documents`` that depends on their number and ``seed`` alone.
 
     The documents before ``first``, which were there already, keep their places.
     """

@@ -21,7 +21,7 @@ STOP, TRUE, FALSE, BYTE, I64, DOUBLE, BINARY, LIST, SET, STRUCT = 0, 1, 2, 3, 6,
 
 
 def largest_page(raw: IO[bytes], metadata: Any, columns: list[str], path: str) -> int:
-    """Bytes that the largest page of some columns unfolds to.
+    """Return the decompressed size of the largest page of some columns, bytes.
 
     Args:
         metadata: pyarrow's FileMetaData of the file ``raw``.
@@ -51,7 +51,7 @@ def largest_page(raw: IO[bytes], metadata: Any, columns: list[str], path: str) -
 
 
 def _page(raw: IO[bytes], start: int, path: str) -> tuple[int, int, int]:
-    """Bytes of the header at ``start``, and of its page unfolded and in the file."""
+    """Return the sizes of the header at ``start`` and of its page, decompressed and in the file, bytes."""
     for count in HEADER_BYTES:
         header = _Compact(os.pread(raw.fileno(), count, start))
         try:

@@ -39,7 +39,7 @@ class PrepareOptions:
 
     output: str  # PREFIX
     tokenizer: str  # path of tokenizer.json
-    train_vocab: int | None = None  # first train the tokenizer on the input, with so many tokens, and write it
+    train_vocab: int | None = None  # train a tokenizer of this many tokens on the input first, and write it
     read: ReadOptions = field(default_factory=ReadOptions)
     eod_token: str | None = None  # None: the first of moepp.data.tokenizer.EOD_TOKENS that the tokenizer has
     max_lost_share: float = MAX_LOST_SHARE  # of the characters, which the tokenizer may be unable to represent
@@ -119,7 +119,7 @@ def check_output(options: PrepareOptions) -> None:
 
 
 def _tokenizer(files: list[InputFile], options: PrepareOptions, folder: str) -> Tokenizer:
-    """The tokenizer to use: the given one, or one trained on the input, which is published with the data."""
+    """Return the tokenizer to use: the given one, or one trained on the input, which is published with the data."""
     if options.train_vocab is None:
         return Tokenizer(options.tokenizer, options.eod_token, "--tokenizer")
     path = os.path.join(folder, "tokenizer.json")
@@ -218,7 +218,7 @@ def _order(
 
 
 def _inputs_before(existing: IndexedFile, names: list[str]) -> list[int]:
-    """Number of the input of each document that was there before; adds the names of those inputs."""
+    """Return the input number of each earlier document, and add the names of those inputs."""
     assert existing.manifest is not None
     numbers: list[int] = []
     for source in _sources_of(existing.manifest, existing.documents):
@@ -354,7 +354,7 @@ def _manifest(
 
 
 def _sources_of(manifest: Manifest, documents: int) -> list[dict[str, Any]]:
-    """Sources of the first ``documents``: an interrupted append leaves a manifest that lists one source more."""
+    """Return the sources of the first ``documents``: after an interrupted append the manifest lists one more."""
     kept = []
     for source in manifest.sources:
         if documents <= 0:

@@ -68,7 +68,7 @@ class DocumentReader:
         self.field_counts = dict.fromkeys(options.text_fields, 0)
 
     def read(self, file: InputFile) -> Iterator[Document]:
-        """The documents of one file in order, empty ones included.
+        """Yield the documents of one file in order, empty ones included.
 
         Raises:
             DataError: unreadable, corrupt or changed, or more bad lines than allowed; names the file and the line.
@@ -223,7 +223,7 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
 
 
 def _text_of(record: dict[str, Any], fields: tuple[str, ...], where: str) -> tuple[str, str]:
-    """The first field that is there and not null, and its text."""
+    """Return the first field that is present and not null, and its text."""
     present = [name for name in fields if name in record]
     if not present:
         raise BadLineError(f"{where} has no field {missing(fields, list(record))}; name it with --text-field")
@@ -242,19 +242,19 @@ def _text_of(record: dict[str, Any], fields: tuple[str, ...], where: str) -> tup
 
 
 def missing(fields: tuple[str, ...], there: list[str]) -> str:
-    """The fields asked for and, within bounds, those that are there."""
+    """Return the wanted fields and, within bounds, the present ones."""
     more = f" and {len(there) - FIELDS_SHOWN:,} more" if len(there) > FIELDS_SHOWN else ""
     names = ", ".join(printable(name, 40) for name in there[:FIELDS_SHOWN])
     return f"{' or '.join(map(show, fields))} (it has {names or 'none'}{more})"
 
 
 def null_text(where: str, fields: list[str]) -> BadLineError:
-    """The error of a document whose text is null."""
+    """Return the error of a document whose text is null."""
     return BadLineError(f"{where}: field {' and '.join(map(show, fields))} is null; remove it")
 
 
 def kind_of(value: object) -> str:
-    """What JSON calls a value."""
+    """Return what JSON calls a value."""
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
     return names.get(type(value), "null")
 

@@ -18,7 +18,7 @@ NOTE = "publishing.json"
 
 @contextlib.contextmanager
 def staging_folder(prefix: str) -> Iterator[str]:
-    """A locked empty folder on the file system of ``prefix``, removed at the end whatever happens.
+    """Yield a locked empty folder on the file system of ``prefix``, removed at the end whatever happens.
 
     A killed process leaves the folder behind, unlocked; the next one for the same prefix empties and takes it.
 
@@ -40,7 +40,7 @@ def staging_folder(prefix: str) -> Iterator[str]:
 
 
 def _locked(folder: str, prefix: str) -> int:
-    """Descriptor of the folder, made if there is none, that holds its lock."""
+    """Return the descriptor that locks the folder, which is made if missing."""
     while True:
         try:
             os.makedirs(os.path.dirname(folder), exist_ok=True)

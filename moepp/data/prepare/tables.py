@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from moepp.data.prepare.readers import DocumentReader
 
 ROWS_PER_BATCH = 64
-# Texts written as differences (DELTA_BYTE_ARRAY) cannot stay folded: a few bytes may stand for a long text in each row.
+# Texts written as differences (DELTA_BYTE_ARRAY) cannot stay folded: a few bytes may give a long text in each row.
 ROWS_PER_UNFOLDED_BATCH = 1
 MAX_PAGE_BYTES = 1 << 30  # writers make pages of about 1 MB
 # Text that repeats takes little room, but not this little (gzip at its best makes 1,032 bytes out of one).
@@ -28,7 +28,7 @@ UNFOLDED_FREELY = 1 << 30
 
 
 def read_parquet(raw: IO[bytes], file: InputFile, reader: DocumentReader) -> Iterator[Document]:
-    """The texts of the first of the text fields that each row has.
+    """Yield the texts of the first of the text fields that each row has.
 
     Text columns are those of strings, also in dictionaries (pandas' category), as views or with long offsets.
     Dictionaries stay folded: a text that a million rows share is in memory once.
@@ -75,7 +75,7 @@ def _columns(table: Any, fields: tuple[str, ...], path: str) -> list[str]:
 
 
 def _folded(footer: Any, columns: list[str]) -> list[str]:
-    """Columns to read as dictionaries: those of text, unless arrow cannot because one of them holds differences."""
+    """Return the text columns to read as dictionaries; none where arrow cannot (difference encoding)."""
     for group in (footer.metadata.row_group(i) for i in range(footer.metadata.num_row_groups)):
         for chunk in (group.column(i) for i in range(group.num_columns)):
             if chunk.path_in_schema in columns and any(kind.startswith("DELTA") for kind in chunk.encodings):

@@ -26,7 +26,7 @@ class Tally:
     inputs: array[int] = field(default_factory=lambda: array("i"))  # number of the input file of each document
 
     def remarks(self, fields: tuple[str, ...]) -> list[str]:
-        """What a user must know about text that is not there, a line each."""
+        """Return a line for each kind of lost text that a user must know about."""
         lines = []
         if bad := self.reader.bad_lines.count:
             lines += [f"left out {bad:,} bad lines, the first of them:", *self.reader.bad_lines.first]
@@ -40,7 +40,7 @@ class Tally:
         return lines
 
     def lost_text(self) -> str:
-        """How many characters the tokenizer cannot represent, with examples."""
+        """Return how many characters the tokenizer cannot represent, with examples."""
         losses = self.losses
         examples = ", ".join(show(character) for character, _ in losses.samples.most_common(EXAMPLES))
         unknown = f"; {losses.unknown_tokens:,} unknown tokens" if losses.unknown_tokens else ""

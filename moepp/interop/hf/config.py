@@ -52,7 +52,7 @@ _TOKEN_IDS = ("bos", "eos", "pad")
 
 
 def hf_config(cfg: ModelConfig, ids: TokenIds, dtype: str) -> dict[str, Any]:
-    """Contents of ``config.json``; ``dtype`` of the weights, "float32" or "bfloat16".
+    """Return the contents of ``config.json``; ``dtype`` of the weights, "float32" or "bfloat16".
 
     Raises:
         ConfigError: the model has parts that the exported code does not know.
@@ -78,7 +78,7 @@ def hf_config(cfg: ModelConfig, ids: TokenIds, dtype: str) -> dict[str, Any]:
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """Shapes and flags. What only training needs (tau, losses, capacity) has its defaults.
+    """Return shapes and flags; what only training needs (tau, losses, capacity) has its defaults.
 
     Raises:
         CheckpointError: not a folder of this format, or values that make no model.

@@ -21,7 +21,7 @@ from moepp.model import Transformer
 
 
 def pieces_of(name: str, shape: tuple[int, ...]) -> list[Piece]:
-    """The same names as in training below ``model.``; experts stay stacked, and are read one by one."""
+    """Return training's names below ``model.``; experts stay stacked and are read one by one."""
     key = name if name.startswith("lm_head") else f"model.{name}"
     if is_expert_parameter(name):
         return [Piece(key, shape, (expert,), expert) for expert in range(shape[0])]
@@ -47,7 +47,7 @@ def check_folder(folder: str | Path, cfg: ModelConfig) -> TensorFolder:
 
 
 def open_tensors(folder: str | Path, cfg: ModelConfig) -> TensorFolder:
-    """The folder's tensors, after comparing their names and shapes with the configuration."""
+    """Return the folder's tensors, after comparing their names and shapes with the configuration."""
     tensors = TensorFolder(folder)
     require_room(cfg, weight_bytes(tensors.path), tensors.path / "config.json")
     check_keys(tensors, [piece for name, shape in whole_parameters(cfg).items() for piece in pieces_of(name, shape)])

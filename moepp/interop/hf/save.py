@@ -23,8 +23,7 @@ CODE_FILES = ("cache_moepp.py", "configuration_moepp.py", "layers_moepp.py", "ma
 
 
 def save_pretrained(model: Transformer, folder: str | Path, token_ids: TokenIds) -> list[str]:
-    """Write a whole model, in the dtype of its embedding, so that ``from_pretrained(folder,
-    trust_remote_code=True)`` runs it.
+    """Write a whole model, in the dtype of its embedding, for ``from_pretrained(folder, trust_remote_code=True)``.
 
     Returns:
         names of the files written.

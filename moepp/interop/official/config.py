@@ -62,7 +62,7 @@ class TokenIds:
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """Shapes and flags of a released checkpoint. What only training needs (tau, losses, capacity) has its defaults.
+    """Return a released checkpoint's shapes and flags; training's own (tau, losses, capacity) have defaults.
 
     Raises:
         CheckpointError: not a folder of the released format, or values that its code cannot run.
@@ -137,7 +137,7 @@ def _rope_scaling(tree: dict[str, Any] | None) -> RopeScalingConfig | None:
 
 
 def released_config(cfg: ModelConfig, ids: TokenIds, dtype: str, code_repo: str | None = None) -> dict[str, Any]:
-    """Contents of ``config.json``.
+    """Return the contents of ``config.json``.
 
     Args:
         dtype: of the weights, "float32" or "bfloat16".
@@ -190,7 +190,7 @@ def released_config(cfg: ModelConfig, ids: TokenIds, dtype: str, code_repo: str 
 
 
 def refusals(cfg: ModelConfig) -> list[str]:
-    """Why the released code cannot run a model; empty where it can."""
+    """Return why the released code cannot run a model; empty where it can."""
     moe = cfg.moe
     fixed = (
         ("moe.num_constant_experts", moe.num_constant_experts, NUM_CONSTANT),

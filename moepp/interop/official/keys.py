@@ -19,7 +19,7 @@ _CONSTANT = {"zero_computation.alpha_proj": "wg.weight", "zero_computation.value
 
 
 def pieces_of(name: str, shape: tuple[int, ...], cfg: ModelConfig) -> list[Piece]:
-    """The released tensors that make up one parameter of :class:`moepp.model.Transformer`, in whole-model shape."""
+    """Return the released tensors of one parameter of :class:`moepp.model.Transformer` (whole model)."""
     match = _LAYER.fullmatch(name)
     if match is None:
         return [Piece(name if name.startswith("lm_head") else f"model.{name}", shape)]

@@ -27,7 +27,7 @@ _EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def load_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32) -> OfficialModel:
-    """A released checkpoint, ready for inference on one process.
+    """Return a released checkpoint, ready for inference on one process.
 
     Args:
         folder: holds ``config.json`` and safetensors, or pickled .bin files (read without running code in them).
@@ -69,7 +69,7 @@ def check_folder(folder: str | Path, cfg: ModelConfig) -> TensorFolder:
 
 
 def open_tensors(folder: str | Path, cfg: ModelConfig) -> TensorFolder:
-    """The folder's tensors, after comparing their names and shapes with the configuration."""
+    """Return the folder's tensors, after comparing their names and shapes with the configuration."""
     tensors = TensorFolder(folder)
     require_room(cfg, weight_bytes(tensors.path), tensors.path / "config.json")
     pieces = [piece for name, shape in whole_parameters(cfg).items() for piece in pieces_of(name, shape, cfg)]

@@ -125,7 +125,7 @@ class OfficialModel(nn.Module):
     def forward(
         self, input_ids_BS: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> OfficialOutput:
-        """Logits of every position.
+        """Return logits of every position.
 
         Args:
             input_ids_BS: [B, S] int64.
@@ -251,11 +251,11 @@ def _experts(moe: MoELayer, x_TD: Tensor, routing: LayerRouting) -> Tensor:
         x_TD = x_TD * cfg.top_k
     out_TD = torch.zeros_like(x_TD)
     for expert in range(cfg.num_experts - 1):  # the last is the zero expert
-        tokens_R, slot_R = torch.where(routing.topk_ids_TK == expert)
+        tokens_R, choices_R = torch.where(routing.topk_ids_TK == expert)
         if tokens_R.numel() == 0:
             continue
         rows_RD = _expert(moe, expert, x_TD[tokens_R])
-        weighted_RD = (routing.topk_weights_TK[tokens_R, slot_R, None] * rows_RD).to(x_TD.dtype)
+        weighted_RD = (routing.topk_weights_TK[tokens_R, choices_R, None] * rows_RD).to(x_TD.dtype)
         out_TD.index_add_(0, tokens_R, weighted_RD)
     return out_TD
 

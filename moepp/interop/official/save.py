@@ -50,7 +50,7 @@ def save_pretrained(
 
 
 def read_from(model: Transformer) -> ReadParameter:
-    """Parameters of a whole model in memory."""
+    """Return parameters of a whole model in memory."""
     parameters = dict(model.named_parameters())
     return lambda name, expert: parameters[name].data if expert is None else parameters[name].data[expert]
 
@@ -92,7 +92,7 @@ def write_released(
 
 
 def generation_config(token_ids: TokenIds) -> dict[str, int | bool | list[int]]:
-    """Contents of ``generation_config.json``: greedy, ending with the end token, never a row without a token."""
+    """Return the contents of ``generation_config.json``: greedy, stop at the end token, no unused rows."""
     ids = {"bos_token_id": token_ids.bos, "eos_token_id": token_ids.eos, "pad_token_id": token_ids.pad}
     unused = {"suppress_tokens": list(token_ids.unused)} if token_ids.unused else {}
     return {key: value for key, value in ids.items() if value is not None} | unused | {"do_sample": False}

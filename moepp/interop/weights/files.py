@@ -68,7 +68,7 @@ class TensorFolder:
             )
 
     def read(self, key: str, row: int | None = None) -> Tensor:
-        """The tensor, or ``tensor[row]`` alone, on the CPU in the dtype of the file."""
+        """Return the tensor, or ``tensor[row]`` alone, on the CPU in the dtype of the file."""
         file = self._files[key]
         return _explain(file.path, lambda: file.read(key, row))
 
@@ -132,7 +132,7 @@ _File = _SafetensorsFile | _BinFile
 
 
 def weight_bytes(folder: Path) -> int:
-    """Size of all weight files that a folder names.
+    """Return the size of all weight files that a folder names.
 
     Raises:
         CheckpointError: it names none, or one is missing.
@@ -141,7 +141,7 @@ def weight_bytes(folder: Path) -> int:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object in a file.
+    """Return a JSON object in a file.
 
     Raises:
         CheckpointError: missing, unreadable, or something else.
@@ -156,7 +156,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _find(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """Names of the weight files, and the index's map from key to file (empty where there is no index)."""
+    """Return names of the weight files, and the index's map from key to file (empty where there is no index)."""
     for name in (SAFETENSORS, BIN):
         index = folder / (name + INDEX_SUFFIX)
         if index.is_file():

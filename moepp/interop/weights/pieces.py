@@ -40,7 +40,7 @@ PiecesOf = Callable[[str, tuple[int, ...]], list[Piece]]
 
 
 def whole_parameters(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of the whole model, by name."""
+    """Return the shape of every parameter of the whole model, by name."""
     with torch.device("meta"):
         model = Transformer(cfg)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -83,7 +83,7 @@ def write_tensors(
 
 @contextlib.contextmanager
 def export_folder(folder: Path) -> Iterator[Path]:
-    """A hidden folder for an export; it becomes ``folder`` when the block ends well, in place of an earlier export.
+    """Yield a hidden folder that replaces ``folder`` (an earlier export) when the block succeeds.
 
     What no export writes is kept of the earlier one, such as code that was copied beside the weights.
 
@@ -113,7 +113,7 @@ def _umask() -> int:
 
 
 def _unwritable(path: Path, error: Exception) -> WriteError:
-    """safetensors passes on what the system said as text."""
+    """Return the error of a write that failed; safetensors passes on the system's reason as text."""
     number = getattr(error, "errno", None)
     found = _SYSTEM_ERROR.search(str(error))
     if number is None and found is not None:

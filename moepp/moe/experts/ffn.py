@@ -34,7 +34,7 @@ class FFNExperts(nn.Module):
         return list(zip(self.gate_up_proj.split(size), self.down_proj.split(size), strict=True))
 
     def forward(self, rows_RD: Tensor, counts_E: Tensor, weights: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Outputs [R, D] of rows [R, D] sorted by expert.
+        """Return outputs [R, D] of rows [R, D] sorted by expert.
 
         Args:
             rows_RD: rows of all local experts, or of a chunk of them.

@@ -35,7 +35,7 @@ class ExpertKind(RegisteredModule):
         self.num_experts, self.hidden_size = num_experts, hidden_size
 
     def forward(self, x_TD: Tensor, gates_TZ: Tensor) -> Tensor:
-        """Weighted sum of these experts' outputs, ``Σ_z gates[t, z] E_z(x_t)``: [T, D] in x's dtype.
+        """Return the weighted sum of these experts' outputs, ``Σ_z gates[t, z] E_z(x_t)``: [T, D] in x's dtype.
 
         ``gates_TZ`` are fp32 (fp64) and 0 where an expert was not chosen or was dropped.
         """
@@ -63,7 +63,7 @@ class ZeroComputation(nn.Module):
                 self.add_module(kind, EXPERT_KINDS.get(kind)(count, hidden_size))
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor | None:
-        """Weighted sum of these experts' outputs: [T, D].
+        """Return the weighted sum of these experts' outputs: [T, D].
 
         ``ids_TK`` are the chosen experts of every kind and ``weights_TK`` their gate weights, 0 where dropped. ``None``
         where the layer has zero experts alone: their sum is exactly 0.
@@ -88,7 +88,7 @@ class ZeroComputation(nn.Module):
 
 
 def _gates_of(experts: slice, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """Gate weight of every token for each of these experts, 0 where not chosen: [T, Z]."""
+    """Return the gate weight of every token for each of these experts, 0 where not chosen: [T, Z]."""
     numbers_Z = torch.arange(experts.start, experts.stop, device=ids_TK.device)
     chosen_TKZ = ids_TK.unsqueeze(-1) == numbers_Z
     return (weights_TK.unsqueeze(-1) * chosen_TKZ).sum(dim=1)

@@ -1,5 +1,5 @@
-/* The FFN experts of bfloat16 on the processor's tile registers (Intel AMX): matrix products that read the weights where
- * they lie, with SwiGLU and its gradient computed while the tile registers work on the next block.
+/* The FFN experts of bfloat16 on Intel AMX: matrix products that read the weights where
+ * they lie, with SwiGLU and its gradient computed while AMX works on the next block.
  *
  * A product here is C[32, 32] = A[32, K] B[K, 32] with A in rows, B in panels: for every 32 of K two tiles of 1 KB (columns
  * 0-15, 16-31), a tile having 16 rows of pairs (k, k + 1). Weights are A in forward, where a panel comes from rows of x
@@ -17,7 +17,7 @@
 #define BACKWARD_BYTES 800000
 #define PIECES 16 /* of the work on a finished block */
 
-/* What the blocks to come will read: so many lines are fetched at each step, and as many `twin` bytes further on. */
+/* What later blocks will read: `lines` cache lines are fetched at each step, and as many `twin` bytes further on. */
 typedef struct {
     const char *at;
     i64 stride, twin, each;
@@ -210,7 +210,7 @@ static void outputs(const element *down, const char *act, element *out, i64 rows
     finish_all(finish_transposed, &done);
 }
 
-/* Chunks of nearly equal length and about so many rows, as many for each thread; up to half as much again spares a pass
+/* Chunks of nearly equal length near that size, the same number for each thread; up to half as much again spares a pass
  * over the weights. */
 static i64 number_of_chunks(i64 R, i64 rows) {
     rows = rows < BLOCK ? BLOCK : rows / BLOCK * BLOCK;

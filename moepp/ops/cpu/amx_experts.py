@@ -22,14 +22,14 @@ _BLOCK = 32  # rows that the kernels handle at a time; widths must be multiples 
 
 
 def supports_amx(rows_RD: Tensor, expert_width: int) -> bool:
-    """Whether the kernels support this processor, dtype and width."""
+    """Return whether the kernels support this processor, dtype and width."""
     kernels = cpu_kernels(rows_RD)
     multiples = rows_RD.shape[1] % _BLOCK == 0 and expert_width % _BLOCK == 0
     return kernels is not None and kernels.has_amx and multiples
 
 
 def backward_buffer_elements(width_F: int, rows: int) -> int:
-    """Of backward, for the longest chunk: the gradients of gate and up, and the activation."""
+    """Return the elements of backward's buffer (gate's and up's gradients, activation) for the longest chunk."""
     stride = _leading_dimension(rows)
     return 2 * width_F * stride + stride * (width_F + _BLOCK)
 
@@ -39,7 +39,7 @@ def _padded(rows: int) -> int:
 
 
 def _leading_dimension(rows: int) -> int:
-    """A stride for that many rows: whole cache lines, and no large power of 2, which aliases in the caches."""
+    """Return a padded stride for that many rows: whole cache lines, no large power of 2 (cache aliasing)."""
     padded = _padded(rows)
     return padded + _BLOCK if padded % (2 * _BLOCK) == 0 else padded
 

@@ -22,13 +22,13 @@ _FORWARD_BYTES = 12_000_000  # of the last-level cache, for the rows that forwar
 
 
 def supports_avx2(rows_RD: Tensor) -> bool:
-    """Whether the kernels support this processor, dtype and width."""
+    """Return whether the kernels support this processor, dtype and width."""
     kernels = cpu_kernels(rows_RD)
     return kernels is not None and kernels.has_avx2_experts
 
 
 def backward_scratch_bytes(width_D: int, width_F: int, rows: int) -> int:
-    """Temporary memory of backward for the longest chunk: one side's rows, gate's and up's gradients, activation."""
+    """Return backward's temporary bytes for the longest chunk: rows, gradients of gate and up, activation."""
     return 4 * _padded(rows) * (_padded(width_D) + 2 * width_F + _padded(width_F))
 
 

@@ -77,7 +77,7 @@ class Library:
 
 @functools.cache
 def library(dtype: torch.dtype) -> Library | None:
-    """The kernels for CPU tensors of ``dtype``; None where they cannot be had, which is said once.
+    """Return the kernels for CPU tensors of ``dtype``; None if the build failed (warned once).
 
     Raises:
         ConfigError: ``MOEPP_CPU`` is wrong, or names tile registers that the system does not grant.
@@ -105,7 +105,7 @@ def _warn_once(message: str) -> None:
 
 
 def _attempts(kind: str | None) -> tuple[tuple[str, ...], ...]:
-    """Options to try one after the other; all of them keep to the instructions of a kind that was asked for."""
+    """Return the compiler options to try in turn, all limited to the requested kind's instructions."""
     option = None if kind is None else cpu.KINDS[kind].compiler
     if option is None or option == _NATIVE[:1]:
         return _ATTEMPTS
@@ -178,7 +178,7 @@ def _load(content: bytes, path: Path) -> Library:
 
 
 def _key(bits: int, attempts: tuple[tuple[str, ...], ...], compiler: Compiler) -> bytes:
-    """SHA-256 of all that the library depends on."""
+    """Return the SHA-256 of all that the library depends on."""
     key = hashlib.sha256()
     texts = [(_FOLDER / name).read_bytes() for name in (*_SOURCES, *_HEADERS)]
     openmp = [Path(path).name for path in _torch_openmp()]
@@ -189,12 +189,12 @@ def _key(bits: int, attempts: tuple[tuple[str, ...], ...], compiler: Compiler) -
 
 
 def _torch_openmp() -> list[str]:
-    """torch's own OpenMP runtime: with a second one the threads of the two would fight for the cores."""
+    """Return torch's own OpenMP runtime: the threads of a second one would fight for the cores."""
     return [str(path) for path in sorted(Path(torch.__file__).parent.glob("lib/lib*omp*.so*"))[:1]]
 
 
 def _processor() -> str:
-    """What -march=native depends on; shared home folders serve machines of several kinds."""
+    """Return what -march=native depends on: home folders are shared by machines of several kinds."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return platform.machine() + platform.processor()

@@ -53,7 +53,7 @@ class Cache:
     remarks: tuple[str, ...] = ()
 
     def read(self, name: str, key: bytes) -> bytes | None:
-        """The library of that name and key, or None; what is there but damaged or unsafe is removed, with a warning."""
+        """Return the library of that name and key, or None; remove a damaged or unsafe one with a warning."""
         try:
             return _read_sealed(self.folder / name, key)
         except FileNotFoundError:
@@ -82,13 +82,13 @@ class Cache:
                 path.unlink()
 
     def free_bytes(self) -> int:
-        """Room on the folder's file system for this user, as far as that is known."""
+        """Return the free bytes on the folder's file system for this user, as far as known."""
         found = os.statvfs(self.folder)
         return found.f_bavail * found.f_frsize if found.f_blocks else sys.maxsize
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[bool]:
-        """One builder at a time, on file systems with locks. Yields whether the lock is held.
+        """Yield whether the build lock is held; one process builds at a time where the file system has locks.
 
         Holding it, what killed builders left is removed.
         """
@@ -102,7 +102,7 @@ class Cache:
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A folder of this process for a build, removed afterwards."""
+        """Yield a folder for this process's build and remove it afterwards."""
         with tempfile.TemporaryDirectory(
             dir=self.folder, prefix=f"build-{socket.gethostname()}-", ignore_cleanup_errors=True
         ) as folder:
@@ -118,7 +118,7 @@ class Cache:
 
 
 def find_cache() -> Cache:
-    """The user's cache folder, or else one in the folder for temporary files.
+    """Return the user's cache folder, or one in the temporary folder.
 
     Raises:
         CacheError: neither can be used.
@@ -134,7 +134,7 @@ def find_cache() -> Cache:
 
 
 def _reason_against(folder: Path) -> str | None:
-    """Why a folder, made if there is none, cannot be used; None if it can."""
+    """Return why a folder (made if missing) cannot be used; None if it can."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         found = os.lstat(folder)

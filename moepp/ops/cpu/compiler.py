@@ -13,7 +13,7 @@ from pathlib import Path
 _VERSION_SECONDS, _BUILD_SECONDS = 60, 600
 
 # Runs a command and kills it with all that it started as soon as standard input ends, that is as soon as the process
-# that holds the other end is gone, however it went.
+# that holds the other end has ended, however it did.
 _GUARD = """
 exec 3<&0 </dev/null
 (read -r line <&3; kill -s KILL 0) >/dev/null 2>&1 &
@@ -47,7 +47,7 @@ class Compiler:
 
 
 def find_compiler() -> Compiler:
-    """The compiler that ``CC`` names, or else the system's.
+    """Return the compiler that ``CC`` names, or the system's.
 
     Raises:
         BuildError: there is none, or it does not run.
@@ -106,7 +106,7 @@ def run_compiler(compiler: Compiler, options: list[str], scratch: Path) -> None:
 
 
 def _problem(messages: str, code: int) -> str:
-    """The line of a compiler's messages that says what is wrong."""
+    """Return the first error line of a compiler's messages."""
     lines = [line.strip() for line in messages.splitlines() if line.strip()]
     marks = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "error:", "undefined reference", "cannot ")
     for mark in marks:

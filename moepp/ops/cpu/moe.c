@@ -42,7 +42,7 @@ void swiglu_backward(const element *gate_up, const element *grad_act, element *g
 
 /* ---- sums of rows by token ---- */
 
-/* out[t] = start[t] + sum_k weights[t, k] rows[positions[t, k]]. Null weights stand for ones, a null start for zeros. The
+/* out[t] = start[t] + sum_k weights[t, k] rows[positions[t, k]]. Null weights are ones, a null start is zeros. The
  * start may lie where out does. */
 void combine(const element *rows, const i64 *positions, const float *weights, const element *start, element *out, i64 T,
              i64 D, i64 K) {
@@ -86,14 +86,14 @@ INLINE float scaled_and_dot(const element *grad, const element *row, float facto
     return sum(dot);
 }
 
-/* The gradients of combine() with weights; that of start is grad itself. */
+/* The gradients of combine() with weights; start's is grad itself. */
 void combine_backward(const element *grad, const element *rows, const i64 *positions, const float *weights,
                       element *grad_rows, float *grad_weights, i64 T, i64 D, i64 K) {
     OMP(omp parallel for schedule(static) if(WORTH_THREADS(T * D)))
     for (i64 t = 0; t < T; t++)
         for (i64 k = 0; k < K; k++) {
-            i64 slot = t * K + k, at = positions[slot] * D;
-            grad_weights[slot] = at < 0 ? 0.f : scaled_and_dot(grad + t * D, rows + at, weights[slot], grad_rows + at, D);
+            i64 a = t * K + k, at = positions[a] * D;
+            grad_weights[a] = at < 0 ? 0.f : scaled_and_dot(grad + t * D, rows + at, weights[a], grad_rows + at, D);
         }
 }
 
@@ -148,7 +148,7 @@ void affine_experts(const element *x, const i64 *ids, const float *weights, cons
     }
 }
 
-/* The gradients of affine_experts(); that of x is added to sum_x, null for zeros, which may lie where grad_x does.
+/* The gradients of affine_experts(); x's is added to sum_x (null for zeros), which may be grad_x itself.
  * grad_difference[C, D] and grad_values[C, D] are added to. */
 void affine_experts_backward(const element *grad, const element *x, const i64 *ids, const float *weights,
                              const float *difference, const element *values, const float *alphas, const element *sum_x,

@@ -142,7 +142,7 @@ static void panels_of_columns(const element *x, i64 R, i64 N, float *panels) {
 
 /* ---- 6 x 16 of C ---- */
 
-/* c = A B, or c += A B where it is not the first block of k, for so many strips and eights of columns. */
+/* c = A B, or c += A B where it is not the first block of k, for a number of strips and of eights of columns. */
 INLINE void tile(const float *a, const i64 row_step, const i64 k_step, const float *b, i64 depth, float *c, int first,
                  const int strips, const int eights) {
     __m256 sum[2 * STRIP][2];
@@ -165,7 +165,7 @@ INLINE void tile(const float *a, const i64 row_step, const i64 k_step, const flo
         }
 }
 
-/* All strips of the block from row m on and one panel, of which so many columns count: a narrow one takes two strips at a
+/* All strips of the block from row m on and one panel, of which the first columns count: a narrow one takes two strips at a
  * time. */
 INLINE void tiles(const product *p, const float *strips, i64 count, const i64 row_step, const i64 k_step, i64 m, i64 k,
                   i64 depth, i64 panel, float *c) {

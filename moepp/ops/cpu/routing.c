@@ -1,4 +1,4 @@
-/* Routing: gates, the choice of experts, the order of their slots. All in float. See vector.h for conventions.
+/* Routing: gates, the choice of experts, the order of their assignments. All in float. See vector.h for conventions.
  *
  * Letters: T tokens, E experts (FFN, constant, copy, zero, in this order), K experts of a token, C constant experts, A assignments.
  */
@@ -37,7 +37,7 @@ INLINE vf exponentials(const vf *logits, vf *exps, i64 E) {
     return total;
 }
 
-/* weights[K] of one token from all its exponentials or probabilities; slots of experts from first_zero on get 0 where they
+/* weights[K] of one token from all its exponentials or probabilities; assignments to experts from first_zero on get 0 where they
  * are masked. */
 INLINE void gate_weights(const float *scores, const i64 *ids, float *weights, i64 K, i64 first_zero, i64 normalization) {
     float total = 0;
@@ -116,8 +116,8 @@ void count_experts(const i64 *ids, i64 *counts, i64 S, i64 E) {
         if (ids[s] < E) counts[ids[s]]++;
 }
 
-/* Stable counting sort of A assignments by expert: order[0 .. N) are the slots of experts 0 .. E-1, counts[E] how many each
- * has, positions[S] where a slot went, or -1 for a slot of an expert beyond, which is left out. */
+/* Stable counting sort of A assignments by expert: order[0 .. N) are the assignments of experts 0 .. E-1, counts[E] how many each
+ * has, positions[S] where an assignment went, or -1 where its expert is beyond and it is left out. */
 void sort_assignments(const i64 *experts, i64 *order, i64 *counts, i64 *positions, i64 S, i64 E) {
     count_experts(experts, counts, S, E);
     i64 *next = malloc((E + 1) * sizeof *next), start = 0;

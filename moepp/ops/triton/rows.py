@@ -36,7 +36,7 @@ def _block(width: int) -> int:
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device."""
+    """Make the tensor's device current, on which Triton launches."""
     return nullcontext() if tensor.device.type == "cpu" else torch.accelerator.device_index(tensor.device.index)
 
 
@@ -83,8 +83,10 @@ def _swiglu_backward(gate_up, grad_act, grad_gate_up, act, F, BLOCK: tl.constexp
 def swiglu_backward(
     gate_up: Tensor, grad_act: Tensor, grad_gate_up: Tensor, act: Tensor | None, R: int, F: int
 ) -> None:
-    """From gate_up[R, 2F] and grad_act[R, F]: grad_gate_up[R, 2F], and act[R, F] again unless it is None; act may be
-    grad_act."""
+    """Compute grad_gate_up[R, 2F] from gate_up[R, 2F] and grad_act[R, F], and act[R, F] again unless it is None.
+
+    act may be grad_act.
+    """
     if R and F:
         block = _block(F)
         with _on(gate_up):
@@ -122,7 +124,7 @@ def combine(
     D: int,
     K: int,
 ) -> None:
-    """out[t] = start[t] + sum_k weights[t, k] rows[positions[t, k]]; no weights stand for ones, no start for zeros."""
+    """out[t] = start[t] + sum_k weights[t, k] rows[positions[t, k]]; no weights are ones, no start is zeros."""
     if T and D:
         block = _block(D)
         with _on(out):
@@ -159,7 +161,7 @@ def combine_backward(
     D: int,
     K: int,
 ) -> None:
-    """The gradients of combine() with weights; that of start is grad itself."""
+    """Compute the gradients of combine() with weights; start's gradient is grad itself."""
     if T and D:
         with _on(grad):
             operands = (grad, rows, positions, weights, grad_rows, grad_weights, D)

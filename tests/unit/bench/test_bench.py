@@ -57,7 +57,7 @@ def test_forced_routing_has_the_shares_of_the_balanced_optimum(name, tau):
     wanted = torch.ones(cfg.num_experts)
     wanted[: cfg.num_ffn_experts] = tau
     torch.testing.assert_close(share, wanted / wanted.sum(), rtol=0.05, atol=0)
-    # So the FFN slots per token are those of the limit.
+    # So the FFN assignments per token are those of the limit.
     assert float(share[: cfg.num_ffn_experts].sum()) == pytest.approx(1 / case.limit(tau), rel=0.02)
 
 
@@ -107,7 +107,7 @@ def test_stages_add_up_to_the_whole_and_backward_goes_to_the_stage_of_its_forwar
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tau", [None, 0.5])
 def test_memory_of_the_layer_is_what_its_sizes_say(tau, dtype):
-    """A buffer that is made for all slots instead of the FFN ones, or kept too long, shows here on every machine."""
+    """A buffer made for all assignments instead of the FFN ones, or kept too long, shows here on every machine."""
     record = measure_memory(Case("medium", 4, 2, 256, 512), tau, 2048, dtype, CPU)
     routing_mb = 2048 * 200 / 2**20  # some numbers per expert and token
     assert record["saved formula MB"] <= record["saved MB"] <= record["saved formula MB"] + routing_mb

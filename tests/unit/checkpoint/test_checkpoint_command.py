@@ -91,11 +91,11 @@ def test_wrong_places_and_steps_are_refused_in_one_line(run: Path, capsys: pytes
     assert "there are checkpoints after steps 10, 20, 30" in errors[1]
 
 
-def test_prune_takes_what_was_set_aside_too(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prune_takes_archived_checkpoints_too(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoints = run / "checkpoints"
-    fmt.set_aside(checkpoints / "step-00000030")
+    fmt.archive_checkpoint(checkpoints / "step-00000030")
     assert main(["checkpoint", "list", str(run)]) == 0
-    assert "(set aside as step-00000030.replaced-1)" in capsys.readouterr().out
+    assert "(archived as step-00000030.replaced-1)" in capsys.readouterr().out
     assert main(["checkpoint", "prune", str(run), "--keep", "1"]) == 0
     shown = capsys.readouterr().out
     assert "would delete step-00000010\nwould delete step-00000030.replaced-1\n" in shown

@@ -122,7 +122,7 @@ def test_only_whole_names_are_listed_in_order(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     (tmp_path / "step-00000050").write_text("a file")
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000020"]
-    assert [path.name for path in fmt.list_replaced(tmp_path)] == ["step-00000040.replaced-1"]
+    assert [path.name for path in fmt.list_archived(tmp_path)] == ["step-00000040.replaced-1"]
     assert list_checkpoints(tmp_path / "missing") == []
 
 

@@ -129,8 +129,8 @@ def test_steps_of_nine_digits_are_found_in_order(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     assert [fmt.step_of(path) for path in fmt.list_checkpoints(tmp_path)] == steps
     assert [fmt.step_of(path) for path in fmt.prunable(tmp_path, 1, 0)] == steps[:-1]
-    place = fmt.set_aside(tmp_path / "step-100000000")
-    assert fmt.list_replaced(tmp_path) == [place] and fmt.step_of(place) == 10**8
+    place = fmt.archive_checkpoint(tmp_path / "step-100000000")
+    assert fmt.list_archived(tmp_path) == [place] and fmt.step_of(place) == 10**8
 
 
 # --- manifest

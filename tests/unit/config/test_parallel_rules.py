@@ -124,13 +124,13 @@ def test_batch_is_split_over_replicas():
     plan = make_plan(cfg, 8)
     assert (plan.data_size, plan.micro_batch_size, plan.accumulation_steps) == (2, 1, 4)
     assert plan.tokens_per_step == 8 * 16
-    assert plan.stage_layers == (range(0, 2), range(2, 4))
+    assert plan.stage_layers == (range(2), range(2, 4))
     assert make_plan(config(), 8).stage_layers == (range(4),)
 
 
 def test_layers_are_split_evenly_or_as_given():
-    assert split_layers(8, 4) == (range(0, 2), range(2, 4), range(4, 6), range(6, 8))
-    assert split_layers(7, 2, [3, 4]) == (range(0, 3), range(3, 7))
+    assert split_layers(8, 4) == (range(2), range(2, 4), range(4, 6), range(6, 8))
+    assert split_layers(7, 2, [3, 4]) == (range(3), range(3, 7))
 
 
 def test_embedding_and_output_layer_count_as_layers_where_a_split_is_uneven():

@@ -347,7 +347,10 @@ def test_everything_the_released_code_cannot_express_is_listed(tmp_path):
     cfg = official.read_config(make(tmp_path)[0])
     moe = replace(
         cfg.moe,
-        **{"num_constant_experts": 3, "num_copy_experts": 0, "num_zero_experts": 2, "top_k": 1},
+        num_constant_experts=3,
+        num_copy_experts=0,
+        num_zero_experts=2,
+        top_k=1,
         gating_residual=False,
         gate_normalization="none",
     )

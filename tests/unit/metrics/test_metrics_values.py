@@ -21,15 +21,15 @@ class Ranks:
         self.size = size
         self.calls: list[tuple[str, torch.dtype]] = []
         self._barrier = threading.Barrier(size, timeout=20)
-        self._slots: list[torch.Tensor] = [torch.empty(0)] * size
+        self._tensors: list[torch.Tensor] = [torch.empty(0)] * size
 
     def _reduce(self, rank: int, operation: str, combine: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         def reduce(tensor: torch.Tensor) -> torch.Tensor:
-            self._slots[rank] = tensor
+            self._tensors[rank] = tensor
             if rank == 0:
                 self.calls.append((operation, tensor.dtype))
             self._barrier.wait()
-            result = combine(torch.stack(self._slots))
+            result = combine(torch.stack(self._tensors))
             self._barrier.wait()
             return result
 
@@ -148,7 +148,7 @@ def test_metrics_cover_all_tokens_of_all_ranks_and_steps() -> None:
         / sum(float(p[2][0].num_tokens) for p in passes),
         "comm/dispatch_bytes": (1000 + 300 + 5000 + 77) / 2,
     }
-    ffn_per_token, dropped, vanilla_slots, remote_assignments = [], [], 0.0, 0.0
+    ffn_per_token, dropped, vanilla_assignments, remote_assignments = [], [], 0.0, 0.0
     for row, index in enumerate(LAYERS):
         layers = [p[2][row] for p in passes]
         tokens = sum(float(layer.num_tokens) for layer in layers)
@@ -156,7 +156,7 @@ def test_metrics_cover_all_tokens_of_all_ranks_and_steps() -> None:
         remote = sum(float(layer.remote_assignments) for layer in layers)
         ffn_per_token.append(ffn / tokens)
         dropped.append(sum(float(layer.drop_fraction * layer.num_tokens) for layer in layers) / tokens)
-        vanilla_slots += 2 * tokens * remote / ffn
+        vanilla_assignments += 2 * tokens * remote / ffn
         remote_assignments += remote
         for number, kind in enumerate(KINDS):
             total = sum(float(layer.share_Z[number] * layer.num_tokens) for layer in layers)
@@ -165,7 +165,7 @@ def test_metrics_cover_all_tokens_of_all_ranks_and_steps() -> None:
         expected[f"routing/layer_{index}/max_over_mean"] = max(loads) / (sum(loads) / 2)
     expected["routing/ffn_per_token"] = sum(ffn_per_token) / 2
     expected["routing/drop_fraction"] = sum(dropped) / 2
-    expected["comm/dispatch_bytes_vanilla"] = expected["comm/dispatch_bytes"] * vanilla_slots / remote_assignments
+    expected["comm/dispatch_bytes_vanilla"] = expected["comm/dispatch_bytes"] * vanilla_assignments / remote_assignments
 
     for metrics in Ranks(2).run(reduced):
         assert metrics == pytest.approx(expected, rel=1e-6)

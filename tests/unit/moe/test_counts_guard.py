@@ -2,7 +2,7 @@
 
 A change that makes the layer slower on every machine shows here; times are for `moepp bench`.
 
-Letters: T tokens, D width, F expert width, N experts of all kinds, C constant experts, S FFN slots, P ranks.
+Letters: T tokens, D width, F expert width, N experts of all kinds, C constant experts, S FFN assignments, P ranks.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def test_forward_computes_the_chosen_ffn_assignments_and_nothing_more(cfg):
     layer, x = build(cfg)
     with use_kernels("torch"), FlopCounterMode(display=False) as counter:  # counts torch's matrix products
         out = layer(x)
-    slots = int(out.stats.ffn_assignments)
-    assert 0 < slots < T * cfg.top_k or cfg is VANILLA
-    assert counter.get_total_flops() == expected_forward_flops(cfg, slots)
+    ffn_assignments = int(out.stats.ffn_assignments)
+    assert 0 < ffn_assignments < T * cfg.top_k or cfg is VANILLA
+    assert counter.get_total_flops() == expected_forward_flops(cfg, ffn_assignments)
 
 
 @pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS.keys())
@@ -74,12 +74,14 @@ def test_backward_computes_twice_the_forward_and_a_chunked_one_the_hidden_produc
     layer, x = build(MoEConfig(**{**vars(cfg), "expert_chunk_rows": chunk_rows}))
     monkeypatch.setattr(importlib.import_module("moepp.ops.grouped_swiglu"), "supports_avx2", lambda _: False)
     with FlopCounterMode(display=False) as counter:
-        slots = int(step(layer, x).stats.ffn_assignments)
-    experts = slots * 18 * D * F + (slots * 4 * D * F if chunk_rows else 0)
+        ffn_assignments = int(step(layer, x).stats.ffn_assignments)
+    experts = ffn_assignments * 18 * D * F + (ffn_assignments * 4 * D * F if chunk_rows else 0)
     # Counted are torch's products: with compiled kernels the experts' and the residual's tiny ones, else the router's
     # and the constant experts' too.
     residual = 3 * 2 * cfg.num_experts**2 if cfg.gating_residual else 0
-    others = residual if cpu_kernels(x) else 3 * (expected_forward_flops(cfg, slots) - slots * 6 * D * F)
+    others = (
+        residual if cpu_kernels(x) else 3 * (expected_forward_flops(cfg, ffn_assignments) - ffn_assignments * 6 * D * F)
+    )
     assert experts + others - residual <= counter.get_total_flops() <= experts + others
 
 
@@ -87,12 +89,12 @@ def test_backward_computes_twice_the_forward_and_a_chunked_one_the_hidden_produc
 @pytest.mark.parametrize("chunk_rows", [None, 16])
 @pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS.keys())
 def test_saved_memory_is_that_of_the_ffn_assignments(cfg, chunk_rows, dtype):
-    """Per FFN slot: its row and its output (2 D) and, where not computed again, gate and up (2 F)."""
+    """Per FFN assignment: its row and its output (2 D) and, where not computed again, gate and up (2 F)."""
     layer, x = build(MoEConfig(**{**vars(cfg), "expert_chunk_rows": chunk_rows}), dtype)
     found, out = saved_bytes(layer, x)
-    per_slot = (2 * D + (2 * F if chunk_rows is None else 0)) * x.element_size()
-    slots = int(out.stats.ffn_assignments)
-    assert slots * per_slot <= found <= slots * per_slot + T * SMALL_BYTES_PER_TOKEN
+    per_assignment = (2 * D + (2 * F if chunk_rows is None else 0)) * x.element_size()
+    ffn_assignments = int(out.stats.ffn_assignments)
+    assert ffn_assignments * per_assignment <= found <= ffn_assignments * per_assignment + T * SMALL_BYTES_PER_TOKEN
 
 
 def test_tokens_without_ffn_expert_save_next_to_nothing():

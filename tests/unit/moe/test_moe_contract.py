@@ -103,11 +103,11 @@ def test_constant_expert_mixes_token_and_vector_by_a_softmax_of_the_token(device
     torch.testing.assert_close(layer(x).hidden[0], expected)
 
 
-# tau N_FFN + N_ZC = 0.5·4 + 4 = 6, k = 1, T = 12: an FFN expert keeps ceil(gamma·0.5·12/6) = ceil(gamma) slots, a
+# tau N_FFN + N_ZC = 0.5·4 + 4 = 6, k = 1, T = 12: an FFN expert keeps ceil(gamma·0.5·12/6) = ceil(gamma) assignments, a
 # zero-computation expert ceil(gamma·12/6) = ceil(2 gamma).
 @pytest.mark.parametrize(("gamma", "ffn_room", "zc_room"), [(1.0, 1, 2), (1.1, 2, 3), (2.0, 2, 4), (100.0, 12, 12)])
 @pytest.mark.parametrize("expert", [0, 5, 6, 7])
-def test_capacities_follow_eq_8_on_routed_slots(gamma, ffn_room, zc_room, expert, device):
+def test_capacities_follow_eq_8_on_routed_assignments(gamma, ffn_room, zc_room, expert, device):
     cfg = config(top_k=1, tau=0.5, capacity_factor=gamma)
     layer, x = forced(cfg, ((expert,),) * 12, device)
     stats = layer(x).stats
@@ -117,8 +117,8 @@ def test_capacities_follow_eq_8_on_routed_slots(gamma, ffn_room, zc_room, expert
     assert stats.load_E.tolist() == [12.0 if e == expert else 0.0 for e in range(8)], "load counts before drops"
 
 
-def test_capacity_counts_the_k_slots_of_a_token(device):
-    # tau N_FFN + N_ZC = 6, k = 2, T = 12: 0.5·24/6 = 2 slots for the FFN expert, 24/6 = 4 for the copy expert.
+def test_capacity_counts_the_k_choices_of_a_token(device):
+    # tau N_FFN + N_ZC = 6, k = 2, T = 12: 0.5·24/6 = 2 assignments for the FFN expert, 24/6 = 4 for the copy expert.
     layer, x = forced(config(tau=0.5, capacity_factor=1.0), ((1, 6),) * 12, device)
     stats = layer(x).stats
     assert (stats.ffn_assignments.item(), stats.ffn_per_token.item()) == (2, pytest.approx(2 / 12))

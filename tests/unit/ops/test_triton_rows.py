@@ -1,6 +1,6 @@
 """Triton's kernels agree with float64: on an accelerator, or interpreted on the CPU (see conftest.py). They compile.
 
-Shapes: T tokens, D width, K slots of a token, R rows, F expert width, C constant experts.
+Shapes: T tokens, D width, K assignments of a token, R rows, F expert width, C constant experts.
 """
 
 from __future__ import annotations

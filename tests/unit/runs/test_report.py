@@ -60,7 +60,7 @@ def test_table_has_a_row_of_shares_per_layer_in_order() -> None:
     cells = [[cell for cell in row if cell != "|"] for row in rows]
     assert cells[2] == ["2", "70.0", "15.0", "10.0", "5.0", "1.62"]
     assert cells[3] == ["10", "40.0", "30.0", "20.0", "10.0", "-"]
-    assert "FFN experts per token: 1.438; dropped slots: 1.25%" in summary(RECORDS)
+    assert "FFN experts per token: 1.438; dropped assignments: 1.25%" in summary(RECORDS)
 
 
 def test_bytes_are_means_over_all_steps() -> None:

@@ -26,7 +26,7 @@ class Places:
 
 
 def open_cache(past: Any, use_cache: bool, num_layers: int) -> Cache | None:
-    """The cache to use; tuples of (keys, values), as older code passes them, become one.
+    """Return the cache to use, made from older code's tuples of (keys, values) if necessary.
 
     Raises:
         ValueError: a cache that does not hold the keys of all positions, or of another number of layers.
@@ -56,14 +56,14 @@ def open_cache(past: Any, use_cache: bool, num_layers: int) -> Cache | None:
 
 
 def to_legacy(cache: Any) -> tuple[tuple[Tensor, Tensor], ...]:
-    """One (keys, values) per layer."""
+    """Return one (keys, values) per layer."""
     if hasattr(cache, "layers"):
         return tuple((layer.keys, layer.values) for layer in cache.layers)
     return tuple(zip(cache.key_cache, cache.value_cache, strict=True))
 
 
 def find_places(cache: Cache | None, num_new: int, cache_position_S: Tensor | None, device: torch.device) -> Places:
-    """Where ``num_new`` positions come to lie, before any layer has stored them.
+    """Return where ``num_new`` positions will be stored, before any layer has stored them.
 
     Raises:
         ValueError: ``cache_position`` that does not follow the cached positions, or a cache that is too short.
@@ -91,7 +91,7 @@ def find_places(cache: Cache | None, num_new: int, cache_position_S: Tensor | No
 
 
 def _given_start(cache: Cache | None, cache_position_S: Tensor | None) -> int | Tensor | None:
-    """Static caches that keep no count (before 5.1) write where they are told; None: the cache's own count decides."""
+    """Return where to write in a static cache without a count (before 5.1); None: the cache counts itself."""
     if cache_position_S is None or not isinstance(cache, StaticCache):
         return None
     layers = getattr(cache, "layers", None)
@@ -100,7 +100,7 @@ def _given_start(cache: Cache | None, cache_position_S: Tensor | None) -> int | 
 
 
 def _static(number: int | Tensor) -> int | Tensor:
-    """A plain number where no tracing would be broken by it."""
+    """Return a plain number unless that breaks tracing."""
     is_traced = isinstance(number, Tensor) and torch.compiler.is_compiling()
     return number if is_traced else int(number)
 
@@ -110,7 +110,7 @@ def _to(number: int | Tensor, device: torch.device) -> int | Tensor:
 
 
 def _limit(cache: Cache | None) -> int | None:
-    """Positions of a cache of fixed length; None: it grows."""
+    """Return the capacity of a cache of fixed length, positions; None: it grows."""
     if cache is None:
         return None
     get_limit = getattr(cache, "get_max_cache_shape", None) or cache.get_max_length

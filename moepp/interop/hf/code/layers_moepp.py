@@ -69,7 +69,7 @@ class MoeppAttention(nn.Module):
         places: Places,
         eager: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns the output, and where ``eager`` the attention weights, [B, H, S, P]."""
+        """Return the output, and if ``eager`` the attention weights, [B, H, S, P]."""
         query_BHSd = _rotate(self._heads(self.q_proj(x_BSD)), rotation)
         key_BGPd = _rotate(self._heads(self.k_proj(x_BSD)), rotation)
         value_BGPd = self._heads(self.v_proj(x_BSD))
@@ -157,10 +157,10 @@ class MoeppExperts(nn.Module):
         out_TD = torch.zeros_like(x_TD)
         gate_up_proj, down_proj = self.gate_up_proj, self.down_proj  # read once: adapters compute them when read
         for expert in range(gate_up_proj.shape[0]):
-            tokens_R, slots_R = torch.where(ids_TK == expert)
+            tokens_R, choices_R = torch.where(ids_TK == expert)
             gate_RF, up_RF = F.linear(x_TD[tokens_R], gate_up_proj[expert]).chunk(2, dim=-1)
             rows_RD = F.linear(F.silu(gate_RF) * up_RF, down_proj[expert])
-            weighted_RD = (rows_RD * weights_TK[tokens_R, slots_R, None]).to(x_TD.dtype)
+            weighted_RD = (rows_RD * weights_TK[tokens_R, choices_R, None]).to(x_TD.dtype)
             out_TD = out_TD.index_add(0, tokens_R, weighted_RD)
         return out_TD
 
@@ -198,7 +198,7 @@ class MoeppSparseFFN(nn.Module):
         self.experts = MoeppExperts(config)
 
     def forward(self, x_BSD: Tensor, previous_TN: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Returns the output and the router logits."""
+        """Return the output and the router logits."""
         x_TD = x_BSD.flatten(0, 1)
         logits_TN = self.router(x_TD, previous_TN)
         ids_TK, weights_TK = self.gates(logits_TN)
@@ -210,7 +210,7 @@ class MoeppSparseFFN(nn.Module):
         return out_TD.view_as(x_BSD), logits_TN
 
     def gates(self, logits_TN: Tensor) -> tuple[Tensor, Tensor]:
-        """Chosen experts and their weights, both [T, K]."""
+        """Return the chosen experts and their weights, both [T, K]."""
         config = self.config
         if config.logits_norm_std is not None:
             logits_TN = logits_TN / (logits_TN.std(dim=-1, keepdim=True) / config.logits_norm_std)
@@ -251,7 +251,7 @@ class MoeppDecoderLayer(GradientCheckpointingLayer):
         eager: bool,
         cache: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Returns the output, the router logits of the last MoE layer, and where ``eager`` the attention weights."""
+        """Return the output, the router logits of the last MoE layer, and if ``eager`` the attention weights."""
         attended_BSD, weights_BHSP = self.self_attn(self.input_layernorm(x_BSD), rotation, mask, cache, places, eager)
         x_BSD = x_BSD + attended_BSD
         normed_BSD = self.post_attention_layernorm(x_BSD)
@@ -265,7 +265,7 @@ class MoeppDecoderLayer(GradientCheckpointingLayer):
 def _attend_eagerly(
     query_BHSd: Tensor, key_BHPd: Tensor, value_BHPd: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The same, with weights to look at; without a mask the new positions are all there are, or one sees all."""
+    """Return attention's output and weights; without a mask all positions are new, or one sees all."""
     scores_BHSP = query_BHSd @ key_BHPd.transpose(2, 3) / query_BHSd.shape[-1] ** 0.5
     if mask is not None:
         scores_BHSP = scores_BHSP + mask
@@ -283,7 +283,7 @@ def _linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
 def rotation_table(
     config: MoeppConfig, position_ids_BS: Tensor, num_positions: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, [B, 1, S, d/2]; computed anew each time, so that there is no buffer to lose."""
+    """Return cosine and sine, [B, 1, S, d/2], computed anew each time: there is no buffer to lose."""
     head_dim = config.hidden_size // config.num_attention_heads
     theta, divisor, factor = config.rotary_theta, 1.0, config.rotary_scaling_factor
     if config.rotary_scaling_type == "linear":

@@ -17,8 +17,10 @@ from .cache_moepp import Places
 def attention_mask_table(
     given: Any, places: Places, sequences_BS: Tensor | None, like_BSD: Tensor, num_heads: int
 ) -> Tensor | None:
-    """Added to the scores, [1 or B, 1 or H, S, P]: the lowest number in the future, on padding and between packed
-    sequences. None where the new positions are all there are, or where a single one sees all keys.
+    """Return the mask to add to the scores, [1 or B, 1 or H, S, P], or None if none is needed.
+
+    It is the lowest number in the future, on padding and between packed sequences. None: all positions are new, or a
+    single one sees all keys.
 
     Args:
         given: [B, P], 0 or False on padding; or [1 or B, 1 or H, S, P] instead of the causal mask, boolean (True:
@@ -50,7 +52,7 @@ def attention_mask_table(
 
 
 def packed_sequences(position_ids_BS: Tensor, batch: int) -> Tensor | None:
-    """Number of each position's sequence, where positions do not count up by one throughout; None: they do.
+    """Return the number of each position's sequence, or None if positions count up by one throughout.
 
     As for Llama in transformers: this is how collators that pack several sequences into a row mark their starts.
     """

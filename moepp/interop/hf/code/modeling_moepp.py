@@ -205,8 +205,10 @@ class MoeppForCausalLM(MoeppPreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **loss_kwargs: Any,  # the name that Trainer of transformers 4.46 looks for
     ) -> MoeCausalLMOutputWithPast | tuple:
-        """Logits of the last ``logits_to_keep`` positions (0: of all), or of those that it lists for all rows ([n]) or
-        for each ([B, n], or boolean [B, S], whose logits come as one list); and the loss.
+        """Return the logits of the last ``logits_to_keep`` positions (0: of all), and the loss.
+
+        ``logits_to_keep`` may list positions for all rows ([n]) or for each ([B, n], or boolean [B, S], whose logits
+        come as one list).
 
         ``labels``: [B, S], equal to ``input_ids`` (they are shifted here), -100 where no loss is wanted. The loss is
         their mean cross-entropy; with ``num_items_in_batch=n`` among ``loss_kwargs`` their sum over n, as Trainer wants
@@ -246,13 +248,16 @@ class MoeppForCausalLM(MoeppPreTrainedModel, GenerationMixin):
         return result if _flag(return_dict, self.config, "return_dict") else result.to_tuple()
 
     def get_compiled_call(self, compile_config: Any) -> Any:
-        """For generation with a static cache: which tokens an expert gets is known at run time only, so that
-        there is no one graph to compile; versions before 4.53 would try without being asked."""
+        """Leave generation with a static cache uncompiled unless asked.
+
+        Which tokens an expert gets is known at run time only, so there is no one graph to compile; versions before
+        4.53 would try without being asked.
+        """
         return self.__call__ if compile_config is None else super().get_compiled_call(compile_config)
 
 
 def _flag(given: bool | None, config: MoeppConfig, name: str) -> bool:
-    """The argument, or what the configuration says."""
+    """Return the argument, or the configuration's value."""
     return bool(getattr(config, name, False) if given is None else given)
 
 
