@@ -1,43 +1,112 @@
-"""Draw the loss curve of a run again and print its closing summary."""
+"""Draw a run as a page, or several runs beside each other, and print the closing summary."""
 
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from moepp.errors import ConfigError, DataError, RunError
-from moepp.io.untrusted import read_yaml, terminal_text
+from moepp.io.untrusted import printable, read_yaml, terminal_text
+from moepp.metrics.jsonl import read_records
 from moepp.runs.directory import RunDir
-from moepp.runs.report import read_inputs, write_report
+from moepp.runs.report import read_inputs, summary_text, write_report
 
-EXAMPLE = "moepp report runs/tiny"
+EXAMPLE = "moepp report runs/tiny; moepp report runs/moepp runs/vanilla --out comparison"
+_MARK = b'name="generator" content="moepp report"'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="directory of a run, for example runs/demo")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="directory of a run, for example runs/demo; several of them, or a folder of runs such as a sweep's, "
+        "are compared",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FOLDER",
+        help="where report.html and figures/ go; default: the run's directory, or comparison/ beside several runs",
+    )
+    parser.add_argument("--sort", metavar="COLUMN", help="several runs: order of the table; default: eval_loss")
+    parser.add_argument("--table", metavar="FILE", help="several runs: write the table here too, as .csv or .parquet")
     parser.add_argument(
         "--unigram-entropy",
         type=float,
         metavar="NATS",
-        help="entropy of the corpus's token frequencies, drawn as a line; default: counted from the validation tokens",
+        help="one run: entropy of the corpus's token frequencies, drawn as a line; default: counted from the "
+        "validation tokens",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write loss.png and summary.md into the run directory and print the summary."""
-    path = Path(args.run_dir)
-    if not path.is_dir():
-        raise RunError(f"{path} is not a directory; name the directory of a run")
+    """Write the page and print the summary of one run, or the table of several."""
     if args.unigram_entropy is not None and args.unigram_entropy < 0:
         raise ConfigError(f"--unigram-entropy={args.unigram_entropy} is below 0, which no entropy is; correct it")
-    run_dir = RunDir(path.resolve())
+    paths = [Path(place).expanduser() for place in args.runs]
+    for path in paths:
+        if not path.is_dir():
+            raise RunError(f"{printable(path)} is not a directory; name the directory of a run, or a folder of runs")
+    if len(paths) == 1 and (RunDir(paths[0]).metrics_file.exists() or RunDir(paths[0]).config_file.exists()):
+        return _report_one(paths[0].resolve(), args)
+    return _report_several(args.runs, args)
+
+
+def _report_one(path: Path, args: argparse.Namespace) -> int:
+    from moepp.analysis.report import write_run_page
+    from moepp.analysis.runs import read_run
+
+    for option in ("sort", "table"):
+        if getattr(args, option) is not None:
+            raise ConfigError(f"--{option} orders several runs, and {printable(path)} is one; leave it out")
+    run_dir = RunDir(path)
     inputs = read_inputs(run_dir)
     entropy = args.unigram_entropy if args.unigram_entropy is not None else inputs.unigram_entropy
     inputs = replace(inputs, unigram_entropy=entropy if entropy is not None else _entropy_of_data(run_dir))
-    print(terminal_text(write_report(run_dir, inputs)), end="")
+    folder = _own_folder(path if args.out is None else Path(args.out))
+    if args.out is None:
+        text = write_report(run_dir, inputs)
+    else:
+        text = summary_text(read_records(run_dir.metrics_file), inputs, run_dir)
+    page = write_run_page(read_run(path), inputs, folder)
+    print(terminal_text(text), end="")
+    print(f"page: {printable(page)}")
     return 0
+
+
+def _report_several(places: Sequence[str], args: argparse.Namespace) -> int:
+    from moepp.analysis.comparison import compare, heading_of, text_of, write_table
+    from moepp.analysis.report import write_comparison
+    from moepp.analysis.runs import find_runs
+    from moepp.runs.report import table_lines
+
+    if args.unigram_entropy is not None:
+        raise ConfigError("--unigram-entropy is drawn for one run, and several were named; leave it out")
+    runs = find_runs(places)
+    common = Path(os.path.commonpath([run.path.parent for run in runs]))
+    folder = _own_folder(common / "comparison" if args.out is None else Path(args.out))
+    sort = "eval_loss" if args.sort is None else args.sort
+    rows = compare(runs, sort)
+    if args.table is not None:
+        write_table(Path(args.table), rows)
+    page = write_comparison(runs, folder, sort)
+    columns = list(rows[0])
+    cells = [[text_of(column, row[column]) for column in columns] for row in rows]
+    print(terminal_text("\n".join(table_lines([heading_of(column) for column in columns], cells))))
+    print(f"page: {printable(page)}")
+    return 0
+
+
+def _own_folder(folder: Path) -> Path:
+    """Return the folder, unless a page lies there that this command did not write."""
+    page = folder / "report.html"
+    if page.exists() and _MARK not in page.read_bytes()[:4096]:
+        raise RunError(f"{printable(page)} was not written by moepp report; choose another --out")
+    return folder
 
 
 def _entropy_of_data(run_dir: RunDir) -> float | None:

@@ -171,7 +171,7 @@ def _routing_section(records: Records) -> str:
             "",
             f"Share of the routed tokens per expert kind, at step {record['step']:,} (mean since the log before):",
             "",
-            *_table(header, rows),
+            *table_lines(header, rows),
             "",
             f"FFN experts per token: {_number(record['routing/ffn_per_token'], '{:.3f}')}; "
             f"dropped assignments: {dropped}",
@@ -180,8 +180,8 @@ def _routing_section(records: Records) -> str:
 
 
 def _bytes_section(records: Records) -> str:
-    sent = _mean_per_step(records, "comm/dispatch_bytes")
-    vanilla = _mean_per_step(records, "comm/dispatch_bytes_vanilla")
+    sent = mean_per_step(records, "comm/dispatch_bytes")
+    vanilla = mean_per_step(records, "comm/dispatch_bytes_vanilla")
     title = "## Bytes between ranks\n\n"
     if sent is None or vanilla is None:
         return title + "No communication metrics were logged."
@@ -223,7 +223,7 @@ def _last_with(records: Records, name: str) -> Mapping[str, Any] | None:
     return next((record for record in reversed(records) if record.get(name) is not None), None)
 
 
-def _mean_per_step(records: Records, name: str) -> float | None:
+def mean_per_step(records: Records, name: str) -> float | None:
     """Return the mean of a per-step metric over the run, weighing each record by the steps since the one before."""
     points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
     if not points:
@@ -236,7 +236,7 @@ def _mean_per_step(records: Records, name: str) -> float | None:
     return sum(weight * value for weight, (_, value) in zip(weights, points, strict=True)) / total if total else None
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return a Markdown table with aligned columns, readable as plain text too."""
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * (width - 1) + ":" for width in widths], *rows]

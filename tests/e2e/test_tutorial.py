@@ -60,5 +60,5 @@ def test_tutorial_works_as_written(project):
     records = [json.loads(line) for line in (project / "runs/mine/metrics.jsonl").read_text().splitlines()]
     losses = [record["train/loss"] for record in records if "train/loss" in record]
     assert losses[-1] < losses[0] - 0.5
-    assert (project / "compare.png").stat().st_size > 1000
+    assert (project / "comparison/report.html").stat().st_size > 1000
     assert {path.name for path in (project / "runs").iterdir()} == {"mine", "tau-0.25", "tau-0.75"}

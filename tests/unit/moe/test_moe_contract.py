@@ -282,8 +282,8 @@ def test_previous_logits_of_the_wrong_shape_are_refused_with_a_clear_message(sha
 
 
 @pytest.mark.parametrize("everywhere", [False, True])
-def test_what_a_hook_keeps_of_the_zero_computation_experts_stays_as_it_was(everywhere):
-    layer, x = forced(config(), ((0, 6), (4, 1), (6, 7), (2, 3)))
+def test_what_a_hook_keeps_of_the_zero_computation_experts_stays_as_it_was(everywhere, device):
+    layer, x = forced(config(), ((0, 6), (4, 1), (6, 7), (2, 3)), device)
     layer, x = layer.float(), x.float()
     wanted = layer.zero_computation(x, *gates_of(layer, x)).clone()
     kept = []

@@ -145,7 +145,9 @@ def test_picture_shows_both_losses_and_the_entropy(run_dir: RunDir, monkeypatch:
 
 def test_run_without_records_and_folders_without_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="name the directory of a run"):
-        command.run(argparse.Namespace(run_dir=str(tmp_path / "none"), unigram_entropy=None))
+        command.run(
+            argparse.Namespace(runs=[str(tmp_path / "none")], unigram_entropy=None, out=None, sort=None, table=None)
+        )
     with pytest.raises(RunError, match="cannot read"):
         write_report(RunDir(tmp_path), INPUTS)
     (tmp_path / "metrics.jsonl").write_text("")
