@@ -1,6 +1,7 @@
 """Ranks killed at random moments, saves in progress included: the run ends as if nothing had ever happened.
 
 The seed of a failure is in its message; MOEPP_CHAOS_SEED repeats it (as far as a scheduler repeats anything).
+MOEPP_CHAOS_ROUNDS sets the rounds of the slow tests.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from moepp.checkpoint.storage import TensorReader
 from tests.faults import ALL
 from tests.train_processes import TrainRun, TrainServer, records
 
+ROUNDS = int(os.environ.get("MOEPP_CHAOS_ROUNDS", 6))
 MAX_STEPS = 10  # before a kill
 STEPS_PER_ROUND = 20  # more than a round can do, so that the run is never done before its last round
 SLOW = [("slow_steps", ALL, 0.05), ("slow_writing", ALL, 0.05)]  # to spend more time in each place where one can die
@@ -94,4 +96,4 @@ def test_killed_ranks_leave_no_trace_in_many_rounds(
     server: TrainServer, corpus: str, tmp_path: Path, engine: str
 ) -> None:
     precision = "train.precision=bf16" if engine == "deepspeed" else "train.precision=fp32"
-    check_chaos(server, corpus, tmp_path, 20, [f"engine={engine}", "parallel.expert=2", precision])
+    check_chaos(server, corpus, tmp_path, ROUNDS, [f"engine={engine}", "parallel.expert=2", precision])

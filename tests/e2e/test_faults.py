@@ -195,10 +195,18 @@ def test_others_stop_soon_and_name_the_lost_rank(
     check_lost_rank(server, tmp_path / "run", [corpus, *NATIVE], ranks, lost, number)
 
 
+# With the test above: each engine with each signal; the first rank, an inner one and the last, of 2 and of 4.
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [NATIVE, DEEPSPEED], ids=["native", "deepspeed"])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize(("ranks", "lost"), [(2, 0), (2, 1), (4, 0), (4, 1), (4, 3)])
+@pytest.mark.parametrize(
+    ("engine", "ranks", "lost", "number"),
+    [
+        pytest.param(DEEPSPEED, 2, 0, signal.SIGKILL, id="deepspeed-2-0-kill"),
+        pytest.param(DEEPSPEED, 2, 1, signal.SIGSTOP, id="deepspeed-2-1-stop"),
+        pytest.param(DEEPSPEED, 4, 3, signal.SIGKILL, id="deepspeed-4-3-kill"),
+        pytest.param(NATIVE, 4, 0, signal.SIGSTOP, id="native-4-0-stop"),
+        pytest.param(NATIVE, 4, 1, signal.SIGKILL, id="native-4-1-kill"),
+    ],
+)
 def test_others_stop_soon_whichever_rank_is_lost(
     server: TrainServer, corpus: str, tmp_path: Path, engine: list[str], ranks: int, lost: int, number: signal.Signals
 ) -> None:

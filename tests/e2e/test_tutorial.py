@@ -1,4 +1,7 @@
-"""docs/tutorial.md works as it is written: every block is run, in order, in a copy of the project."""
+"""docs/tutorial.md works as it is written: every block is run, in order, in a copy of the project.
+
+The model alone is smaller than the demo's.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,13 @@ import pytest
 
 from tests.docs_checks import FENCE, ROOT
 
+SMALL_MODEL = """model:
+  hidden_size: 64
+  num_layers: 2
+  num_heads: 4
+  num_kv_heads: 2
+  moe: {ffn_hidden_size: 128}
+"""
 ACTIVATE = "source .venv/bin/activate"
 
 
@@ -30,6 +40,8 @@ def project(tmp_path: Path) -> Path:
 def run_block(language: str, body: str, project: Path) -> str:
     """Run a block, or put a configuration where the text says; its output."""
     if language == "yaml":
+        body = body.replace("model:\n", SMALL_MODEL)
+        assert SMALL_MODEL in body
         (project / "configs/experiment/mine.yaml").write_text(body)
     if language not in ("sh", "python"):
         return ""
