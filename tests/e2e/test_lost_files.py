@@ -28,7 +28,7 @@ ENDLESS = "train.steps=900"
 
 
 def engines(default: str) -> pytest.MarkDecorator:
-    """Both engines, one of them by default."""
+    """Both engines, one of them by default. Where the engine has no part in it there is one test alone."""
     return pytest.mark.parametrize(
         "engine", [pytest.param(name, marks=[] if name == default else [pytest.mark.slow]) for name in ENGINES]
     )
@@ -42,11 +42,10 @@ def trained_steps(run_dir: Path) -> list[int]:
     return [line["step"] for line in records(run_dir) if "train/grad_norm" in line]
 
 
-@engines("deepspeed")
 def test_lock_that_was_removed_is_made_again_and_a_run_that_was_taken_over_stops(
-    server: TrainServer, corpus: str, tmp_path: Path, engine: str
+    server: TrainServer, corpus: str, tmp_path: Path
 ) -> None:
-    options = [corpus, *ENGINES[engine], ENDLESS, "checkpoint.interval=5", "checkpoint.keep=0"]
+    options = [corpus, *ENGINES["deepspeed"], ENDLESS, "checkpoint.interval=5", "checkpoint.keep=0"]
     lock = tmp_path / "run" / ".lock"
     first = server.start(tmp_path / "run", 2, options, [SLOW])
     first.wait_for("step 7/")
@@ -68,11 +67,10 @@ def test_lock_that_was_removed_is_made_again_and_a_run_that_was_taken_over_stops
         assert verify(tmp_path / "run" / "checkpoints" / name) == []
 
 
-@engines("native")
 def test_run_whose_directory_was_removed_stops_and_makes_nothing_again(
-    server: TrainServer, corpus: str, tmp_path: Path, engine: str
+    server: TrainServer, corpus: str, tmp_path: Path
 ) -> None:
-    options = [corpus, *ENGINES[engine], ENDLESS, "checkpoint.interval=3"]
+    options = [corpus, *ENGINES["native"], ENDLESS, "checkpoint.interval=3"]
     run = server.start(tmp_path / "run", 2, options, [SLOW])
     run.wait_for("step 5/")
     (tmp_path / "run").rename(tmp_path / "gone")  # as rm -rf, in one step
@@ -142,13 +140,12 @@ def test_disk_that_fills_up_costs_nothing_but_time(
     assert trained_steps(run_dir) == list(range(1, 31))
 
 
-@engines("native")
 def test_samples_that_found_the_disk_full_are_drawn_by_the_next_start(
-    server: TrainServer, corpus: str, small_disk: Path, tmp_path: Path, engine: str
+    server: TrainServer, corpus: str, small_disk: Path, tmp_path: Path
 ) -> None:
     tokenizer = write_word_tokenizer(tmp_path / "tokenizer.json", 62)
     run_dir, ranks = small_disk / "run", 2
-    options = [corpus, *ENGINES[engine], f"data.cache_dir={tmp_path}/cache", "train.steps=4", "train.samples=2"]
+    options = [corpus, *ENGINES["native"], f"data.cache_dir={tmp_path}/cache", "train.steps=4", "train.samples=2"]
     options += [f"data.tokenizer={tokenizer}"]
     run = server.train(run_dir, ranks, options, [("fill_disk_before_samples", 0, str(small_disk))], exit_codes=[2, 2])
     (message,) = error_lines(run)

@@ -140,8 +140,8 @@ LAYOUTS = [
 ]
 # Each pair changes several things at once: ranks, EP, engine, ZeRO stage. Together they have every value on both sides.
 SOME_PAIRS = [(0, 11), (2, 6), (5, 7), (12, 1)]
-SLOW_PAIRS = [pytest.param(source, target, marks=pytest.mark.slow) for source, target in ((8, 4), (11, 3))]
-ALL_PAIRS_OF = (0, 3, 4, 5, 8, 10, 12)
+# What is saved does not depend on the target, nor what is read on the source: each layout once on either side.
+SLOW_PAIRS = [(i, (i + 5) % len(LAYOUTS)) for i in range(len(LAYOUTS))]
 REFERENCE = 0
 RESHARDED = [*LENGTH, *LAYOUT_FREE, "optim.lr=1e-3"]  # low: rounding differences do not grow
 
@@ -182,19 +182,10 @@ def check_pair(server: TrainServer, corpus: str, saved: Any, source: int, target
     assert_close(found, records(saved(REFERENCE), after=SAVED_STEP))
 
 
-@pytest.mark.parametrize(("source", "target"), [*SOME_PAIRS, *SLOW_PAIRS])
+@pytest.mark.parametrize(
+    ("source", "target"), [*SOME_PAIRS, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW_PAIRS)]
+)
 def test_checkpoint_of_one_layout_continues_in_another(
     server: TrainServer, corpus: str, saved: Any, tmp_path: Path, source: int, target: int
 ) -> None:
     check_pair(server, corpus, saved, source, target, tmp_path / "run")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("source", ALL_PAIRS_OF)
-def test_checkpoint_of_each_layout_continues_in_all_others(
-    server: TrainServer, corpus: str, saved: Any, tmp_path: Path, source: int
-) -> None:
-    for target in ALL_PAIRS_OF:
-        if target != source:
-            check_pair(server, corpus, saved, source, target, tmp_path / str(target))
