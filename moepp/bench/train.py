@@ -94,7 +94,7 @@ class Step:
         build = _build_transformers if name in TRANSFORMERS else _build_ours
         model, self.loss = build(name, options)
         groups = build_groups(Layout(1), options.device)
-        self.engine = NativeEngine(model, groups, OptimConfig(), 1, bucket_elements)
+        self.engine = NativeEngine(model, groups, OptimConfig(), 1, bucket_elements=bucket_elements)
         shape = (options.batch_size, options.seq_len + 1)
         tokens = torch.randint(0, options.vocab_size, shape, generator=torch.Generator().manual_seed(1))
         self.tokens = tokens.to(options.device)

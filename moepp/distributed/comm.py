@@ -174,8 +174,8 @@ def all_reduce_sum(tensor: Tensor, group: Group | None) -> Tensor:
 
 
 @dataclass
-class PendingReduction:
-    """An all-reduce under way, or nothing where there is one rank."""
+class Pending:
+    """A collective under way, or nothing where there is one rank."""
 
     work: Any
 
@@ -185,9 +185,33 @@ class PendingReduction:
             self.work.wait()
 
 
-def start_all_reduce_sum(tensor: Tensor, group: Group | None) -> PendingReduction:
+def start_all_reduce_sum(tensor: Tensor, group: Group | None) -> Pending:
     """As :func:`all_reduce_sum`, without waiting: nothing may touch the tensor before the wait."""
-    return PendingReduction(dist.all_reduce(tensor, group=group, async_op=True) if size(group) > 1 else None)
+    return Pending(dist.all_reduce(tensor, group=group, async_op=True) if size(group) > 1 else None)
+
+
+# torch 2.13 calls them so, and the older names deprecated.
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def own_share(tensor: Tensor, group: Group | None) -> Tensor:
+    """This rank's part of a flat tensor that the ranks of the group share equally; a view."""
+    return tensor if size(group) == 1 else tensor.chunk(size(group))[rank(group)]
+
+
+def start_reduce_scatter_sum(tensor: Tensor, group: Group | None) -> Pending:
+    """Sum a flat tensor over the group where it counts: in this rank's :func:`own_share`, in place; does not wait."""
+    if size(group) == 1:
+        return Pending(None)
+    return Pending(_REDUCE_SCATTER(own_share(tensor, group), tensor, group=group, async_op=True))
+
+
+def start_all_gather(tensor: Tensor, group: Group | None) -> Pending:
+    """Fill a flat tensor from every rank's :func:`own_share` of it, in place; does not wait."""
+    if size(group) == 1:
+        return Pending(None)
+    return Pending(_ALL_GATHER(tensor, own_share(tensor, group), group=group, async_op=True))
 
 
 def all_reduce_max(tensor: Tensor, group: Group | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which parameters are sharded over experts, and which decay."""
+"""Where each parameter lies: what is cut over which ranks, who holds copies of the same part, and what decays."""
 
 from __future__ import annotations
 
@@ -7,13 +7,49 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from moepp.distributed import comm
+from moepp.distributed.groups import ParallelGroups
+
+# Tensor parallelism cuts the heads: rows of the projections to them, columns of the one from them.
+_TENSOR_DIMS = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a parameter is spread over the ranks of a pipeline stage.
+
+    Attributes:
+        kind: "dense": whole on every rank; "tensor": cut over the tensor-parallel ranks; "expert": cut over the
+            expert-parallel ranks.
+        dim: the dimension that is cut, in equal parts; None: none.
+    """
+
+    kind: str
+    dim: int | None
+
+    def group(self, groups: ParallelGroups) -> comm.Group:
+        """The ranks that hold the same part as this one: over them its gradient is summed."""
+        return {"dense": groups.stage, "tensor": groups.dpcp, "expert": groups.edp}[self.kind]
+
+    def copies(self, groups: ParallelGroups) -> int:
+        """How many ranks hold the same part: so often the world counts it when every rank counts its own."""
+        return comm.size(self.group(groups))
+
+    def part(self, groups: ParallelGroups) -> tuple[int, int]:
+        """(index, count): which of how many parts this rank holds."""
+        parts = {"dense": (0, 1), "tensor": (groups.tp_rank, groups.tp_size), "expert": (groups.ep_rank, groups.ep_size)}
+        return parts[self.kind]
+
+
+DENSE, EXPERT = Placement("dense", None), Placement("expert", 0)
+
 
 @dataclass(frozen=True)
 class ParameterGroup:
     """Parameters with the same reduction and the same weight decay, by name."""
 
     name: str
-    expert: bool
+    placement: Placement
     decay: bool
     parameters: dict[str, nn.Parameter]
 
@@ -21,6 +57,20 @@ class ParameterGroup:
 def is_expert_parameter(name: str) -> bool:
     """Return whether the parameter is stacked over FFN experts (dimension 0) and so sharded over the EP group."""
     return ".experts." in f".{name}"
+
+
+def tensor_dim(name: str) -> int | None:
+    """The dimension along which tensor parallelism cuts the parameter; None: it is whole on every rank."""
+    path = name.split(".")
+    return _TENSOR_DIMS.get(path[-2]) if path[-3:-2] == ["self_attn"] else None
+
+
+def placement_of(name: str, tensor_parallel: bool = True) -> Placement:
+    """Where the parameter lies; without ``tensor_parallel`` attention is dense like the rest."""
+    if is_expert_parameter(name):
+        return EXPERT
+    dim = tensor_dim(name) if tensor_parallel else None
+    return DENSE if dim is None else Placement("tensor", dim)
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -31,15 +81,22 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.dim() >= (3 if ".zero_computation." in f".{name}" else 2)
 
 
-def group_parameters(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[ParameterGroup]:
-    """Split into dense/expert x decay/no-decay; every parameter is in exactly one group, empty groups are left out."""
+def group_parameters(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], tensor_parallel: bool = False
+) -> list[ParameterGroup]:
+    """Split into dense/tensor/expert x decay/no-decay.
+
+    Every parameter is in exactly one group; empty groups are left out. The two cuts of tensor parallelism are
+    reduced alike and share a group, whose ``placement.dim`` says nothing of one parameter.
+    """
     groups = [
-        ParameterGroup(f"{kind}_{'decay' if decay else 'no_decay'}", kind == "expert", decay, {})
-        for kind in ("dense", "expert")
+        ParameterGroup(f"{placement.kind}_{'decay' if decay else 'no_decay'}", placement, decay, {})
+        for placement in (DENSE, Placement("tensor", None), EXPERT)
         for decay in (True, False)
     ]
     for name, parameter in named_parameters:
+        kind, decay = placement_of(name, tensor_parallel).kind, decays(name, parameter)
         for group in groups:
-            if group.expert == is_expert_parameter(name) and group.decay == decays(name, parameter):
+            if group.placement.kind == kind and group.decay == decay:
                 group.parameters[name] = parameter
     return [group for group in groups if group.parameters]

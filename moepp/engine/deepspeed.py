@@ -19,12 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from moepp.config import OptimConfig
-from moepp.distributed import comm
 from moepp.distributed.groups import ParallelGroups
-from moepp.distributed.parameters import group_parameters, is_expert_parameter
+from moepp.distributed.parameters import group_parameters, is_expert_parameter, placement_of
 from moepp.engine.deepspeed_state import read_zero_state, write_zero_state
 from moepp.engine.engine import Fetch, StepResult, make_optimizer, read_plain_state, write_plain_state
-from moepp.engine.norms import squared_norm
+from moepp.engine.norms import global_norm, squared_norm
 from moepp.errors import ConfigError
 
 
@@ -157,9 +156,12 @@ class DeepSpeedEngine:
 
     def _step_without_zero(self, update: bool) -> StepResult:
         """ZeRO-0: the gradients are in ``.grad``, already averaged; norm and clipping over all experts are ours."""
-        dense, expert = self._squared_norms()
-        comm.all_reduce_sum(expert, self._groups.ep)
-        norm = float((dense + expert).sqrt())
+        squares = (
+            (squared_norm(parameter.grad), placement_of(name, tensor_parallel=False).copies(self._groups))
+            for name, parameter in self.model.named_parameters()
+            if parameter.grad is not None
+        )
+        norm = global_norm(squares, self._groups.world, self._groups.device)
         skipped = not update or not math.isfinite(norm)
         limit = self._optim.grad_clip
         for parameter in self.model.parameters():
@@ -169,13 +171,6 @@ class DeepSpeedEngine:
                 parameter.grad.mul_(limit / (norm + 1e-6))
         self._engine.step()
         return StepResult(norm, skipped)
-
-    def _squared_norms(self) -> tuple[Tensor, Tensor]:
-        squares = {kind: torch.zeros((), dtype=torch.float64, device=self._groups.device) for kind in (False, True)}
-        for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None:
-                squares[is_expert_parameter(name)] += squared_norm(parameter.grad)
-        return squares[False], squares[True]
 
     def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         optimizer = self._engine.optimizer

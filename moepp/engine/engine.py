@@ -78,8 +78,8 @@ def read_plain_state(
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """:meth:`Engine.read_state` for a torch optimizer that holds whole parameters."""
     for name, master in zip(names, masters, strict=True):
-        entry = _plain_entry(master, optimizer, optim)
-        yield name, {"fp32": master.detach(), **{key: entry[key] for key in entry if key in ALL_KEYS}}
+        entry = optimizer_entry(master, optimizer, optim)
+        yield name, {"fp32": master.detach()} | entry
 
 
 @torch.no_grad()
@@ -92,15 +92,15 @@ def write_plain_state(
 ) -> None:
     """:meth:`Engine.write_state` for a torch optimizer that holds whole parameters; fills them in place."""
     for name, master in zip(names, masters, strict=True):
-        entry = _plain_entry(master, optimizer, optim)
-        fetch(name, {"fp32": master.data, **{key: entry[key] for key in entry if key in ALL_KEYS}})
+        entry = optimizer_entry(master, optimizer, optim)
+        fetch(name, {"fp32": master.data} | entry)
 
 
-def _plain_entry(master: Tensor, optimizer: torch.optim.Optimizer, optim: OptimConfig) -> dict[str, Tensor]:
-    """Return the optimizer's state of one parameter, created as the optimizer would if missing."""
+def optimizer_entry(master: Tensor, optimizer: torch.optim.Optimizer, optim: OptimConfig) -> dict[str, Tensor]:
+    """The optimizer's state of one tensor by key, created as the optimizer would where there is none yet."""
     entry = optimizer.state[master]
     if state_keys(optim) and not entry:
         entry["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
         for key in state_keys(optim):
             entry[key] = torch.zeros_like(master, memory_format=torch.preserve_format)
-    return entry
+    return {key: value for key, value in entry.items() if key in ALL_KEYS}

@@ -9,23 +9,28 @@ import torch
 from torch import Tensor, nn
 
 from moepp.config import OptimConfig
-from moepp.distributed import comm
 from moepp.distributed.groups import ParallelGroups
 from moepp.distributed.parameters import group_parameters
-from moepp.engine.engine import Fetch, StepResult, make_optimizer, read_plain_state, write_plain_state
+from moepp.engine.engine import Fetch, StepResult, make_optimizer
 from moepp.engine.gradients import BUCKET_ELEMENTS, FlatGroup, GradientReduction
-from moepp.engine.norms import squared_norm
+from moepp.engine.norms import global_norm, squared_norm
+from moepp.engine.zero import ShardedGroup, WeightGather
 
 
 class NativeEngine:
-    """Gradients are summed in fp32: dense parameters over all ranks, FFN experts over the ranks that hold them.
+    """Gradients are summed in fp32 over the ranks that hold the same parameters: a stage, or those of its experts.
 
     Args:
         model: on this rank's device, in its precision.
         groups: over which ranks.
         optim: of the optimizer.
-        accumulation_steps: calls of :meth:`backward` for each of :meth:`step`; with the last one the sums begin.
+        accumulation_steps: micro-batches for each :meth:`step`; sums begin where the last one's gradients have come.
+        zero_stage: 0: every rank updates all that it holds; 1: see :mod:`moepp.engine.zero`.
         bucket_elements: gradients that are summed at a time.
+
+    Attributes:
+        loss_scale: what a micro-batch's mean loss is multiplied by before its backward; the same for every parameter:
+            all micro-batches of all ranks that have tokens of their own.
     """
 
     def __init__(
@@ -34,18 +39,18 @@ class NativeEngine:
         groups: ParallelGroups,
         optim: OptimConfig,
         accumulation_steps: int,
+        zero_stage: int = 0,
         bucket_elements: int = BUCKET_ELEMENTS,
     ) -> None:
         self.model = model
+        self.loss_scale = 1.0 / (accumulation_steps * groups.stage_size)
         self._groups = groups
         self._optim = optim
-        # The same divisor for every parameter: all micro-batches of all ranks.
-        self._loss_scale = 1.0 / (accumulation_steps * groups.world_size)
-        is_fp32 = next(model.parameters()).dtype == torch.float32
-        self._flat = [FlatGroup(group, is_fp32) for group in group_parameters(model.named_parameters())]
-        reduced = [(flat, groups.edp if flat.group.expert else groups.world) for flat in self._flat]
-        self._reduction = GradientReduction(reduced, list(model.parameters()), bucket_elements)
-        self._accumulation_steps, self._num_backwards = accumulation_steps, 0
+        parts = group_parameters(model.named_parameters(), groups.tp_size > 1)
+        kind = ShardedGroup if zero_stage == 1 else FlatGroup
+        self._flat = [kind(part, part.placement.group(groups), bucket_elements) for part in parts]
+        self._gather = WeightGather(model, [flat for flat in self._flat if isinstance(flat, ShardedGroup)])
+        self._reduction = GradientReduction(self._flat, list(model.parameters()), accumulation_steps)
         self._optimizer = make_optimizer(
             [
                 {"params": flat.masters, "weight_decay": optim.weight_decay if flat.group.decay else 0.0}
@@ -55,14 +60,11 @@ class NativeEngine:
         )
 
     def backward(self, loss: Tensor) -> None:
-        self._num_backwards += 1
-        assert self._num_backwards <= self._accumulation_steps, "gradients of this step are being summed already"
-        self._reduction.expect(is_last=self._num_backwards == self._accumulation_steps)
-        (loss * self._loss_scale).backward()
+        (loss * self.loss_scale).backward()
 
     def step(self, lr: float, update: bool = True) -> StepResult:
         self._reduction.finish()
-        self._num_backwards = 0
+        self._gather.finish()  # what a forward did not come to
         grad_norm = self._grad_norm()
         skipped = not update or not math.isfinite(grad_norm)
         if not skipped:
@@ -72,33 +74,30 @@ class NativeEngine:
             self._optimizer.step()
             for flat in self._flat:
                 flat.write_back()
+            self._gather.start()
         for flat in self._flat:
             flat.clear_grad()
         return StepResult(grad_norm, skipped)
 
     def _grad_norm(self) -> float:
-        """Global norm: dense gradients are equal on all ranks, expert gradients are summed over the EP group."""
-        device = self._flat[0].grad.device
-        squares = {kind: torch.zeros((), dtype=torch.float64, device=device) for kind in (False, True)}
-        for flat in self._flat:
-            squares[flat.group.expert] += squared_norm(flat.grad)
-        comm.all_reduce_sum(squares[True], self._groups.ep)
-        return float((squares[False] + squares[True]).sqrt())
+        squares = ((squared_norm(part), flat.copies) for flat in self._flat for part in flat.gradients)
+        return global_norm(squares, self._groups.world, self._groups.device)
 
     def _clip(self, grad_norm: float) -> None:
         limit = self._optim.grad_clip
         if limit is not None and grad_norm > limit:
             for flat in self._flat:
-                flat.grad.mul_(limit / (grad_norm + 1e-6))
+                torch._foreach_mul_(flat.gradients, limit / (grad_norm + 1e-6))
 
     def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        yield from read_plain_state(*self._names_and_masters(), self._optimizer, self._optim)
+        self._gather.finish()
+        for flat in self._flat:
+            yield from flat.read_state(self._optimizer, self._optim)
 
     def write_state(self, fetch: Fetch) -> None:
-        write_plain_state(*self._names_and_masters(), self._optimizer, self._optim, fetch)
+        self._gather.finish()
         for flat in self._flat:
+            flat.write_state(self._optimizer, self._optim, fetch)
             flat.write_back()
-
-    def _names_and_masters(self) -> tuple[list[str], list[nn.Parameter]]:
-        names = [name for flat in self._flat for name in flat.group.parameters]
-        return names, [master for flat in self._flat for master in flat.masters]
+        self._gather.start()
+        self._gather.finish()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+from moepp.distributed import comm
 
 _PART_ELEMENTS = 2**15  # its float64 copy, 256 KB, stays in a core's second-level cache
 
@@ -28,3 +32,18 @@ def squared_norm(tensor: Tensor) -> Tensor:
         wide = part.double()
         total += torch.dot(wide, wide)
     return total
+
+
+def global_norm(squares: Iterable[tuple[Tensor, int]], world: comm.Group, device: torch.device) -> float:
+    """Norm of a gradient that is spread over all ranks, every element counted once; the same on every rank.
+
+    Args:
+        squares: sum of squares of what this rank holds, and how many ranks hold the same: ``Σ |g|² / copies`` over the
+            world is exact in every layout.
+        world: all ranks.
+        device: of the sums.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for square, copies in squares:
+        total += square / copies
+    return float(comm.all_reduce_sum(total, world).sqrt())

@@ -48,7 +48,7 @@ def _step(
     views = [view.data_ptr() for view in engine._flat[0].grad_views]
     right = comm.start_all_reduce_sum
 
-    def spy(tensor: Tensor, group: comm.Group | None) -> comm.PendingReduction:
+    def spy(tensor: Tensor, group: comm.Group | None) -> comm.Pending:
         started.append(views.index(tensor.data_ptr()))
         return right(tensor, group)
 

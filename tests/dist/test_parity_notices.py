@@ -61,7 +61,7 @@ def gradient_that_crosses_ranks_halved(model: Transformer, groups: ParallelGroup
 @contextlib.contextmanager
 def _skip_sum(wrong: Callable[[Tensor, Any], bool]) -> Iterator[None]:
     at_once, started = comm.all_reduce_sum, comm.start_all_reduce_sum
-    nothing_to_wait_for = comm.PendingReduction(None)
+    nothing_to_wait_for = comm.Pending(None)
     with (
         patch.object(comm, "all_reduce_sum", lambda x, group: x if wrong(x, group) else at_once(x, group)),
         patch.object(
