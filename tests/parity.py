@@ -71,7 +71,7 @@ class Layout:
     device: str = "cpu"  # of every rank: with "cuda" all share one GPU, over gloo
 
     def __str__(self) -> str:
-        engine = f"{self.engine} z{self.zero}" if self.engine == "deepspeed" else self.engine
+        engine = f"{self.engine} z{self.zero}" if self.zero or self.engine == "deepspeed" else self.engine
         extras = [f"micro-batch {self.micro_batch}"] * (self.micro_batch is not None) + ["recompute"] * self.recompute
         extras += [f"exchange in {self.exchange_chunks}"] * (self.exchange_chunks > 1)
         extras += [self.device] * (self.device != "cpu")

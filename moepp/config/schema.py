@@ -125,7 +125,7 @@ class ParallelConfig:
     tensor: int = 1  # ranks that share the attention heads; outside attention each has a part of the tokens
     context: int = 1  # ranks that share a sequence
     context_method: str = "ulysses"  # attention over them: "ulysses" (exchange heads) or "gather" (keys and values)
-    zero_stage: int | None = None  # deepspeed: 0, 1 or 2 (None: 1); native: 0
+    zero_stage: int | None = None  # native: 0 or 1 (None: 0); deepspeed: 0, 1 or 2 (None: 1)
     timeout_seconds: float = 600.0  # longest wait for another rank before the run stops
 
     def __post_init__(self) -> None:

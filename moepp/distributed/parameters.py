@@ -37,7 +37,11 @@ class Placement:
 
     def part(self, groups: ParallelGroups) -> tuple[int, int]:
         """(index, count): which of how many parts this rank holds."""
-        parts = {"dense": (0, 1), "tensor": (groups.tp_rank, groups.tp_size), "expert": (groups.ep_rank, groups.ep_size)}
+        parts = {
+            "dense": (0, 1),
+            "tensor": (groups.tp_rank, groups.tp_size),
+            "expert": (groups.ep_rank, groups.ep_size),
+        }
         return parts[self.kind]
 
 

@@ -1,10 +1,11 @@
 """ZeRO stage 1 in the native engine: every rank updates an equal share of each bucket.
 
-Gradients are reduce-scattered where stage 0 all-reduces them, masters and optimizer state exist for the own share alone,
-and the updated weights are all-gathered: those of layers while the next forward runs. With N parameters over P ranks a
-rank holds, in bytes, weights 2 N (fp32: 4 N), gradients 4 N, masters 4 N / P (fp32: none, they are a part of the
-weights) and AdamW's moments 8 N / P; a bucket's padding comes on top. Same numbers as stage 0 (Rajbhandari et al., ZeRO,
-arXiv 1910.02054, section 5.1).
+Gradients are reduce-scattered where stage 0 all-reduces them, masters and optimizer state exist for the own share
+alone, and the updated weights are all-gathered: those of layers while the next forward runs. With N parameters over P
+ranks a rank holds, in bytes, weights 2 N (fp32: 4 N), gradients 4 N, masters 4 N / P (fp32: none, they are a part of
+the weights) and AdamW's moments 8 N / P; a bucket's padding comes on top. The numbers are those of stage 0.
+
+Source: Rajbhandari et al., ZeRO, arXiv 1910.02054, section 5.1.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def build_engine(cfg: Config, plan: RunPlan, model: Transformer, groups: Paralle
     if cfg.engine.name == "native":
         from moepp.engine.native import NativeEngine
 
-        return NativeEngine(model, groups, cfg.optim, plan.accumulation_steps)
+        return NativeEngine(model, groups, cfg.optim, plan.accumulation_steps, plan.zero_stage)
     from moepp.engine.deepspeed import DeepSpeedEngine
 
     return DeepSpeedEngine(model, groups, cfg.optim, plan.accumulation_steps, plan.micro_batch_size, plan.zero_stage)

@@ -15,7 +15,8 @@ from moepp import MoELayer
 from moepp.data.loader import Data
 from moepp.distributed import comm, parameters
 from moepp.distributed.groups import ParallelGroups
-from moepp.distributed.parameters import is_expert_parameter
+from moepp.distributed.parameters import DENSE, Placement, is_expert_parameter
+from moepp.engine import native, norms
 from moepp.engine.native import NativeEngine
 from moepp.model.init import init_parameters
 from moepp.model.transformer import LossOutput, Transformer
@@ -77,8 +78,18 @@ def _is_gradient(tensor: Tensor) -> bool:
     return tensor.dim() == 1 and tensor.numel() > 100
 
 
-def expert_norm_not_summed_over_the_group(model: Transformer, groups: ParallelGroups) -> Any:
-    return _skip_sum(lambda tensor, group: group is groups.ep and tensor.dim() == 0)
+def norm_not_summed_over_the_ranks(model: Transformer, groups: ParallelGroups) -> Any:
+    return _skip_sum(lambda tensor, group: tensor.dim() == 0 and tensor.dtype == torch.float64)
+
+
+def copies_forgotten_in_the_norm(model: Transformer, groups: ParallelGroups) -> Any:
+    right = norms.global_norm
+    return patch.object(native, "global_norm", lambda squares, *args: right([(one, 1) for one, _ in squares], *args))
+
+
+def expert_gradients_summed_over_the_wrong_group(model: Transformer, groups: ParallelGroups) -> Any:
+    right = Placement.group
+    return patch.object(Placement, "group", lambda self, groups: right(DENSE, groups))
 
 
 def expert_gradients_not_summed_over_replicas(model: Transformer, groups: ParallelGroups) -> Any:
@@ -183,8 +194,12 @@ MISTAKES: list[tuple[Sabotage, Layout]] = [
     (expert_gradients_not_divided_by_the_group, Layout(2, 2, "deepspeed", 2)),
     (expert_gradients_one_hundredth_too_large, Layout(2, 2)),
     (gradient_that_crosses_ranks_halved, Layout(2, 2)),
-    (expert_norm_not_summed_over_the_group, Layout(2, 2)),
-    (expert_norm_not_summed_over_the_group, Layout(2, 2, "deepspeed", 0)),
+    (norm_not_summed_over_the_ranks, Layout(2, 2)),
+    (norm_not_summed_over_the_ranks, Layout(2, 2, "deepspeed", 0)),
+    (norm_not_summed_over_the_ranks, Layout(2, 2, zero=1)),
+    (copies_forgotten_in_the_norm, Layout(2, 2)),
+    (expert_gradients_summed_over_the_wrong_group, Layout(4, 2)),
+    (expert_gradients_summed_over_the_wrong_group, Layout(4, 2, zero=1)),
     (expert_gradients_not_summed_over_replicas, Layout(4, 2)),
     (dense_gradients_not_summed, Layout(2, 2)),
     (evaluation_of_one_ranks_part, Layout(2, 2)),

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from moepp.config import ModelConfig, MoEConfig
-from moepp.distributed.parameters import decays, group_parameters, is_expert_parameter
+from moepp.distributed.parameters import decays, group_parameters, is_expert_parameter, placement_of, tensor_dim
 from moepp.model import Transformer
 
 
@@ -29,7 +29,8 @@ def test_groups_hold_every_parameter_once():
     for group in groups:
         for name, parameter in group.parameters.items():
             assert parameter is model.get_parameter(name)
-            assert (group.expert, group.decay) == (is_expert_parameter(name), decays(name, parameter))
+            assert group.placement.kind == ("expert" if is_expert_parameter(name) else "dense")
+            assert group.decay == decays(name, parameter)
 
 
 def test_only_norms_and_constant_vectors_are_not_decayed():
@@ -45,6 +46,21 @@ def test_only_norms_and_constant_vectors_are_not_decayed():
 def test_only_ffn_experts_of_moe_layers_are_sharded():
     sharded = {name for name, _ in make_model().named_parameters() if is_expert_parameter(name)}
     assert sharded == {f"layers.{i}.moe.experts.{p}" for i in (0, 1) for p in ("gate_up_proj", "down_proj")}
+
+
+def test_tensor_parallelism_cuts_the_heads_of_attention_alone():
+    names = [name for name, _ in make_model(moe_layer_interval=2, dense_ffn_hidden_size=12).named_parameters()]
+    dims = {name: tensor_dim(name) for name in names if tensor_dim(name) is not None}
+    rows, columns = {f"layers.{i}.self_attn.{p}_proj.weight" for i in (0, 1) for p in "qkv"}, 1
+    assert dims == dict.fromkeys(rows, 0) | {f"layers.{i}.self_attn.o_proj.weight": columns for i in (0, 1)}
+    for name in names:
+        kind = "expert" if is_expert_parameter(name) else "tensor" if name in dims else "dense"
+        assert placement_of(name).kind == kind
+        assert placement_of(name, tensor_parallel=False).kind == kind.replace("tensor", "dense")
+    model = make_model()
+    groups = group_parameters(model.named_parameters(), tensor_parallel=True)
+    of_kind = {group.name: set(group.parameters) for group in groups if group.placement.kind == "tensor"}
+    assert of_kind == {"tensor_decay": set(dims)}
 
 
 def test_tied_embeddings_are_listed_once():
