@@ -196,7 +196,7 @@ _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 def own_share(tensor: Tensor, group: Group | None) -> Tensor:
-    """This rank's part of a flat tensor that the ranks of the group share equally; a view."""
+    """Return this rank's part of a flat tensor that the ranks of the group share equally; a view."""
     return tensor if size(group) == 1 else tensor.chunk(size(group))[rank(group)]
 
 

@@ -28,11 +28,11 @@ class Placement:
     dim: int | None
 
     def group(self, groups: ParallelGroups) -> comm.Group:
-        """The ranks that hold the same part as this one: over them its gradient is summed."""
+        """Return the ranks that hold the same part as this one: over them its gradient is summed."""
         return {"dense": groups.stage, "tensor": groups.dpcp, "expert": groups.edp}[self.kind]
 
     def copies(self, groups: ParallelGroups) -> int:
-        """How many ranks hold the same part: so often the world counts it when every rank counts its own."""
+        """Return how many ranks hold the same part: so often the world counts it when every rank counts its own."""
         return comm.size(self.group(groups))
 
     def part(self, groups: ParallelGroups) -> tuple[int, int]:
@@ -64,13 +64,13 @@ def is_expert_parameter(name: str) -> bool:
 
 
 def tensor_dim(name: str) -> int | None:
-    """The dimension along which tensor parallelism cuts the parameter; None: it is whole on every rank."""
+    """Return the dimension along which tensor parallelism cuts the parameter; None: it is whole on every rank."""
     path = name.split(".")
     return _TENSOR_DIMS.get(path[-2]) if path[-3:-2] == ["self_attn"] else None
 
 
 def placement_of(name: str, tensor_parallel: bool = True) -> Placement:
-    """Where the parameter lies; without ``tensor_parallel`` attention is dense like the rest."""
+    """Return where the parameter lies; without ``tensor_parallel`` attention is dense like the rest."""
     if is_expert_parameter(name):
         return EXPERT
     dim = tensor_dim(name) if tensor_parallel else None

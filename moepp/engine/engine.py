@@ -97,7 +97,7 @@ def write_plain_state(
 
 
 def optimizer_entry(master: Tensor, optimizer: torch.optim.Optimizer, optim: OptimConfig) -> dict[str, Tensor]:
-    """The optimizer's state of one tensor by key, created as the optimizer would where there is none yet."""
+    """Return the optimizer's state of one tensor by key, created as the optimizer would where there is none yet."""
     entry = optimizer.state[master]
     if state_keys(optim) and not entry:
         entry["step"] = torch.zeros((), dtype=torch.float32, device=master.device)

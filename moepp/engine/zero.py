@@ -48,7 +48,7 @@ class ShardedGroup(FlatGroup):
         return masters
 
     def _flatten(self, span: Span) -> Tensor:
-        """The flat weights of a bucket; its parameters become views of them."""
+        """Return the flat weights of a bucket; its parameters become views of them."""
         flat = self.parameters[span.first].new_zeros(span.length)
         for parameter, place in self._places(span):
             view = flat[place].view_as(parameter)
@@ -57,7 +57,7 @@ class ShardedGroup(FlatGroup):
         return flat
 
     def _places(self, span: Span) -> Iterator[tuple[nn.Parameter, slice]]:
-        """The parameters of a bucket, and where in it they are."""
+        """Yield the parameters of a bucket, and where in it they are."""
         for index in range(span.first, span.first + span.size):
             start = self.starts[index] - span.start
             yield self.parameters[index], slice(start, start + self.parameters[index].numel())
@@ -82,7 +82,7 @@ class ShardedGroup(FlatGroup):
     def read_state(
         self, optimizer: torch.optim.Optimizer, optim: OptimConfig
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """One bucket after the other is assembled (collective over :attr:`ranks`)."""
+        """Yield one bucket after the other is assembled (collective over :attr:`ranks`)."""
         names = list(self.group.parameters)
         for index, span in enumerate(self.spans):
             own = {"fp32": self.masters[index].detach()} | optimizer_entry(self.masters[index], optimizer, optim)
@@ -100,7 +100,7 @@ class ShardedGroup(FlatGroup):
 
     @torch.no_grad()
     def write_state(self, optimizer: torch.optim.Optimizer, optim: OptimConfig, fetch: Fetch) -> None:
-        """Every rank reads whole parameters, one at a time, and keeps its share."""
+        """Read whole parameters, one at a time, and keep this rank's share."""
         names = list(self.group.parameters)
         for master, span in zip(self.masters, self.spans, strict=True):
             entry = optimizer_entry(master, optimizer, optim)
