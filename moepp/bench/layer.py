@@ -42,7 +42,7 @@ def run(options: Options) -> dict[str, list[Record]]:
     for count in options.num_threads:
         with threads(count):
             for name in options.cases:
-                times, stages = _run_case(CASES[name], options)
+                times, stages = run_case(name, options)
                 tables["times"] += [{"case": name, "threads": count} | record for record in times]
                 tables["stages"] += [{"case": name, "threads": count} | record for record in stages]
     for name in options.cases:
@@ -81,7 +81,9 @@ class _Contestant:
         return {"forward": self.forward, "forward+backward": self.forward_backward}
 
 
-def _run_case(case: Case, options: Options) -> tuple[list[Record], list[Record]]:
+def run_case(name: str, options: Options) -> tuple[list[Record], list[Record]]:
+    """Times and stages of one case, with as many threads as torch has now."""
+    case = CASES[name]
     x_TD = random_tokens(options.num_tokens, case.hidden_size, options.dtype, options.device)
     layers = [_Contestant("vanilla", make_layer(case, None, options.dtype, options.device), x_TD, None)]
     for tau in options.taus:

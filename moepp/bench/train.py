@@ -165,10 +165,11 @@ def run(options: Options, with_scaling: bool) -> dict[str, list[Record]]:
 
 def _compare(_rank: int, _world_size: int, num_threads: int, options: Options) -> list[Record]:
     with threads(num_threads):
-        return _compare_here(options)
+        return compare(options)
 
 
-def _compare_here(options: Options) -> list[Record]:
+def compare(options: Options) -> list[Record]:
+    """Steps of all contestants in this process, interleaved; it must have joined a process group."""
     steps, skipped = {}, []
     for name in (OURS, VANILLA, *TRANSFORMERS):
         try:

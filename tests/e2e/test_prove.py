@@ -9,14 +9,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from moepp import ops
+from moepp.moe.dispatch import AllToAllDispatcher
+from moepp.ops import backend
+from tests import parity
 from tests.devices import GPU
-from tests.gpu import fakes, layer, machine, prove
+from tests.gpu import distributed, fakes, kernels, layer, machine, prove, speed, training
 from tests.gpu.checks import CHECKS, KERNEL_CHECKS, STAGES, Check
 from tests.gpu.prove import Proof, main, parse_numbers, proven
 from tests.gpu.report import Place, Report, deviation
@@ -57,6 +61,19 @@ def test_the_first_checks_run_with_torch_triton_numpy_and_transformers_alone(tmp
     assert [record["status"] for record in proof["checks"]] == ["passed"] * 3
     assert proof["proven"] == [], "a CPU proves nothing about a GPU"
     assert proof["machine"]["torch"] == torch.__version__
+
+
+# Of the checks on the CPU where neither DeepSpeed nor another extra is installed.
+STATUSES = {3: "partial", 4: "skipped", 5: "passed", 6: "partial", 7: "passed", 8: "passed", 9: "passed"}
+STATUSES |= {10: "skipped", 11: "measured", 12: "passed", 13: "measured"}
+
+
+@pytest.mark.slow
+def test_all_other_checks_run_with_torch_triton_numpy_and_transformers_alone(tmp_path):
+    done, proof = prove_without_extras(tmp_path, "--checks", f"3-{CHECKS[-1].number}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {record["number"]: record["status"] for record in proof["checks"]} == STATUSES
+    assert "deepspeed is not installed" in done.stdout and "needs CUDA" in done.stdout
 
 
 def fake(number: int, function: Any, limit: float = 60.0) -> Check:
@@ -185,3 +202,82 @@ def test_the_experts_check_fails_for_wrong_products(monkeypatch):
     original = ops.grouped_swiglu
     monkeypatch.setattr(ops, "grouped_swiglu", lambda rows, *rest: original(rows.roll(1, 0), *rest))
     assert any("gradient of gate_up" in name for name in failing(layer.check_experts))
+
+
+def test_the_kernels_check_fails_where_triton_gives_other_numbers(monkeypatch):
+    combine = ops.combine_rows
+    monkeypatch.setattr(ops, "combine_rows", lambda *args: combine(*args) * (1.05 if backend.uses_triton() else 1))
+    names = failing(kernels.check_kernels)
+    assert any("bfloat16: output" in name for name in names) and any("gradient of x" in name for name in names)
+
+
+def test_the_determinism_check_fails_for_noise(monkeypatch):
+    combine = ops.combine_rows
+    monkeypatch.setattr(ops, "combine_rows", lambda *args: combine(*args) * (1 + 0.1 * torch.rand(())))
+    names = failing(kernels.check_determinism)
+    assert "torch, again: loss" in names and "auto, recomputed: loss" in names
+
+
+def test_only_warnings_of_waits_are_counted_by_their_place():
+    text = "called a synchronizing CUDA operation (Triggered internally at ...)"
+    caught = [
+        SimpleNamespace(message=UserWarning(message), filename=f"a/{file}.py", lineno=line)
+        for message, file, line in [(text, "x", 1), (text, "x", 1), (text, "y", 2), ("deprecated", "x", 1)]
+    ]
+    assert kernels.sites_of(caught) == {"x.py:1": 2, "y.py:2": 1}
+
+
+def test_the_exchange_check_fails_for_rows_that_come_back_in_another_order(monkeypatch):
+    send_back = AllToAllDispatcher.send_back
+    monkeypatch.setattr(
+        AllToAllDispatcher, "send_back", lambda self, rows, chunk: send_back(self, rows.roll(1, 0), chunk)
+    )
+    names = failing(distributed.check_exchange)
+    assert "float32, 1 chunks: output" in names and "bfloat16, 2 chunks: gradient of x" in names
+
+
+def test_the_training_and_engine_checks_fail_for_other_losses(monkeypatch):
+    train, calls = parity.train, []
+
+    def drifts(*args):
+        history = train(*args)
+        calls.append(args)
+        if len(calls) > 1:
+            history.loss[-1] *= 1.05
+        return history
+
+    monkeypatch.setattr(training, "train", drifts)
+    assert {"fp32: last loss", "bf16: last loss"} <= set(failing(training.check_training))
+    calls.clear()
+    monkeypatch.setattr(parity, "ENGINES", [("native", 0), ("other", 1)])
+    monkeypatch.setattr(training, "train", lambda rank, setting, layout: drifts(rank, setting, parity.Layout()))
+    assert failing(training.check_engines) == ["other, ZeRO-1: deviation from native"]
+
+
+def test_the_checkpoint_check_fails_for_what_is_not_loaded(monkeypatch):
+    def forgets(path, engine, stats, groups, saved_ranks):
+        load(path, engine, stats, groups, saved_ranks)
+        with torch.no_grad():
+            next(engine.model.parameters()).add_(1)
+        for _, entry in engine.read_state():
+            entry["exp_avg"].zero_()
+
+    load = training.load_training_state
+    monkeypatch.setattr(training, "load_training_state", forgets)
+    names = failing(training.check_checkpoint)
+    assert any(name.startswith("loaded on the CPU") and name.endswith("/exp_avg") for name in names)
+
+
+def test_idle_share_is_what_no_kernel_covers():
+    assert speed.idle_share([(0, 10), (5, 20), (30, 40)]) == pytest.approx(10 / 40)
+    assert speed.idle_share([(3, 9)]) == 0 and speed.idle_share([]) == 1
+
+
+def test_a_table_without_times_or_with_wrong_ones_is_a_failure():
+    for rows in ([], [{"ms": 0.0}], [{"step ms": float("nan")}], [{"ms": None}]):
+        report = Report()
+        report.measure("table", rows)
+        assert report.status == "failed"
+    report = Report()
+    report.measure("table", [{"ms": 1.0}])
+    assert report.status == "measured"

@@ -23,6 +23,17 @@ CHECKS: tuple[Check, ...] = (
     _check(0, "device, versions, what is chosen for it", "machine:check_machine", 60),
     _check(1, "layer against the float64 oracle", "layer:check_oracle", 180),
     _check(2, "FFN experts against a plain loop", "layer:check_experts"),
+    _check(3, "Triton's kernels against torch's operations", "kernels:check_kernels", 180),
+    _check(4, "waits of the host for the device", "kernels:check_waits"),
+    _check(5, "equal steps give equal bits", "kernels:check_determinism"),
+    _check(6, "exchange through the device's collectives on one rank", "distributed:check_exchange"),
+    _check(7, "expert parallelism of two ranks on one device", "distributed:check_two_ranks", 180),
+    _check(8, "a small model trained as on the CPU; generation", "training:check_training", 180),
+    _check(9, "checkpoint saved in the background, loaded elsewhere", "training:check_checkpoint"),
+    _check(10, "engines against the native one", "training:check_engines", 180),
+    _check(11, "speed of the layer", "speed:check_layer_speed", 240),
+    _check(12, "speed and memory of a whole step", "speed:check_step_speed", 240),
+    _check(13, "the same step in transformers", "speed:check_peer_speed", 240),
 )
 # One process each; a check that fails ends its process, and the rest of the stage goes on in a fresh one.
 STAGES: tuple[tuple[int, ...], ...] = ((0, 1, 2, 3, 4, 5), (6,), (7,), (8, 9), (10,), (11,), (12, 13))

@@ -5,7 +5,6 @@ Shapes: T tokens, D width, F expert width, R rows sorted by expert, E FFN expert
 
 from __future__ import annotations
 
-import importlib.util
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from moepp import MoEConfig, ops
 from moepp.ops import use_kernels
-from tests.gpu.report import Place, Report, deviation
+from tests.gpu.report import Place, Report, deviation, is_installed
 from tests.moe_cases import (
     LEAST_MARGIN,
     TOLERANCE,
@@ -44,7 +43,7 @@ EXPERT_LIMIT = 3e-2  # bf16: of the largest entry
 def kernel_sets(place: Place, report: Report) -> list[str]:
     """Kernels that operations can run here; the report says which of them cannot."""
     sets = ["torch"] if place.is_cuda else ["auto", "torch"]
-    if importlib.util.find_spec("triton") is None:
+    if not is_installed("triton"):
         report.skip("Triton's kernels: the package triton is not installed")
         return sets
     return [*sets, "triton"]

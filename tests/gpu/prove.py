@@ -25,7 +25,7 @@ from typing import Any
 from moepp.arguments import Parser
 from moepp.errors import ConfigError, MoeppError
 from tests.gpu.checks import CHECKS, KERNEL_CHECKS, STAGES, Check
-from tests.gpu.report import FAILED, PASSED, SKIPPED
+from tests.gpu.report import FAILED, PASSED, SKIPPED, STATUSES
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST_FAILURES, NOT_BEGUN = 100, 101
@@ -119,7 +119,7 @@ class Proof:
         self.say(line_of(record))
         for name, rows in record["notes"].items():
             if _is_table(rows):
-                self.say(f"{name}\n{_table(rows)}")
+                self.say(f"{name}:\n{_table(rows)}")
         self.write()
 
     def write(self) -> None:
@@ -274,10 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     proof = Proof(args.device, args.out.resolve(), args.seconds, lambda line: print(line, flush=True))
     failures = proof.run(checks)
-    counts = {
-        status: sum(record["status"] == status for record in proof.records)
-        for status in ("passed", "partial", "skipped", "failed")
-    }
+    counts = {status: sum(record["status"] == status for record in proof.records) for status in STATUSES}
     print(
         ", ".join(f"{count} {status}" for status, count in counts.items()),
         f"in {time.monotonic() - start:.0f} s;",

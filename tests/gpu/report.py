@@ -2,11 +2,12 @@
 
 A check is a function ``check(place, report)``. It passes when it expected at least one thing and everything it expected
 was so. What it leaves out it says (:meth:`Report.skip`): such a check is ``partial``, or ``skipped`` where nothing is
-left, and never ``passed``.
+left, and never ``passed``. One that only measures, because no value would be wrong, is ``measured``.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PASSED, PARTIAL, SKIPPED, FAILED = "passed", "partial", "skipped", "failed"
+PASSED, PARTIAL, MEASURED, SKIPPED, FAILED = "passed", "partial", "measured", "skipped", "failed"
+STATUSES = (PASSED, PARTIAL, MEASURED, SKIPPED, FAILED)
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported, without importing it."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 class Skip(Exception):
@@ -68,6 +78,7 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)  # measured, with no mark to pass
     skipped: list[str] = field(default_factory=list)
+    measured: bool = False
 
     def expect(self, name: str, found: Any, expected: str, ok: bool) -> None:
         """Record an expectation and whether it holds."""
@@ -102,6 +113,14 @@ class Report:
         """Something to be printed."""
         self.notes[name] = value
 
+    def measure(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """A table of times; each must be there and above 0."""
+        self.measured = True
+        self.notes[name] = rows
+        times = [value for row in rows for key, value in row.items() if key == "ms" or key.endswith(" ms")]
+        if not times or not all(isinstance(value, float) and 0 < value < math.inf for value in times):
+            self.expect(f"times of {name}", times, "positive numbers", False)
+
     def skip(self, what: str) -> None:
         """A part that could not be looked at, with the reason."""
         self.skipped.append(what)
@@ -122,11 +141,11 @@ class Report:
 
     @property
     def status(self) -> str:
-        """One of the four words above; a check that expected nothing and skipped nothing has failed."""
-        if self.failures or not (self.findings or self.skipped):
+        """One of :data:`STATUSES`; a check that expected, measured and skipped nothing has failed."""
+        if self.failures or not (self.findings or self.measured or self.skipped):
             return FAILED
         if not self.findings:
-            return SKIPPED
+            return MEASURED if self.measured else SKIPPED
         return PARTIAL if self.skipped else PASSED
 
     def as_record(self) -> dict[str, Any]:
