@@ -82,7 +82,7 @@ class _Contestant:
 
 
 def run_case(name: str, options: Options) -> tuple[list[Record], list[Record]]:
-    """Times and stages of one case, with as many threads as torch has now."""
+    """Return times and stages of one case, with as many threads as torch has now."""
     case = CASES[name]
     x_TD = random_tokens(options.num_tokens, case.hidden_size, options.dtype, options.device)
     layers = [_Contestant("vanilla", make_layer(case, None, options.dtype, options.device), x_TD, None)]

@@ -169,7 +169,7 @@ def _compare(_rank: int, _world_size: int, num_threads: int, options: Options) -
 
 
 def compare(options: Options) -> list[Record]:
-    """Steps of all contestants in this process, interleaved; it must have joined a process group."""
+    """Time the steps of all contestants in this process, interleaved; it must have joined a process group."""
     steps, skipped = {}, []
     for name in (OURS, VANILLA, *TRANSFORMERS):
         try:

@@ -18,6 +18,7 @@ from moepp.bench.cases import Case
 from moepp.bench.peers import one_process_group
 from moepp.config import OptimConfig
 from moepp.distributed.groups import build_groups
+from moepp.distributed.layout import Layout as RankLayout
 from moepp.engine.native import NativeEngine
 from moepp.moe import ExpertParallel, MoELayer
 from moepp.moe.dispatch import AllToAllDispatcher
@@ -119,7 +120,7 @@ def check_waits(place: Place, report: Report) -> None:
     place.require_cuda("torch.cuda.set_sync_debug_mode")
     cfg, dtype = step_model(place), torch.bfloat16
     with one_process_group(place.device):
-        groups = build_groups(1, place.device)
+        groups = build_groups(RankLayout(1), place.device)
         native = has_grouped_mm(torch.zeros(8, 64, dtype=dtype, device=place.device))
         for name, per_layer in (("experts here", 0 if native else 1), ("exchange", 1)):
             run = ModelRun(place, cfg, dtype, 4, 1024)

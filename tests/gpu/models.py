@@ -6,21 +6,19 @@ Shapes: T tokens, D width, B sequences of S tokens.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moepp.bench.cases import Case, ForcedRouting, make_layer, random_tokens
-from moepp.config import ModelConfig
+from moepp.config import ModelConfig, configs_folder
 from moepp.config.load import build
 from moepp.model.init import init_parameters
 from moepp.model.transformer import Transformer
 from moepp.moe import MoELayer
 from tests.gpu.report import Place, Report
 
-MODELS = Path(__file__).resolve().parents[2] / "configs" / "model"
 Results = dict[str, Tensor | None]  # an output and gradients by name
 SMALL = Case("small", 4, 2, 32, 48)
 PAPER = Case("8+4", 8, 2, 768, 2048)  # MoE++ 0.6B (arXiv 2410.07348, Table 2)
@@ -68,7 +66,9 @@ def paper_model(name: str, num_layers: int | None = None, **changes: Any) -> Mod
     """A model of configs/model, perhaps with fewer layers."""
     import yaml
 
-    cfg = build(ModelConfig, yaml.safe_load((MODELS / f"{name}.yaml").read_text(encoding="utf-8")), "model")
+    cfg = build(
+        ModelConfig, yaml.safe_load((configs_folder() / "model" / f"{name}.yaml").read_text(encoding="utf-8")), "model"
+    )
     if num_layers is not None:
         changes["num_layers"] = num_layers
     return dataclasses.replace(cfg, **changes)

@@ -19,6 +19,7 @@ from moepp.bench.tables import Record
 from moepp.bench.timing import clock_for
 from moepp.config import OptimConfig
 from moepp.distributed.groups import build_groups
+from moepp.distributed.layout import Layout as RankLayout
 from moepp.engine.native import NativeEngine
 from moepp.metrics.throughput import peak_flops_per_second
 from moepp.model.accounting import balanced_ffn_per_token, flops_per_token
@@ -90,7 +91,7 @@ def _count_broken(losses: list[float]) -> int:
 
 
 def _time_steps(place: Place, run: ModelRun) -> tuple[Record, list[float]]:
-    engine = NativeEngine(run.model, build_groups(1, place.device), OptimConfig(), 1)
+    engine = NativeEngine(run.model, build_groups(RankLayout(1), place.device), OptimConfig(), 1)
     clock = clock_for(place.device, torch.get_num_threads())
     if place.is_cuda:
         torch.cuda.empty_cache()

@@ -15,6 +15,7 @@ from moepp.bench.peers import one_process_group
 from moepp.checkpoint import Checkpointer, load_training_state
 from moepp.config import CheckpointConfig, OptimConfig
 from moepp.distributed.groups import ParallelGroups, build_groups, new_cpu_group
+from moepp.distributed.layout import Layout as RankLayout
 from moepp.engine.native import NativeEngine
 from moepp.metrics.step_stats import StepStats
 from moepp.model.generate import generate
@@ -102,7 +103,7 @@ def _check_generation(place: Place, report: Report) -> None:
 def check_checkpoint(place: Place, report: Report) -> None:
     """Saved in the background while training goes on, loaded on the CPU, saved there and loaded on the device."""
     with alone(place.device), tempfile.TemporaryDirectory(prefix="moepp-proof-") as folder:
-        groups = build_groups(1, place.device)
+        groups = build_groups(RankLayout(1), place.device)
         on_host = replace(groups, device=torch.device("cpu"))
         engine, run = _trained(place, groups)
         saved = _numbers(engine)
