@@ -37,13 +37,13 @@ launch="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)"
 # shellcheck source-path=SCRIPTDIR source=env.sh
 source "$launch/env.sh"
 cd "$MOEPP_ROOT"
-use_cpu_if_no_gpu
+use_cpu_if_no_gpu "$@"
 
 # Remote hosts see only the variables of this file.
 DS_ENV_FILE="$(mktemp)"
 export DS_ENV_FILE
 trap 'rm -f "$DS_ENV_FILE"' EXIT
-for name in PATH TORCH_DISABLE_SHARE_RDZV_TCP_STORE DS_ACCELERATOR OMP_NUM_THREADS; do
+for name in PATH TORCH_DISABLE_SHARE_RDZV_TCP_STORE DS_ACCELERATOR OMP_NUM_THREADS PYTORCH_ALLOC_CONF; do
     if [[ -n "${!name:-}" ]]; then
         echo "$name=${!name}" >>"$DS_ENV_FILE"
     fi

@@ -64,11 +64,12 @@ set_up
 # shellcheck source-path=SCRIPTDIR source=env.sh
 source "$launch/env.sh"
 cd "$MOEPP_ROOT"
-if [[ "$(count_gpus)" == 1 ]]; then
-    echo "one GPU cannot serve 2 processes; training on the CPU"
+gpus="$(count_devices "${overrides[@]}")"
+if ((gpus < 2)); then
+    [[ "$gpus" == 0 ]] || echo "one GPU cannot serve 2 processes; training on the CPU"
     export CUDA_VISIBLE_DEVICES=""
 fi
-use_cpu_if_no_gpu
+use_cpu_if_no_gpu "${overrides[@]}"
 share_cores 2
 # Both processes are on this host; its name need not resolve.
 export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"

@@ -18,23 +18,46 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 # Restarted workers rejoin reliably only if the rendezvous store is not shared with the process group.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 
-# Prints how many accelerators this host offers: NVIDIA or AMD, less those hidden by CUDA_VISIBLE_DEVICES.
+# Sizes of tensors change from step to step; segments that grow keep the GPU's memory in one piece.
+if [[ -z "${PYTORCH_CUDA_ALLOC_CONF+set}${PYTORCH_HIP_ALLOC_CONF+set}" ]]; then
+    export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+fi
+
+# Prints how many accelerators this host offers: NVIDIA or AMD, less those that a list of visible ones hides.
 count_gpus() {
-    if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
-        # CUDA itself stops at the first entry that is no device: -1, or Slurm's NoDevFiles.
-        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | sed -n '/^ *-\|^NoDev/,$d;p' | grep -c '[^[:space:]]' || true
-    elif command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
+    local name kfd=/sys/class/kfd/kfd/topology/nodes
+    for name in CUDA_VISIBLE_DEVICES HIP_VISIBLE_DEVICES ROCR_VISIBLE_DEVICES; do
+        if [[ -n "${!name+set}" ]]; then
+            # CUDA itself stops at the first entry that is no device: -1, or Slurm's NoDevFiles.
+            tr ',' '\n' <<<"${!name}" | sed -n '/^ *-\|^NoDev/,$d;p' | grep -c '[^[:space:]]' || true
+            return
+        fi
+    done
+    if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
         nvidia-smi -L | grep -c '^GPU' || true
     elif command -v rocm-smi >/dev/null && [[ -e /dev/kfd ]]; then
         rocm-smi --showid --csv 2>/dev/null | grep -c '^card' || true
+    elif compgen -G '/dev/nvidia[0-9]*' >/dev/null; then # a container without nvidia-smi, or a driver that does not work
+        compgen -G '/dev/nvidia[0-9]*' | wc -l
+    elif [[ -e /dev/kfd ]]; then # with memory of their own: a processor's graphics has cores beside it
+        grep -l '^cpu_cores_count 0$' "$kfd"/*/properties 2>/dev/null | xargs -r grep -L '^simd_count 0$' | wc -l || true
     else
         echo 0
     fi
 }
 
-# use_cpu_if_no_gpu: tells DeepSpeed, which would otherwise probe for an accelerator and warn.
+# count_devices KEY=VALUE ...: as count_gpus, but 0 where the keys for train.py say runtime.device=cpu.
+count_devices() {
+    local key device=""
+    for key in "$@"; do
+        [[ "$key" != runtime.device=* && "$key" != +runtime.device=* ]] || device="${key#*=}"
+    done
+    if [[ "${device//[\"\']/}" == cpu ]]; then echo 0; else count_gpus; fi
+}
+
+# use_cpu_if_no_gpu KEY=VALUE ...: tells DeepSpeed, which would otherwise probe for an accelerator and warn.
 use_cpu_if_no_gpu() {
-    if [[ "$(count_gpus)" == 0 ]]; then
+    if [[ "$(count_devices "$@")" == 0 ]]; then
         export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
     fi
 }

@@ -12,7 +12,7 @@ Trains on one or several hosts with torchrun. Keys go to train.py; `python train
   two hosts:  NNODES=2 HEAD=node01 launch/torchrun.sh experiment=moepp_0.6b parallel.expert=8     (on each of them)
 
 Variables:
-  NPROC         processes per host (default: one per GPU, or 1)
+  NPROC         processes per host (default: one per GPU; 1 without GPUs or with runtime.device=cpu)
   NNODES        hosts (default 1), or MIN:MAX
   HEAD          host where the processes meet, needed for several hosts
   PORT          port there (default 29400)
@@ -53,8 +53,8 @@ if [[ -n "${HEAD:-}" && ! "$HEAD" =~ ^[A-Za-z0-9._:-]+$ ]]; then
 fi
 
 cd "$MOEPP_ROOT"
-use_cpu_if_no_gpu
-gpus="$(count_gpus)"
+use_cpu_if_no_gpu "$@"
+gpus="$(count_devices "$@")"
 nproc_per_node="${NPROC:-$((gpus > 0 ? gpus : 1))}"
 share_cores "$nproc_per_node"
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${SAVE_SECONDS:-$TORCH_ELASTIC_SHUTDOWN_TIMEOUT}"

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from moepp.errors import ConfigError
 
+DEVICES = ("auto", "cpu", "cuda", "xpu")  # of runtime.device and --device; "cuda" is AMD's too
 _LARGEST = 2**63 - 1
 
 
@@ -63,6 +64,11 @@ def add_plugin_option(parser: argparse.ArgumentParser) -> None:
         metavar="MODULE",
         help="module that registers parts of the model, as in runtime.plugins; may be given several times",
     )
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--device`` on a command that computes; see :func:`moepp.distributed.device.pick_device`."""
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="default: the GPU where there is one")
 
 
 def may_be_empty(action: argparse.Action) -> None:

@@ -20,6 +20,7 @@ from tests.dist import WorkerPool
 
 torch.set_num_threads(1)
 if not torch.accelerator.is_available():
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a CUDA build of torch without a GPU would be refused
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, by whomever
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from moepp.arguments import add_device_option
 from moepp.errors import ConfigError
 
 DTYPES = ("bf16", "fp32")
@@ -63,6 +64,7 @@ def _add(benchmarks: Any, name: str, summary: str) -> argparse.ArgumentParser:
         parser.add_argument("--tokens", type=int, metavar="T", help="tokens per rank (default: 8192)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: bf16")
     if name != "comm":
+        add_device_option(parser)
         parser.add_argument("--threads", nargs="+", type=int, metavar="N", help="threads (default: 1, then all cores)")
     parser.add_argument("--rounds", type=int, metavar="N", help="timed rounds (default: 15)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
@@ -123,10 +125,10 @@ def _machine(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     import torch
 
     from moepp import ops
-    from moepp.distributed.groups import pick_device
+    from moepp.distributed.device import OPTION, pick_device
     from moepp.runs.environment import cpu_name
 
-    device = pick_device(0)
+    device = pick_device(0, args.device, named=OPTION)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     settings = {
         "torch": torch.__version__,

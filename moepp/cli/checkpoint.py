@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from moepp.arguments import add_plugin_option
+from moepp.arguments import add_device_option, add_plugin_option
 from moepp.checkpoint import Checkpointer, CheckpointInfo, RunState, SavedLayout
 from moepp.checkpoint import format as fmt
 from moepp.checkpoint.storage import TensorReader
@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name == "bench":
             add_plugin_option(action)
             action.add_argument("--repeat", type=int, default=5, metavar="N", help="saves of each kind (default: 5)")
+            add_device_option(action)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -173,7 +174,7 @@ def _bench(args: argparse.Namespace, run_dir: RunDir) -> int:
     config = dataclasses.replace(
         config, run=RunConfig(seed=config.run.seed), parallel=ParallelConfig(), engine=EngineConfig("native")
     )
-    with joined(read_launch_environment({}), 1, 60.0) as groups:
+    with joined(read_launch_environment({}), 1, 60.0, device=args.device) as groups:
         folder = Path(tempfile.mkdtemp(prefix="checkpoint-bench-", dir=run_dir.path))  # the run's own storage
         try:
             checkpointer = Checkpointer(CheckpointConfig(keep=1), groups, folder, new_cpu_group())

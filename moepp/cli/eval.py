@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moepp.arguments import add_plugin_option
+from moepp.arguments import add_device_option, add_plugin_option
 from moepp.distributed import comm
 from moepp.distributed.groups import joined, read_launch_environment
 from moepp.errors import ConfigError
@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKEN",
         help="token that ends a document, for models that do not know it (runs and exports do)",
     )
+    add_device_option(parser)
     add_plugin_option(parser)
     parser.add_argument("--output", metavar="FILE", help="JSON file (default: eval/ in the run directory)")
 
@@ -68,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     found = find_model(args.model)
     tokenizer = open_tokenizer(found, args.tokenizer, args.eod_token)
-    with joined(read_launch_environment(), args.expert_parallel, TIMEOUT_SECONDS, command_facts()) as groups:
+    with joined(
+        read_launch_environment(), args.expert_parallel, TIMEOUT_SECONDS, command_facts(), args.device
+    ) as groups:
         benchmarks = comm.on_first_rank(lambda: _load_benchmarks(args), groups.world) or []
         model = build_model(found, groups, args.precision)
         from moepp.evaluation.evaluate import evaluate_all

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from moepp.arguments import add_plugin_option, may_be_empty
+from moepp.arguments import add_device_option, add_plugin_option, may_be_empty
 from moepp.data.tokenizer import Tokenizer
 from moepp.distributed import comm
 from moepp.distributed.groups import joined, read_launch_environment
@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKEN",
         help="token that ends a document, for models that do not know it (runs and exports do)",
     )
+    add_device_option(parser)
     add_plugin_option(parser)
 
 
@@ -66,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
     found = find_model(args.model)
     tokenizer = open_tokenizer(found, args.tokenizer, args.eod_token)
     sampling = replace(sampling, never=tuple(tokenizer.unused_ids(found.cfg.vocab_size)))
-    with joined(read_launch_environment(), args.expert_parallel, TIMEOUT_SECONDS, command_facts()) as groups:
+    with joined(
+        read_launch_environment(), args.expert_parallel, TIMEOUT_SECONDS, command_facts(), args.device
+    ) as groups:
         model = build_model(found, groups, args.precision)
         generator = torch.Generator(device=groups.device).manual_seed(args.seed)
         pieces = continuation(model, tokenizer, args.prompt, args.max_new_tokens, sampling, generator)

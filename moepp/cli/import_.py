@@ -30,6 +30,7 @@ from moepp.config import (
 )
 from moepp.data.manifest import sha256_of
 from moepp.distributed import comm
+from moepp.distributed.device import KEY
 from moepp.distributed.groups import ParallelGroups, joined, new_cpu_group, read_launch_environment
 from moepp.errors import CheckpointError, ConfigError
 from moepp.evaluation.load import eod_of_folder
@@ -65,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
     cfg = _configuration(args, source_format)
     launch = read_launch_environment()
     plan = validate(cfg, launch.world_size)
-    with joined(launch, cfg.parallel.expert, cfg.parallel.timeout_seconds, command_facts()) as groups:
+    limit = cfg.parallel.timeout_seconds
+    with joined(launch, cfg.parallel.expert, limit, command_facts(), cfg.runtime.device, KEY) as groups:
         _import(cfg, plan, replace(cfg, init=replace(cfg.init, path=args.folder, format=source_format)), groups)
     if launch.rank == 0:
         place = shlex.quote(args.run_dir)

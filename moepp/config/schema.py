@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
+from moepp.arguments import DEVICES
 from moepp.config.model import ModelConfig
 from moepp.config.require import require, require_above, require_at_least, require_choice
 from moepp.io.untrusted import show
@@ -127,6 +128,7 @@ class ParallelConfig:
     context_method: str = "ulysses"  # attention over them: "ulysses" (exchange heads) or "gather" (keys and values)
     zero_stage: int | None = None  # native: 0 or 1 (None: 0); deepspeed: 0, 1 or 2 (None: 1)
     timeout_seconds: float = 600.0  # longest wait for another rank before the run stops
+    heartbeat_seconds: float = 20.0  # a rank that gives no sign of life for so long is lost, and the run stops
 
     def __post_init__(self) -> None:
         require_at_least("parallel.expert", self.expert, 1)
@@ -142,16 +144,21 @@ class ParallelConfig:
             f"parallel.zero_stage={self.zero_stage} is not one of 0, 1, 2, 3; choose one of them",
         )
         require_above("parallel.timeout_seconds", self.timeout_seconds, 0)
+        require_at_least("parallel.heartbeat_seconds", self.heartbeat_seconds, 1)
 
 
 @dataclass(frozen=True)
 class RuntimeConfig:
     """What runs the model, and what is loaded before it."""
 
+    device: str = "auto"  # "auto" (the GPU where there is one), "cpu", "cuda" (NVIDIA, AMD) or "xpu" (never tried)
+    backend: str = "auto"  # carries tensors on GPUs between ranks: "auto" (NCCL), or "gloo": slow; ranks may share one
     kernels: str = "auto"  # "auto", "torch", "cpu" or "triton": see moepp.ops.backend
     plugins: tuple[str, ...] = ()  # modules to import first, which register expert kinds, routers and the like
 
     def __post_init__(self) -> None:
+        require_choice("runtime.device", self.device, DEVICES)
+        require_choice("runtime.backend", self.backend, ("auto", "gloo"))
         require_choice("runtime.kernels", self.kernels, ("auto", "torch", "cpu", "triton"))
 
 

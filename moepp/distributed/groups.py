@@ -12,16 +12,18 @@ import torch.distributed as dist
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from moepp.distributed.agreement import Facts
+from moepp.distributed.device import OPTION, pick_device, require_own_devices
 from moepp.distributed.launch import LaunchEnvironment, read_launch_environment
 from moepp.distributed.layout import Layout
 from moepp.distributed.meeting import join_store, meet
-from moepp.errors import ConfigError, LaunchError, PeerError
+from moepp.errors import ConfigError, PeerError
 
 __all__ = [
     "LaunchEnvironment",
     "Layout",
     "ParallelGroups",
     "build_groups",
+    "connect",
     "init_process_group",
     "joined",
     "new_cpu_group",
@@ -113,56 +115,55 @@ class ParallelGroups:
         return self.layout.coordinates(self.rank).data
 
 
-def pick_device(local_rank: int) -> torch.device:
-    """Return this rank's accelerator, or the CPU where there is none.
-
-    Raises:
-        LaunchError: this host has fewer accelerators than processes.
-    """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None:
-        return torch.device("cpu")
-    count = torch.accelerator.device_count()
-    if local_rank >= count:
-        raise LaunchError(
-            f"LOCAL_RANK={local_rank} has no device: this host offers {count} of type {accelerator.type}; start at "
-            f"most {count} processes on it, or make more devices visible"
-        )
-    device = torch.device(accelerator.type, local_rank)
-    torch.accelerator.set_device_index(local_rank)
-    return device
-
-
 def init_process_group(
-    launch: LaunchEnvironment, device: torch.device, timeout_seconds: float, facts: Facts | None = None
+    launch: LaunchEnvironment,
+    device: torch.device,
+    timeout_seconds: float,
+    facts: Facts | None = None,
+    backend: str = "auto",
 ) -> Store:
     """Meet the other ranks, agree with them on ``facts``, and make the default process group.
 
     One process needs no network.
 
-    CPU tensors always go over gloo, the accelerator's over its own backend.
+    CPU tensors always travel over gloo, the accelerator's over its own backend (NCCL on CUDA), whose connections are
+    made at once: a device or a network that does not work shows now. ``backend="gloo"`` has both travel over gloo, and
+    then ranks may share a device.
 
     Returns:
         The key-value store that brought the ranks together.
 
     Raises:
-        ConfigError: the ranks' facts differ, or one of them cannot start; the same on every rank.
+        ConfigError: the ranks' facts differ, one of them cannot start, or two have one device; the same on every rank.
         PeerError: not all ranks came in time, or one left in between.
     """
     store = meet(join_store(launch, timeout_seconds), launch, facts or {}, timeout_seconds)
-    backend = "gloo"
-    if device.type != "cpu":
-        backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+    backends = "gloo"
+    if device.type != "cpu" and backend != "gloo":
+        require_own_devices(store, launch.rank, launch.world_size, device, timeout_seconds)
+        backends = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
     timeout = timedelta(seconds=timeout_seconds)
     try:
-        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+        dist.init_process_group(backends, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+        connect(dist.group.WORLD, device)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise PeerError(
             f"rank {launch.rank} met the other ranks of {launch.world_size} but cannot connect to all of them "
-            f"({reason}); look for another rank's error, and check the network between the hosts (GLOO_SOCKET_IFNAME)"
+            f"({reason}); look for another rank's error, and check the network between the hosts (GLOO_SOCKET_IFNAME, "
+            "NCCL_SOCKET_IFNAME)"
         ) from error
     return store
+
+
+def connect(group: dist.ProcessGroup | None, device: torch.device) -> None:
+    """Make the accelerator's connections of a group at once, by all its ranks; else its first collective does so.
+
+    torch does so for a group with ``device_id``, but then makes every later group by splitting the first one, in which
+    ranks that are not of the new group must take part; DeepSpeed's groups and ours of few ranks are not made like that.
+    """
+    if device.type != "cpu" and group is not None and dist.get_world_size(group) > 1:
+        group._get_backend(device).eager_connect_single_device(device)
 
 
 # Kinds in one entry are for sums of gradients, which run one after the other: where they hold the same ranks they share
@@ -181,7 +182,7 @@ def build_groups(layout: Layout, device: torch.device) -> ParallelGroups:
         raise ConfigError(f"the layout is for {layout.world_size} processes, and {world_size} have started; match them")
     assert dist.group.WORLD is not None
     everyone, alone = tuple(range(world_size)), (rank,)
-    only_this_rank = dist.group.WORLD if world_size == 1 else _new_group([rank])
+    only_this_rank = dist.group.WORLD if world_size == 1 else _new_group([rank], device)
     own: dict[str, dist.ProcessGroup] = {}
     for kinds in _SHARING:
         made = {alone: only_this_rank}
@@ -190,14 +191,19 @@ def build_groups(layout: Layout, device: torch.device) -> ParallelGroups:
         for kind in kinds:  # in the same order on every rank: members wait for each other
             ranks = tuple(layout.peers(kind, rank))
             if ranks not in made:
-                made[ranks] = _new_group(list(ranks))
+                made[ranks] = _new_group(list(ranks), device)
             own[kind] = made[ranks]
     return ParallelGroups(rank, layout, device, dist.group.WORLD, **own)
 
 
 @contextmanager
 def joined(
-    launch: LaunchEnvironment, ep_size: int, timeout_seconds: float, facts: Facts | None = None
+    launch: LaunchEnvironment,
+    ep_size: int,
+    timeout_seconds: float,
+    facts: Facts | None = None,
+    device: str = "auto",
+    named: str = OPTION,
 ) -> Iterator[ParallelGroups]:
     """Process groups for the time of a command, on this rank's device; all of them are left at its end.
 
@@ -205,18 +211,19 @@ def joined(
         ConfigError: as :func:`init_process_group` and :func:`build_groups`; or the rank has no device.
         PeerError: as :func:`init_process_group`.
     """
-    device = pick_device(launch.local_rank)
-    init_process_group(launch, device, timeout_seconds, facts)
+    own = pick_device(launch.local_rank, device, launch.local_size, named=named)
+    init_process_group(launch, own, timeout_seconds, {**(facts or {}), "the device": own.type})
     try:
-        yield build_groups(Layout(launch.world_size, expert=ep_size), device)
+        yield build_groups(Layout(launch.world_size, expert=ep_size), own)
     finally:
         dist.destroy_process_group()
 
 
-def _new_group(ranks: list[int]) -> dist.ProcessGroup:
+def _new_group(ranks: list[int], device: torch.device) -> dist.ProcessGroup:
     """Return a group that its members alone have to make; all of them make their groups in the same order."""
     group = dist.new_group(ranks, use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)
+    connect(group, device)
     return group
 
 

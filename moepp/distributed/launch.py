@@ -22,12 +22,19 @@ _REMEDY = "check the launcher"
 
 @dataclass(frozen=True)
 class LaunchEnvironment:
-    """What the launcher says about this process; ``master`` is host and port of the meeting, None for one process."""
+    """What the launcher says about this process.
+
+    Attributes:
+        local_rank: among the processes of this host.
+        master: host and port of the meeting; None for one process.
+        local_size: processes of this host; None where the launcher does not say.
+    """
 
     rank: int
     world_size: int
     local_rank: int
     master: tuple[str, int] | None = None
+    local_size: int | None = None
 
 
 def read_launch_environment(environ: Mapping[str, str] = os.environ) -> LaunchEnvironment:
@@ -57,7 +64,7 @@ def _from_variables(environ: Mapping[str, str]) -> LaunchEnvironment:
         )
     rank, world_size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
     _require_place("RANK", rank, "WORLD_SIZE", world_size)
-    local_rank = _number(environ, "LOCAL_RANK") if "LOCAL_RANK" in environ else 0
+    local_rank, local_size = _number(environ, "LOCAL_RANK") if "LOCAL_RANK" in environ else 0, None
     if "LOCAL_WORLD_SIZE" in environ:
         local_size = _number(environ, "LOCAL_WORLD_SIZE")
         if "LOCAL_RANK" not in environ and local_size > 1:
@@ -69,7 +76,7 @@ def _from_variables(environ: Mapping[str, str]) -> LaunchEnvironment:
     for name in ("GROUP_RANK", "NODE_RANK"):
         if name in environ:
             _number(environ, name)
-    return LaunchEnvironment(rank, world_size, local_rank, _master(environ))
+    return LaunchEnvironment(rank, world_size, local_rank, _master(environ), local_size)
 
 
 def _from_slurm(environ: Mapping[str, str]) -> LaunchEnvironment:
@@ -86,7 +93,26 @@ def _from_slurm(environ: Mapping[str, str]) -> LaunchEnvironment:
             f"srun started {tasks} tasks but MASTER_ADDR and MASTER_PORT are not set, so they cannot find each other; "
             "export both, or let srun start torchrun"
         )
-    return LaunchEnvironment(rank, tasks, local_rank, _master(environ))
+    return LaunchEnvironment(rank, tasks, local_rank, _master(environ), _tasks_of_node(environ))
+
+
+def _tasks_of_node(environ: Mapping[str, str]) -> int | None:
+    """This node's entry of Slurm's list of tasks per node, such as ``8(x2),4``; None where it does not tell."""
+    counts = []
+    for part in environ.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
+        match = re.fullmatch(r"([0-9]{1,6})(?:\(x([0-9]{1,6})\))?", part)
+        if match is None:
+            return None
+        counts.append((int(match[1]), int(match[2] or 1)))
+    node = environ.get("SLURM_NODEID", "")
+    if not re.fullmatch(r"[0-9]{1,6}", node):
+        return None
+    first = 0
+    for tasks, nodes in counts:
+        first += nodes
+        if int(node) < first:
+            return tasks
+    return None
 
 
 def _refuse_foreign(environ: Mapping[str, str]) -> None:

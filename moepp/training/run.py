@@ -55,8 +55,10 @@ def run_training(cfg: Config) -> None:
     """
     launch = read_launch_environment()
     plan = validate(cfg, launch.world_size)
-    device = pick_device(launch.local_rank)
-    store = init_process_group(launch, device, cfg.parallel.timeout_seconds, start_facts(cfg, device))
+    shared = cfg.runtime.backend == "gloo"
+    device = pick_device(launch.local_rank, cfg.runtime.device, launch.local_size, shared)
+    facts = start_facts(cfg, device)
+    store = init_process_group(launch, device, cfg.parallel.timeout_seconds, facts, cfg.runtime.backend)
     if launch.rank > 0 and launch.local_rank == 0:  # the first of its host, whose log would be empty
         print(_introduce_rank(launch), flush=True)
     watch = PeerWatch(store, launch.rank, launch.world_size, _leave)

@@ -206,6 +206,25 @@ def test_environment_shares_the_cores_and_keeps_what_the_user_set():
     assert sourced(f"share_cores 1; {show}", OMP_NUM_THREADS="7", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="0") == ["7", "0"]
 
 
+@pytest.mark.parametrize("name", ["CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"])
+@pytest.mark.parametrize("key", ["runtime.device=cpu", "+runtime.device=cpu", "runtime.device='cpu'"])
+def test_processes_are_counted_by_gpus_unless_the_cpu_is_asked_for(name, key):
+    two = {name: "0,1"}
+    assert sourced(
+        "count_devices; count_devices optim.lr=1 runtime.device=cuda run.name=runtime.device=cpu", **two
+    ) == [*("2", "2")]
+    assert sourced(f'count_devices runtime.device=cuda "{key}"', **two) == ["0"]
+    assert sourced(f'count_devices "{key}" runtime.device=auto', **two) == ["2"]
+    assert sourced(f'use_cpu_if_no_gpu "{key}"; echo "${{DS_ACCELERATOR:-}}"', **two) == ["cpu"]
+
+
+def test_memory_of_gpus_grows_in_segments_unless_the_user_has_set_how():
+    show = 'echo "${PYTORCH_ALLOC_CONF:-none} ${PYTORCH_CUDA_ALLOC_CONF:-none}"'
+    assert sourced(show) == ["expandable_segments:True", "none"]
+    assert sourced(show, PYTORCH_ALLOC_CONF="backend:native") == ["backend:native", "none"]
+    assert sourced(show, PYTORCH_CUDA_ALLOC_CONF="backend:native") == ["none", "backend:native"]
+
+
 @pytest.mark.parametrize(("visible", "count"), [("", "0"), ("0", "1"), ("2,3,5", "3")])
 def test_environment_counts_the_visible_gpus(visible, count):
     assert sourced("count_gpus", CUDA_VISIBLE_DEVICES=visible) == [count]

@@ -19,12 +19,23 @@ def test_no_variables_mean_one_process():
 
 def test_torchrun_and_deepspeed():
     environ = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1", **MASTER}
-    assert read_launch_environment(environ) == LaunchEnvironment(3, 8, 1, WHERE)
+    assert read_launch_environment(environ) == LaunchEnvironment(3, 8, 1, WHERE, local_size=2)
 
 
 def test_srun_without_a_launcher():
     environ = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", **MASTER}
     assert read_launch_environment(environ) == LaunchEnvironment(5, 8, 1, WHERE)
+
+
+@pytest.mark.parametrize(
+    ("tasks_per_node", "node", "local_size"),
+    [("4", "0", 4), ("8(x2),4", "1", 8), ("8(x2),4", "2", 4), ("8(x2),4", "3", None), ("4", "x", None), ("", "0", None)]
+    + [("8(x2", "0", None)],
+)
+def test_srun_tells_how_many_processes_a_host_has(tasks_per_node, node, local_size):
+    environ = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "20", "SLURM_LOCALID": "1", **MASTER}
+    environ |= {"SLURM_STEP_TASKS_PER_NODE": tasks_per_node, "SLURM_NODEID": node}
+    assert read_launch_environment(environ) == LaunchEnvironment(5, 20, 1, WHERE, local_size)
 
 
 @pytest.mark.parametrize("more", [{}, {"SLURM_NTASKS": "8"}, {"PMI_SIZE": "1"}, MASTER])
