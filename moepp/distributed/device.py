@@ -30,7 +30,7 @@ _NO_FLOAT64 = ("mps",)  # sums over ranks and steps need it
 def pick_device(
     local_rank: int, wanted: str = "auto", local_size: int | None = None, shared: bool = False, named: str = KEY
 ) -> torch.device:
-    """This rank's device, which is made the current one.
+    """Return this rank's device, which is made the current one.
 
     A process that sees one device takes it, whatever its LOCAL_RANK: launchers may show each process its own.
 
@@ -70,7 +70,7 @@ def use_in_thread(device: torch.device) -> None:
 
 
 def are_hidden(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether the user has hidden all GPUs: the first entry of a list of visible ones is none."""
+    """Return whether the user has hidden all GPUs: the first entry of a list of visible ones is none."""
     firsts = [environ[name].split(",")[0].strip() for name in HIDING if name in environ]
     return any(not first or first.startswith(("-", "NoDev")) for first in firsts)
 
@@ -104,7 +104,7 @@ def require_own_devices(store: Store, rank: int, world_size: int, device: torch.
 
 
 def _shared_devices(store: Store, world_size: int) -> str:
-    """Rank 0: which ranks have a device in common; empty where none have."""
+    """Say on rank 0 which ranks have a device in common; nothing where none have."""
     ranks: dict[str, list[int]] = {}
     for rank in range(world_size):
         ranks.setdefault(store.get(f"device/{rank}").decode(), []).append(rank)  # waits for it
@@ -134,7 +134,7 @@ def _index(local_rank: int, local_size: int | None, kind: str, shared: bool) -> 
 
 
 def _why_no_accelerator(wanted: str, named: str) -> str | None:
-    """Why there is none though one was meant; None where the CPU is what the user expects."""
+    """Return why there is none though one was meant; None where the CPU is what the user expects."""
     if wanted == "auto" and are_hidden():
         return None
     remedy = f"or set {named}cpu to compute on the CPU"
@@ -188,7 +188,7 @@ def _what_torch_says() -> str:
 
 
 def find_gpu(root: Path = Path("/")) -> str | None:
-    """What shows that a GPU is in this host, whatever torch thinks of it; None: nothing does."""
+    """Return what shows that a GPU is in this host, whatever torch thinks of it; None: nothing does."""
     nvidia = sorted(glob.glob(str(root / "dev/nvidia[0-9]*")))
     if nvidia:
         return f"/dev/{Path(nvidia[0]).name}"

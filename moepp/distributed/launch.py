@@ -97,7 +97,7 @@ def _from_slurm(environ: Mapping[str, str]) -> LaunchEnvironment:
 
 
 def _tasks_of_node(environ: Mapping[str, str]) -> int | None:
-    """This node's entry of Slurm's list of tasks per node, such as ``8(x2),4``; None where it does not tell."""
+    """Read this node's entry of Slurm's list of tasks per node, such as ``8(x2),4``; None: there is none."""
     counts = []
     for part in environ.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
         match = re.fullmatch(r"([0-9]{1,6})(?:\(x([0-9]{1,6})\))?", part)

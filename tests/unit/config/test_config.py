@@ -207,7 +207,8 @@ def test_fixed_keys_exist():
         model.moe.balance_loss_weight model.moe.z_loss_weight
         data.paths data.weights data.seq_len data.split data.tokenizer
         optim.lr optim.min_lr optim.warmup_steps optim.schedule optim.betas optim.weight_decay optim.grad_clip
-        parallel.expert parallel.zero_stage parallel.exchange_chunks parallel.timeout_seconds
+        parallel.expert parallel.zero_stage parallel.exchange_chunks parallel.timeout_seconds parallel.heartbeat_seconds
+        runtime.device runtime.backend runtime.kernels
         parallel.pipeline parallel.pipeline_schedule parallel.pipeline_chunks parallel.pipeline_layers
         parallel.tensor parallel.context parallel.context_method
         train.steps train.global_batch_size train.micro_batch_size train.precision train.recompute train.eval_interval
@@ -224,6 +225,9 @@ def test_fixed_keys_exist():
         ({"model__num_heads": 3}, ["model.hidden_size=16", "not divisible by model.num_heads=3"]),
         ({"model__num_kv_heads": 3}, ["model.num_heads=4", "not divisible by model.num_kv_heads=3"]),
         ({"model__hidden_size": 12}, ["odd head size 3"]),
+        ({"runtime__device": "gpu"}, ["runtime.device=gpu is not one of auto, cpu, cuda, xpu"]),
+        ({"runtime__backend": "nccl"}, ["runtime.backend=nccl is not one of auto, gloo"]),
+        ({"parallel__heartbeat_seconds": 0.5}, ["parallel.heartbeat_seconds=0.5 is below its minimum 1"]),
         ({"model__moe_layer_interval": 2}, ["model.moe_layer_interval=2", "set model.dense_ffn_hidden_size"]),
         ({"model__moe__top_k": 5}, ["model.moe.top_k=5", "between 1 and the 4 experts"]),
         ({"model__moe__top_k": 0}, ["model.moe.top_k=0"]),

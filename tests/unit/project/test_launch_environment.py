@@ -29,8 +29,10 @@ def test_srun_without_a_launcher():
 
 @pytest.mark.parametrize(
     ("tasks_per_node", "node", "local_size"),
-    [("4", "0", 4), ("8(x2),4", "1", 8), ("8(x2),4", "2", 4), ("8(x2),4", "3", None), ("4", "x", None), ("", "0", None)]
-    + [("8(x2", "0", None)],
+    [
+        *(("4", "0", 4), ("8(x2),4", "1", 8), ("8(x2),4", "2", 4)),
+        *(("8(x2),4", "3", None), ("4", "x", None), ("", "0", None), ("8(x2", "0", None)),
+    ],
 )
 def test_srun_tells_how_many_processes_a_host_has(tasks_per_node, node, local_size):
     environ = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "20", "SLURM_LOCALID": "1", **MASTER}
