@@ -14,6 +14,7 @@ Shapes: N rows sent, R rows received, D width, P ranks of the group, L local exp
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -31,16 +32,22 @@ T = TypeVar("T")
 
 @dataclass
 class CommStats:
-    """What this rank has sent to *other* ranks through the expert exchange, in bytes and calls.
+    """What this rank has sent to *other* ranks within a layer, in bytes and calls.
 
     Counts what really crosses: forward, backward, recomputation and evaluation alike. Whoever wants the
     bytes of one phase takes the difference of :attr:`row_bytes` around it.
+
+    Attributes:
+        sequence_bytes: of the collectives that split the sequence, by kind (:mod:`moepp.distributed.sequence`).
+        sequence_calls: of the same.
     """
 
     row_bytes: int = 0
     count_bytes: int = 0
     row_exchanges: int = 0
     count_exchanges: int = 0
+    sequence_bytes: Counter[str] = field(default_factory=Counter)
+    sequence_calls: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -164,6 +171,30 @@ def start_count_exchange(counts_PL: Tensor, group: Group, comm_stats: CommStats)
     comm_stats.count_exchanges += 1
     work = dist.all_to_all_single(received_PL, counts_PL, group=group, async_op=True)
     return PendingCounts(counts_PL, received_PL, work)
+
+
+def all_gather_equal(part: Tensor, group: Group) -> Tensor:
+    """[N, ...] of each of the P ranks -> [P, N, ...] on all of them, in the order of ranks."""
+    num_ranks = size(group)
+    # Gloo takes the parts only as one longer first dimension.
+    whole = part.new_empty(num_ranks * part.shape[0], *part.shape[1:])
+    dist.all_gather_into_tensor(whole, part.contiguous(), group=group)
+    return whole.view(num_ranks, *part.shape)
+
+
+def reduce_scatter_equal(parts: Tensor, group: Group) -> Tensor:
+    """[P, N, ...] on each of the P ranks -> the sum over ranks of this rank's part, [N, ...]."""
+    own = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
+    dist.reduce_scatter_tensor(own, parts.contiguous().flatten(0, 1), group=group)
+    return own
+
+
+def all_to_all_equal(parts: Tensor, group: Group) -> Tensor:
+    """[P, ...], a part for each of the P ranks -> [P, ...], the part that each of them had for this one."""
+    parts = parts.contiguous()
+    received = torch.empty_like(parts)
+    dist.all_to_all_single(received, parts, group=group)
+    return received
 
 
 def all_reduce_sum(tensor: Tensor, group: Group | None) -> Tensor:

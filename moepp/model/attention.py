@@ -1,21 +1,32 @@
 """Grouped-query attention with rotary position embeddings, and the cache of its keys and values.
 
-Letters: B batch, S new positions, P positions seen in all (cached + new), D width, H query heads, G key/value heads,
-d head size.
+Letters: B batch, S new positions, P positions seen in all (cached + new), Q queries, D width, H query heads, G
+key/value heads, d head size. Where ranks share a sequence, S are the positions of a context part and H, G the heads of
+this rank (:mod:`moepp.distributed.sequence`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moepp.config import ModelConfig
+from moepp.distributed.sequence import SequenceParallel
 from moepp.errors import ConfigError
 from moepp.model.linear import Linear
-from moepp.ops import multiplies_in_float32, rotate
+from moepp.ops import AttentionMask, attend, document_mask, rotate
+
+
+@dataclass(frozen=True)
+class QueryRun:
+    """Queries ``start .. stop - 1``, which follow each other in the sequence, and the first ``num_keys`` keys."""
+
+    start: int
+    stop: int
+    num_keys: int
+    mask: AttentionMask = None  # [1 or B, 1, stop - start, num_keys]; None: causal, the last query sees the last key
 
 
 @dataclass(frozen=True)
@@ -24,7 +35,7 @@ class AttentionInputs:
 
     cos: Tensor  # [1 or B, 1, S, d/2], in the model's dtype
     sin: Tensor  # like cos
-    mask: Tensor | None = None  # added to the scores, [1 or B, 1, S, P]; None: causal, or one query that sees all
+    runs: tuple[QueryRun, ...]  # they cover the queries in their order
     cache: KVCache | None = None
 
 
@@ -37,6 +48,7 @@ class KVCache:
     def __init__(self, num_layers: int, max_length: int) -> None:
         self.max_length = max_length  # positions
         self._lengths = [0] * num_layers
+        self._ids: Tensor | None = None  # [B, P], where attention stays within documents
         self._keys: list[Tensor | None] = [None] * num_layers
         self._values: list[Tensor | None] = [None] * num_layers
 
@@ -44,6 +56,11 @@ class KVCache:
     def length(self) -> int:
         """Positions held by every layer."""
         return min(self._lengths)
+
+    def append_ids(self, ids_BS: Tensor) -> Tensor:
+        """Store the tokens of S new positions and return those of all P positions, [B, P]."""
+        self._ids = ids_BS if self._ids is None else torch.cat((self._ids, ids_BS), dim=1)
+        return self._ids
 
     def append(self, layer: int, key_BGSd: Tensor, value_BGSd: Tensor) -> tuple[Tensor, Tensor]:
         """Store S new positions of ``layer`` and return its keys and values of all P positions, [B, G, P, d].
@@ -72,42 +89,71 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Causal self-attention; query head j reads key/value head ``j // (H / G)``."""
+    """Causal self-attention; query head j reads key/value head ``j // (H / G)``.
 
-    def __init__(self, cfg: ModelConfig, layer_index: int) -> None:
+    Args:
+        cfg: shapes.
+        layer_index: of the transformer layer, for the cache.
+        sequence: how ranks share sequences; each tensor-parallel rank holds consecutive heads.
+
+    Raises:
+        ConfigError: the heads cannot be divided so.
+    """
+
+    def __init__(self, cfg: ModelConfig, layer_index: int, sequence: SequenceParallel | None = None) -> None:
         super().__init__()
         self.layer_index = layer_index
         self.head_dim = cfg.head_dim
-        kv_size = cfg.num_kv_heads * cfg.head_dim
-        self.q_proj = Linear(cfg.hidden_size, cfg.hidden_size)
+        self.sequence = sequence if sequence is not None else SequenceParallel()
+        _check_heads(cfg, self.sequence)
+        size = cfg.hidden_size // self.sequence.tensor_size
+        kv_size = cfg.num_kv_heads * cfg.head_dim // self.sequence.tensor_size
+        self.q_proj = Linear(cfg.hidden_size, size)
         self.k_proj = Linear(cfg.hidden_size, kv_size)
         self.v_proj = Linear(cfg.hidden_size, kv_size)
-        self.o_proj = Linear(cfg.hidden_size, cfg.hidden_size)
+        self.o_proj = Linear(size, cfg.hidden_size)
 
     def forward(self, x_BSD: Tensor, inputs: AttentionInputs) -> Tensor:
-        """[B, S, D] -> [B, S, D]."""
+        """[B, S, D] -> [B, S, D], of this rank's own tokens."""
+        x_BSD = self.sequence.gather_tensor(x_BSD)
         query_BHSd = rotate(self._split_heads(self.q_proj(x_BSD)), inputs.cos, inputs.sin)
         key_BGPd = rotate(self._split_heads(self.k_proj(x_BSD)), inputs.cos, inputs.sin)
         value_BGPd = self._split_heads(self.v_proj(x_BSD))
         if inputs.cache is not None:
             key_BGPd, value_BGPd = inputs.cache.append(self.layer_index, key_BGPd, value_BGPd)
-        mask = inputs.mask
-        if multiplies_in_float32(x_BSD):
-            query_BHSd, key_BGPd, value_BGPd = query_BHSd.float(), key_BGPd.float(), value_BGPd.float()
-            mask = None if mask is None else mask.float()
-        out_BHSd = F.scaled_dot_product_attention(
-            query_BHSd,
-            key_BGPd,
-            value_BGPd,
-            attn_mask=mask,
-            # Without a mask either the keys are those of the queries, or the one query may attend to all keys.
-            is_causal=mask is None and query_BHSd.shape[2] == key_BGPd.shape[2],
-            enable_gqa=query_BHSd.shape[1] != key_BGPd.shape[1],
-        )
-        return self.o_proj(out_BHSd.transpose(1, 2).reshape(x_BSD.shape).to(x_BSD.dtype))
+        out_BHSd = self._attend(query_BHSd, key_BGPd, value_BGPd, inputs.runs)
+        return self.sequence.sum_scatter_tensor(self.o_proj(out_BHSd.transpose(1, 2).flatten(2)))
+
+    def _attend(self, query_BHSd: Tensor, key_BGPd: Tensor, value_BGPd: Tensor, runs: tuple[QueryRun, ...]) -> Tensor:
+        sequence = self.sequence
+        if sequence.context_size == 1:
+            return _attend_in_runs(query_BHSd, key_BGPd, value_BGPd, runs)
+        if sequence.method == "gather":
+            return _attend_in_runs(query_BHSd, *sequence.gather_context(key_BGPd, value_BGPd), runs)
+        return sequence.gather_heads(_attend_in_runs(*sequence.scatter_heads(query_BHSd, key_BGPd, value_BGPd), runs))
 
     def _split_heads(self, x_BSD: Tensor) -> Tensor:
         return x_BSD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def _check_heads(cfg: ModelConfig, sequence: SequenceParallel) -> None:
+    parts = sequence.tensor_size * (sequence.context_size if sequence.method == "ulysses" else 1)
+    for name, heads in (("num_heads", cfg.num_heads), ("num_kv_heads", cfg.num_kv_heads)):
+        if heads % parts:
+            raise ConfigError(
+                f"model.{name}={heads} cannot be divided over {parts} ranks (tensor parallel, times context parallel "
+                "with ulysses); use fewer of them, or gathered keys and values"
+            )
+
+
+def _attend_in_runs(query_BHQd: Tensor, key_BGKd: Tensor, value_BGKd: Tensor, runs: tuple[QueryRun, ...]) -> Tensor:
+    if len(runs) == 1:
+        return attend(query_BHQd, key_BGKd, value_BGKd, runs[0].mask)
+    outputs = []
+    for run in runs:
+        key_BGkd, value_BGkd = key_BGKd[:, :, : run.num_keys], value_BGKd[:, :, : run.num_keys]
+        outputs.append(attend(query_BHQd[:, :, run.start : run.stop], key_BGkd, value_BGkd, run.mask))
+    return torch.cat(outputs, dim=2)
 
 
 def rotary_table(
@@ -141,26 +187,70 @@ def _scaled_rope(cfg: ModelConfig, num_positions: int) -> tuple[float, float]:
     return theta * stretch ** (cfg.head_dim / (cfg.head_dim - 2)), 1.0
 
 
-def build_attention_mask(
-    valid_BP: Tensor | None, num_new: int, num_past: int, dtype: torch.dtype, device: torch.device
-) -> Tensor | None:
-    """Return the mask added to the attention scores; None where SDPA needs none.
-
-    Each of "in the future" and "padding" adds the dtype's lowest number rather than -inf. So a padding position that
-    may attend to nothing gets some finite output instead of NaN, the same as in the released code.
+def query_runs(
+    positions_Q: Tensor,
+    num_positions: int,
+    sequence: SequenceParallel,
+    *,
+    head_dim: int,
+    dtype: torch.dtype,
+    valid_BP: Tensor | None = None,
+    documents_BP: Tensor | None = None,
+    is_cached: bool = False,
+) -> tuple[QueryRun, ...]:
+    """Return which keys the queries see: those before them, that are no padding, of their own document.
 
     Args:
-        valid_BP: bool, [B, P]; False marks padding. None: no padding.
-        num_new: S. num_past: positions in the cache; P = num_past + S.
-
-    Returns:
-        [1 or B, 1, S, P] in ``dtype``, 0 where a new position may attend.
+        positions_Q: where the queries lie in the sequence.
+        num_positions: P.
+        sequence: with gathered keys and values and zigzag there are two runs.
+        head_dim: d.
+        dtype: of masks that are added.
+        valid_BP: bool; False marks padding. None: no padding.
+        documents_BP: number of each position's document. None: attention crosses their borders.
+        is_cached: there are keys of earlier calls.
     """
-    if valid_BP is None and (num_past == 0 or num_new == 1):
-        return None
-    lowest = torch.finfo(dtype).min
-    mask_SP = torch.full((num_new, num_past + num_new), lowest, dtype=dtype, device=device).triu(num_past + 1)
-    if valid_BP is None:
-        return mask_SP[None, None]
-    padding_BP = torch.zeros(valid_BP.shape, dtype=dtype, device=device).masked_fill(~valid_BP, lowest)
-    return mask_SP[None, None] + padding_BP[:, None, None, :]
+    num_queries = positions_Q.shape[0]
+    runs = [QueryRun(0, num_queries, num_positions)]
+    if sequence.is_zigzag:
+        half, rank = num_queries // 2, sequence.context_rank
+        keys = ((rank + 1) * half, num_positions - rank * half)
+        runs = [QueryRun(i * half, (i + 1) * half, num_keys) for i, num_keys in enumerate(keys)]
+    if valid_BP is None and documents_BP is None:
+        return tuple(runs)
+    masked = []
+    for run in runs:
+        at = positions_Q[run.start : run.stop]
+        if valid_BP is None and documents_BP is not None:
+            mask = document_mask(documents_BP, at, run.num_keys, head_dim, blocks=False if is_cached else None)
+        else:
+            mask = build_attention_mask(at, run.num_keys, valid_BP, documents_BP, dtype)
+        masked.append(replace(run, mask=mask))
+    return tuple(masked)
+
+
+def build_attention_mask(
+    positions_Q: Tensor,
+    num_keys: int,
+    valid_BP: Tensor | None,
+    documents_BP: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What is added to the attention scores, [1 or B, 1, Q, num_keys] in ``dtype``; 0 where a query may attend.
+
+    Each of "in the future", "padding" and "another document" adds the dtype's lowest number rather than -inf. So a
+    padding position that may attend to nothing gets some finite output instead of NaN, the same as in the released
+    code.
+
+    Args: as in :func:`query_runs`; the keys are those at positions 0 .. num_keys - 1.
+    """
+    lowest, device = torch.finfo(dtype).min, positions_Q.device
+    is_future_QK = torch.arange(num_keys, device=device) > positions_Q[:, None]
+    mask = torch.zeros(is_future_QK.shape, dtype=dtype, device=device).masked_fill_(is_future_QK, lowest)[None, None]
+    if valid_BP is not None:
+        padding_BK = torch.zeros(valid_BP.shape, dtype=dtype, device=device).masked_fill(~valid_BP, lowest)
+        mask = mask + padding_BK[:, None, None, :num_keys]
+    if documents_BP is not None:
+        other_BQK = documents_BP[:, positions_Q, None] != documents_BP[:, None, :num_keys]
+        mask = mask + torch.zeros(other_BQK.shape, dtype=dtype, device=device).masked_fill_(other_BQK, lowest)[:, None]
+    return mask

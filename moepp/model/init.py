@@ -11,6 +11,7 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from moepp.distributed.parameters import tensor_dim
 from moepp.errors import ConfigError
 from moepp.model.transformer import Transformer
 from moepp.moe.registered import RegisteredModule, persistent_buffers
@@ -27,7 +28,7 @@ def init_parameters(model: Transformer, seed: int, ep_rank: int = 0, ep_size: in
 
     Args:
         model: any dtype and device; rank ``ep_rank`` of ``ep_size`` holds the FFN experts
-            [ep_rank E_local, (ep_rank + 1) E_local).
+            [ep_rank E_local, (ep_rank + 1) E_local), and a tensor-parallel rank its heads.
         seed: of the run.
 
     Raises:
@@ -50,6 +51,10 @@ def init_parameters(model: Transformer, seed: int, ep_rank: int = 0, ep_size: in
             for local, expert_weight in enumerate(parameter):
                 expert = ep_rank * parameter.shape[0] + local
                 expert_weight.copy_(_draw(expert_weight.shape, std, f"{seed}/{name}/{expert}"))
+        elif (dim := tensor_dim(name)) is not None:
+            shape, (rank, size) = list(parameter.shape), (model.sequence.tensor_rank, model.sequence.tensor_size)
+            shape[dim] *= size
+            parameter.copy_(_draw(torch.Size(shape), std, f"{seed}/{name}").chunk(size, dim)[rank])
         else:
             parameter.copy_(_draw(parameter.shape, std, f"{seed}/{name}"))
 

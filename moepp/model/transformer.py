@@ -1,7 +1,7 @@
 """The decoder: pre-norm, grouped-query attention with RoPE, MoE++ layers or dense SwiGLU (Llama style, no biases).
 
-Letters: B batch, S sequence, T = B·S tokens, P positions including cached ones, D width, V vocabulary, L MoE layers,
-E experts of every kind.
+Letters: B batch, S sequence, s the part of it that this rank holds (all of it on one rank), T = B·s tokens, P positions
+including cached ones, D width, V vocabulary, L MoE layers, E experts of every kind.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moepp.config import ModelConfig
+from moepp.distributed.sequence import SequenceParallel
 from moepp.errors import ConfigError
-from moepp.model.attention import Attention, AttentionInputs, KVCache, build_attention_mask, rotary_table
+from moepp.model.attention import Attention, AttentionInputs, KVCache, query_runs, rotary_table
 from moepp.model.dense_ffn import DenseFFN
+from moepp.model.documents import number_documents, positions_in_documents
 from moepp.model.linear import Linear
 from moepp.model.norm import RMSNorm
 from moepp.moe import ExpertParallel, MoELayer, MoEStats
@@ -30,7 +32,7 @@ class ModelOutput:
     """Result of one forward.
 
     Attributes:
-        hidden: [B, S, D], after the final norm.
+        hidden: [B, s, D], after the final norm.
         aux_loss: sum of the MoE layers' auxiliary losses, already weighted; scalar, fp32.
         stats: one entry per MoE layer, first layer first.
     """
@@ -45,8 +47,8 @@ class LossOutput:
     """Result of :meth:`Transformer.loss`.
 
     Attributes:
-        ce_sum: cross-entropy in nats, summed over the counted tokens; scalar, fp32.
-        num_tokens: labels that are not -100; scalar, int64.
+        ce_sum: cross-entropy in nats, summed over this rank's counted tokens; scalar, fp32.
+        num_tokens: this rank's labels that are not -100; scalar, int64.
         aux_loss, stats: as in :class:`ModelOutput`.
     """
 
@@ -64,15 +66,16 @@ class TransformerLayer(nn.Module):
         cfg: ModelConfig,
         layer_index: int,
         parallel: ExpertParallel | None = None,
+        sequence: SequenceParallel | None = None,
     ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
-        self.self_attn = Attention(cfg, layer_index)
+        self.self_attn = Attention(cfg, layer_index, sequence)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
         self.is_moe = layer_index in cfg.moe_layers
         if self.is_moe:
             moe_index = cfg.moe_layers.index(layer_index)
-            self.moe = MoELayer(cfg.moe, cfg.hidden_size, moe_index, parallel=parallel)
+            self.moe = MoELayer(cfg.moe, cfg.hidden_size, moe_index, parallel=parallel, sequence=sequence)
         else:
             assert cfg.dense_ffn_hidden_size is not None  # ModelConfig refuses dense layers without a width
             self.mlp = DenseFFN(cfg.hidden_size, cfg.dense_ffn_hidden_size)
@@ -105,21 +108,29 @@ class Transformer(nn.Module):
     Args:
         cfg: shapes.
         parallel: how the FFN experts are spread over ranks.
+        sequence: how ranks share sequences; each is given them whole and holds its own tokens.
+        document_end: id of the token that ends a document, if attention stays within documents. None: it does not.
 
     Raises:
-        ConfigError: the FFN experts cannot be divided over its group.
+        ConfigError: the FFN experts or the attention's heads cannot be divided over their ranks.
     """
 
     def __init__(
         self,
         cfg: ModelConfig,
         parallel: ExpertParallel | None = None,
+        sequence: SequenceParallel | None = None,
+        document_end: int | None = None,
     ) -> None:
         super().__init__()
         self.cfg = cfg
         self.parallel = parallel if parallel is not None else ExpertParallel()
+        self.sequence = sequence if sequence is not None else SequenceParallel()
+        self.document_end = document_end
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
-        self.layers = nn.ModuleList(TransformerLayer(cfg, i, self.parallel) for i in range(cfg.num_layers))
+        self.layers = nn.ModuleList(
+            TransformerLayer(cfg, i, self.parallel, self.sequence) for i in range(cfg.num_layers)
+        )
         self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
         if not cfg.tie_embeddings:
             self.lm_head = Linear(cfg.hidden_size, cfg.vocab_size)
@@ -151,16 +162,17 @@ class Transformer(nn.Module):
 
         Args:
             input_ids_BS: [B, S] int64; the new tokens only where a cache is given.
-            position_ids_BS: [B, S] or [1, S]; None: counted from the start of the cache, padding included.
+            position_ids_BS: [B, S] or [1, S]; None: counted from the start of the cache, padding included, or from the
+                start of the document where attention stays within documents.
             attention_mask: [B, P], P = cached + S; 0 or False marks padding. None: none.
             cache: keys and values of earlier positions; the new ones are appended.
             selection_share_LE: [L, E], f_i of every MoE layer's balance loss when it was counted elsewhere.
 
         Raises:
-            ConfigError: an attention mask of another shape, or a cache that is full.
+            ConfigError: an attention mask of another shape, a cache that is full, or sequences that cannot be split.
         """
-        hidden_BSD = self.embed_tokens(input_ids_BS)
-        inputs = self._attention_inputs(input_ids_BS, position_ids_BS, attention_mask, cache, hidden_BSD.dtype)
+        hidden_BSD = self.embed(input_ids_BS)
+        inputs = self.attention_inputs(input_ids_BS, hidden_BSD.dtype, position_ids_BS, attention_mask, cache)
         recompute = self.recompute and torch.is_grad_enabled() and cache is None
         aux_loss = torch.zeros((), dtype=torch.float32, device=hidden_BSD.device)
         prev_logits_TE: Tensor | None = None
@@ -173,6 +185,10 @@ class Transformer(nn.Module):
                 aux_loss = aux_loss + layer_loss
                 stats.append(layer_stats)
         return ModelOutput(self.norm(hidden_BSD), aux_loss, tuple(stats))
+
+    def embed(self, input_ids_BS: Tensor) -> Tensor:
+        """Whole sequences [B, S] -> the embeddings of this rank's tokens, [B, s, D]."""
+        return self.embed_tokens(self.sequence.own(input_ids_BS))
 
     def logits(self, hidden_BSD: Tensor) -> Tensor:
         """[B, S, D] after the final norm -> [B, S, V], in the dtype of the model."""
@@ -188,30 +204,58 @@ class Transformer(nn.Module):
             selection_share_LE: as in :meth:`forward`.
         """
         out = self(input_ids_BS, selection_share_LE=selection_share_LE)
-        ce_sum, num_tokens = chunked_cross_entropy(out.hidden.flatten(0, 1), self.output_weight, labels_BS.flatten())
+        labels_Bs = self.sequence.own(labels_BS)
+        ce_sum, num_tokens = chunked_cross_entropy(out.hidden.flatten(0, 1), self.output_weight, labels_Bs.flatten())
         return LossOutput(ce_sum, num_tokens, out.aux_loss, out.stats)
 
-    def _attention_inputs(
+    def attention_inputs(
         self,
         input_ids_BS: Tensor,
-        position_ids_BS: Tensor | None,
-        padding_mask_BP: Tensor | None,
-        cache: KVCache | None,
         dtype: torch.dtype,
+        position_ids_BS: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> AttentionInputs:
+        """What the attention of all layers needs; arguments as in :meth:`forward`, ``dtype`` of the hidden state."""
         (batch, num_new), device = input_ids_BS.shape, input_ids_BS.device
         num_past = 0 if cache is None else cache.length
-        if padding_mask_BP is not None and tuple(padding_mask_BP.shape) != (batch, num_past + num_new):
+        if attention_mask is not None and tuple(attention_mask.shape) != (batch, num_past + num_new):
             raise ConfigError(
-                f"attention_mask has shape {list(padding_mask_BP.shape)}, expected {[batch, num_past + num_new]} "
+                f"attention_mask has shape {list(attention_mask.shape)}, expected {[batch, num_past + num_new]} "
                 "(batch, cached + new positions); extend it with the sequence"
             )
-        if position_ids_BS is None:
+        if cache is not None and self.sequence.size > 1:
+            raise ConfigError(
+                "a KV cache holds whole sequences and all heads; use a model without tensor and context "
+                "parallelism for it"
+            )
+        documents_BP = None
+        if self.document_end is not None:
+            ids_BP = input_ids_BS if cache is None else cache.append_ids(input_ids_BS)
+            documents_BP = number_documents(ids_BP, self.document_end)
+        if position_ids_BS is None and documents_BP is not None:
+            position_ids_BS = positions_in_documents(documents_BP)[:, num_past:]
+        elif position_ids_BS is None:
             position_ids_BS = torch.arange(num_past, num_past + num_new, device=device).unsqueeze(0)
+        part_S = None
+        if self.sequence.context_size > 1:
+            part_S = self.sequence.context_positions(num_new, device=device)
+            position_ids_BS = position_ids_BS.index_select(1, part_S)
         cos, sin = rotary_table(position_ids_BS, self.cfg, num_past + num_new, dtype)
-        valid_BP = None if padding_mask_BP is None else padding_mask_BP.bool()
-        mask = build_attention_mask(valid_BP, num_new, num_past, dtype, device)
-        return AttentionInputs(cos, sin, mask, cache)
+        # Ulysses attends with the queries of the whole sequence.
+        if part_S is None or self.sequence.method == "ulysses":
+            part_S = torch.arange(num_past, num_past + num_new, device=device)
+        runs = query_runs(
+            part_S,
+            num_past + num_new,
+            self.sequence,
+            head_dim=self.cfg.head_dim,
+            dtype=dtype,
+            valid_BP=None if attention_mask is None else attention_mask.bool(),
+            documents_BP=documents_BP,
+            is_cached=cache is not None,
+        )
+        return AttentionInputs(cos, sin, runs, cache)
 
 
 def _run_recomputed(layer: nn.Module, *args: Any) -> Any:

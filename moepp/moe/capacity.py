@@ -1,6 +1,6 @@
 """Heterogeneous expert capacity (MoE++, arXiv 2410.07348, Eq. 8).
 
-Shapes: T tokens, K experts per token, A = T·K assignments, E experts of every kind.
+Shapes: T tokens of this rank, B sequences, S tokens each, K experts per token, A assignments, E experts of every kind.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moepp.config import MoEConfig
+from moepp.distributed.sequence import SequenceParallel
 from moepp.ops import count_experts
 
 
@@ -26,16 +27,35 @@ def capacities(cfg: MoEConfig, num_assignments: int) -> tuple[int, int]:
     return math.ceil(cfg.tau * share - 1e-9), math.ceil(share - 1e-9)
 
 
-def keep_within_capacity(topk_ids_TK: Tensor, weights_TK: Tensor, cfg: MoEConfig) -> Tensor:
+def keep_within_capacity(
+    topk_ids_TK: Tensor,
+    weights_TK: Tensor,
+    cfg: MoEConfig,
+    sequence: SequenceParallel | None = None,
+    batch_size: int = 1,
+) -> Tensor:
     """Return which assignments fit into the capacities: bool [T, K].
 
     Each expert keeps its assignments with the highest gate weights (``drop_policy="weight"``; among equals the earlier
-    token), or its earliest tokens (``"position"``). Every rank applies this to its own tokens.
+    token), or its earliest tokens (``"position"``). Every rank applies this to the tokens of its replica: its own, and
+    those of the ranks that hold the rest of its sequences.
+
+    Args:
+        sequence: the ranks that share sequences (None: none do).
+        batch_size: B; this rank's tokens are [B, T / B].
     """
-    ids_A = topk_ids_TK.flatten()
+    if sequence is None or sequence.size == 1:
+        return _keep(topk_ids_TK.flatten(), weights_TK.detach().flatten(), cfg).view_as(topk_ids_TK)
+    ids_BSK = sequence.whole(topk_ids_TK.unflatten(0, (batch_size, -1)))
+    weights_BSK = sequence.whole(weights_TK.unflatten(0, (batch_size, -1)))
+    kept_BSK = _keep(ids_BSK.flatten(), weights_BSK.flatten(), cfg).view_as(ids_BSK)
+    return sequence.own(kept_BSK).flatten(0, 1)
+
+
+def _keep(ids_A: Tensor, weights_A: Tensor, cfg: MoEConfig) -> Tensor:
     ffn_capacity, zc_capacity = capacities(cfg, ids_A.numel())
     if cfg.drop_policy == "weight":
-        by_weight_A = torch.argsort(weights_TK.detach().flatten(), descending=True, stable=True)
+        by_weight_A = torch.argsort(weights_A, descending=True, stable=True)
         order_A = by_weight_A[torch.argsort(ids_A[by_weight_A], stable=True)]
     else:
         order_A = torch.argsort(ids_A, stable=True)
@@ -46,4 +66,4 @@ def keep_within_capacity(topk_ids_TK: Tensor, weights_TK: Tensor, cfg: MoEConfig
     capacity_A = torch.where(sorted_ids_A < cfg.num_ffn_experts, ffn_capacity, zc_capacity)
     kept_A = torch.empty_like(ids_A, dtype=torch.bool)
     kept_A[order_A] = rank_in_expert_A < capacity_A
-    return kept_A.view_as(topk_ids_TK)
+    return kept_A

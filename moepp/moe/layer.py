@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moepp.config import MoEConfig
 from moepp.distributed import comm
+from moepp.distributed.sequence import SequenceParallel
 from moepp.errors import ConfigError
 from moepp.moe.capacity import keep_within_capacity
 from moepp.moe.dispatch import AllToAllDispatcher, Assignments, LocalDispatcher
@@ -57,6 +58,8 @@ class MoELayer(nn.Module):
         layer_index: number of this layer among the model's MoE layers, from 0; the first has no predecessor.
         ep_group: ranks that share the FFN experts (``None``: all of them here); short for ``parallel``.
         parallel: how experts are spread over ranks.
+        sequence: the ranks that share sequences. They are one micro-batch: capacities and f_i count its tokens on all
+            of them, so that the numbers are those of one process.
 
     Raises:
         ConfigError: the size of the group does not divide the number of FFN experts, or the number of chunks not the
@@ -70,9 +73,11 @@ class MoELayer(nn.Module):
         layer_index: int = 0,
         ep_group: comm.Group | None = None,
         parallel: ExpertParallel | None = None,
+        sequence: SequenceParallel | None = None,
     ) -> None:
         super().__init__()
         parallel = parallel if parallel is not None else ExpertParallel(ep_group)
+        self.sequence = sequence if sequence is not None else SequenceParallel()
         self.cfg = cfg
         self.hidden_size = hidden_size
         self.layer_index = layer_index
@@ -116,7 +121,7 @@ class MoELayer(nn.Module):
         x_TD = share_gradient(x.reshape(-1, self.hidden_size))
         logits_TE = self.router(x_TD, prev_logits_TE)
         gates = self.router.choose(logits_TE)
-        assignments = self.assign(gates)
+        assignments = self.assign(gates, batch_size=x.shape[0] if x.dim() == 3 else 1)
         if self.cfg.scale_input_by_top_k:
             x_TD = share_gradient(x_TD * self.cfg.top_k)
         chunks, metadata = self.dispatcher.dispatch(x_TD, assignments)  # starts the all-to-all: FFN assignments only
@@ -130,13 +135,13 @@ class MoELayer(nn.Module):
         out_TD = self.dispatcher.combine(outputs, metadata, local_TD)
         return MoEOutput(out_TD.view(x.shape), logits_TE, aux_loss, stats)
 
-    def assign(self, gates: Gates) -> Assignments:
-        """Apply the capacity and find the assignments that FFN experts compute."""
+    def assign(self, gates: Gates, batch_size: int = 1) -> Assignments:
+        """Apply the capacity and find the assignments that FFN experts compute; of ``batch_size`` sequences."""
         cfg, ids_TK, weights_TK = self.cfg, gates.topk_ids_TK, gates.weights_TK
         load_E = count_experts(ids_TK.flatten(), cfg.num_experts)
         expert_TK, num_dropped = ids_TK, load_E.new_zeros(())
         if self.training and cfg.capacity_factor is not None:
-            kept_TK = keep_within_capacity(ids_TK, weights_TK, cfg)
+            kept_TK = keep_within_capacity(ids_TK, weights_TK, cfg, self.sequence, batch_size)
             weights_TK = weights_TK * kept_TK
             expert_TK = torch.where(kept_TK, ids_TK, cfg.num_experts)
             num_dropped = (~kept_TK).sum()
@@ -152,6 +157,8 @@ class MoELayer(nn.Module):
             counts = torch.cat((load_E, load_E.new_full((1,), logits_TE.shape[0]))).to(logits_TE.dtype)
             if cfg.balance_loss_scope != "micro_batch" and self.training:
                 comm.all_reduce_sum(counts, self.balance_group)
+            elif self.sequence.size > 1:
+                comm.all_reduce_sum(counts, self.sequence.replica)
             selection_share_E = counts[:-1] / counts[-1].clamp(min=1)
         balance = balance_loss(probs_TE=gates.probs_TE, selection_share_E=selection_share_E, cfg=cfg)
         z_loss = router_z_loss(logits_TE=logits_TE) if cfg.z_loss_weight else torch.zeros_like(balance)

@@ -6,6 +6,7 @@ On the CPU, kernels compiled for the machine (:mod:`moepp.ops.cpu`) take their p
 
 from moepp.ops.affine_experts import affine_experts
 from moepp.ops.assignments import SortedAssignments, count_experts, sort_assignments
+from moepp.ops.attention import AttentionMask, attend, document_mask
 from moepp.ops.backend import choose_kernels, describe, describe_experts, use_kernels
 from moepp.ops.cross_entropy import chunked_cross_entropy, log_softmax
 from moepp.ops.gates import NORMALIZATIONS as GATE_NORMALIZATIONS
@@ -20,15 +21,18 @@ from moepp.ops.shared_gradient import share_gradient
 
 __all__ = [
     "GATE_NORMALIZATIONS",
+    "AttentionMask",
     "RowOrder",
     "SortedAssignments",
     "affine_experts",
+    "attend",
     "choose_kernels",
     "chunked_cross_entropy",
     "combine_rows",
     "count_experts",
     "describe",
     "describe_experts",
+    "document_mask",
     "donate",
     "gather_rows",
     "grouped_swiglu",
