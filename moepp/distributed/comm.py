@@ -174,7 +174,7 @@ def start_count_exchange(counts_PL: Tensor, group: Group, comm_stats: CommStats)
 
 
 def all_gather_equal(part: Tensor, group: Group) -> Tensor:
-    """[N, ...] of each of the P ranks -> [P, N, ...] on all of them, in the order of ranks."""
+    """Gather [N, ...] of each of the P ranks to [P, N, ...] on all of them, in the order of ranks."""
     num_ranks = size(group)
     # Gloo takes the parts only as one longer first dimension.
     whole = part.new_empty(num_ranks * part.shape[0], *part.shape[1:])
@@ -183,14 +183,14 @@ def all_gather_equal(part: Tensor, group: Group) -> Tensor:
 
 
 def reduce_scatter_equal(parts: Tensor, group: Group) -> Tensor:
-    """[P, N, ...] on each of the P ranks -> the sum over ranks of this rank's part, [N, ...]."""
+    """Sum [P, N, ...] over the P ranks, each of which gets its part, [N, ...]."""
     own = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
     dist.reduce_scatter_tensor(own, parts.contiguous().flatten(0, 1), group=group)
     return own
 
 
 def all_to_all_equal(parts: Tensor, group: Group) -> Tensor:
-    """[P, ...], a part for each of the P ranks -> [P, ...], the part that each of them had for this one."""
+    """Exchange a part for each of the P ranks, [P, ...], for the part that each had for this one, [P, ...]."""
     parts = parts.contiguous()
     received = torch.empty_like(parts)
     dist.all_to_all_single(received, parts, group=group)

@@ -81,7 +81,7 @@ class SequenceParallel:
         return self.method == "gather" and self.context_size > 1
 
     def context_positions(self, seq_len: int, rank: int | None = None, device: Any = None) -> Tensor:
-        """Positions in the sequence, [S/C], of the tokens of a context rank (None: this one), in its order.
+        """Return where the tokens of a context rank (None: this one) lie in the sequence, [S/C], in its order.
 
         Raises:
             ConfigError: the sequence cannot be split so.
@@ -99,17 +99,17 @@ class SequenceParallel:
         return torch.cat([torch.arange(run * length, (run + 1) * length, device=device) for run in runs])
 
     def own_positions(self, seq_len: int, device: Any = None) -> Tensor:
-        """Positions in the sequence, [S/(C·P)], of this rank's tokens outside attention, in its order."""
+        """Return where this rank's tokens outside attention lie in the sequence, [S/(C·P)], in its order."""
         return self.context_positions(seq_len, device=device).chunk(self.tensor_size)[self.tensor_rank]
 
     def own(self, x_BS: Tensor) -> Tensor:
-        """This rank's tokens, [B, S/(C·P), ...], of a whole sequence [B, S, ...]."""
+        """Take this rank's tokens, [B, S/(C·P), ...], out of whole sequences [B, S, ...]."""
         if self.size == 1:
             return x_BS
         return x_BS.index_select(1, self.own_positions(x_BS.shape[1], x_BS.device))
 
     def whole(self, x_Bs: Tensor) -> Tensor:
-        """Each rank's own tokens, [B, S/(C·P), ...] -> whole sequences in their order, [B, S, ...]; no gradient."""
+        """Join each rank's own tokens, [B, S/(C·P), ...], to sequences in their order, [B, S, ...]; no gradient."""
         if self.size == 1:
             return x_Bs
         assert self.replica is not None
@@ -119,15 +119,15 @@ class SequenceParallel:
         return gathered_BS.index_select(1, self._context_order(gathered_BS.shape[1], x_Bs.device))
 
     def gather_tensor(self, x_BsD: Tensor) -> Tensor:
-        """[B, S/(C·P), D] -> [B, S/C, D]: the tokens of this rank's context part."""
+        """Gather the tokens of this rank's context part: [B, S/(C·P), D] -> [B, S/C, D]."""
         return x_BsD if self.tensor_size == 1 else gather_sequence(x_BsD, self._tensor, self.stats)
 
     def sum_scatter_tensor(self, x_BsD: Tensor) -> Tensor:
-        """[B, S/C, D], a term of the sum on each tensor rank -> the sum of this rank's tokens, [B, S/(C·P), D]."""
+        """Sum [B, S/C, D] over the tensor ranks, each of which gets its own tokens: [B, S/(C·P), D]."""
         return x_BsD if self.tensor_size == 1 else sum_scatter_sequence(x_BsD, self._tensor, self.stats)
 
     def gather_context(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Keys and values of the context part, [B, H, S/C, d] each -> of the whole sequence, [B, H, S, d]."""
+        """Gather keys and values of the whole sequence: [B, H, S/C, d] each -> [B, H, S, d]."""
         heads = [part.shape[1] for part in parts]
         together_BsX = torch.cat(parts, dim=1).transpose(1, 2).flatten(2)
         whole_BSX = gather_sequence(together_BsX, self._context, self.stats)
@@ -138,14 +138,14 @@ class SequenceParallel:
         return whole_BHSd.split(heads, dim=1)
 
     def scatter_heads(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values, [B, H, S/C, d] each -> the whole sequence of some heads, [B, H/C, S, d]."""
+        """Exchange parts of all heads for whole sequences of some heads: [B, H, S/C, d] each -> [B, H/C, S, d]."""
         by_rank = [part.unflatten(1, (self.context_size, -1)) for part in parts]
         heads = [part.shape[2] for part in by_rank]
         together_BHsd = torch.cat(by_rank, dim=2).flatten(1, 2)
         return exchange_heads(together_BHsd, self._context, self.stats, heads_out=True).split(heads, dim=1)
 
     def gather_heads(self, x_BHSd: Tensor) -> Tensor:
-        """The opposite of :meth:`scatter_heads`, of one tensor: [B, H/C, S, d] -> [B, H, S/C, d]."""
+        """Undo :meth:`scatter_heads`, for one tensor: [B, H/C, S, d] -> [B, H, S/C, d]."""
         return exchange_heads(x_BHSd, self._context, self.stats, heads_out=False)
 
     @property
@@ -165,17 +165,17 @@ class SequenceParallel:
 
 
 def gather_sequence(x_BsX: Tensor, group: comm.Group, stats: comm.CommStats) -> Tensor:
-    """[B, s, ...] of each rank -> [B, n·s, ...], one rank's tokens after the other's; gradients are summed."""
+    """Gather [B, s, ...] of each rank to [B, n·s, ...], one rank's tokens after the other's; gradients are summed."""
     return _GatherSequence.apply(x_BsX, group, stats)
 
 
 def sum_scatter_sequence(x_BSX: Tensor, group: comm.Group, stats: comm.CommStats) -> Tensor:
-    """The sum over ranks of [B, n·s, ...], of which each rank gets its s tokens: [B, s, ...]."""
+    """Sum [B, n·s, ...] over the ranks, each of which gets its s tokens: [B, s, ...]."""
     return _SumScatterSequence.apply(x_BSX, group, stats)
 
 
 def exchange_heads(x: Tensor, group: comm.Group, stats: comm.CommStats, *, heads_out: bool) -> Tensor:
-    """All-to-all: [B, H, s, d] -> [B, H/n, n·s, d] with ``heads_out``, else [B, H, n·s, d] -> [B, n·H, s, d]."""
+    """Exchange [B, H, s, d] for [B, H/n, n·s, d] with ``heads_out``, else [B, H, n·s, d] for [B, n·H, s, d]."""
     return _ExchangeHeads.apply(x, group, stats, heads_out)
 
 

@@ -129,8 +129,10 @@ class Attention(nn.Module):
         if sequence.context_size == 1:
             return _attend_in_runs(query_BHSd, key_BGPd, value_BGPd, runs)
         if sequence.method == "gather":
-            return _attend_in_runs(query_BHSd, *sequence.gather_context(key_BGPd, value_BGPd), runs)
-        return sequence.gather_heads(_attend_in_runs(*sequence.scatter_heads(query_BHSd, key_BGPd, value_BGPd), runs))
+            return _attend_in_runs(query_BHSd, *sequence.gather_context(key_BGPd, value_BGPd), runs=runs)
+        return sequence.gather_heads(
+            _attend_in_runs(*sequence.scatter_heads(query_BHSd, key_BGPd, value_BGPd), runs=runs)
+        )
 
     def _split_heads(self, x_BSD: Tensor) -> Tensor:
         return x_BSD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -236,7 +238,7 @@ def build_attention_mask(
     documents_BP: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """What is added to the attention scores, [1 or B, 1, Q, num_keys] in ``dtype``; 0 where a query may attend.
+    """Return what is added to the attention scores, [1 or B, 1, Q, num_keys] in ``dtype``; 0 where a query may attend.
 
     Each of "in the future", "padding" and "another document" adds the dtype's lowest number rather than -inf. So a
     padding position that may attend to nothing gets some finite output instead of NaN, the same as in the released

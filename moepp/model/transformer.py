@@ -187,7 +187,7 @@ class Transformer(nn.Module):
         return ModelOutput(self.norm(hidden_BSD), aux_loss, tuple(stats))
 
     def embed(self, input_ids_BS: Tensor) -> Tensor:
-        """Whole sequences [B, S] -> the embeddings of this rank's tokens, [B, s, D]."""
+        """Look up the embeddings of this rank's tokens, [B, s, D], in whole sequences [B, S]."""
         return self.embed_tokens(self.sequence.own(input_ids_BS))
 
     def logits(self, hidden_BSD: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ class Transformer(nn.Module):
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> AttentionInputs:
-        """What the attention of all layers needs; arguments as in :meth:`forward`, ``dtype`` of the hidden state."""
+        """Prepare what all layers' attention needs; arguments as in :meth:`forward`; ``dtype`` is the hidden state's."""
         (batch, num_new), device = input_ids_BS.shape, input_ids_BS.device
         num_past = 0 if cache is None else cache.length
         if attention_mask is not None and tuple(attention_mask.shape) != (batch, num_past + num_new):

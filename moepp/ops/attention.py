@@ -26,7 +26,7 @@ _FLEX_HEAD_SIZE = 16  # the smallest that FlexAttention's kernels take
 
 
 def attend(query_BHQd: Tensor, key_BGKd: Tensor, value_BGKd: Tensor, mask: AttentionMask = None) -> Tensor:
-    """``softmax(q k^T / sqrt(d) + mask) v``, [B, H, Q, d]; query head j reads key/value head ``j // (H / G)``."""
+    """Compute ``softmax(q k^T / sqrt(d) + mask) v``, [B, H, Q, d]; query head j reads key head ``j // (H / G)``."""
     dtype = query_BHQd.dtype
     if multiplies_in_float32(query_BHQd):
         query_BHQd, key_BGKd, value_BGKd = query_BHQd.float(), key_BGKd.float(), value_BGKd.float()
@@ -50,7 +50,7 @@ def attend(query_BHQd: Tensor, key_BGKd: Tensor, value_BGKd: Tensor, mask: Atten
 def document_mask(
     documents_BS: Tensor, positions_Q: Tensor, num_keys: int, head_dim: int, *, blocks: bool | None = None
 ) -> AttentionMask:
-    """Causal and within documents: query q may attend to key k <= q with the same document number.
+    """Make a mask that is causal and stays within documents: query q sees keys k <= q of the same document.
 
     Args:
         documents_BS: number of each token's document, of the whole sequences.
@@ -86,7 +86,7 @@ def _causal_to_the_last_key(num_queries: int, num_keys: int) -> Tensor:
 
 @functools.cache
 def _flex_attention() -> Callable[..., Tensor]:
-    """FlexAttention as a kernel where there is an accelerator; on the CPU torch's own operations."""
+    """Import FlexAttention, as a kernel where there is an accelerator; on the CPU torch's own operations."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention) if torch.accelerator.is_available() else flex_attention
