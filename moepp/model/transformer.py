@@ -216,7 +216,7 @@ class Transformer(nn.Module):
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> AttentionInputs:
-        """Prepare what all layers' attention needs; arguments as in :meth:`forward`; ``dtype`` is the hidden state's."""
+        """Prepare what all layers' attention needs; arguments as in :meth:`forward`, and the hidden state's dtype."""
         (batch, num_new), device = input_ids_BS.shape, input_ids_BS.device
         num_past = 0 if cache is None else cache.length
         if attention_mask is not None and tuple(attention_mask.shape) != (batch, num_past + num_new):
