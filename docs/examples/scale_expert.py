@@ -20,3 +20,6 @@ class Scale(ExpertKind):
 
     def forward(self, x_TD: Tensor, gates_TZ: Tensor) -> Tensor:
         return (gates_TZ.to(x_TD.dtype) @ self.factor) * x_TD
+
+    def flops_per_token(self) -> float:
+        return 2.0 * self.num_experts * self.hidden_size  # gates @ factor

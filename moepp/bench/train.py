@@ -260,7 +260,7 @@ def _scale_point(what: str, value: int, options: Options) -> list[Record]:
     records = []
     for name, stages in _interleaved(steps, options.rounds).items():
         cfg = options.model_config(vanilla=name == VANILLA)
-        flops = flops_per_token(cfg, options.seq_len, balanced_ffn_per_token(cfg.moe)).forward_backward
+        flops = flops_per_token(cfg, options.seq_len, balanced_ffn_per_token(cfg.moe)).forward_backward or 0.0
         total, gflop = _total(stages), flops * options.num_tokens / 1e9
         records.append(
             {

@@ -72,11 +72,12 @@ class Throughput:
         finally:
             self._start += self._clock() - begin
 
-    def read(self, flops_per_token: float) -> dict[str, float]:
+    def read(self, flops_per_token: float | None) -> dict[str, float]:
         """Return metrics since the last call and start the next interval; call it when the device is idle.
 
         Args:
-            flops_per_token: forward and backward, expected under the observed routing.
+            flops_per_token: forward and backward, expected under the observed routing; None: unknown, which leaves
+                ``throughput/mfu`` out.
         """
         now = self._clock()
         tokens_per_second = self._tokens / max(now - self._start, 1e-9)
@@ -86,6 +87,6 @@ class Throughput:
             "throughput/tokens_per_second": tokens_per_second,
             "throughput/tokens_per_second_per_device": per_device,
         }
-        if self._peak_flops is not None:
+        if self._peak_flops is not None and flops_per_token is not None:
             metrics["throughput/mfu"] = per_device * flops_per_token / self._peak_flops
         return metrics

@@ -10,13 +10,13 @@ lookup are left out, as in ``torch.utils.flop_counter``, against which the tests
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import astuple, dataclass
 
 import torch
 from torch import nn
 
 from moepp.config import ModelConfig, MoEConfig
+from moepp.moe.registered import RegisteredModule, known_flops
 from moepp.registry import EXPERT_KINDS, ROUTERS
 
 BACKWARD_FACTOR = 2  # each product y = x W has two in backward, for the gradients of x and of W
@@ -47,20 +47,23 @@ class FlopsPerToken:
 
     attention_projections: float  # 2 x attention parameters
     attention_scores: float  # L 4 S D: query x key and weights x value, over the full square
-    router: float  # 2 x router parameters
+    router: float | None  # what the router counts, with gating residuals + M 2 N^2; None: unknown
     ffn_experts: float  # M A 6 D F
     constant_experts: float  # 2 x their parameters; every token computes them
+    registered_experts: float | None  # what their kinds count; None: unknown
     dense_ffn: float  # 2 x dense_ffn parameters
     lm_head: float  # 2 V D
 
     @property
-    def forward(self) -> float:
-        return sum(astuple(self))
+    def forward(self) -> float | None:
+        """All of them; ``None`` if one is unknown."""
+        parts = astuple(self)
+        return None if None in parts else sum(parts)
 
     @property
-    def forward_backward(self) -> float:
+    def forward_backward(self) -> float | None:
         """Forward and backward; operations that recompute stored activations are not counted."""
-        return (1 + BACKWARD_FACTOR) * self.forward
+        return None if self.forward is None else (1 + BACKWARD_FACTOR) * self.forward
 
 
 def count_parameters(cfg: ModelConfig) -> ParameterCounts:
@@ -71,8 +74,8 @@ def count_parameters(cfg: ModelConfig) -> ParameterCounts:
         router = width * num_experts if moe.router == "linear" else 8 * num_experts * (width + num_experts)
         router += num_experts**2 if moe.gating_residual else 0
     else:
-        router = _size(lambda: ROUTERS.get(moe.router)(moe, width))
-    registered = [_size(lambda k=k, n=n: EXPERT_KINDS.get(k)(n, width)) for k, n in moe.extra_experts.items() if n]
+        router = _size(_router(cfg))
+    registered = [_size(module) for module in _registered_experts(cfg).values()]
     return ParameterCounts(
         embedding=cfg.vocab_size * width,
         attention=cfg.num_layers * 2 * width * (width + cfg.num_kv_heads * cfg.head_dim),
@@ -86,10 +89,20 @@ def count_parameters(cfg: ModelConfig) -> ParameterCounts:
     )
 
 
-def _size(make: Callable[[], nn.Module]) -> int:
-    """Return parameters of a module; takes no memory."""
+def _router(cfg: ModelConfig) -> RegisteredModule:
+    """Return the router of a layer; takes no memory."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in make().parameters())
+        return ROUTERS.get(cfg.moe.router)(cfg.moe, cfg.hidden_size)
+
+
+def _registered_experts(cfg: ModelConfig) -> dict[str, RegisteredModule]:
+    """Return the registered experts of a layer by kind; take no memory."""
+    with torch.device("meta"):
+        return {k: EXPERT_KINDS.get(k)(n, cfg.hidden_size) for k, n in cfg.moe.extra_experts.items() if n}
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def activated_parameters(
@@ -120,16 +133,28 @@ def flops_per_token(cfg: ModelConfig, seq_len: int, ffn_per_token: float) -> Flo
         seq_len: S, tokens per sequence. Attention counts the full S x S square, causal or not, as is usual for the
             model FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B).
     """
-    counts = count_parameters(cfg)
+    counts, num_moe = count_parameters(cfg), len(cfg.moe_layers)
+    router = known_flops(_router(cfg))
+    residual = 2 * cfg.moe.num_experts**2 if cfg.moe.gating_residual else 0
+    registered = [known_flops(module) for module in _registered_experts(cfg).values()]
     return FlopsPerToken(
         attention_projections=2 * counts.attention,
         attention_scores=cfg.num_layers * 4 * seq_len * cfg.hidden_size,
-        router=2 * counts.router,
-        ffn_experts=len(cfg.moe_layers) * ffn_per_token * 2 * _swiglu_parameters(cfg, cfg.moe.ffn_hidden_size),
+        router=None if router is None else num_moe * (router + residual),
+        ffn_experts=num_moe * ffn_per_token * 2 * _swiglu_parameters(cfg, cfg.moe.ffn_hidden_size),
         constant_experts=2 * counts.constant_experts,
+        registered_experts=None if None in registered else num_moe * sum(filter(None, registered)),
         dense_ffn=2 * counts.dense_ffn,
         lm_head=2 * cfg.vocab_size * cfg.hidden_size,
     )
+
+
+def parts_without_flops(cfg: ModelConfig) -> list[str]:
+    """Return the registered parts whose operations are unknown, as "key=value" for messages."""
+    unknown = [f"extra_experts.{kind}" for kind, m in _registered_experts(cfg).items() if known_flops(m) is None]
+    if known_flops(_router(cfg)) is None:
+        unknown.append(f"router={cfg.moe.router}")
+    return [f"model.moe.{part}" for part in unknown]
 
 
 def max_ffn_per_token(moe: MoEConfig) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from moepp.errors import ConfigError
+from moepp.io.untrusted import show
 
 # What a checkpoint can hold.
 BUFFER_DTYPES = ("float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool")
@@ -20,6 +22,17 @@ class RegisteredModule(nn.Module):
     checkpoint and must be the same on every rank at all times. A class that registers one defines
     :meth:`reset_buffers`.
     """
+
+    computed_by: ClassVar[tuple[str, ...]] = ("forward",)
+    """Methods that :meth:`flops_per_token` counts."""
+
+    def flops_per_token(self) -> float | None:
+        """Return the operations of one forward, per token of the layer; ``None``: unknown.
+
+        Matrix products alone count, a multiply-add as 2, as in :mod:`moepp.model.accounting`: 0 for a module without
+        any. While one part of a model is unknown, so is its utilisation (MFU), which is then left out of the metrics.
+        """
+        return None
 
     def init(self, name: str) -> float | None:
         """Return the initial value of the parameter ``name`` (relative to this module); ``None``: drawn."""
@@ -58,6 +71,28 @@ class RegisteredModule(nn.Module):
             if new.dtype != value.dtype:  # a precision, which is meant for weights: take the value from before it
                 module._buffers[name] = value.to(new.device)
         return self
+
+
+def known_flops(module: RegisteredModule) -> float | None:
+    """Return :meth:`RegisteredModule.flops_per_token`, or ``None`` if a subclass has changed what was counted.
+
+    Raises:
+        ConfigError: it is no number, or below 0.
+    """
+    classes = type(module).__mro__
+
+    def depth(name: str) -> int:
+        return next(i for i, cls in enumerate(classes) if name in vars(cls))
+
+    flops = module.flops_per_token()
+    if flops is None or depth("flops_per_token") > min(map(depth, module.computed_by)):
+        return None
+    if isinstance(flops, bool) or not isinstance(flops, int | float) or not 0 <= flops < math.inf:
+        raise ConfigError(
+            f"{type(module).__qualname__}.flops_per_token() returned {show(flops)}; return a number of at least 0, or "
+            "None where it is unknown"
+        )
+    return float(flops)
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -33,6 +33,8 @@ class Router(RegisteredModule):
     default_options: ClassVar[Mapping[str, float]] = {}
     """Settings that ``model.moe.router_options`` may have, with their defaults; :attr:`options` has those in force."""
 
+    computed_by: ClassVar[tuple[str, ...]] = ("project", "forward")  # the residual's product is counted elsewhere
+
     updates_after_step = False
     """Whether :meth:`after_optimizer_step` wants to be called; it costs one all-reduce per step."""
 
@@ -93,6 +95,9 @@ class LinearRouter(Router):
     def make_parameters(self, hidden_size: int) -> None:
         self.weight = nn.Parameter(torch.empty(self.cfg.num_experts, hidden_size))
 
+    def flops_per_token(self) -> float:
+        return 2 * self.weight.numel()
+
     def project(self, x_TD: Tensor) -> Tensor:
         return ops.project(x_TD, self.weight)
 
@@ -105,6 +110,9 @@ class MLPRouter(Router):
         n = self.cfg.num_experts
         self.fc1 = nn.Linear(hidden_size, 8 * n, bias=False)
         self.fc2 = nn.Linear(8 * n, n, bias=False)
+
+    def flops_per_token(self) -> float:
+        return 2 * (self.fc1.weight.numel() + self.fc2.weight.numel())
 
     def project(self, x_TD: Tensor) -> Tensor:
         return ops.linear_fp32(torch.tanh(ops.project(x_TD, self.fc1.weight)), self.fc2.weight)

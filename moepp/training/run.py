@@ -31,7 +31,7 @@ from moepp.distributed.peers import PeerWatch
 from moepp.errors import DataError, MoeppError, PeerError
 from moepp.metrics.logs import close_logging, setup_logging
 from moepp.metrics.wandb import require_wandb_login
-from moepp.model.accounting import count_parameters
+from moepp.model.accounting import count_parameters, parts_without_flops
 from moepp.model.precision import DTYPES
 from moepp.runs.directory import RunClaim, RunDir
 from moepp.runs.environment import describe_environment
@@ -184,6 +184,8 @@ def _introduce(cfg: Config, plan: RunPlan, groups: ParallelGroups) -> None:
         plan.zero_stage,
         cfg.train.steps,
     )
+    if unknown := parts_without_flops(cfg.model):
+        logger.info("throughput/mfu is left out: no flops_per_token() of %s", ", ".join(unknown))
 
 
 def _sizes(layout: Layout) -> str:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from moepp.config import ModelConfig, MoEConfig
 from moepp.config.load import build
+from moepp.errors import ConfigError
+from moepp.metrics import Throughput
 from moepp.model import Transformer, init_parameters
 from moepp.model.accounting import (
     activated_parameters,
@@ -20,8 +24,12 @@ from moepp.model.accounting import (
     count_parameters,
     flops_per_token,
     max_ffn_per_token,
+    parts_without_flops,
 )
+from moepp.moe.experts import ExpertKind
+from moepp.moe.router import LinearRouter
 from moepp.ops import use_kernels
+from moepp.registry import EXPERT_KINDS, ROUTERS, Registry
 
 CONFIG_FOLDER = Path(__file__).parents[3] / "configs" / "model"
 SHIPPED = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
@@ -158,6 +166,108 @@ def test_flops_equal_torchs_counter(cfg):
     assert forward.get_total_flops() == pytest.approx(tokens * flops.forward - unused, rel=1e-6)
     unused += (tokens - 1) * gate_map + tokens * gate_map
     assert both.get_total_flops() == pytest.approx(tokens * flops.forward_backward - unused, rel=1e-6)
+
+
+@pytest.fixture
+def register() -> Iterator[Callable[..., None]]:
+    """Register parts for one test."""
+    before = {registry: dict(registry._entries) for registry in (EXPERT_KINDS, ROUTERS)}
+
+    def enter(registry: Registry, name: str, cls: type) -> None:
+        registry.register(name)(cls)
+
+    yield enter
+    for registry, entries in before.items():
+        registry._entries.clear()
+        registry._entries.update(entries)
+
+
+class Mix(ExpertKind):
+    """Two products per token: with its own matrix and with the gates."""
+
+    def __init__(self, num_experts: int, hidden_size: int) -> None:
+        super().__init__(num_experts, hidden_size)
+        self.weight = nn.Parameter(torch.ones(num_experts, hidden_size))
+        self.turn = nn.Parameter(torch.ones(hidden_size, hidden_size))
+
+    def forward(self, x_TD, gates_TZ):
+        return (x_TD @ self.turn) * (gates_TZ.to(x_TD.dtype) @ self.weight)
+
+    def flops_per_token(self):
+        return 2.0 * self.hidden_size * (self.hidden_size + self.num_experts)
+
+
+def with_mix(cls: type, register: Callable[..., None], count: int = 2) -> ModelConfig:
+    register(EXPERT_KINDS, "mix", cls)
+    return dataclasses.replace(BASE, moe=dataclasses.replace(BASE.moe, extra_experts={"mix": count}))
+
+
+def test_flops_of_a_registered_kind_equal_torchs_counter(register):
+    cfg = with_mix(Mix, register)
+    plain = flops_per_token(BASE, 16, 1.0)
+    found = flops_per_token(cfg, 16, 1.0)
+    module = Mix(2, cfg.hidden_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(torch.ones(7, cfg.hidden_size), torch.ones(7, 2))
+    assert found.registered_experts == len(cfg.moe_layers) * counter.get_total_flops() / 7
+    assert found.forward is not None and plain.forward is not None and found.router is not None and plain.router
+    assert found.forward - plain.forward == found.registered_experts + found.router - plain.router
+    assert parts_without_flops(cfg) == []
+
+
+@pytest.mark.parametrize("how", ["not said", "said to be unknown", "forward changed", "product added to a router"])
+def test_unknown_flops_are_not_guessed(register, how):
+    if how == "product added to a router":
+
+        class Bent(LinearRouter):
+            def project(self, x_TD):
+                return super().project(x_TD @ torch.ones(x_TD.shape[1], x_TD.shape[1]))
+
+        register(ROUTERS, "bent", Bent)
+        cfg = dataclasses.replace(BASE, moe=dataclasses.replace(BASE.moe, router="bent"))
+        expected = "model.moe.router=bent"
+    else:
+
+        class Silent(Mix):
+            def flops_per_token(self):
+                return None
+
+        class Changed(Mix):
+            def forward(self, x_TD, gates_TZ):
+                return super().forward(x_TD @ self.turn, gates_TZ)
+
+        class Plain(ExpertKind):
+            pass
+
+        kinds = {"not said": Plain, "said to be unknown": Silent, "forward changed": Changed}
+        cfg, expected = with_mix(kinds[how], register), "model.moe.extra_experts.mix"
+    flops = flops_per_token(cfg, 16, 1.0)
+    assert flops.forward is None and flops.forward_backward is None
+    assert parts_without_flops(cfg) == [expected]
+    throughput = Throughput(1, peak_flops=1e12)
+    assert "throughput/mfu" not in throughput.read(flops.forward_backward)
+    assert "throughput/mfu" in throughput.read(1.0)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), "many", True])
+def test_flops_that_are_no_number_are_refused(register, value):
+    class Wrong(Mix):
+        def flops_per_token(self):
+            return value
+
+    with pytest.raises(ConfigError, match=r"Wrong\.flops_per_token\(\) returned .*; return a number"):
+        flops_per_token(with_mix(Wrong, register), 16, 1.0)
+
+
+def test_bias_router_of_the_examples_counts_as_the_linear_one():
+    import docs.examples.bias_router  # noqa: F401
+
+    moe = dataclasses.replace(
+        BASE.moe, router="bias", gate_normalization="none", logits_norm_std=None, router_options={}
+    )
+    linear = dataclasses.replace(moe, router="linear")
+    found, expected = (flops_per_token(dataclasses.replace(BASE, moe=m), 16, 1.0) for m in (moe, linear))
+    assert found == expected and found.forward is not None
 
 
 def test_flops_depend_on_routing_and_length_as_documented():
