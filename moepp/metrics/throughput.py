@@ -7,24 +7,49 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# Dense peak FLOP/s by device: (pattern of the device's name, bf16, fp32). From the vendors' data sheets, without
-# sparsity; fp32 is the plain (not TF32) rate, which is what torch uses by default. None: no bf16 units.
-_PEAK_FLOPS: tuple[tuple[str, float | None, float], ...] = (
+# Dense peak FLOP/s by device: (pattern of the device's name, bf16, fp32). From the vendors' documents, without sparsity
+# ("halved" where a document gives the sparse number alone); bf16 with fp32 accumulation; fp32 is the plain (not TF32)
+# rate, which is what torch uses by default. None: no bf16 units, or not known. What is not listed has no MFU.
+_PEAK_FLOPS: tuple[tuple[str, float | None, float | None], ...] = (
     (r"\bV100-SXM2\b", None, 15.7e12),  # NVIDIA V100 data sheet
+    (r"\bV100-PCIE\b", None, 14e12),  # NVIDIA V100 data sheet
+    (r"\bT4\b", None, 8.1e12),  # NVIDIA T4 data sheet
     (r"\bA(100|800)\b", 312e12, 19.5e12),  # NVIDIA A100 data sheet; the A800 differs in NVLink only
     (r"\bA30\b", 165e12, 10.3e12),  # NVIDIA A30 data sheet
     (r"\bA40\b", 149.7e12, 37.4e12),  # NVIDIA A40 data sheet
     (r"\bA10\b", 125e12, 31.2e12),  # NVIDIA A10 data sheet
-    (r"\bL4\b", 121e12, 30.3e12),  # NVIDIA L4 data sheet, halved from its sparse number
+    (r"\bL4\b", 121e12, 30.3e12),  # NVIDIA L4 data sheet, halved
+    (r"\bL40\b", 181e12, 90.5e12),  # NVIDIA L40 data sheet
     (r"\bL40S\b", 362e12, 91.6e12),  # NVIDIA L40S data sheet
-    (r"\bH100 PCIe\b", 756e12, 51e12),  # NVIDIA H100 data sheet, halved from its sparse number
-    (r"\bH100 NVL\b", 835e12, 60e12),  # NVIDIA H100 data sheet, halved from its sparse number
+    (r"\bH20\b", 148e12, 44e12),  # NVIDIA H20 data sheet
+    (r"\bH(100|800) PCIe\b", 756e12, 51e12),  # NVIDIA H100 data sheet, halved; the H800 differs in NVLink and fp64
+    (r"\bH100\b.*\bHBM2e\b", 756e12, 51e12),  # NVIDIA H100 data sheet, halved: the PCIe card's other name
+    (r"\bH100 NVL\b", 835e12, 60e12),  # NVIDIA H100 data sheet, halved
     (r"\bH100\b.*\bHBM3\b", 989.4e12, 66.9e12),  # NVIDIA H100 data sheet, SXM
-    (r"\bH200 NVL\b", 835e12, 60e12),  # NVIDIA H200 data sheet, halved from its sparse number
+    (r"\bH800$", 989.4e12, 66.9e12),  # as the H100 SXM
+    (r"\bH200 NVL\b", 835e12, 60e12),  # NVIDIA H200 data sheet, halved
     (r"\bH200\b", 989.4e12, 66.9e12),  # NVIDIA H200 data sheet, SXM
     (r"\bGH200\b", 989.4e12, 66.9e12),  # NVIDIA GH200 data sheet
-    (r"\bB200\b", 2250e12, 75e12),  # NVIDIA HGX B200 data sheet, an eighth of the board
+    (r"\bB200\b", 2250e12, 75e12),  # NVIDIA HGX B200 data sheet, an eighth of the board, halved
+    (r"\bGB200\b", 2500e12, 80e12),  # NVIDIA GB200 NVL72 data sheet, one of its 72 GPUs, halved
+    (r"\bB300\b", 2250e12, 75e12),  # NVIDIA HGX B300 data sheet, an eighth of the board, halved
+    (r"\bRTX A5000$", 111.1e12, 27.8e12),  # NVIDIA RTX A5000 data sheet, halved
+    (r"\bRTX A6000$", 154.8e12, 38.7e12),  # NVIDIA RTX A6000 data sheet, halved
+    (r"\bRTX 6000 Ada Generation$", 364.2e12, 91.1e12),  # NVIDIA Ada architecture white paper for workstations
+    (r"\bRTX 3080$", 59.5e12, 29.8e12),  # NVIDIA Ampere GA102 architecture white paper
+    (r"\bRTX 3090$", 71e12, 35.6e12),  # NVIDIA Ampere GA102 architecture white paper
+    (r"\bRTX 4080$", 97.5e12, 48.7e12),  # NVIDIA Ada architecture white paper
+    (r"\bRTX 4090$", 165.2e12, 82.6e12),  # NVIDIA Ada architecture white paper
+    (r"\bRTX 5080$", 112.6e12, 56.3e12),  # NVIDIA RTX Blackwell architecture white paper
+    (r"\bRTX 5090$", 209.5e12, 104.8e12),  # NVIDIA RTX Blackwell architecture white paper
+    # AMD's matrix rates: compute units x clock x operations per clock of the CDNA white papers, as in the data sheets.
+    (r"\bMI210\b", 181e12, 45.3e12),  # AMD Instinct MI210 data sheet
+    (r"\bMI250X\b(?!/)", 191.5e12, 47.9e12),  # AMD Instinct MI250X data sheet, halved: torch sees each of two dies
+    (r"\bMI300A\b", 980.6e12, 122.6e12),  # AMD Instinct MI300A data sheet
     (r"\bMI300X\b", 1307.4e12, 163.4e12),  # AMD Instinct MI300X data sheet
+    (r"\bMI325X\b", 1307.4e12, 163.4e12),  # AMD Instinct MI325X data sheet
+    (r"\bMI350X\b", 2306.9e12, 144.2e12),  # AMD Instinct MI350X data sheet
+    (r"\bMI355X\b", 2516.6e12, 157.3e12),  # AMD Instinct MI355X data sheet
 )
 
 
