@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from moepp.moe import MoELayer
 
 _PREFIX = "stage: "
-OTHER = "other"  # statistics, the layer's own glue, and copying gradients into the parameters
+OTHER = "other"  # the layer's own glue, and copying gradients into the parameters
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def _recorded(layer: MoELayer) -> Iterator[None]:
             (layer.zero_computation, "forward", "zero-computation"),
             (layer.experts, "forward", "FFN"),
             (layer.dispatcher, "combine", "combine"),
-            (layer, "_aux_losses", "losses"),
+            (layer, "_summarize", "losses"),
         ):
             stack.enter_context(_replaced(owner, name, stage))
         yield

@@ -46,6 +46,8 @@ class CommStats:
     count_bytes: int = 0
     row_exchanges: int = 0
     count_exchanges: int = 0
+    balance_bytes: int = 0
+    balance_reductions: int = 0
     sequence_bytes: Counter[str] = field(default_factory=Counter)
     sequence_calls: Counter[str] = field(default_factory=Counter)
 
@@ -216,9 +218,17 @@ class Pending:
             self.work.wait()
 
 
-def start_all_reduce_sum(tensor: Tensor, group: Group | None) -> Pending:
-    """As :func:`all_reduce_sum`, without waiting: nothing may touch the tensor before the wait."""
-    return Pending(dist.all_reduce(tensor, group=group, async_op=True) if size(group) > 1 else None)
+def start_all_reduce_sum(tensor: Tensor, group: Group | None, comm_stats: CommStats | None = None) -> Pending:
+    """As :func:`all_reduce_sum`, without waiting: nothing may touch the tensor before the wait.
+
+    ``comm_stats`` counts it as a reduction for the balance loss: the bytes of the tensor, whatever the algorithm sends.
+    """
+    if size(group) == 1:
+        return Pending(None)
+    if comm_stats is not None:
+        comm_stats.balance_bytes += tensor.numel() * tensor.element_size()
+        comm_stats.balance_reductions += 1
+    return Pending(dist.all_reduce(tensor, group=group, async_op=True))
 
 
 # torch 2.13 calls them so, and the older names deprecated.

@@ -7,7 +7,7 @@ including cached ones, D width, V vocabulary, L MoE layers, E experts of every k
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from moepp.model.linear import Linear
 from moepp.model.norm import RMSNorm
 from moepp.moe import ExpertParallel, MoELayer, MoEStats
 from moepp.moe.router import Router
+from moepp.moe.summary import PendingSummary, RoutingRecord, start_summary
 from moepp.ops import chunked_cross_entropy, linear
 
 
@@ -33,13 +34,33 @@ class ModelOutput:
 
     Attributes:
         hidden: [B, s, D], after the final norm.
-        aux_loss: sum of the MoE layers' auxiliary losses, already weighted; scalar, fp32.
-        stats: one entry per MoE layer, first layer first.
+        summary: losses and statistics of the MoE layers; their all-reduce may still run, which the first of the
+            properties waits for. None: there is no MoE layer.
     """
 
     hidden: Tensor
-    aux_loss: Tensor
-    stats: tuple[MoEStats, ...]
+    summary: PendingSummary | None = None
+
+    @property
+    def aux_loss(self) -> Tensor:
+        """Sum of the MoE layers' auxiliary losses, already weighted; scalar, fp32."""
+        return self._finished[0]
+
+    @property
+    def stats(self) -> tuple[MoEStats, ...]:
+        """One entry per MoE layer, first layer first."""
+        return self._finished[1]
+
+    @cached_property
+    def _finished(self) -> tuple[Tensor, tuple[MoEStats, ...]]:
+        with torch.enable_grad():  # whoever asks first, and where
+            aux_loss = torch.zeros((), dtype=torch.float32, device=self.hidden.device)
+            if self.summary is None:
+                return aux_loss, ()
+            losses, stats = self.summary.finish()
+            for loss in losses:
+                aux_loss = aux_loss + loss
+            return aux_loss, tuple(stats)
 
 
 @dataclass(frozen=True)
@@ -85,18 +106,17 @@ class TransformerLayer(nn.Module):
         hidden_BSD: Tensor,
         attention_inputs: AttentionInputs,
         prev_logits_TE: Tensor | None,
-        selection_share_E: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, MoEStats | None]:
-        """Return (hidden, router logits for the next MoE layer, aux loss, statistics).
+    ) -> tuple[Tensor, Tensor | None, RoutingRecord | None]:
+        """Return (hidden, router logits for the next MoE layer, what losses and statistics are made of).
 
         A dense layer hands the previous logits on and has neither loss nor statistics.
         """
         hidden_BSD = hidden_BSD + self.self_attn(self.input_layernorm(hidden_BSD), attention_inputs)
         normed_BSD = self.post_attention_layernorm(hidden_BSD)
         if not self.is_moe:
-            return hidden_BSD + self.mlp(normed_BSD), prev_logits_TE, None, None
-        out = self.moe(normed_BSD, prev_logits_TE, selection_share_E)
-        return hidden_BSD + out.hidden, out.router_logits, out.aux_loss, out.stats
+            return hidden_BSD + self.mlp(normed_BSD), prev_logits_TE, None
+        out = self.moe(normed_BSD, prev_logits_TE, summarize=False)
+        return hidden_BSD + out.hidden, out.router_logits, out.record
 
 
 class Transformer(nn.Module):
@@ -174,17 +194,23 @@ class Transformer(nn.Module):
         hidden_BSD = self.embed(input_ids_BS)
         inputs = self.attention_inputs(input_ids_BS, hidden_BSD.dtype, position_ids_BS, attention_mask, cache)
         recompute = self.recompute and torch.is_grad_enabled() and cache is None
-        aux_loss = torch.zeros((), dtype=torch.float32, device=hidden_BSD.device)
         prev_logits_TE: Tensor | None = None
-        stats: list[MoEStats] = []
+        records: list[RoutingRecord] = []
         for layer in self.layers:
-            share_E = selection_share_LE[len(stats)] if layer.is_moe and selection_share_LE is not None else None
             run = partial(_run_recomputed, layer) if recompute else layer
-            hidden_BSD, prev_logits_TE, layer_loss, layer_stats = run(hidden_BSD, inputs, prev_logits_TE, share_E)
-            if layer_stats is not None:
-                aux_loss = aux_loss + layer_loss
-                stats.append(layer_stats)
-        return ModelOutput(self.norm(hidden_BSD), aux_loss, tuple(stats))
+            hidden_BSD, prev_logits_TE, record = run(hidden_BSD, inputs, prev_logits_TE)
+            if record is not None:
+                records.append(record)
+        summary = self._start_summary(records, selection_share_LE)
+        return ModelOutput(self.norm(hidden_BSD), summary)
+
+    def _start_summary(self, records: list[RoutingRecord], selection_share_LE: Tensor | None) -> PendingSummary | None:
+        """Losses and statistics of all layers: one all-reduce, which runs until somebody asks for them."""
+        if not records:
+            return None
+        return start_summary(
+            records, self.cfg.moe, self.training, self.parallel, self.sequence, selection_share_LE
+        )
 
     def embed(self, input_ids_BS: Tensor) -> Tensor:
         """Look up the embeddings of this rank's tokens, [B, s, D], in whole sequences [B, S]."""

@@ -38,14 +38,14 @@ class Assignments:
         weights_TK: their gate weights, differentiable; 0 where dropped.
         ffn: those that an FFN expert computes, sorted by expert (in the dispatcher's order); N is the sum of counts.
         load_E: choices of each expert of every kind, before drops.
-        num_dropped: dropped assignments of any kind.
+        num_dropped: dropped assignments of any kind; None: capacity was not applied.
     """
 
     ids_TK: Tensor
     weights_TK: Tensor
     ffn: ops.SortedAssignments
     load_E: Tensor
-    num_dropped: Tensor
+    num_dropped: Tensor | None
 
     def row_order(self, num_rows: int) -> ops.RowOrder:
         """Return the rows in the order of experts; ``num_rows`` = N as the host knows it."""

@@ -19,11 +19,12 @@ from moepp.moe.capacity import keep_within_capacity
 from moepp.moe.dispatch import AllToAllDispatcher, Assignments, LocalDispatcher
 from moepp.moe.experts import FFNExperts, ZeroComputation
 from moepp.moe.gates import Gates
-from moepp.moe.losses import balance_loss, router_z_loss
+from moepp.moe.losses import router_z_loss
 from moepp.moe.parallel import ExpertParallel
 from moepp.moe.registered import RegisteredModule
 from moepp.moe.router import make_router
 from moepp.moe.stats import MoEStats
+from moepp.moe.summary import RoutingRecord, start_summary
 from moepp.ops import count_experts, share_gradient, sort_assignments
 
 
@@ -42,6 +43,15 @@ class MoEOutput:
     router_logits: Tensor
     aux_loss: Tensor
     stats: MoEStats
+
+
+@dataclass(frozen=True)
+class UnsummarizedOutput:
+    """As :class:`MoEOutput`, with what losses and statistics are made of (:mod:`moepp.moe.summary`)."""
+
+    hidden: Tensor
+    router_logits: Tensor
+    record: RoutingRecord
 
 
 class MoELayer(nn.Module):
@@ -81,7 +91,7 @@ class MoELayer(nn.Module):
         self.cfg = cfg
         self.hidden_size = hidden_size
         self.layer_index = layer_index
-        self.balance_group = parallel.balance_group
+        self.parallel = parallel
         if cfg.num_ffn_experts % parallel.size:
             raise ConfigError(
                 f"expert parallel size {parallel.size} does not divide num_ffn_experts={cfg.num_ffn_experts}; "
@@ -108,14 +118,19 @@ class MoELayer(nn.Module):
                     nn.init.constant_(parameter, value)
 
     def forward(
-        self, x: Tensor, prev_logits_TE: Tensor | None = None, selection_share_E: Tensor | None = None
-    ) -> MoEOutput:
+        self,
+        x: Tensor,
+        prev_logits_TE: Tensor | None = None,
+        selection_share_E: Tensor | None = None,
+        summarize: bool = True,
+    ) -> MoEOutput | UnsummarizedOutput:
         """Route, compute and combine.
 
         Args:
             x: [T, D] or [B, S, D] (T = B·S).
             prev_logits_TE: ``router_logits`` of the previous MoE layer; ``None`` in the first.
             selection_share_E: f_i of the balance loss when it was counted elsewhere; ``None``: counted here.
+            summarize: False leaves losses and statistics to the caller, who makes those of many layers at once.
         """
         self._check_input(x, prev_logits_TE)
         x_TD = share_gradient(x.reshape(-1, self.hidden_size))
@@ -126,20 +141,28 @@ class MoELayer(nn.Module):
             x_TD = share_gradient(x_TD * self.cfg.top_k)
         chunks, metadata = self.dispatcher.dispatch(x_TD, assignments)  # starts the all-to-all: FFN assignments only
         local_TD = self.zero_computation(x_TD, assignments.ids_TK, assignments.weights_TK)  # meanwhile
-        balance, z_loss, aux_loss = self._aux_losses(logits_TE, gates, assignments.load_E, selection_share_E)
-        stats = self._stats(assignments, metadata.remote_assignments, balance, z_loss)
+        z_loss = router_z_loss(logits_TE=logits_TE) if self.cfg.z_loss_weight else logits_TE.new_zeros(())
         outputs = []  # usually of one chunk; with several, compute overlaps communication
         for chunk, weights in zip(chunks, self.experts.weights(len(chunks)), strict=True):
             rows_RD = self.experts(self.dispatcher.receive(chunk), chunk.counts_E, weights)
             outputs.append(self.dispatcher.send_back(rows_RD, chunk))
         out_TD = self.dispatcher.combine(outputs, metadata, local_TD)
-        return MoEOutput(out_TD.view(x.shape), logits_TE, aux_loss, stats)
+        record = RoutingRecord(
+            probs_TE=gates.probs_TE,
+            load_E=assignments.load_E,
+            z_loss=z_loss,
+            ffn_counts_E=assignments.ffn.counts_E,
+            num_dropped=assignments.num_dropped,
+            remote_assignments=metadata.remote_assignments,
+        )
+        out = UnsummarizedOutput(out_TD.view(x.shape), logits_TE, record)
+        return self._summarize(out, selection_share_E) if summarize else out
 
     def assign(self, gates: Gates, batch_size: int = 1) -> Assignments:
         """Apply the capacity and find the assignments that FFN experts compute; of ``batch_size`` sequences."""
         cfg, ids_TK, weights_TK = self.cfg, gates.topk_ids_TK, gates.weights_TK
         load_E = count_experts(ids_TK.flatten(), cfg.num_experts)
-        expert_TK, num_dropped = ids_TK, load_E.new_zeros(())
+        expert_TK, num_dropped = ids_TK, None
         if self.training and cfg.capacity_factor is not None:
             kept_TK = keep_within_capacity(ids_TK, weights_TK, cfg, self.sequence, batch_size)
             weights_TK = weights_TK * kept_TK
@@ -149,40 +172,11 @@ class MoELayer(nn.Module):
         ffn = sort_assignments(self.dispatcher.sort_keys(expert_TK), cfg.num_ffn_experts)
         return Assignments(ids_TK, weights_TK, ffn, load_E, num_dropped)
 
-    def _aux_losses(
-        self, logits_TE: Tensor, gates: Gates, load_E: Tensor, selection_share_E: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        cfg = self.cfg
-        if selection_share_E is None:
-            counts = torch.cat((load_E, load_E.new_full((1,), logits_TE.shape[0]))).to(logits_TE.dtype)
-            if cfg.balance_loss_scope != "micro_batch" and self.training:
-                comm.all_reduce_sum(counts, self.balance_group)
-            elif self.sequence.size > 1:
-                comm.all_reduce_sum(counts, self.sequence.replica)
-            selection_share_E = counts[:-1] / counts[-1].clamp(min=1)
-        balance = balance_loss(probs_TE=gates.probs_TE, selection_share_E=selection_share_E, cfg=cfg)
-        z_loss = router_z_loss(logits_TE=logits_TE) if cfg.z_loss_weight else torch.zeros_like(balance)
-        return balance, z_loss, cfg.balance_loss_weight * balance + cfg.z_loss_weight * z_loss
-
-    @torch.no_grad()
-    def _stats(self, assignments: Assignments, remote_assignments: int, balance: Tensor, z_loss: Tensor) -> MoEStats:
-        num_tokens, top_k = assignments.ids_TK.shape
-        num_assignments = max(num_tokens * top_k, 1)
-        load_E = assignments.load_E.to(torch.float32)
-        ffn_assignments = assignments.ffn.counts_E.sum().to(torch.float32)
-        slices = self.cfg.kind_slices
-        return MoEStats(
-            kinds=tuple(slices),
-            share_Z=torch.stack([load_E[experts].sum() for experts in slices.values()]) / num_assignments,
-            ffn_per_token=ffn_assignments / max(num_tokens, 1),
-            drop_fraction=assignments.num_dropped / num_assignments,
-            load_E=load_E,
-            num_tokens=load_E.new_full((), num_tokens),
-            ffn_assignments=ffn_assignments,
-            remote_assignments=load_E.new_full((), remote_assignments),
-            balance_loss=balance.detach(),
-            z_loss=z_loss.detach(),
-        )
+    def _summarize(self, out: UnsummarizedOutput, selection_share_E: Tensor | None) -> MoEOutput:
+        share_LE = None if selection_share_E is None else selection_share_E.unsqueeze(0)
+        summary = start_summary([out.record], self.cfg, self.training, self.parallel, self.sequence, share_LE)
+        [loss], [stats] = summary.finish()
+        return MoEOutput(out.hidden, out.router_logits, loss, stats)
 
     def extra_repr(self) -> str:
         """Return the experts per kind and the number that each token chooses."""

@@ -11,7 +11,6 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from moepp import MoELayer
 from moepp.data.loader import Data
 from moepp.distributed import comm, parameters
 from moepp.distributed.groups import ParallelGroups
@@ -134,9 +133,7 @@ def auxiliary_loss_not_divided_by_accumulation(model: Transformer, groups: Paral
 
 @contextlib.contextmanager
 def selections_counted_by_each_rank(model: Transformer, groups: ParallelGroups) -> Iterator[None]:
-    for module in model.modules():
-        if isinstance(module, MoELayer):
-            module.cfg = dataclasses.replace(module.cfg, balance_loss_scope="micro_batch")
+    model.cfg = dataclasses.replace(model.cfg, moe=dataclasses.replace(model.cfg.moe, balance_loss_scope="micro_batch"))
     yield
 
 

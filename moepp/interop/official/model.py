@@ -25,7 +25,7 @@ from moepp.model import KVCache, ModelOutput, Transformer, generate
 from moepp.model.attention import Attention, rotary_table
 from moepp.model.norm import RMSNorm
 from moepp.model.transformer import TransformerLayer
-from moepp.moe import MoELayer, MoEStats
+from moepp.moe import MoELayer
 from moepp.moe.router import LinearRouter, MLPRouter
 
 
@@ -102,9 +102,7 @@ class ReleasedTransformer(Transformer):
             prev_TN = routing[-1].logits_TN
             hidden_BSD = hidden_BSD + _experts(layer.moe, normed_TD, routing[-1]).view_as(hidden_BSD)
         hidden_BSD = _rms_norm(hidden_BSD, self.norm)
-        no_stats: tuple[MoEStats, ...] = ()
-        aux_loss = hidden_BSD.new_zeros((), dtype=torch.float32)
-        return ReleasedOutput(hidden_BSD, aux_loss, no_stats, (*hidden_states, hidden_BSD), tuple(routing))
+        return ReleasedOutput(hidden_BSD, None, (*hidden_states, hidden_BSD), tuple(routing))
 
 
 class OfficialModel(nn.Module):
