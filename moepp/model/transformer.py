@@ -39,7 +39,7 @@ class ModelOutput:
     """
 
     hidden: Tensor
-    summary: PendingSummary | None = None
+    summary: PendingSummary | None
 
     @property
     def aux_loss(self) -> Tensor:
