@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from moepp.config import ModelConfig, MoEConfig
-from moepp.distributed.comm import CommStats, PendingReduction
+from moepp.distributed.comm import CommStats, Pending
 from moepp.model import transformer
 from moepp.model.init import init_parameters
 from moepp.model.transformer import Transformer
@@ -98,7 +98,7 @@ def test_nothing_is_reduced_in_evaluation_or_for_counts_of_one_rank(pools, scope
 
 def _order_of_work(rank: int) -> list[str]:
     model, ids, events = build(CommStats()), tokens(0), []
-    all_reduce, wait, cross_entropy = dist.all_reduce, PendingReduction.wait, transformer.chunked_cross_entropy
+    all_reduce, wait, cross_entropy = dist.all_reduce, Pending.wait, transformer.chunked_cross_entropy
 
     def traced(name: str, original: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -109,7 +109,7 @@ def _order_of_work(rank: int) -> list[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_reduce", traced("reduce", all_reduce))
-        patch.setattr(PendingReduction, "wait", traced("wait", wait))
+        patch.setattr(Pending, "wait", traced("wait", wait))
         patch.setattr(transformer, "chunked_cross_entropy", traced("cross-entropy", cross_entropy))
         model.loss(ids[:, :-1], ids[:, 1:])
     return events
