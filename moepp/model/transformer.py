@@ -208,9 +208,7 @@ class Transformer(nn.Module):
         """Losses and statistics of all layers: one all-reduce, which runs until somebody asks for them."""
         if not records:
             return None
-        return start_summary(
-            records, self.cfg.moe, self.training, self.parallel, self.sequence, selection_share_LE
-        )
+        return start_summary(records, self.cfg.moe, self.training, self.parallel, self.sequence, selection_share_LE)
 
     def embed(self, input_ids_BS: Tensor) -> Tensor:
         """Look up the embeddings of this rank's tokens, [B, s, D], in whole sequences [B, S]."""

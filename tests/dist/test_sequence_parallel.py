@@ -413,9 +413,7 @@ def capacity_of_the_slice() -> Iterator[None]:
 
 
 def f_of_the_slice() -> Any:
-    right = comm.all_reduce_sum
-    # In the layer counts are float32, one for each expert and one of tokens.
-    return patch.object(comm, "all_reduce_sum", lambda t, group: t if t.shape == (9,) else right(t, group))
+    return patch.object(comm, "start_all_reduce_sum", lambda counts, group, comm_stats: comm.Pending(None))
 
 
 MISTAKES = [
