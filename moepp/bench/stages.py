@@ -1,4 +1,7 @@
-"""Where a layer's time goes: forward by what its parts are, backward by what the forward of each node belonged to."""
+"""Where a layer's time goes: forward by what its parts are, backward by what the forward of each node belonged to.
+
+On the CPU these are the times of the calls, on an accelerator those of the kernels that the calls launched.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from moepp.moe import MoELayer
@@ -57,31 +62,44 @@ def stage_times(
     layer: MoELayer, forward_backward: Callable[[], object], repeats: int = 5
 ) -> dict[str, tuple[float, float]]:
     """Return milliseconds (forward, backward) of each stage, means of profiled runs, which sum to the whole."""
+    device = next(layer.parameters()).device
+    activities = [ProfilerActivity.CPU]
+    if device.type != "cpu":
+        activities.append(ProfilerActivity.CUDA)
     forward_backward()
-    with _recorded(layer), profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with _recorded(layer), profile(activities=activities) as profiler:
         for _ in range(repeats):
             with record_function("whole"):
                 forward_backward()
-    return attribute(profiler.events(), repeats)
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+    return attribute(profiler.events(), repeats, on_device=device.type != "cpu")
 
 
-def attribute(events: Any, repeats: int) -> dict[str, tuple[float, float]]:
-    """Sum the profiler's events by stage."""
+def attribute(events: Any, repeats: int, on_device: bool = False) -> dict[str, tuple[float, float]]:
+    """Sum the profiler's events by stage; ``on_device``: the time of what they launched."""
+    calls = [event for event in events if event.device_type == DeviceType.CPU]  # devices repeat the names of stages
+
+    def time(event: Any) -> float:
+        return event.device_time_total if on_device else event.time_range.elapsed_us()
+
     totals: dict[str, list[float]] = {}
     stage_of_node: dict[int, str] = {}
     backward_total = 0.0
-    for event in events:
+    for event in calls:
         if event.name.startswith(_PREFIX):
             stage = event.name[len(_PREFIX) :]
-            totals.setdefault(stage, [0.0, 0.0])[0] += event.time_range.elapsed_us()
+            totals.setdefault(stage, [0.0, 0.0])[0] += time(event)
             stage_of_node.update((number, stage) for number in _sequence_numbers(event))
     totals[OTHER] = [0.0, 0.0]
-    for event in events:
+    for event in calls:
         if event.name.startswith("autograd::engine::evaluate_function"):
-            elapsed = event.time_range.elapsed_us()
-            backward_total += elapsed
-            totals[stage_of_node.get(event.sequence_nr, OTHER)][1] += elapsed
-    whole = sum(event.time_range.elapsed_us() for event in events if event.name == "whole")
+            backward_total += time(event)
+            totals[stage_of_node.get(event.sequence_nr, OTHER)][1] += time(event)
+    if on_device:  # backward runs in a thread of its own, outside the event of the whole
+        whole = sum(event.self_device_time_total for event in calls)
+    else:
+        whole = sum(time(event) for event in calls if event.name == "whole")
     totals[OTHER][0] = whole - backward_total - sum(forward for forward, _ in totals.values())
     return {stage: (forward / repeats / 1e3, back / repeats / 1e3) for stage, (forward, back) in totals.items()}
 

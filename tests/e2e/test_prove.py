@@ -178,7 +178,7 @@ def failing(function: Any) -> list[str]:
 
 def test_the_machine_check_fails_where_another_device_or_way_is_chosen(monkeypatch):
     assert failing(machine.check_machine) == []
-    monkeypatch.setattr(machine, "pick_device", lambda _: torch.device("meta"))
+    monkeypatch.setattr(machine, "pick_device", lambda *_: torch.device("meta"))
     monkeypatch.setattr(machine, "has_grouped_mm", lambda rows: rows.dtype == torch.bfloat16)
     assert failing(machine.check_machine) == ["device of local rank 0", "grouped product of bf16"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moepp import ops
-from moepp.distributed.groups import pick_device
+from moepp.distributed.device import pick_device
 from moepp.metrics.throughput import peak_flops_per_second
 from moepp.ops.grouped_swiglu import has_grouped_mm
 from moepp.training.build import device_name
@@ -25,7 +25,7 @@ def check_machine(place: Place, report: Report) -> None:
     """The device is found, computes right, and gets the grouped product where it is native."""
     for name, value in describe(place).items():
         report.note(name, value)
-    report.equal("device of local rank 0", pick_device(0).type, place.device.type)
+    report.equal("device of local rank 0", pick_device(0, "auto" if place.is_cuda else "cpu").type, place.device.type)
     for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
         generator = torch.Generator().manual_seed(0)
         a, b = (torch.randn(256, 256, generator=generator).to(dtype) for _ in range(2))

@@ -7,9 +7,11 @@ import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from moepp.bench.cases import CASES, Case, ForcedRouting, balanced_logits, learn_balance, make_layer, random_tokens
 from moepp.bench.layer import bare_forward, bare_forward_backward
@@ -89,9 +91,19 @@ def test_bare_products_have_the_operations_of_the_experts():
         assert counter.get_total_flops() == factor * case.expert_flops(256)
 
 
-def event(name: str, elapsed: float, sequence_nr: int = -1, children: tuple = ()) -> SimpleNamespace:
-    time_range = SimpleNamespace(elapsed_us=lambda: elapsed)
-    return SimpleNamespace(name=name, time_range=time_range, sequence_nr=sequence_nr, cpu_children=list(children))
+def event(
+    name: str, elapsed: float, sequence_nr: int = -1, children: tuple = (), kernels: float = 0.0, **fields: Any
+) -> SimpleNamespace:
+    """An event of the profiler; ``kernels``: time of what it launched itself."""
+    return SimpleNamespace(
+        name=name,
+        time_range=SimpleNamespace(elapsed_us=lambda: elapsed),
+        sequence_nr=sequence_nr,
+        cpu_children=list(children),
+        self_device_time_total=kernels,
+        device_time_total=kernels + sum(child.device_time_total for child in children),
+        **({"device_type": DeviceType.CPU} | fields),
+    )
 
 
 def test_stages_add_up_to_the_whole_and_backward_goes_to_the_stage_of_its_forward():
@@ -102,6 +114,20 @@ def test_stages_add_up_to_the_whole_and_backward_goes_to_the_stage_of_its_forwar
     times = attribute(events, repeats=2)
     assert times == {"FFN": (2.0, 4.5), OTHER: (3.25, 0.25)}
     assert sum(map(sum, times.values())) == 10.0
+
+
+def test_stages_of_an_accelerator_are_the_times_of_kernels_not_of_launches():
+    mm = event("aten::mm", 1, sequence_nr=7, kernels=3000)
+    stage = event("stage: FFN", 20, children=(mm,))
+    loss = event("aten::sum", 2, kernels=600)
+    whole = event("whole", 50, children=(stage, loss))
+    node = event("aten::mm", 1, kernels=9000)
+    backward = event("autograd::engine::evaluate_function: MmBackward", 30, 7, (node,))  # in a thread of its own
+    on_device = event("stage: FFN", 3000, device_type=DeviceType.CUDA)  # the annotation's copy
+    events = [whole, stage, mm, loss, backward, node, on_device]
+    times = attribute(events, repeats=2, on_device=True)
+    assert times == {"FFN": (1.5, 4.5), OTHER: (pytest.approx(0.3), 0.0)}
+    assert sum(map(sum, times.values())) == pytest.approx((3000 + 600 + 9000) / 2 / 1e3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
