@@ -19,12 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moepp import ops
 from moepp.bench import reduction
 from moepp.bench.cases import CASES, Case, ForcedRouting, balanced_logits, random_tokens
 from moepp.bench.processes import run_processes
 from moepp.bench.tables import Record
-from moepp.bench.timing import Timing, measure
+from moepp.bench.timing import Timing, clock_for, measure
 from moepp.distributed import comm
+from moepp.errors import ConfigError
 from moepp.moe import ExpertParallel, MoELayer
 from moepp.moe.dispatch import AllToAllDispatcher, Assignments, Chunk, DispatchMetadata
 from moepp.moe.gates import compute_gates
@@ -37,7 +39,7 @@ ROUNDS_PER_STEP = 5  # an exchange takes milliseconds, and they vary more
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure; every rank runs on the CPU with one thread."""
+    """What to measure; every rank has one thread, and a device of its own where they are accelerators."""
 
     case: str
     taus: tuple[float, ...]
@@ -46,6 +48,8 @@ class Options:
     dtype: torch.dtype
     rounds: int
     overlap_tau: float = 0.75  # of the MoE++ layer whose whole steps are timed, beside the vanilla one's
+    device_type: str = "cpu"
+    kernels: str = "auto"
 
 
 def run(options: Options) -> dict[str, list[Record]]:
@@ -57,14 +61,29 @@ def run(options: Options) -> dict[str, list[Record]]:
     exchange: list[Record] = []
     overlap: list[Record] = []
     for ep_size in options.ep_sizes:
-        by_rank = run_processes(_work, ep_size, options)
+        by_rank = run_processes(_work, ep_size, options, device_type=options.device_type)
         exchange += [_merge(ep_size, list(records)) for records in zip(*(one[0] for one in by_rank), strict=True)]
         for records in zip(*(one[1] for one in by_rank), strict=True):
             slowest = max(records, key=lambda record: record["ms"])
             overlap.append({"ep": ep_size} | slowest)
         num_tokens = max(options.num_tokens // LAYER_TOKENS_PER_MODEL_TOKEN, 1)
-        gradients += reduction.run(ep_size, num_tokens, options.dtype, options.rounds)
+        gradients += reduction.run(
+            ep_size, num_tokens, options.dtype, options.rounds, options.device_type, options.kernels
+        )
     return {"exchange": exchange, "overlap": overlap, "gradients": gradients}
+
+
+def require_devices(device: torch.device, ranks: int) -> None:
+    """Refuse more ranks than accelerators: each needs its own.
+
+    Raises:
+        ConfigError: there are too few.
+    """
+    if device.type != "cpu" and ranks > torch.accelerator.device_count():
+        raise ConfigError(
+            f"--ep {ranks} needs {ranks} devices of type {device.type}, and there are "
+            f"{torch.accelerator.device_count()}; lower it, or measure processes with --device cpu"
+        )
 
 
 def _world() -> comm.Group:
@@ -98,6 +117,7 @@ def _merge(ep_size: int, records: list[Record]) -> Record:
 
 def _work(rank: int, world_size: int, options: Options) -> tuple[list[Record], list[Record]]:
     case = CASES[options.case]
+    ops.choose_kernels(options.kernels, _device(options))
     records = []
     vanilla_bytes = 0
     for name, tau in [("vanilla", None), *((name, t) for t in options.taus for name in ("MoE++", "all sharded"))]:
@@ -107,15 +127,25 @@ def _work(rank: int, world_size: int, options: Options) -> tuple[list[Record], l
     return records, [record for tau in (None, options.overlap_tau) for record in _overlap(case, tau, options)]
 
 
+def _device(options: Options) -> torch.device:
+    """Return this rank's device, which is the current one of its kind."""
+    return torch.device(options.device_type)
+
+
+def _clock(options: Options) -> Callable[[], float]:
+    """Return a clock of elapsed time: a rank waits for others, which its own CPU time would leave out."""
+    return time.perf_counter if options.device_type == "cpu" else clock_for(_device(options), 1)
+
+
 def _exchange(rank: int, world_size: int, case: Case, name: str, tau: float | None, options: Options) -> Record:
     cfg = case.config(tau)
     num_sharded = cfg.num_experts if name == "all sharded" else cfg.num_ffn_experts
-    gates = compute_gates(balanced_logits(cfg, options.num_tokens, seed=rank), cfg)
+    gates = compute_gates(balanced_logits(cfg, options.num_tokens, seed=rank).to(_device(options)), cfg)
     ids_TK = gates.topk_ids_TK
     load_E = count_experts(ids_TK.flatten(), cfg.num_experts)
     ffn = sort_assignments(ids_TK, num_sharded)
     assignments = Assignments(ids_TK, gates.weights_TK, ffn, load_E, load_E.new_zeros(()))
-    x_TD = random_tokens(options.num_tokens, case.hidden_size, options.dtype, torch.device("cpu")).detach()
+    x_TD = random_tokens(options.num_tokens, case.hidden_size, options.dtype, _device(options)).detach()
     group, comm_stats = _world(), comm.CommStats()
     dispatcher = AllToAllDispatcher(ExpertParallel(group, stats=comm_stats), num_sharded)
 
@@ -129,7 +159,7 @@ def _exchange(rank: int, world_size: int, case: Case, name: str, tau: float | No
     row_bytes = case.hidden_size * x_TD.element_size()
     returned = sum(chunk.receive_splits) - chunk.receive_splits[rank]
     formula = (_remote_assignments(gates.topk_ids_TK, num_sharded, rank, world_size) + returned) * row_bytes
-    timings = _time_exchange(whole, dispatcher, chunk, metadata, x_TD, options.rounds * ROUNDS_PER_STEP)
+    timings = _time_exchange(whole, dispatcher, chunk, metadata, x_TD, options)
     # Every FFN assignment of a balanced vanilla layer is sent with probability (P - 1) / P.
     share = num_sharded / cfg.num_experts if tau is None or name == "all sharded" else 1 / case.limit(tau)
     return {
@@ -154,7 +184,7 @@ def _time_exchange(
     chunk: Chunk,
     metadata: DispatchMetadata,
     x_TD: Tensor,
-    rounds: int,
+    options: Options,
 ) -> dict[str, Timing]:
     group, comm_stats = dispatcher.group, comm.CommStats()
     rows_ND = x_TD[metadata.order.token_ids_R]
@@ -178,7 +208,11 @@ def _time_exchange(
 
     contestants = {"whole": whole, "counts": counts, "exchange": exchange, "bare": bare}
     return measure(
-        contestants, rounds=rounds, clock=time.perf_counter, warmup=WARMUP, before=lambda: comm.barrier(group)
+        contestants,
+        rounds=options.rounds * ROUNDS_PER_STEP,
+        clock=_clock(options),
+        warmup=WARMUP,
+        before=lambda: comm.barrier(group),
     )
 
 
@@ -195,8 +229,8 @@ def _overlap(case: Case, tau: float | None, options: Options) -> list[Record]:
     """Return forward-and-backward steps of one layer, with and without overlapping the exchange."""
     group = _world()
     torch.manual_seed(0)
-    layer = MoELayer(case.config(tau), case.hidden_size, ep_group=group).to(options.dtype)
-    x_TD = random_tokens(options.num_tokens, case.hidden_size, options.dtype, torch.device("cpu"))
+    layer = MoELayer(case.config(tau), case.hidden_size, ep_group=group).to(_device(options), options.dtype)
+    x_TD = random_tokens(options.num_tokens, case.hidden_size, options.dtype, _device(options))
     routing = ForcedRouting(layer, options.num_tokens)
     comm_stats, num_ffn = comm.CommStats(), layer.cfg.num_ffn_experts
     dispatchers = {
@@ -218,7 +252,7 @@ def _overlap(case: Case, tau: float | None, options: Options) -> list[Record]:
 
     contestants = {name: lambda one=one: step(one) for name, one in dispatchers.items()}
     timings = measure(
-        contestants, rounds=options.rounds, clock=time.perf_counter, warmup=1, before=lambda: comm.barrier(group)
+        contestants, rounds=options.rounds, clock=_clock(options), warmup=1, before=lambda: comm.barrier(group)
     )
     return [
         {

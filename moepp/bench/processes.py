@@ -22,10 +22,13 @@ from moepp.bench.host_memory import keep_freed_memory
 from moepp.errors import RunError
 
 
-def run_processes(work: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 1800) -> list[Any]:
-    """``work(rank, world_size, *args)`` in ``world_size`` processes over gloo, one thread each; results by rank.
+def run_processes(
+    work: Callable[..., Any], world_size: int, *args: Any, device_type: str = "cpu", timeout_seconds: float = 1800
+) -> list[Any]:
+    """``work(rank, world_size, *args)`` in ``world_size`` processes, one thread each; results by rank.
 
-    ``work`` and its arguments must be importable and picklable.
+    ``work`` and its arguments must be importable and picklable. CPU tensors travel over gloo; with another
+    ``device_type`` each rank has one device of it, the current one, whose tensors travel over its own backend.
 
     Raises:
         RunError: a process failed or did not finish in time.
@@ -35,7 +38,9 @@ def run_processes(work: Callable[..., Any], world_size: int, *args: Any, timeout
     with tempfile.TemporaryDirectory(prefix="moepp-bench-") as folder:
         store = str(Path(folder, "store"))
         processes = [
-            context.Process(target=_enter, args=(work, rank, world_size, store, results, args), daemon=True)
+            context.Process(
+                target=_enter, args=(work, rank, world_size, store, results, device_type, args), daemon=True
+            )
             for rank in range(world_size)
         ]
         for process in processes:
@@ -80,14 +85,20 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _enter(work: Callable[..., Any], rank: int, world_size: int, store: str, results: Any, args: tuple) -> None:
+def _enter(
+    work: Callable[..., Any], rank: int, world_size: int, store: str, results: Any, device_type: str, args: tuple
+) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     keep_freed_memory()
     try:
+        backend = "gloo"
+        if device_type != "cpu":
+            torch.accelerator.set_device_index(rank)
+            backend = f"cpu:gloo,{device_type}:{dist.get_default_backend_for_device(device_type)}"
         dist.init_process_group(
-            "gloo",
+            backend,
             init_method=f"file://{store}",
             rank=rank,
             world_size=world_size,

@@ -8,7 +8,7 @@ import torch
 
 from moepp.bench.processes import run_processes
 from moepp.bench.tables import Record
-from moepp.bench.timing import Timing, measure
+from moepp.bench.timing import Timing, clock_for, measure
 from moepp.bench.train import OURS, Options, Step
 from moepp.distributed import comm
 
@@ -16,12 +16,15 @@ from moepp.distributed import comm
 BUCKETS = {"after backward": 2**62, "during backward": 2**20}
 
 
-def run(world_size: int, num_tokens: int, dtype: torch.dtype, rounds: int) -> list[Record]:
+def run(
+    world_size: int, num_tokens: int, dtype: torch.dtype, rounds: int, device_type: str = "cpu", kernels: str = "auto"
+) -> list[Record]:
     """Return one row per way; times are the slowest rank's, each with one thread and ``num_tokens`` tokens."""
     seq_len = min(num_tokens, 256)
     options = Options(
         dtype=dtype,
-        device=torch.device("cpu"),
+        device=torch.device(device_type),
+        kernels=kernels,
         num_layers=4,
         hidden_size=256,
         ffn_hidden_size=512,
@@ -30,7 +33,7 @@ def run(world_size: int, num_tokens: int, dtype: torch.dtype, rounds: int) -> li
         seq_len=seq_len,
         batch_size=num_tokens // seq_len,
     )
-    by_rank = run_processes(_work, world_size, options, rounds)
+    by_rank = run_processes(_work, world_size, options, rounds, device_type=device_type)
     numbers = by_rank[0][1]
     slowest = {name: max((timings[name] for timings, _ in by_rank), key=lambda one: one.median) for name in BUCKETS}
     return [
@@ -52,7 +55,7 @@ def _work(rank: int, world_size: int, options: Options, rounds: int) -> tuple[di
     timings = measure(
         {name: step.run for name, step in steps.items()},
         rounds=rounds,
-        clock=time.perf_counter,
+        clock=time.perf_counter if options.device.type == "cpu" else clock_for(options.device, 1),
         warmup=1,
         before=lambda: comm.barrier(),
     )

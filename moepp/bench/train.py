@@ -26,6 +26,7 @@ from moepp.bench.processes import run_processes
 from moepp.bench.tables import Record
 from moepp.bench.timing import clock_for, summarize, threads
 from moepp.config import ModelConfig, MoEConfig, OptimConfig
+from moepp.distributed import comm
 from moepp.distributed.groups import Layout, build_groups
 from moepp.engine.gradients import BUCKET_ELEMENTS
 from moepp.engine.native import NativeEngine
@@ -34,6 +35,7 @@ from moepp.model.accounting import balanced_ffn_per_token, count_parameters, flo
 from moepp.model.init import init_parameters
 from moepp.model.transformer import Transformer
 from moepp.moe import MoELayer
+from moepp.ops import choose_kernels
 
 STAGES = ("forward", "backward", "optimizer")
 OURS, VANILLA = "moepp MoE++", "moepp vanilla"
@@ -56,6 +58,7 @@ class Options:
     batch_size: int = 8
     tau: float = 0.75
     rounds: int = 5
+    kernels: str = "auto"
 
     @property
     def num_tokens(self) -> int:
@@ -89,11 +92,12 @@ class Step:
 
     def __init__(self, name: str, options: Options, bucket_elements: int = BUCKET_ELEMENTS) -> None:
         self.options = options
+        choose_kernels(options.kernels, options.device)  # a process that was started for it has chosen none
         self.clock = clock_for(options.device, torch.get_num_threads())
         torch.manual_seed(0)
         build = _build_transformers if name in TRANSFORMERS else _build_ours
         model, self.loss = build(name, options)
-        groups = build_groups(Layout(1), options.device)
+        groups = build_groups(Layout(comm.size()), options.device)
         self.engine = NativeEngine(model, groups, OptimConfig(), 1, bucket_elements=bucket_elements)
         shape = (options.batch_size, options.seq_len + 1)
         tokens = torch.randint(0, options.vocab_size, shape, generator=torch.Generator().manual_seed(1))

@@ -13,6 +13,7 @@ from moepp.arguments import add_device_option
 from moepp.errors import ConfigError
 
 DTYPES = ("bf16", "fp32")
+KERNELS = ("auto", "torch", "cpu", "triton")  # those of moepp.ops, which would import torch
 
 _TRAIN_SHAPES = {
     "num_layers": "layers (default: 4)",
@@ -63,8 +64,9 @@ def _add(benchmarks: Any, name: str, summary: str) -> argparse.ArgumentParser:
     if name != "train":
         parser.add_argument("--tokens", type=int, metavar="T", help="tokens per rank (default: 8192)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: bf16")
+    add_device_option(parser)
+    parser.add_argument("--kernels", choices=KERNELS, default="auto", help="as runtime.kernels (default: auto)")
     if name != "comm":
-        add_device_option(parser)
         parser.add_argument("--threads", nargs="+", type=int, metavar="N", help="threads (default: 1, then all cores)")
     parser.add_argument("--rounds", type=int, metavar="N", help="timed rounds (default: 15)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
@@ -121,7 +123,7 @@ def _thread_counts(args: argparse.Namespace) -> list[int]:
 
 
 def _machine(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
-    """Return the device, the dtype, and the report's lines about them."""
+    """Return the device, the dtype, and the report's lines about them; choose the kernels."""
     import torch
 
     from moepp import ops
@@ -130,9 +132,15 @@ def _machine(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
 
     device = pick_device(0, args.device, named=OPTION)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
+    try:
+        ops.choose_kernels(args.kernels, device)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("runtime.kernels=", "--kernels ")) from error
     settings = {
         "torch": torch.__version__,
-        "device": str(device),
+        "device": str(device)
+        if device.type == "cpu"
+        else f"{device}, {torch.get_device_module(device).get_device_name()}",
         "cpu": cpu_name(),
         "dtype": args.dtype,
         "kernels": ops.describe(device, dtype),
@@ -197,11 +205,8 @@ def _peers(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _comm(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    import torch
-
     from moepp.bench import comm
     from moepp.bench.cases import CASES
-    from moepp.runs.environment import cpu_name
 
     args.cases = [args.case] if args.case else None
     [name] = _cases(args, ["8+4"])
@@ -214,22 +219,21 @@ def _comm(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
                 raise ConfigError(
                     f"--ep {ep_size} must be at least 2 and divide the {count} experts of case {name}; change it"
                 )
+    device, dtype, settings = _machine(args)
+    comm.require_devices(device, max(args.ep))
     options = comm.Options(
         case=name,
         taus=tuple(taus),
         ep_sizes=tuple(args.ep),
         num_tokens=args.tokens or (512 if args.quick else 8192),
-        dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype],
+        dtype=dtype,
         rounds=args.rounds or (3 if args.quick else 9),
         overlap_tau=args.overlap_tau,
+        device_type=device.type,
+        kernels=args.kernels,
     )
-    settings = {
-        "torch": torch.__version__,
-        "cpu": cpu_name(),
-        "dtype": args.dtype,
-        "tokens per rank": options.num_tokens,
-    }
-    return settings | {"rounds": options.rounds, "threads": "1 per rank"}, comm.run(options)
+    settings |= {"tokens per rank": options.num_tokens, "rounds": options.rounds, "threads": "1 per rank"}
+    return settings, comm.run(options)
 
 
 def _train(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -241,7 +245,7 @@ def _train(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     device, dtype, settings = _machine(args)
     shapes = dict(_QUICK_TRAIN) if args.quick else {}
     shapes |= {name: value for name in (*_TRAIN_SHAPES, "rounds") if (value := getattr(args, name)) is not None}
-    options = train.Options(tau=args.tau, dtype=dtype, device=device, **shapes)
+    options = train.Options(tau=args.tau, dtype=dtype, device=device, kernels=args.kernels, **shapes)
     options.model_config(vanilla=False)  # wrong shapes fail here
     counts = _thread_counts(args)
     with threads(counts[-1]):

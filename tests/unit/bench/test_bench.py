@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
+from moepp.bench import comm
 from moepp.bench.cases import CASES, Case, ForcedRouting, balanced_logits, learn_balance, make_layer, random_tokens
 from moepp.bench.layer import bare_forward, bare_forward_backward
 from moepp.bench.memory import measure_memory
@@ -20,8 +21,10 @@ from moepp.bench.processes import run_processes
 from moepp.bench.stages import OTHER, attribute
 from moepp.bench.tables import format_table
 from moepp.bench.timing import measure, summarize
+from moepp.bench.train import OURS, Options, Step
 from moepp.cli.main import main
-from moepp.errors import RunError
+from moepp.errors import ConfigError, RunError
+from moepp.ops import use_kernels
 
 CPU = torch.device("cpu")
 
@@ -173,6 +176,7 @@ def test_table_aligns_numbers_and_shows_what_is_absent():
         (["layer", "--json", "no/such/folder/x.json"], "is not a directory"),
         (["train", "--plot", "x.png"], "add --scaling"),
         (["train", "--hidden-size", "100", "--num-heads", "3"], "not divisible"),
+        (["layer", "--kernels", "c"], "invalid choice"),
         (["sleep"], "invalid choice"),
         ([], "BENCHMARK"),
     ],
@@ -181,6 +185,32 @@ def test_wrong_arguments_give_one_line_before_any_work(arguments, message, capsy
     assert main(["bench", *arguments]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
+
+
+def test_kernels_are_those_that_can_run_and_that_were_asked_for(monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for benchmark in ("layer", "peers", "comm", "train"):
+        assert main(["bench", benchmark, "--quick", "--device", "cpu", "--kernels", "triton"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: --kernels triton, but") and error.count("\n") == 1
+    with use_kernels("auto"):  # the choice is the process's
+        settings = run_quick("layer", tmp_path, "--threads", "1", "--kernels", "torch", "--device", "cpu")["settings"]
+    assert (settings["kernels"], settings["experts"]) == ("torch", "torch")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    chosen = []
+    monkeypatch.setattr("moepp.bench.train.choose_kernels", lambda *choice: chosen.append(choice))
+    monkeypatch.setattr("moepp.bench.train.build_groups", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        Step(OURS, Options(torch.float32, CPU, 1, 16, 16, 2, 2, 16, 4, 1, kernels="torch"))
+    assert chosen == [("torch", CPU)], "a started process chooses anew"
+
+
+def test_each_rank_of_an_exchange_needs_its_own_device(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    comm.require_devices(CPU, 4)
+    comm.require_devices(torch.device("cuda"), 1)
+    with pytest.raises(ConfigError, match=r"--ep 4 needs 4 devices of type cuda, and there are 1; .*--device cpu"):
+        comm.require_devices(torch.device("cuda"), 4)
 
 
 def run_quick(benchmark: str, tmp_path: Path, *arguments: str) -> dict:
