@@ -11,22 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from moepp.bench.cases import CASES, Case, learn_balance, random_tokens
 from moepp.bench.layer import PASSES
+from moepp.bench.peer_layers import Contestant, deepspeed, megatron, mixtral, olmo_core, plain_loop, torchtitan
 from moepp.bench.tables import Record
 from moepp.bench.timing import clock_for, measure, threads
 from moepp.distributed.groups import LaunchEnvironment, init_process_group
 from moepp.moe import MoELayer
-from moepp.moe.router import LinearRouter
-
-Forward = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,14 +36,6 @@ class Options:
     device: torch.device
     num_threads: tuple[int, ...]
     rounds: int
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """A layer as a function of [T, D], and the parameters that its backward must reach."""
-
-    forward: Forward
-    module: nn.Module
 
 
 def run(options: Options) -> dict[str, list[Record]]:
@@ -79,7 +67,7 @@ def _run_case(case: Case, options: Options) -> list[Record]:
     records = []
     for tau in (None, options.tau):
         ours = _our_layer(case, tau, x_TD)
-        builders = _vanilla_peers(case) if tau is None else {"plain loop": _plain_loop}
+        builders = _vanilla_peers(case) if tau is None else {"plain loop": plain_loop}
         contestants = {"moepp": Contestant(lambda x, layer=ours: layer(x).hidden, ours)}
         skipped: list[Record] = []
         for name, build in builders.items():
@@ -146,149 +134,11 @@ def _runner(one: Contestant, direction: str, x_TD: Tensor, grad_TD: Tensor) -> C
 
 def _vanilla_peers(case: Case) -> dict[str, Callable[[MoELayer], Contestant]]:
     return {
-        "plain loop": _plain_loop,
-        "transformers eager": lambda ours: _mixtral(case, ours, "eager"),
-        "transformers grouped_mm": lambda ours: _mixtral(case, ours, "grouped_mm"),
-        "deepspeed": lambda ours: _deepspeed(case, ours),
-        "megatron-core": lambda ours: _megatron(case, ours),
+        "plain loop": plain_loop,
+        "transformers eager": lambda ours: mixtral(case, ours, "eager"),
+        "transformers grouped_mm": lambda ours: mixtral(case, ours, "grouped_mm"),
+        "torchtitan": lambda ours: torchtitan(case, ours),
+        "OLMo-core": lambda ours: olmo_core(case, ours),
+        "deepspeed": lambda ours: deepspeed(case, ours),
+        "megatron-core": lambda ours: megatron(case, ours),
     }
-
-
-def router_weight(ours: MoELayer) -> Tensor:
-    """[N, D]."""
-    return cast(LinearRouter, ours.router).weight
-
-
-class PlainLoop(nn.Module):
-    """What one writes without a library: each expert picks its tokens, computes them and adds them up."""
-
-    def __init__(self, ours: MoELayer) -> None:
-        super().__init__()
-        self.cfg = ours.cfg
-        self.gate = nn.Parameter(router_weight(ours).detach().clone())
-        experts = zip(ours.experts.gate_up_proj.detach(), ours.experts.down_proj.detach(), strict=True)
-        self.experts = nn.ParameterList(
-            nn.Parameter(part.clone()) for gate_up, down in experts for part in (*gate_up.chunk(2), down)
-        )
-        if self.cfg.num_constant_experts:
-            self.alpha = nn.Parameter(ours.zero_computation.alpha_proj.detach().clone())
-            self.value = nn.Parameter(ours.zero_computation.value.detach().clone())
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        probs = F.linear(x_TD.float(), self.gate.float()).softmax(dim=-1)
-        weights, ids = probs.topk(self.cfg.top_k, dim=-1)
-        weights = weights.masked_fill(ids >= self.cfg.kind_slices["zero"].start, 0.0)
-        weights = (weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-20)).to(x_TD.dtype)
-        out_TD = torch.zeros_like(x_TD)
-        for expert in range(self.cfg.kind_slices["zero"].start):
-            tokens, places = torch.where(ids == expert)
-            if tokens.numel():
-                y = self._expert(expert, x_TD[tokens]) * weights[tokens, places, None]
-                out_TD = out_TD.index_add(0, tokens, y)
-        return out_TD
-
-    def _expert(self, expert: int, x: Tensor) -> Tensor:
-        if expert < self.cfg.num_ffn_experts:
-            gate, up, down = self.experts[3 * expert : 3 * expert + 3]
-            return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
-        constant = expert - self.cfg.num_ffn_experts
-        if constant < self.cfg.num_constant_experts:
-            alpha = F.linear(x, self.alpha[constant]).softmax(dim=-1)
-            return alpha[:, :1] * x + alpha[:, 1:] * self.value[constant]
-        return x
-
-
-def _plain_loop(ours: MoELayer) -> Contestant:
-    module = PlainLoop(ours)
-    return Contestant(module, module)
-
-
-def _mixtral(case: Case, ours: MoELayer, implementation: str) -> Contestant:
-    from transformers import MixtralConfig
-    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
-
-    config = MixtralConfig(
-        hidden_size=case.hidden_size,
-        intermediate_size=case.ffn_hidden_size,
-        num_local_experts=case.num_ffn,
-        num_experts_per_tok=case.top_k,
-    )
-    config._experts_implementation = implementation
-    reference = ours.experts.gate_up_proj
-    block: Any = MixtralSparseMoeBlock(config).to(device=reference.device, dtype=reference.dtype)
-    with torch.no_grad():
-        block.gate.weight.copy_(router_weight(ours))
-        block.experts.gate_up_proj.copy_(ours.experts.gate_up_proj)
-        block.experts.down_proj.copy_(ours.experts.down_proj)
-    return Contestant(lambda x_TD: block(x_TD.unsqueeze(0)).squeeze(0), block)
-
-
-class _SwiGLU(nn.Module):
-    def __init__(self, case: Case) -> None:
-        super().__init__()
-        self.gate_up = nn.Linear(case.hidden_size, 2 * case.ffn_hidden_size, bias=False)
-        self.down = nn.Linear(case.ffn_hidden_size, case.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
-
-
-def _deepspeed(case: Case, ours: MoELayer) -> Contestant:
-    from deepspeed.moe.layer import MoE
-
-    module = MoE(
-        case.hidden_size,
-        _SwiGLU(case),
-        num_experts=case.num_ffn,
-        k=case.top_k,
-        drop_tokens=False,
-        top2_2nd_expert_sampling=False,
-    ).to(device=ours.experts.gate_up_proj.device, dtype=ours.experts.gate_up_proj.dtype)
-    with torch.no_grad():
-        inner: Any = module.deepspeed_moe
-        inner.gate.wg.weight.copy_(router_weight(ours))
-        for expert, copy in enumerate(inner.experts.deepspeed_experts):
-            copy.gate_up.weight.copy_(ours.experts.gate_up_proj[expert])
-            copy.down.weight.copy_(ours.experts.down_proj[expert])
-    return Contestant(lambda x_TD: module(x_TD.unsqueeze(0))[0].squeeze(0), module)
-
-
-def _megatron(case: Case, ours: MoELayer) -> Contestant:
-    from megatron.core import parallel_state
-    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.core.transformer.moe.moe_layer import MoELayer as MegatronLayer
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    reference = ours.experts.gate_up_proj
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel()
-    if reference.device.type != "cpu":
-        model_parallel_cuda_manual_seed(0)
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=case.hidden_size,
-        num_attention_heads=8,
-        ffn_hidden_size=case.ffn_hidden_size,
-        moe_ffn_hidden_size=case.ffn_hidden_size,
-        num_moe_experts=case.num_ffn,
-        moe_router_topk=case.top_k,
-        moe_token_dispatcher_type="alltoall",
-        moe_grouped_gemm=False,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        use_cpu_initialization=True,
-        bf16=reference.dtype == torch.bfloat16,
-        params_dtype=reference.dtype,
-    )
-    spec: Any = get_moe_module_spec(use_te=False, num_experts=case.num_ffn, moe_grouped_gemm=False)
-    module: Any = MegatronLayer(config, spec.submodules).to(device=reference.device, dtype=reference.dtype)
-    module.set_layer_number(1)
-    with torch.no_grad():
-        module.router.weight.copy_(router_weight(ours))
-        for expert, copy in enumerate(module.experts.local_experts):
-            copy.linear_fc1.weight.copy_(ours.experts.gate_up_proj[expert])
-            copy.linear_fc2.weight.copy_(ours.experts.down_proj[expert])
-    return Contestant(lambda x_TD: module(x_TD.unsqueeze(1))[0].squeeze(1), module)
