@@ -69,12 +69,17 @@ class Layout:
     recompute: bool = False
     exchange_chunks: int = 1
     device: str = "cpu"  # of every rank: with "cuda" all share one GPU, over gloo
+    tensor: int = 1
+    context: int = 1
+    context_method: str = "ulysses"
 
     def __str__(self) -> str:
         engine = f"{self.engine} z{self.zero}" if self.zero or self.engine == "deepspeed" else self.engine
         extras = [f"micro-batch {self.micro_batch}"] * (self.micro_batch is not None) + ["recompute"] * self.recompute
         extras += [f"exchange in {self.exchange_chunks}"] * (self.exchange_chunks > 1)
         extras += [self.device] * (self.device != "cpu")
+        extras += [f"TP{self.tensor}"] * (self.tensor > 1)
+        extras += [f"CP{self.context} {self.context_method}"] * (self.context > 1)
         return ", ".join([f"{self.ranks} x EP{self.ep}", engine, *extras])
 
 
@@ -167,7 +172,14 @@ def make_config(setting: Setting, layout: Layout) -> Config:
             "grad_clip": setting.grad_clip,
         }
         | dict(setting.optim),
-        "parallel": {"expert": layout.ep, "zero_stage": layout.zero, "exchange_chunks": layout.exchange_chunks},
+        "parallel": {
+            "expert": layout.ep,
+            "zero_stage": layout.zero,
+            "exchange_chunks": layout.exchange_chunks,
+            "tensor": layout.tensor,
+            "context": layout.context,
+            "context_method": layout.context_method,
+        },
         "engine": {"name": layout.engine},
         "train": {
             "steps": setting.steps,
@@ -242,7 +254,10 @@ def train(rank: int, setting: Setting, layout: Layout, sabotage: Callable[..., A
     ``sabotage(model, groups)`` is a context manager that breaks something from before the engine is built to the end.
     """
     os.environ.setdefault("DS_ACCELERATOR", layout.device)
-    cfg, groups = make_config(setting, layout), group_of(layout.ep, layout.device)
+    cfg, groups = (
+        make_config(setting, layout),
+        group_of(layout.ep, layout.device, tensor=layout.tensor, context=layout.context),
+    )
     plan = make_plan(cfg, groups.world_size)
     comm_stats = comm.CommStats()
     model = build_model(cfg, groups, comm_stats)
@@ -259,7 +274,7 @@ def train(rank: int, setting: Setting, layout: Layout, sabotage: Callable[..., A
             model=model,
             engine=build_engine(cfg, plan, model, groups),
             corpora=Corpora((), Vocabulary(None, None, None)),  # the batches are those of make_data
-            data=make_data(cfg, plan, rank),
+            data=make_data(cfg, plan, groups.data_rank),
             comm_stats=comm_stats,
             sinks=SinkGroup([history]),
             throughput=Throughput(groups.world_size, None),

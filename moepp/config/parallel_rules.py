@@ -13,7 +13,7 @@ from moepp.config.schema import Config
 from moepp.config.stages import split_layers
 
 # Keys whose values above 1 nothing can run yet.
-NOT_AVAILABLE_YET = ("pipeline", "context", "tensor")
+NOT_AVAILABLE_YET = ("pipeline",)
 
 
 def validate_parallel(cfg: Config, world_size: int) -> None:
@@ -174,11 +174,6 @@ def _validate_sequence(cfg: Config) -> None:
         cfg.data.seq_len % pieces == 0,
         f"data.seq_len={cfg.data.seq_len} is not a multiple of {pieces}, the parts that parallel.context={context} and "
         f"parallel.tensor={tensor} cut a sequence into; data.seq_len={lower or pieces} would work",
-    )
-    require(
-        model.moe.balance_loss_scope != "micro_batch" or not model.moe.balance_loss_weight,
-        f"model.moe.balance_loss_scope=micro_batch would count a part of a sequence under parallel.tensor={tensor} and "
-        f"parallel.context={context}; set it to data_parallel or global_batch",
     )
     _refuse_whole_model_work(cfg, f"parallel.tensor={tensor}, parallel.context={context}")
 

@@ -14,6 +14,7 @@ from moepp.config import Config, RunPlan
 from moepp.data import Corpora, Tokenizer, build_data
 from moepp.distributed import comm
 from moepp.distributed.groups import ParallelGroups, new_cpu_group
+from moepp.distributed.sequence import SequenceParallel
 from moepp.engine.engine import Engine
 from moepp.interop import hf, official, upcycle
 from moepp.metrics.sinks import SinkGroup, open_sinks
@@ -38,7 +39,8 @@ def build_model(cfg: Config, groups: ParallelGroups, comm_stats: comm.CommStats)
     with torch.device("meta"):
         model = Transformer(
             cfg.model,
-            ExpertParallel(groups.ep, groups.world, comm_stats, cfg.parallel.exchange_chunks),
+            ExpertParallel(groups.ep, groups.stage, comm_stats, cfg.parallel.exchange_chunks),
+            SequenceParallel(groups.tp, groups.cp, groups.replica, cfg.parallel.context_method, comm_stats),
         )
     model.to_empty(device=groups.device)
     model.to(DTYPES[cfg.train.precision])

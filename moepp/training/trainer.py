@@ -318,13 +318,12 @@ class Trainer:
         moe = self.cfg.model.moe
         if moe.balance_loss_scope != "global_batch" or not moe.balance_loss_weight or len(batches) == 1:
             return None
-        counts_LE, num_tokens = torch.zeros((), device=self.groups.device, dtype=torch.float64), 0
+        counts_LE = torch.zeros((), device=self.groups.device, dtype=torch.float64)
         with torch.no_grad():
             for input_ids_BS, _ in batches:
                 stats = self.model(input_ids_BS).stats
                 counts_LE = counts_LE + torch.stack([layer.load_E for layer in stats])
-                num_tokens += input_ids_BS.numel()
-        return (self._sum(counts_LE) / (num_tokens * self.groups.world_size)).float()
+        return (self._sum(counts_LE) / self.plan.tokens_per_step).float()
 
     def _anyone_must_stop(self, stop: StopRequest) -> bool:
         """Return whether any rank got a stop signal; the answer is the same on every rank."""

@@ -87,11 +87,6 @@ REFUSED = [
         ["data.seq_len=12 is not a multiple of 8", "data.seq_len=8 would work"],
     ),
     (
-        2,
-        parallel(tensor=2) | {"model__moe__balance_loss_scope": "micro_batch"},
-        ["balance_loss_scope=micro_batch", "data_parallel or global_batch"],
-    ),
-    (
         4,
         parallel(pipeline=4) | {"train__micro_batch_size": 4},
         ["gives 2 micro-batches", "parallel.pipeline=4 needs at least", "train.global_batch_size=16 would work"],
