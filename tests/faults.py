@@ -311,3 +311,13 @@ def break_gradient_at(step: int) -> None:
             hooks.append(norm.register_hook(lambda grad: grad.index_fill(0, first, math.inf)))
 
     _before_each_step(act)
+
+
+def kill_at(step: int) -> None:
+    """A rank that is gone from one moment to the next."""
+
+    def act(trainer: Any) -> None:
+        if trainer.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    _before_each_step(act)

@@ -68,6 +68,9 @@ class Layout:
     micro_batch: int | None = None  # sequences per rank and forward; None: no accumulation
     recompute: bool = False
     exchange_chunks: int = 1
+    pipeline: int = 1
+    chunks: int = 1  # above 1: the interleaved schedule
+    layers: tuple[int, ...] | None = None  # of each stage
     device: str = "cpu"  # of every rank: with "cuda" all share one GPU, over gloo
     tensor: int = 1
     context: int = 1
@@ -76,6 +79,9 @@ class Layout:
     def __str__(self) -> str:
         engine = f"{self.engine} z{self.zero}" if self.zero or self.engine == "deepspeed" else self.engine
         extras = [f"micro-batch {self.micro_batch}"] * (self.micro_batch is not None) + ["recompute"] * self.recompute
+        sizes = {"PP": self.pipeline, "VPP": self.chunks}
+        extras += [f"{name}{size}" for name, size in sizes.items() if size > 1]
+        extras += [f"layers {self.layers}"] * (self.layers is not None)
         extras += [f"exchange in {self.exchange_chunks}"] * (self.exchange_chunks > 1)
         extras += [self.device] * (self.device != "cpu")
         extras += [f"TP{self.tensor}"] * (self.tensor > 1)
@@ -179,6 +185,10 @@ def make_config(setting: Setting, layout: Layout) -> Config:
             "tensor": layout.tensor,
             "context": layout.context,
             "context_method": layout.context_method,
+            "pipeline": layout.pipeline,
+            "pipeline_schedule": "interleaved" if layout.chunks > 1 else "1f1b",
+            "pipeline_chunks": layout.chunks,
+            "pipeline_layers": layout.layers,
         },
         "engine": {"name": layout.engine},
         "train": {
@@ -216,7 +226,7 @@ def make_sequences(count: int, seed: int, vocab_size: int = VOCAB, seq_len: int 
     return sequences
 
 
-def make_data(cfg: Config, plan: RunPlan, rank: int) -> Data:
+def make_data(cfg: Config, plan: RunPlan, data_rank: int) -> Data:
     """The product's loader over sequences made in memory."""
     evaluation = EVAL_BATCHES * GLOBAL_BATCH
     training, shape = cfg.train.steps * GLOBAL_BATCH, (cfg.model.vocab_size, cfg.data.seq_len)
@@ -226,7 +236,7 @@ def make_data(cfg: Config, plan: RunPlan, rank: int) -> Data:
         "test": None,
     }
     sizes = {"train": training, "valid": evaluation, "test": 0}
-    return Data(datasets, cfg, plan, rank, num_sequences=sizes, vocab_size=shape[0], eod=None)
+    return Data(datasets, cfg, plan, data_rank, num_sequences=sizes, vocab_size=shape[0], eod=None)
 
 
 @torch.no_grad()
@@ -238,26 +248,32 @@ def make_one_sided(model: Transformer) -> None:
     at all. Two coordinates of the embedding carry it: the half, and a constant.
     """
     num_ffn, weights = model.cfg.moe.num_ffn_experts, dict(model.named_parameters())
-    embedding_VD = weights["embed_tokens.weight"]
-    embedding_VD[: VOCAB // 2, 0], embedding_VD[VOCAB // 2 :, 0] = 2.0, -2.0
-    embedding_VD[:, 1] = 2.0
-    for i in range(model.cfg.num_layers):
+    if model.part.has_embedding:
+        embedding_VD = weights["embed_tokens.weight"]
+        embedding_VD[: VOCAB // 2, 0], embedding_VD[VOCAB // 2 :, 0] = 2.0, -2.0
+        embedding_VD[:, 1] = 2.0
+    for i in model.part.layers:
         router_ED = weights[f"layers.{i}.moe.router.weight"]
         router_ED[:4, 0], router_ED[num_ffn:, 0] = 4.0, -4.0
         router_ED[4:num_ffn, 1] = -8.0
         weights[f"layers.{i}.moe.router.gate_map.weight"].mul_(0.1)
 
 
-def train(rank: int, setting: Setting, layout: Layout, sabotage: Callable[..., Any] | None = None) -> History:
+def train(
+    rank: int,
+    setting: Setting,
+    layout: Layout,
+    sabotage: Callable[..., Any] | None = None,
+    inspect: Callable[[Trainer], Any] | None = None,
+) -> History:
     """Train ``setting`` on this rank of ``layout``; to be run on a pool of ``layout.ranks`` workers.
 
-    ``sabotage(model, groups)`` is a context manager that breaks something from before the engine is built to the end.
+    ``sabotage(model, groups)`` is a context manager that breaks something from before the engine is built to the end;
+    ``inspect`` gets the trainer after the last step.
     """
     os.environ.setdefault("DS_ACCELERATOR", layout.device)
-    cfg, groups = (
-        make_config(setting, layout),
-        group_of(layout.ep, layout.device, tensor=layout.tensor, context=layout.context),
-    )
+    cfg, sizes = make_config(setting, layout), (layout.pipeline, layout.context, layout.tensor)
+    groups = group_of(layout.ep, layout.device, *sizes)
     plan = make_plan(cfg, groups.world_size)
     comm_stats = comm.CommStats()
     model = build_model(cfg, groups, comm_stats)
@@ -285,18 +301,19 @@ def train(rank: int, setting: Setting, layout: Layout, sabotage: Callable[..., A
         for _ in range(cfg.train.steps):
             trainer.log(trainer.train_step())
         trainer.evaluate_and_log()
+    if inspect is not None:
+        inspect(trainer)
     return history
 
 
 _GROUPS: dict[tuple[RankLayout, str], ParallelGroups] = {}
 
 
-def group_of(expert: int = 1, device: str = "cpu", **sizes: int) -> ParallelGroups:
-    """This worker's process groups for a layout, made once: every gloo group holds sockets.
-
-    ``sizes``: of pipeline, context and tensor.
-    """
-    layout = RankLayout(comm.size(), expert=expert, **sizes)
+def group_of(
+    expert: int = 1, device: str = "cpu", pipeline: int = 1, context: int = 1, tensor: int = 1
+) -> ParallelGroups:
+    """This worker's process groups for a layout, made once: every gloo group holds sockets."""
+    layout = RankLayout(comm.size(), pipeline, context, tensor, expert)
     if (layout, device) not in _GROUPS:
         _GROUPS[layout, device] = build_groups(layout, torch.device(device))
     return _GROUPS[layout, device]

@@ -27,6 +27,7 @@ from moepp.config.schema import (
     TrainConfig,
     WandbConfig,
 )
+from moepp.config.stages import split_layers
 from moepp.config.suggest import unknown_key_message
 from moepp.config.validate import validate
 
@@ -62,6 +63,7 @@ __all__ = [
     "refuse_incomplete_overrides",
     "refuse_unknown_options",
     "register_defaults",
+    "split_layers",
     "to_dict",
     "unknown_key_message",
     "validate",

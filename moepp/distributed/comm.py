@@ -50,6 +50,7 @@ class CommStats:
     balance_reductions: int = 0
     sequence_bytes: Counter[str] = field(default_factory=Counter)
     sequence_calls: Counter[str] = field(default_factory=Counter)
+    pipeline_bytes: int = 0  # hidden states, router logits and their gradients, sent to the stages beside this one
 
 
 @dataclass

@@ -89,7 +89,7 @@ def load_into(
     tensors = check_folder(folder, model.cfg)
     copy_pieces(model, tensors, _pieces_of, ep_rank, ep_size)
     parameters = dict(model.named_parameters())
-    for layer in model.cfg.moe_layers:
+    for layer in model.part.layers & set(model.cfg.moe_layers):
         dense = {matrix: tensors.read(_ffn_key(layer, matrix)).float() for matrix in _MATRICES}
         gate_up_EGD, down_EDF = (parameters[f"layers.{layer}{suffix}"] for suffix in (_GATE_UP, _DOWN))
         num_local = gate_up_EGD.shape[0]

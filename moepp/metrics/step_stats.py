@@ -29,17 +29,26 @@ class StepStats:
         stats.reduce(...)               # each log interval; starts the next interval
     """
 
-    def __init__(self, moe_layers: Sequence[int], expert_counts: Mapping[str, int], top_k: int) -> None:
+    def __init__(
+        self,
+        moe_layers: Sequence[int],
+        expert_counts: Mapping[str, int],
+        top_k: int,
+        rows: Sequence[int] | None = None,
+    ) -> None:
         """Start the first interval.
 
         Args:
-            moe_layers: transformer layer index of each MoE layer, in the order of the stats passed later.
+            moe_layers: transformer layer index of each MoE layer of the model.
             expert_counts: experts of each kind, in the order of ``share_Z`` and ``load_E``; "ffn" comes first.
             top_k: K.
+            rows: which of the MoE layers this rank holds, in the order of the stats passed later; other ranks of a
+                pipeline add those of the others. None: all.
         """
         self.moe_layers = tuple(moe_layers)
         self.expert_counts = dict(expert_counts)
         self.top_k = top_k
+        self._rows = list(range(len(self.moe_layers)) if rows is None else rows)
         self._pending: dict[str, Tensor] = {}
         self._interval: dict[str, Tensor] = {}
 
@@ -47,23 +56,27 @@ class StepStats:
         """Add one training forward pass of this rank.
 
         Args:
-            stats: one per MoE layer.
+            stats: one per MoE layer that this rank holds.
             loss_sum: cross-entropy summed over this rank's predicted tokens, nats.
             num_loss_tokens: how many tokens that sum covers.
         """
-        if len(stats) != len(self.moe_layers):
-            raise ValueError(f"got statistics of {len(stats)} MoE layers, expected {len(self.moe_layers)}")
+        if len(stats) != len(self._rows):
+            raise ValueError(f"got statistics of {len(stats)} MoE layers, expected {len(self._rows)}")
         loss_sum = loss_sum.detach().to(torch.float64)
         new = {
             "loss_sum": loss_sum,
             "loss_tokens": loss_sum.new_zeros(()) + num_loss_tokens,
         }
+        if self.moe_layers:
+            new["layers"], new["load"] = (
+                loss_sum.new_zeros(shape) for shape in (self._layers_shape(), self._load_shape())
+            )
         if stats:
             columns_LC = torch.stack([_columns(layer) for layer in stats]).to(torch.float64)
             # Weighed by the tokens behind them, means add up over micro-batches and ranks of any size.
             columns_LC[:, len(_COUNTS) :] *= columns_LC[:, :1]
-            new["layers"] = columns_LC
-            new["load"] = torch.stack([layer.load_E.detach() for layer in stats]).to(torch.float64)
+            new["layers"][self._rows] = columns_LC
+            new["load"][self._rows] = torch.stack([layer.load_E.detach() for layer in stats]).to(torch.float64)
         _accumulate(self._pending, new)
 
     def step_load(self) -> Tensor:
@@ -100,10 +113,15 @@ class StepStats:
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the names and shapes of :meth:`state` after the first committed step."""
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("loss_sum", "loss_tokens", "dispatch_bytes", "steps"), ())
-        if layers := len(self.moe_layers):
-            num_columns, num_experts = len(_COLUMNS) + len(self.expert_counts), sum(self.expert_counts.values())
-            shapes |= {"layers": (layers, num_columns), "load": (layers, num_experts)}
+        if self.moe_layers:
+            shapes |= {"layers": self._layers_shape(), "load": self._load_shape()}
         return {f"stats.{name}": shape for name, shape in shapes.items()}
+
+    def _layers_shape(self) -> tuple[int, int]:
+        return len(self.moe_layers), len(_COLUMNS) + len(self.expert_counts)
+
+    def _load_shape(self) -> tuple[int, int]:
+        return len(self.moe_layers), sum(self.expert_counts.values())
 
     def add_state(self, state: Mapping[str, Tensor]) -> None:
         """Add sums that :meth:`state` returned, of this rank or, in another layout, of several."""

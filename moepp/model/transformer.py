@@ -6,6 +6,7 @@ including cached ones, D width, V vocabulary, L MoE layers, E experts of every k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -22,6 +23,7 @@ from moepp.model.dense_ffn import DenseFFN
 from moepp.model.documents import number_documents, positions_in_documents
 from moepp.model.linear import Linear
 from moepp.model.norm import RMSNorm
+from moepp.model.part import LayerElsewhere, ModelPart
 from moepp.moe import ExpertParallel, MoELayer, MoEStats
 from moepp.moe.router import Router
 from moepp.moe.summary import PendingSummary, RoutingRecord, start_summary
@@ -61,6 +63,17 @@ class ModelOutput:
             for loss in losses:
                 aux_loss = aux_loss + loss
             return aux_loss, tuple(stats)
+
+
+@dataclass(frozen=True)
+class LayersOutput(ModelOutput):
+    """Result of :meth:`Transformer.run_layers`: the hidden states are those before the final norm.
+
+    Attributes:
+        router_logits: [T, E] fp32, of the last MoE layer so far; None: there was none.
+    """
+
+    router_logits: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -130,6 +143,7 @@ class Transformer(nn.Module):
         parallel: how the FFN experts are spread over ranks.
         sequence: how ranks share sequences; each is given them whole and holds its own tokens.
         document_end: id of the token that ends a document, if attention stays within documents. None: it does not.
+        part: what this rank holds, under the names of the whole model; see :mod:`moepp.model.stage`. None: all.
 
     Raises:
         ConfigError: the FFN experts or the attention's heads cannot be divided over their ranks.
@@ -141,19 +155,24 @@ class Transformer(nn.Module):
         parallel: ExpertParallel | None = None,
         sequence: SequenceParallel | None = None,
         document_end: int | None = None,
+        part: ModelPart | None = None,
     ) -> None:
         super().__init__()
         self.cfg = cfg
         self.parallel = parallel if parallel is not None else ExpertParallel()
         self.sequence = sequence if sequence is not None else SequenceParallel()
         self.document_end = document_end
-        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.part = part if part is not None else ModelPart.whole(cfg.num_layers)
+        if self.part.has_embedding:
+            self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(
-            TransformerLayer(cfg, i, self.parallel, self.sequence) for i in range(cfg.num_layers)
+            TransformerLayer(cfg, i, self.parallel, self.sequence) if i in self.part.layers else LayerElsewhere()
+            for i in range(cfg.num_layers)
         )
-        self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
-        if not cfg.tie_embeddings:
-            self.lm_head = Linear(cfg.hidden_size, cfg.vocab_size)
+        if self.part.has_head:
+            self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
+            if not cfg.tie_embeddings:
+                self.lm_head = Linear(cfg.hidden_size, cfg.vocab_size)
         self.recompute = False
 
     def set_recompute(self, enabled: bool) -> None:
@@ -162,8 +181,13 @@ class Transformer(nn.Module):
 
     @property
     def routers(self) -> tuple[Router, ...]:
-        """Of the MoE layers, first layer first."""
+        """Of the MoE layers that this rank holds, first layer first."""
         return tuple(layer.moe.router for layer in self.layers if isinstance(layer, TransformerLayer) and layer.is_moe)
+
+    @property
+    def moe_rows(self) -> tuple[int, ...]:
+        """Which of the model's MoE layers those are, counted from 0."""
+        return tuple(row for row, layer in enumerate(self.cfg.moe_layers) if layer in self.part.layers)
 
     @property
     def output_weight(self) -> Tensor:
@@ -193,19 +217,41 @@ class Transformer(nn.Module):
         """
         hidden_BSD = self.embed(input_ids_BS)
         inputs = self.attention_inputs(input_ids_BS, hidden_BSD.dtype, position_ids_BS, attention_mask, cache)
-        recompute = self.recompute and torch.is_grad_enabled() and cache is None
-        prev_logits_TE: Tensor | None = None
+        out = self.run_layers(range(self.cfg.num_layers), hidden_BSD, inputs, None, selection_share_LE)
+        return ModelOutput(self.norm(out.hidden), out.summary)
+
+    def run_layers(
+        self,
+        layers: Sequence[int],
+        hidden_BSD: Tensor,
+        inputs: AttentionInputs,
+        prev_logits_TE: Tensor | None,
+        selection_share_LE: Tensor | None,
+    ) -> LayersOutput:
+        """Run layers that this rank holds one after the other.
+
+        Args:
+            layers: consecutive indices.
+            hidden_BSD: [B, s, D], from the layer before or the embedding.
+            inputs: of the attention of all layers.
+            prev_logits_TE: [T, E] router logits of the last MoE layer before these; None: there is none.
+            selection_share_LE: as in :meth:`forward`: of every MoE layer of the model.
+        """
+        recompute = self.recompute and torch.is_grad_enabled() and inputs.cache is None
         records: list[RoutingRecord] = []
-        for layer in self.layers:
+        for index in layers:
+            layer = self.layers[index]
             run = partial(_run_recomputed, layer) if recompute else layer
             hidden_BSD, prev_logits_TE, record = run(hidden_BSD, inputs, prev_logits_TE)
             if record is not None:
                 records.append(record)
-        summary = self._start_summary(records, selection_share_LE)
-        return ModelOutput(self.norm(hidden_BSD), summary)
+        if selection_share_LE is not None:
+            before = sum(index < layers[0] for index in self.cfg.moe_layers)
+            selection_share_LE = selection_share_LE[before : before + len(records)]
+        return LayersOutput(hidden_BSD, self._start_summary(records, selection_share_LE), prev_logits_TE)
 
     def _start_summary(self, records: list[RoutingRecord], selection_share_LE: Tensor | None) -> PendingSummary | None:
-        """Losses and statistics of all layers: one all-reduce, which runs until somebody asks for them."""
+        """Start the losses and statistics of these layers: one all-reduce, which runs until somebody asks for them."""
         if not records:
             return None
         return start_summary(records, self.cfg.moe, self.training, self.parallel, self.sequence, selection_share_LE)
@@ -228,9 +274,18 @@ class Transformer(nn.Module):
             selection_share_LE: as in :meth:`forward`.
         """
         out = self(input_ids_BS, selection_share_LE=selection_share_LE)
-        labels_Bs = self.sequence.own(labels_BS)
-        ce_sum, num_tokens = chunked_cross_entropy(out.hidden.flatten(0, 1), self.output_weight, labels_Bs.flatten())
+        ce_sum, num_tokens = self.cross_entropy(out.hidden, labels_BS)
         return LossOutput(ce_sum, num_tokens, out.aux_loss, out.stats)
+
+    def cross_entropy(self, hidden_BSD: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy of this rank's tokens, summed in nats, and how many those are; scalars.
+
+        Args:
+            hidden_BSD: [B, s, D], after the final norm.
+            labels_BS: [B, S], of the whole sequences, as in :meth:`loss`.
+        """
+        labels_Bs = self.sequence.own(labels_BS)
+        return chunked_cross_entropy(hidden_BSD.flatten(0, 1), self.output_weight, labels_Bs.flatten())
 
     def attention_inputs(
         self,

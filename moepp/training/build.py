@@ -10,16 +10,17 @@ import torch
 
 from moepp import ops
 from moepp.checkpoint import Checkpointer, CheckpointInfo
-from moepp.config import Config, RunPlan
+from moepp.config import Config, RunPlan, split_layers
 from moepp.data import Corpora, Tokenizer, build_data
 from moepp.distributed import comm
-from moepp.distributed.groups import ParallelGroups, new_cpu_group
+from moepp.distributed.groups import Layout, ParallelGroups, new_cpu_group
 from moepp.distributed.sequence import SequenceParallel
 from moepp.engine.engine import Engine
 from moepp.interop import hf, official, upcycle
 from moepp.metrics.sinks import SinkGroup, open_sinks
 from moepp.metrics.throughput import Throughput, peak_flops_per_second
 from moepp.model.init import init_parameters
+from moepp.model.part import ModelPart
 from moepp.model.precision import DTYPES
 from moepp.model.transformer import Transformer
 from moepp.moe import ExpertParallel
@@ -41,12 +42,22 @@ def build_model(cfg: Config, groups: ParallelGroups, comm_stats: comm.CommStats)
             cfg.model,
             ExpertParallel(groups.ep, groups.stage, comm_stats, cfg.parallel.exchange_chunks),
             SequenceParallel(groups.tp, groups.cp, groups.replica, cfg.parallel.context_method, comm_stats),
+            part=_part(cfg, groups.layout, groups.rank),
         )
     model.to_empty(device=groups.device)
     model.to(DTYPES[cfg.train.precision])
     init_parameters(model, cfg.run.seed, groups.ep_rank, groups.ep_size)
     model.set_recompute(cfg.train.recompute)
     return model
+
+
+def _part(cfg: Config, layout: Layout, rank: int) -> ModelPart:
+    """Return what this rank holds of the model."""
+    if layout.pipeline == 1:  # a command that needs no pipeline to read a run's model
+        return ModelPart.whole(cfg.model.num_layers)
+    chunks = cfg.parallel.pipeline_chunks
+    stage_layers = split_layers(cfg.model.num_layers, layout.pipeline * chunks, cfg.parallel.pipeline_layers)
+    return ModelPart.of_stages(stage_layers, layout.stages_of(rank, chunks))
 
 
 def check_initial_weights(cfg: Config) -> None:

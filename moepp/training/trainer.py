@@ -36,8 +36,10 @@ from moepp.metrics.sinks import SinkGroup
 from moepp.metrics.step_stats import StepStats
 from moepp.metrics.throughput import Throughput
 from moepp.model.accounting import flops_per_token
-from moepp.model.transformer import LossOutput, Transformer
+from moepp.model.transformer import Transformer
+from moepp.registry import ROUTERS
 from moepp.training.guards import LossWatch, SkippedSteps, SpikeGuard, StopRequest
+from moepp.training.runner import Runner, WholeModelRunner
 from moepp.training.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
@@ -90,7 +92,8 @@ class Trainer:
         self.skipped_batches = 0  # global batches left out by rewinds: step s trains on batch s + skipped_batches
         self.rewinds = 0
         moe = parts.cfg.model.moe
-        self.stats = StepStats(parts.cfg.model.moe_layers, moe.expert_counts, moe.top_k)
+        self.stats = StepStats(parts.cfg.model.moe_layers, moe.expert_counts, moe.top_k, parts.model.moe_rows)
+        self.runner = make_runner(parts)
         self.skipped_steps = SkippedSteps(parts.cfg.guard)
         self.spikes = SpikeGuard(parts.cfg.guard)
         self.loss_watch = LossWatch(parts.cfg.model.vocab_size, parts.cfg.optim.lr)
@@ -169,14 +172,7 @@ class Trainer:
         has_next = self.step + 1 < self.cfg.train.steps
         batches = [self._to_device(in_host_memory) for in_host_memory in self.batches.read(batch, has_next)]
         share_LE = self._global_selection_share(batches)
-        loss_sums = torch.zeros(2, dtype=torch.float64, device=self.groups.device)  # cross-entropy; auxiliary
-        for input_ids_BS, labels_BS in batches:
-            out = self.model.loss(input_ids_BS, labels_BS, share_LE)
-            self.stats.add_micro_batch(out.stats, out.ce_sum, out.num_tokens)
-            loss_sums += torch.stack((out.ce_sum.detach(), out.aux_loss.detach())).to(loss_sums)
-            # Every micro-batch of every rank has the same number of tokens, so a mean of means is the global mean.
-            self.engine.backward(out.ce_sum / out.num_tokens + out.aux_loss)
-        ce_sum, aux_sum = self._sum(loss_sums).tolist()
+        ce_sum, aux_sum = self._sum(self.runner.train(batches, share_LE, self.stats)).tolist()
         is_finite = math.isfinite(ce_sum + aux_sum)
         is_spike = is_finite and self.spikes.is_on and self.spikes.is_spike(ce_sum / self.plan.tokens_per_step)
         result = self.engine.step(self._learning_rate(self.step), update=is_finite and not is_spike)
@@ -205,8 +201,10 @@ class Trainer:
 
     def _update_routers(self) -> None:
         """Tell the routers that want it how often each expert was chosen in this step, by all ranks."""
-        routers = [(row, router) for row, router in enumerate(self.model.routers) if router.updates_after_step]
-        if not routers:
+        rows = zip(self.model.moe_rows, self.model.routers, strict=True)
+        routers = [(row, router) for row, router in rows if router.updates_after_step]
+        # A stage without MoE layers takes part in the sum that the others need.
+        if not routers and not ROUTERS.get(self.cfg.model.moe.router).updates_after_step:
             return
         load_LE = self._sum(self.stats.step_load())
         with torch.no_grad():
@@ -282,12 +280,11 @@ class Trainer:
     def evaluate(self) -> float:
         """Return the mean cross-entropy in nats per token over ``train.eval_batches`` held-out global batches."""
         ce_and_tokens = torch.zeros(2, dtype=torch.float64, device=self.groups.device)
-        with self._evaluation(), torch.no_grad():
+        with self._evaluation():
             for index in range(self.cfg.train.eval_batches):
-                for micro_step in range(self.plan.accumulation_steps):
-                    batch = self._to_device(self.parts.data.eval_batch(index, micro_step))
-                    out: LossOutput = self.model.loss(*batch)
-                    ce_and_tokens += torch.stack((out.ce_sum, out.num_tokens)).to(ce_and_tokens)
+                micro_steps = range(self.plan.accumulation_steps)
+                batches = [self._to_device(self.parts.data.eval_batch(index, step)) for step in micro_steps]
+                ce_and_tokens += self.runner.evaluate(batches)
         ce_sum, num_tokens = self._sum(ce_and_tokens).tolist()
         return ce_sum / num_tokens if num_tokens else math.nan
 
@@ -318,12 +315,7 @@ class Trainer:
         moe = self.cfg.model.moe
         if moe.balance_loss_scope != "global_batch" or not moe.balance_loss_weight or len(batches) == 1:
             return None
-        counts_LE = torch.zeros((), device=self.groups.device, dtype=torch.float64)
-        with torch.no_grad():
-            for input_ids_BS, _ in batches:
-                stats = self.model(input_ids_BS).stats
-                counts_LE = counts_LE + torch.stack([layer.load_E for layer in stats])
-        return (self._sum(counts_LE) / self.plan.tokens_per_step).float()
+        return (self._sum(self.runner.count_choices(batches)) / self.plan.tokens_per_step).float()
 
     def _anyone_must_stop(self, stop: StopRequest) -> bool:
         """Return whether any rank got a stop signal; the answer is the same on every rank."""
@@ -348,6 +340,15 @@ class Trainer:
 
     def _max(self, tensor: Tensor) -> Tensor:
         return comm.all_reduce_max(tensor, self.groups.world)
+
+
+def make_runner(parts: Parts) -> Runner:
+    """Return the way through the model that the layout asks for."""
+    if parts.groups.pp_size == 1:
+        return WholeModelRunner(parts.model, parts.engine)
+    from moepp.training.pipeline import PipelineRunner  # imports torch's pipelining
+
+    return PipelineRunner(parts.model, parts.engine, parts.groups, parts.cfg, parts.plan, parts.comm_stats)
 
 
 def _known(now: T | None, before: T | None) -> T | None:
