@@ -12,6 +12,7 @@ import importlib
 import math
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,11 @@ def inject(name: str, *args: Any) -> None:
 def change_folder(path: str) -> None:
     """Relative paths mean other files on this rank, as on a host with copies of its own."""
     os.chdir(path)
+
+
+def search_folder(path: str) -> None:
+    """Modules of a folder can be imported on this rank, as by its PYTHONPATH."""
+    sys.path.insert(0, path)
 
 
 def die_in(module: str, function: str) -> None:

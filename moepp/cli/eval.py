@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     found = find_model(args.model)
     tokenizer = open_tokenizer(found, args.tokenizer, args.eod_token)
     with joined(
-        read_launch_environment(), args.expert_parallel, TIMEOUT_SECONDS, command_facts(), args.device
+        read_launch_environment(), args.expert_parallel, TIMEOUT_SECONDS, command_facts(args.plugins), args.device
     ) as groups:
         benchmarks = comm.on_first_rank(lambda: _load_benchmarks(args), groups.world) or []
         model = build_model(found, groups, args.precision)

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = open_tokenizer(found, args.tokenizer, args.eod_token)
     sampling = replace(sampling, never=tuple(tokenizer.unused_ids(found.cfg.vocab_size)))
     with joined(
-        read_launch_environment(), args.expert_parallel, TIMEOUT_SECONDS, command_facts(), args.device
+        read_launch_environment(), args.expert_parallel, TIMEOUT_SECONDS, command_facts(args.plugins), args.device
     ) as groups:
         model = build_model(found, groups, args.precision)
         generator = torch.Generator(device=groups.device).manual_seed(args.seed)

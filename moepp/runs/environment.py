@@ -11,6 +11,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,31 @@ def code_facts() -> dict[str, str]:
     return {"Python": platform.python_version(), **packages, "moepp's source": source_digest()}
 
 
-def command_facts() -> dict[str, str]:
-    """Return what all ranks of a command must have in common: packages and the command line."""
-    return {"the command": shlex.join(sys.argv[1:]), **code_facts()}
+def command_facts(plugins: Sequence[str] = ()) -> dict[str, str]:
+    """Return what all ranks of a command must have in common: packages, plugins and the command line."""
+    return {"the command": shlex.join(sys.argv[1:]), **code_facts(), **plugin_facts(plugins)}
+
+
+def plugin_facts(plugins: Sequence[str]) -> dict[str, str]:
+    """Return a digest of the source of each plugin, which was imported already.
+
+    It covers what was imported of its package, or of the folder in which a plugin without a package lies.
+    """
+    return {f"the source of plugin {name}": f"(digest {_plugin_digest(name)})" for name in plugins}
+
+
+def _plugin_digest(name: str) -> str:
+    top = name.partition(".")[0]
+    own = getattr(sys.modules.get(name), "__file__", None)
+    digest = hashlib.blake2b(digest_size=6)
+    for module_name, module in sorted(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        in_package = module_name == top or module_name.startswith(f"{top}.")
+        is_beside = own is not None and file is not None and os.path.dirname(own) == os.path.dirname(file)
+        if (in_package or is_beside) and file is not None and module_name != "__main__" and os.path.isfile(file):
+            content = Path(file).read_bytes()
+            digest.update(f"{module_name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
 
 
 @functools.cache

@@ -7,7 +7,6 @@ files, which may be copies on each host).
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from moepp.data.identity import sampled_digest
 from moepp.data.manifest import read_manifest, sha256_of
 from moepp.errors import DataError
 from moepp.ops.cpu.build import library
-from moepp.runs.environment import code_facts, cpu_name
+from moepp.runs.environment import code_facts, cpu_name, plugin_facts
 
 _ALL_BLOCKS, _MOST_BLOCKS, _FEWEST_BLOCKS = 4096, 64, 2  # of 4 kB, of all files together and of one
 
@@ -26,17 +25,7 @@ _ALL_BLOCKS, _MOST_BLOCKS, _FEWEST_BLOCKS = 4096, 64, 2  # of 4 kB, of all files
 def start_facts(cfg: Config, device: torch.device) -> dict[str, str]:
     """Return what no rank may differ in: every key, packages, plugins and the kind of device."""
     config = {key: _text(value) for key, value in flatten(to_dict(cfg)).items()}
-    return {**config, **code_facts(), **_plugin_facts(cfg), "the device": device.type}
-
-
-def _plugin_facts(cfg: Config) -> dict[str, str]:
-    """Return the digest of the source of each plugin, which was imported already."""
-    facts = {}
-    for name in cfg.runtime.plugins:
-        path = getattr(sys.modules.get(name), "__file__", None)
-        if path is not None and Path(path).is_file():
-            facts[f"the source of plugin {name}"] = f"(sha256 {sha256_of(path)[:12]})"
-    return facts
+    return {**config, **code_facts(), **plugin_facts(cfg.runtime.plugins), "the device": device.type}
 
 
 def file_facts(cfg: Config) -> dict[str, str]:

@@ -59,6 +59,18 @@ def test_differing_package_is_refused(server, corpus, tmp_path):
     assert run.output(0).startswith("error: rank 1 has numpy 0.0.1 instead of ")
 
 
+@pytest.mark.parametrize("differs", ["the plugin", "what it imports"])
+def test_differing_source_of_a_plugin_is_refused(server, corpus, tmp_path, differs):
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        for name, text in (("the plugin", "import helper_of_plugin\n"), ("what it imports", "")):
+            file = {"the plugin": "plugin_of_test.py", "what it imports": "helper_of_plugin.py"}[name]
+            (tmp_path / str(rank) / file).write_text(text + (f"RANK = {rank}\n" if name == differs else ""))
+    faults = [("search_folder", rank, str(tmp_path / str(rank))) for rank in range(2)]
+    run = refused(server, tmp_path / "run", [corpus, "runtime.plugins=[plugin_of_test]"], {}, faults)
+    assert run.output(0).startswith("error: rank 1 has the source of plugin plugin_of_test (digest ")
+
+
 def test_differing_copy_of_the_data_is_refused(server, tmp_path):
     """The same lengths, another text: only the content tells."""
     for name, seed in (("a", 0), ("b", 0)):

@@ -137,11 +137,57 @@ def test_exports_refuse_by_name(run: Path, tmp_path: Path, capsys: Any, form: st
     assert not (tmp_path / "out").exists()
 
 
-def test_command_without_plugins_says_which_to_pass(run: Path) -> None:
-    command = [sys.executable, "-m", "moepp.cli.main", "generate", str(run), "--prompt", "x"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "--plugin docs.examples.bias_router --plugin docs.examples.negate_expert" in done.stderr
+# Commands that build the model of a run; the others read a run without its plugins.
+BUILDING = {
+    "generate": ["generate", "RUN", "--prompt", "x"],
+    "export": ["export", "RUN", "OUT", "--format", "moepp"],
+    "eval": ["eval", "RUN", "--tasks", "sciq"],
+    "checkpoint bench": ["checkpoint", "bench", "RUN", "--repeat", "1"],
+}
+READING = {
+    "checkpoint list": ["checkpoint", "list", "RUN"],
+    "checkpoint verify": ["checkpoint", "verify", "RUN"],
+    "checkpoint diff": ["checkpoint", "diff", "RUN", "2", "4"],
+    "checkpoint prune": ["checkpoint", "prune", "RUN", "--keep", "2"],
+    "report": ["report", "RUN"],
+}
+
+
+ALONE = """
+import contextlib, io, json, sys
+from moepp.cli.main import main
+for arguments in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(arguments)
+    print(json.dumps([code, err.getvalue()]))
+"""
+
+
+def run_alone(commands: list[list[str]], run: Path, out: Path) -> list[tuple[int, str]]:
+    """Exit code and errors of commands, in a process that has imported no plugin."""
+    places = {"RUN": str(run), "OUT": str(out)}
+    arguments = json.dumps([[places.get(word, word) for word in command] for command in commands])
+    done = subprocess.run([sys.executable, "-c", ALONE, arguments], capture_output=True, text=True, cwd=ROOT)
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines() if line.startswith("[")]
+
+
+def test_commands_that_build_the_model_say_which_plugins_to_pass(run: Path, tmp_path: Path) -> None:
+    results = run_alone(list(BUILDING.values()), run, tmp_path / "out")
+    for name, (code, error) in zip(BUILDING, results, strict=True):
+        assert code == 2 and error.count("\n") == 1, name
+        assert "--plugin docs.examples.bias_router --plugin docs.examples.negate_expert" in error, name
+    plugins = [word for name in PLUGINS for word in ("--plugin", name)]
+    commands = [[*BUILDING[name], *plugins] for name in ("generate", "checkpoint bench")]
+    (code, error), bench = run_alone(commands, run, tmp_path / "out")
+    assert code == 2 and "tokenizer" in error and "plugin" not in error  # this run has none, which is said later
+    assert bench[0] == 0, bench[1]
+
+
+def test_commands_that_only_read_a_run_need_no_plugins(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    results = run_alone(list(READING.values()), tmp_path / "run", tmp_path / "out")
+    assert dict(zip(READING, [code for code, _ in results], strict=True)) == dict.fromkeys(READING, 0), results
 
 
 def test_run_of_older_code_goes_on(server: TrainServer, tmp_path: Path) -> None:
