@@ -154,6 +154,7 @@ class RuntimeConfig:
     device: str = "auto"  # "auto" (the GPU where there is one), "cpu", "cuda" (NVIDIA, AMD) or "xpu" (never tried)
     backend: str = "auto"  # carries tensors on GPUs between ranks: "auto" (NCCL), or "gloo": slow; ranks may share one
     kernels: str = "auto"  # "auto", "torch", "cpu" or "triton": see moepp.ops.backend
+    compile: bool = False  # torch.compile for attention, norms and dense FFNs; MoE layers stay as they are
     plugins: tuple[str, ...] = ()  # modules to import first, which register expert kinds, routers and the like
 
     def __post_init__(self) -> None:

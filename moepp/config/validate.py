@@ -25,4 +25,10 @@ def validate(cfg: Config, world_size: int) -> RunPlan:
         f"data.seq_len={cfg.data.seq_len} is longer than model.max_seq_len={cfg.model.max_seq_len}; "
         "lower data.seq_len or raise model.max_seq_len",
     )
+    shared = {key: getattr(cfg.parallel, key) for key in ("tensor", "context") if getattr(cfg.parallel, key) > 1}
+    require(
+        not (cfg.runtime.compile and shared),
+        f"runtime.compile=true does not go with {' and '.join(f'parallel.{key}={n}' for key, n in shared.items())}: "
+        "attention then talks to other ranks, which is not compiled; set runtime.compile=false",
+    )
     return plan

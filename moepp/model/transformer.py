@@ -6,7 +6,7 @@ including cached ones, D width, V vocabulary, L MoE layers, E experts of every k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -103,6 +103,7 @@ class TransformerLayer(nn.Module):
         sequence: SequenceParallel | None = None,
     ) -> None:
         super().__init__()
+        self.compiled_attend: Callable[..., tuple[Tensor, Tensor]] | None = None  # see moepp.model.compiled
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
         self.self_attn = Attention(cfg, layer_index, sequence)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
@@ -124,12 +125,18 @@ class TransformerLayer(nn.Module):
 
         A dense layer hands the previous logits on and has neither loss nor statistics.
         """
-        hidden_BSD = hidden_BSD + self.self_attn(self.input_layernorm(hidden_BSD), attention_inputs)
-        normed_BSD = self.post_attention_layernorm(hidden_BSD)
+        # A cache grows in Python, with every position that is decoded.
+        attend = self.compiled_attend if self.compiled_attend and attention_inputs.cache is None else self.attend
+        hidden_BSD, normed_BSD = attend(hidden_BSD, attention_inputs)
         if not self.is_moe:
             return hidden_BSD + self.mlp(normed_BSD), prev_logits_TE, None
         out = self.moe(normed_BSD, prev_logits_TE, summarize=False)
         return hidden_BSD + out.hidden, out.router_logits, out.record
+
+    def attend(self, hidden_BSD: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        """Return the hidden state with attention's output added, and its norm: what the feed-forward part takes."""
+        hidden_BSD = hidden_BSD + self.self_attn(self.input_layernorm(hidden_BSD), inputs)
+        return hidden_BSD, self.post_attention_layernorm(hidden_BSD)
 
 
 class Transformer(nn.Module):

@@ -23,12 +23,17 @@ def multiplies_in_float32(tensor: Tensor) -> bool:
     return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and not _cpu_has_bfloat16()
 
 
-@functools.cache
+_bfloat16: bool | None = None  # not functools.cache, which torch.compile looks through with a warning
+
+
 def _cpu_has_bfloat16() -> bool:
-    kind = cpu.chosen()
-    if kind is not None and not cpu.KINDS[kind].multiplies_bfloat16:
-        return False  # whatever torch says: not every release looks at the variables
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    global _bfloat16
+    if _bfloat16 is None:
+        kind = cpu.chosen()
+        # Not every release of torch looks at the variables.
+        narrow = kind is not None and not cpu.KINDS[kind].multiplies_bfloat16
+        _bfloat16 = not narrow and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return _bfloat16
 
 
 def mm(left_MK: Tensor, right_KN: Tensor, out_MN: Tensor) -> None:

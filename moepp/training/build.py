@@ -19,6 +19,7 @@ from moepp.engine.engine import Engine
 from moepp.interop import hf, official, upcycle
 from moepp.metrics.sinks import SinkGroup, open_sinks
 from moepp.metrics.throughput import Throughput, peak_flops_per_second
+from moepp.model.compiled import compile_dense_parts, require_compiler
 from moepp.model.init import init_parameters
 from moepp.model.part import ModelPart
 from moepp.model.precision import DTYPES
@@ -116,6 +117,8 @@ def build_parts(
         check_claim: raises RunError where the directory is not the run's any more; does nothing on other ranks.
     """
     ops.choose_kernels(cfg.runtime.kernels, groups.device)
+    if cfg.runtime.compile:
+        comm.run_together(lambda: require_compiler(groups.device))
     start_step = start.step if start is not None else 0
     starts_fresh = start_step == 0
     if starts_fresh:
@@ -126,6 +129,8 @@ def build_parts(
     model = build_model(cfg, groups, comm_stats)
     if starts_fresh:
         comm.run_together(lambda: load_initial_weights(cfg, model, groups))
+    if cfg.runtime.compile:
+        compile_dense_parts(model)
     engine = build_engine(cfg, plan, model, groups)
     peak = peak_flops_per_second(device_name(groups.device), cfg.train.precision)
     throughput = Throughput(groups.world_size, peak)

@@ -208,7 +208,7 @@ def test_fixed_keys_exist():
         data.paths data.weights data.seq_len data.split data.tokenizer
         optim.lr optim.min_lr optim.warmup_steps optim.schedule optim.betas optim.weight_decay optim.grad_clip
         parallel.expert parallel.zero_stage parallel.exchange_chunks parallel.timeout_seconds parallel.heartbeat_seconds
-        runtime.device runtime.backend runtime.kernels
+        runtime.device runtime.backend runtime.kernels runtime.compile
         parallel.pipeline parallel.pipeline_schedule parallel.pipeline_chunks parallel.pipeline_layers
         parallel.tensor parallel.context parallel.context_method
         train.steps train.global_batch_size train.micro_batch_size train.precision train.recompute train.eval_interval
