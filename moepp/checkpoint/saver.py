@@ -15,10 +15,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from moepp.checkpoint import format as fmt
 from moepp.checkpoint.format import CheckpointInfo, FileEntry
+from moepp.checkpoint.host_memory import HostMemory
 from moepp.checkpoint.state import Statistics, stage
 from moepp.checkpoint.storage import cause, source_of, write_tensors
 from moepp.config import CheckpointConfig
 from moepp.distributed import comm
+from moepp.distributed.device import use_in_thread
 from moepp.distributed.groups import ParallelGroups
 from moepp.engine.engine import StateSource
 from moepp.errors import CheckpointError, MoeppError, WriteError
@@ -73,6 +75,7 @@ class Checkpointer:
         self.group = group
         self._check_claim = check_claim
         self.reports: list[SaveReport] = []
+        self._memory = HostMemory(groups.device)
         self._thread: threading.Thread | None = None
         self._thread_error: BaseException | None = None
         if groups.rank == 0:
@@ -88,7 +91,7 @@ class Checkpointer:
         """
         start = time.perf_counter()
         self.wait()
-        staged = stage(source, stats, self.groups)
+        staged = stage(source, stats, self.groups, self._memory)
         in_background = self.cfg.async_ if background is None else background
         if not in_background:
             self._publish(staged, info, start, None)
@@ -134,6 +137,7 @@ class Checkpointer:
 
     def _run(self, staged: dict[str, Tensor], info: CheckpointInfo, start: float, blocked: float) -> None:
         try:
+            use_in_thread(self.groups.device)
             self._publish(staged, info, start, blocked)
         except BaseException as error:  # handed to the training thread by wait()
             self._thread_error = error

@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from moepp.checkpoint.host_memory import HostMemory
 from moepp.checkpoint.storage import TensorReader
 from moepp.distributed import comm
 from moepp.distributed.groups import ParallelGroups
@@ -47,8 +48,10 @@ class Statistics(Protocol):
         ...
 
 
-def stage(source: StateSource, stats: Statistics, groups: ParallelGroups) -> dict[str, Tensor]:
+def stage(source: StateSource, stats: Statistics, groups: ParallelGroups, memory: HostMemory) -> dict[str, Tensor]:
     """Copy this rank's share of the training state to host memory; collective.
+
+    The copies are good until the next call with the same ``memory``.
 
     Extra memory: the share itself and, while ZeRO partitions are assembled, one parameter.
 
@@ -56,6 +59,7 @@ def stage(source: StateSource, stats: Statistics, groups: ParallelGroups) -> dic
         TrainingError: a buffer is not the same on every rank.
     """
     staged: dict[str, Tensor] = {}
+    memory.start()
     dense_load, expert_load = [0] * groups.world_size, [0] * groups.edp_size
     for name, state in source.read_state():
         is_expert = is_expert_parameter(name)
@@ -64,15 +68,16 @@ def stage(source: StateSource, stats: Statistics, groups: ParallelGroups) -> dic
         load[owner] += state["fp32"].numel()
         if owner == own:
             for key, tensor in _keys(name, state, groups.ep_rank).items():
-                staged[key] = tensor.detach().to("cpu", copy=True)
+                staged[key] = memory.copy(tensor)
                 del tensor
         del state  # the next parameter is assembled before the loop would forget this one
     buffers = _buffers(source.model)
     _require_same(buffers, groups)
     if groups.rank == 0:
-        staged |= {key: buffer.detach().to("cpu", copy=True) for key, buffer in buffers.items()}
+        staged |= {key: memory.copy(buffer) for key, buffer in buffers.items()}
     for key, tensor in (stats.state() | _rng_state(groups.device)).items():
-        staged[f"rank-{groups.rank}/{key}"] = tensor.to("cpu", copy=True)
+        staged[f"rank-{groups.rank}/{key}"] = memory.copy(tensor)
+    memory.finish()
     return staged
 
 

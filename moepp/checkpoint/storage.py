@@ -95,7 +95,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], group: comm.Group | No
         CheckpointException: what failed on another one (or, on rank 0, here).
     """
     files = _HashingFileSystem()
-    writer = FileSystemWriter(path, sync_files=False, overwrite=False)
+    # Nothing to copy ahead: the tensors are in host memory, and copying ahead would wait for the training's stream.
+    writer = FileSystemWriter(path, sync_files=False, overwrite=False, per_thread_copy_ahead=0)
     writer.fs = files
     save(tensors, storage_writer=writer, process_group=group, no_dist=not torch.distributed.is_initialized())
     return files.entries

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moepp.config import RunPlan
+from moepp.distributed.device import use_in_thread
 
 Batch = tuple[Tensor, Tensor]
 """Inputs and labels of one micro-batch, int64 [B, S]."""
@@ -31,6 +32,7 @@ class BatchReader:
     def __init__(self, data: TrainBatches, plan: RunPlan, device: torch.device) -> None:
         self._data = data
         self._plan = plan
+        self._device = device
         self._is_pinned = device.type != "cpu"
         self._thread: ThreadPoolExecutor | None = None
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
@@ -42,7 +44,7 @@ class BatchReader:
             MoeppError, OSError: what reading this step raised, whether it was read now or ahead.
         """
         if self._thread is None:
-            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+            self._thread = ThreadPoolExecutor(1, "batches", use_in_thread, (self._device,))
         foreseen, future = self._ahead if self._ahead is not None else (None, None)
         self._ahead = None
         if future is None or foreseen != step:

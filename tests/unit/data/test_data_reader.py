@@ -96,3 +96,13 @@ def test_batches_are_bitwise_those_of_the_loader(tmp_path: Path) -> None:
         for batch, micro_step in zip(reader.read(step), range(2), strict=True):
             assert all(map(torch.equal, batch, same.train_batch(step, micro_step)))
     reader.close()
+
+
+def test_the_thread_takes_the_ranks_device_before_it_locks_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[tuple[str, object]] = []
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: events.append(("device", index)))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: events.append(("lock", tensor.shape)) or tensor)
+    reader = BatchReader(Source(), PLAN, torch.device("cuda", 5))
+    reader.read(0, has_next=False)
+    reader.close()
+    assert events[0] == ("device", 5) and {kind for kind, _ in events[1:]} == {"lock"}
