@@ -143,6 +143,7 @@ class Checkpointer:
             self._thread_error = error
 
     def _publish(self, staged: dict[str, Tensor], info: CheckpointInfo, start: float, blocked: float | None) -> None:
+        comm.limit_wait(self.group, comm.PATIENCE_SECONDS)  # disks of some ranks may be slow
         final = self.checkpoints / fmt.checkpoint_name(info.step)
         files: dict[str, FileEntry] = {}
         problems = self._write(staged, info, final, files)

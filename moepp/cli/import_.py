@@ -66,8 +66,9 @@ def run(args: argparse.Namespace) -> int:
     cfg = _configuration(args, source_format)
     launch = read_launch_environment()
     plan = validate(cfg, launch.world_size)
-    limit, facts = cfg.parallel.timeout_seconds, command_facts(cfg.runtime.plugins)
-    with joined(launch, cfg.parallel.expert, limit, facts, cfg.runtime.device, KEY) as groups:
+    limits = cfg.parallel.timeout_seconds, cfg.parallel.heartbeat_seconds
+    device, facts = cfg.runtime.device, command_facts(cfg.runtime.plugins)
+    with joined(launch, cfg.parallel.expert, limits[0], facts, device, limits[1], KEY) as groups:
         _import(cfg, plan, replace(cfg, init=replace(cfg.init, path=args.folder, format=source_format)), groups)
     if launch.rank == 0:
         place = shlex.quote(args.run_dir)

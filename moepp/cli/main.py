@@ -55,13 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report_errors(run: Callable[[], int]) -> int:
-    """Run and return its exit code; a user's error becomes one line on stderr and exit code 2."""
+    """Run and return its exit code; a user's error becomes one line on stderr and its own exit code, mostly 2."""
     try:
         cpu.chosen()  # a wrong kind is an error before any work
         return run()
     except MoeppError as error:
         print(f"error: {printable(' '.join(str(error).split()), _MESSAGE_CHARACTERS)}", file=sys.stderr)
-        return USAGE_EXIT_CODE
+        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPT_EXIT_CODE

@@ -15,7 +15,8 @@ Shapes: N rows sent, R rows received, D width, P ranks of the group, L local exp
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from moepp.errors import MoeppError
 
+PATIENCE_SECONDS = 24 * 3600.0
 Group = dist.ProcessGroup
 T = TypeVar("T")
 
@@ -324,7 +326,29 @@ def limit_waits(seconds: float) -> None:
     torch gives each new group 30 minutes (NCCL 10), whatever the default group has; DeepSpeed's are made out of reach.
     """
     for group in list(dist.distributed_c10d._world.pg_map):
-        group.set_timeout(timedelta(seconds=seconds))
+        limit_wait(group, seconds)
+
+
+def limit_wait(group: Group, seconds: float) -> None:
+    """Set the longest wait for another rank of one group."""
+    group.set_timeout(timedelta(seconds=seconds))
+
+
+@contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """Wait in all groups for as long as it takes; afterwards for ``seconds``.
+
+    For work that a rank does while others wait for it and that takes as long as data and disks are large. The watch
+    over the ranks notices one that is lost meanwhile.
+    """
+    limit_waits(PATIENCE_SECONDS)
+    yield
+    limit_waits(seconds)
+
+
+def abort_all() -> None:
+    """Give up every collective under way, in all process groups; none can be used afterwards."""
+    dist.distributed_c10d._abort_process_group()
 
 
 def run_together(action: Callable[[], Any], group: Group | None = None) -> Any:

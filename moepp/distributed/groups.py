@@ -16,7 +16,10 @@ from moepp.distributed.device import OPTION, pick_device, require_own_devices
 from moepp.distributed.launch import LaunchEnvironment, read_launch_environment
 from moepp.distributed.layout import Layout
 from moepp.distributed.meeting import join_store, meet
+from moepp.distributed.session import watched
 from moepp.errors import ConfigError, PeerError
+
+HEARTBEAT_SECONDS = 20.0  # as parallel.heartbeat_seconds is by default
 
 __all__ = [
     "LaunchEnvironment",
@@ -203,20 +206,19 @@ def joined(
     timeout_seconds: float,
     facts: Facts | None = None,
     device: str = "auto",
+    heartbeat_seconds: float = HEARTBEAT_SECONDS,
     named: str = OPTION,
 ) -> Iterator[ParallelGroups]:
     """Process groups for the time of a command, on this rank's device; all of them are left at its end.
 
     Raises:
         ConfigError: as :func:`init_process_group` and :func:`build_groups`; or the rank has no device.
-        PeerError: as :func:`init_process_group`.
+        PeerError: as :func:`init_process_group`; or another rank was lost.
     """
     own = pick_device(launch.local_rank, device, launch.local_size, named=named)
-    init_process_group(launch, own, timeout_seconds, {**(facts or {}), "the device": own.type})
-    try:
+    store = init_process_group(launch, own, timeout_seconds, {**(facts or {}), "the device": own.type})
+    with watched(store, launch, own, heartbeat_seconds, "look for that rank's own error, then start again"):
         yield build_groups(Layout(launch.world_size, expert=ep_size), own)
-    finally:
-        dist.destroy_process_group()
 
 
 def _new_group(ranks: list[int], device: torch.device) -> dist.ProcessGroup:

@@ -6,6 +6,7 @@ of this process alone: the ranks cannot meet, so each of them says it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ _TOGETHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FOREIGN = {"OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK", "PMI_SIZE": "PMI_RANK"}
 _MAX_PROCESSES = 1 << 20
 _REMEDY = "check the launcher"
+_EXIT_CODES = "MOEPP_EXIT_CODES"  # a file of launch/torchrun.py, which ends with what it holds; torchrun forgets it
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,13 @@ def read_launch_environment(environ: Mapping[str, str] = os.environ) -> LaunchEn
                 f"deepspeed or srun, or unset {name} for one process"
             )
     return _from_slurm(environ)
+
+
+def record_exit_code(code: int) -> None:
+    """Tell the launcher with which code this process is about to end."""
+    if path := os.environ.get(_EXIT_CODES):
+        with contextlib.suppress(OSError), open(path, "a") as stream:
+            stream.write(f"{code}\n")
 
 
 def _from_variables(environ: Mapping[str, str]) -> LaunchEnvironment:

@@ -135,7 +135,6 @@ def build_parts(
     peak = peak_flops_per_second(device_name(groups.device), cfg.train.precision)
     throughput = Throughput(groups.world_size, peak)
     checkpointer = Checkpointer(cfg.checkpoint, groups, run_dir.checkpoints, new_cpu_group(), check_claim)
-    comm.limit_waits(cfg.parallel.timeout_seconds)
     offset = start.run_state.skipped_batches if start is not None else 0
     sinks = comm.on_first_rank(lambda: open_sinks(run_dir.path, cfg, start_step, offset, check_claim))
     return Parts(

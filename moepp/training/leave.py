@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import traceback
 from typing import NoReturn
 
 from moepp.errors import MoeppError, PeerError
 from moepp.io.untrusted import terminal_text
 
+EXIT_CRASHED = 1  # as Python does
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells do
 
 
@@ -19,6 +21,7 @@ def leave(error: Exception) -> NoReturn:
     The first rank prints it; others only if their error says so, for example because it is theirs alone.
     """
     from moepp.config import explain_hydra_error
+    from moepp.distributed.launch import record_exit_code
     from moepp.distributed.refusal import print_once
 
     message = terminal_text(str(error) if isinstance(error, MoeppError) else explain_hydra_error(error))
@@ -28,10 +31,24 @@ def leave(error: Exception) -> NoReturn:
         print_once(message, here=getattr(error, "said_here", False))
     sys.stdout.flush()
     code = getattr(error, "exit_code", MoeppError.exit_code)
-    if codes := os.environ.get("MOEPP_EXIT_CODES"):  # launch/torchrun.py ends with it; torchrun forgets it
-        with contextlib.suppress(OSError), open(codes, "a") as stream:
-            stream.write(f"{code}\n")
+    record_exit_code(code)
     os._exit(code)  # exit handlers may wait for ranks that have left
+
+
+def leave_crashed() -> None:
+    """End one of several ranks whose exception nobody expected; the caller raises it on where there is but one.
+
+    Python would end with what is under way in the background, and collectives that wait for other ranks never end.
+    """
+    from moepp.distributed.launch import read_launch_environment, record_exit_code
+
+    with contextlib.suppress(MoeppError):
+        if read_launch_environment().world_size > 1:
+            traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            record_exit_code(EXIT_CRASHED)
+            os._exit(EXIT_CRASHED)
 
 
 def leave_interrupted() -> NoReturn:

@@ -32,7 +32,7 @@ from moepp.config import (
 )
 from moepp.errors import ConfigError, MoeppError
 from moepp.training import sweep
-from moepp.training.leave import leave, leave_interrupted
+from moepp.training.leave import leave, leave_crashed, leave_interrupted
 
 CONFIG_NAME = "config"
 # Options that say what is to be done; --cfg goes with --multirun and shows the jobs of the sweep.
@@ -51,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         leave(error)
     except KeyboardInterrupt:
         leave_interrupted()
+    except Exception:
+        leave_crashed()
+        raise
     if code:
         sys.stdout.flush()
         raise SystemExit(code)

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from moepp.checkpoint import choose_checkpoint, continues_same_data, read_info
 from moepp.config import Config, RunPlan, to_dict, validate
@@ -28,7 +23,8 @@ from moepp.distributed.groups import (
     read_launch_environment,
 )
 from moepp.distributed.peers import PeerWatch
-from moepp.errors import DataError, MoeppError, PeerError
+from moepp.distributed.session import watched
+from moepp.errors import DataError, MoeppError
 from moepp.metrics.logs import close_logging, setup_logging
 from moepp.metrics.wandb import require_wandb_login
 from moepp.model.accounting import count_parameters, parts_without_flops
@@ -43,6 +39,7 @@ from moepp.training.trainer import Trainer
 
 logger = logging.getLogger("moepp.training.run")
 
+AFTER_LOSS = "look for that rank's own error, then start again: the run continues from its newest checkpoint"
 LOCK_WAIT_SECONDS = 5.0  # a launcher may restart a run while its predecessor is still exiting
 
 
@@ -61,32 +58,14 @@ def run_training(cfg: Config) -> None:
     store = init_process_group(launch, device, cfg.parallel.timeout_seconds, facts, cfg.runtime.backend)
     if launch.rank > 0 and launch.local_rank == 0:  # the first of its host, whose log would be empty
         print(_introduce_rank(launch), flush=True)
-    watch = PeerWatch(store, launch.rank, launch.world_size, _leave)
     try:
-        _run(cfg, plan, build_groups(Layout.of(cfg.parallel, launch.world_size), device))
-        watch.stop()
-        with contextlib.suppress(RuntimeError):  # all work is done; a rank that died reports its own error
-            comm.barrier()  # rank 0 keeps the store, so it leaves last
-    except Exception as error:
-        if comm.is_communication_error(error):
-            raise _peer_error(watch.explain(error)) from error
-        watch.announce(error)
-        raise
+        with watched(store, launch, device, cfg.parallel.heartbeat_seconds, AFTER_LOSS, _log_to_file) as watch:
+            _run(cfg, plan, build_groups(Layout.of(cfg.parallel, launch.world_size), device), watch)
     finally:
         close_logging()
-        _leave_process_groups()
 
 
-def _leave_process_groups() -> None:
-    """Destroy the process groups, DeepSpeed's record of them too, or a second run would get the old ones."""
-    adopter = sys.modules.get("deepspeed.comm")
-    if adopter is not None and adopter.is_initialized():
-        adopter.destroy_process_group()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def _run(cfg: Config, plan: RunPlan, groups: ParallelGroups) -> None:
+def _run(cfg: Config, plan: RunPlan, groups: ParallelGroups, watch: PeerWatch) -> None:
     """Check what can be checked, then train in the run's directory."""
     corpora = comm.run_together(lambda: check_data(cfg))
     _compare_ranks(cfg, groups)
@@ -112,6 +91,7 @@ def _run(cfg: Config, plan: RunPlan, groups: ParallelGroups) -> None:
                 environment,
                 stop,
                 claim.check if claim is not None else lambda: None,
+                watch,
             )
     except MoeppError as error:
         _log_to_file(error)
@@ -133,21 +113,6 @@ def _compare_ranks(cfg: Config, groups: ParallelGroups) -> None:
 
 def _introduce_rank(launch: LaunchEnvironment | ParallelGroups) -> str:
     return f"rank {launch.rank} of {launch.world_size} on {socket.gethostname()}"
-
-
-def _peer_error(explanation: str) -> PeerError:
-    error = PeerError(
-        f"{explanation}; look for that rank's own error, then start again: the run continues from its newest checkpoint"
-    )
-    _log_to_file(error)
-    return error
-
-
-def _leave(explanation: str) -> None:
-    """End a process whose training thread waits for a lost rank."""
-    error = _peer_error(explanation)
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    os._exit(error.exit_code)
 
 
 def _log_to_file(error: MoeppError) -> None:
@@ -203,6 +168,7 @@ def _train(
     environment: dict[str, Any],
     stop: StopRequest,
     check_claim: Callable[[], None],
+    watch: PeerWatch,
 ) -> None:
     logger.info("preparing data and model in %s", run_dir.path)
     checkpoint = choose_checkpoint(cfg, run_dir.checkpoints, groups, corpora.differences)
@@ -214,7 +180,8 @@ def _train(
         if not (is_at_its_end and lacks_samples(cfg, run_dir.path)):
             logger.info("nothing to do: %s is at step %d; raise train.steps to go on", run_dir.path, start.step)
             return
-    parts = build_parts(cfg, plan, corpora, groups, run_dir, start, environment["packages"], check_claim)
+    with watch.busy(), comm.patience(cfg.parallel.timeout_seconds):
+        parts = build_parts(cfg, plan, corpora, groups, run_dir, start, environment["packages"], check_claim)
     _introduce(cfg, plan, groups)
     for remark in vocabulary_remarks(cfg, corpora.vocabulary):
         logger.warning("%s", remark)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from moepp.checkpoint import verify
 from tests.faults import ALL
 from tests.train_processes import ROOT, THREADS, TINY, TrainServer, checkpoint_names, records
 
+HOST = socket.gethostname()
 NATIVE = ["engine=native", "parallel.expert=2"]
 DEEPSPEED = ["engine=deepspeed", "parallel.expert=2"]
 ENDLESS = "train.steps=900"
@@ -178,7 +180,7 @@ def check_lost_rank(
     assert time.monotonic() - start < limit + 10
     for rank in others:
         (message,) = error_lines(run.output(rank))
-        assert f"rank {rank} stops: rank {lost} does not answer (last collective: " in message
+        assert f"rank {rank} stops: rank {lost} on {HOST} does not answer (last collective: " in message
         assert "none" not in message
         assert message in (folder / f"log/rank-{rank}.txt").read_text().replace(
             "moepp.training.run: rank", "moepp.training.run: error: rank"
@@ -219,7 +221,7 @@ def test_others_stop_with_the_error_of_a_rank_that_failed(
 ) -> None:
     run = server.start(tmp_path / "run", 2, [corpus, *engine, "train.steps=9"], [("raise_at", 1, 4)])
     assert run.wait(30) == [5, 1]
-    assert "rank 0 stops: rank 1 failed with ValueError: injected error" in error_lines(run.output(0))[0]
+    assert f"rank 0 stops: rank 1 on {HOST} failed with ValueError: injected error" in error_lines(run.output(0))[0]
     assert "ValueError: injected error" in run.output(1)
 
 
