@@ -188,7 +188,7 @@ def build_groups(layout: Layout, device: torch.device) -> ParallelGroups:
     only_this_rank = dist.group.WORLD if world_size == 1 else _new_group([rank], device)
     own: dict[str, dist.ProcessGroup] = {}
     for kinds in _SHARING:
-        made = {alone: only_this_rank}
+        made: dict[tuple[int, ...], dist.ProcessGroup] = {alone: only_this_rank}
         if "stage" in kinds:
             made[everyone] = dist.group.WORLD
         for kind in kinds:  # in the same order on every rank: members wait for each other
