@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import random
 from collections.abc import Callable
 from typing import Any
@@ -74,8 +75,8 @@ def all_cases() -> list[tuple[Setting, Layout]]:
     return [(setting, layout) for layout in chosen for setting in SETTINGS if layout != REFERENCE]
 
 
-def pairs_of_choices(setting: Setting, layout: Layout) -> set[tuple[Any, ...]]:
-    """What a case shows to work together."""
+def together(setting: Setting, layout: Layout, at_once: int) -> set[tuple[Any, ...]]:
+    """The combinations of ``at_once`` choices that a case shows to work together."""
     choices = {
         "place": (layout.ranks, layout.ep),
         "engine": (layout.engine, layout.zero),
@@ -84,23 +85,27 @@ def pairs_of_choices(setting: Setting, layout: Layout) -> set[tuple[Any, ...]]:
         "optimizer": setting.optimizer,
         "one_sided": setting.one_sided,
     }
-    return set(itertools.combinations(choices.items(), 2))
+    return set(itertools.combinations(choices.items(), at_once))
 
 
-def covering_sample(cases: list[tuple[Setting, Layout]]) -> set[tuple[Setting, Layout]]:
-    """A few cases in which every pair of choices occurs (greedy, always the same); the slow tests take all cases."""
+def covering_sample(cases: list[tuple[Setting, Layout]], at_once: int) -> set[tuple[Setting, Layout]]:
+    """A few cases in which all choices occur together that can, two or three at once (greedy, always the same)."""
     cases = random.Random(0).sample(cases, len(cases))
-    left = set().union(*(pairs_of_choices(*case) for case in cases))
+    shown = {case: together(*case, at_once) for case in cases}
+    left = set().union(*shown.values())
     sample = set()
     while left:
-        best = max(cases, key=lambda case: len(left & pairs_of_choices(*case)))
+        best = max(cases, key=lambda case: len(left & shown[case]))
         sample.add(best)
-        left -= pairs_of_choices(*best)
+        left -= shown[best]
     return sample
 
 
-CASES = all_cases()
-SAMPLE = covering_sample(CASES)
+# By default every pair of choices, in the slow tests every three; MOEPP_PARITY=all takes the whole cross product.
+SAMPLE = covering_sample(all_cases(), 2)
+IN_THREES = covering_sample(all_cases(), 3)
+TAKES_ALL = os.environ.get("MOEPP_PARITY") == "all"
+CASES = [case for case in all_cases() if TAKES_ALL or case in SAMPLE | IN_THREES]
 
 
 @pytest.mark.parametrize(
