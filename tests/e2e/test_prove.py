@@ -20,7 +20,7 @@ from moepp.moe.dispatch import AllToAllDispatcher
 from moepp.ops import backend
 from tests import parity
 from tests.devices import GPU
-from tests.gpu import distributed, fakes, kernels, layer, machine, prove, speed, training
+from tests.gpu import distributed, fakes, kernels, layer, machine, own_tests, prove, speed, training
 from tests.gpu.checks import CHECKS, KERNEL_CHECKS, STAGES, Check
 from tests.gpu.prove import Proof, main, parse_numbers, proven
 from tests.gpu.report import Place, Report, deviation
@@ -65,7 +65,7 @@ def test_the_first_checks_run_with_torch_triton_numpy_and_transformers_alone(tmp
 
 # Of the checks on the CPU where neither DeepSpeed nor another extra is installed.
 STATUSES = {3: "partial", 4: "skipped", 5: "passed", 6: "partial", 7: "passed", 8: "passed", 9: "passed"}
-STATUSES |= {10: "skipped", 11: "measured", 12: "passed", 13: "measured"}
+STATUSES |= {10: "skipped", 11: "measured", 12: "passed", 13: "measured", 14: "skipped"}
 
 
 @pytest.mark.slow
@@ -266,6 +266,18 @@ def test_the_checkpoint_check_fails_for_what_is_not_loaded(monkeypatch):
     monkeypatch.setattr(training, "load_training_state", forgets)
     names = failing(training.check_checkpoint)
     assert any(name.startswith("loaded on the CPU") and name.endswith("/exp_avg") for name in names)
+
+
+def test_own_tests_count_what_passed_and_name_what_failed():
+    report = Report()
+    own_tests.report_outcome(report, 0, "....\n640 passed, 3 skipped in 60.1s\n")
+    assert report.status == "passed" and report.notes["tests"] == {"passed": 640, "skipped": 3}
+    output = "FAILED tests/unit/moe/test_x.py::test_y[cuda:0] - AssertionError\n1 failed, 639 passed in 60.1s\n"
+    for code, text in ((1, output), (0, "99 passed in 3s"), (5, "no tests ran in 0.1s"), (2, "")):
+        report = Report()
+        own_tests.report_outcome(report, code, text)
+        assert report.status == "failed", text
+        assert "test_x" not in text or "test_y[cuda:0]" in str(report.failures[0])
 
 
 def test_idle_share_is_what_no_kernel_covers():

@@ -6,7 +6,6 @@ NCCL refuses two ranks on one device: those two exchange over gloo, which copies
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +16,7 @@ from moepp.bench.peers import one_process_group
 from moepp.moe import ExpertParallel
 from moepp.moe.dispatch import AllToAllDispatcher
 from tests.dist import WorkerFailure, WorkerPool, subgroups
-from tests.gpu.models import LayerRun, expect_same_bits
+from tests.gpu.models import LayerRun, device_events, expect_same_bits
 from tests.gpu.report import Place, Report, Skip
 from tests.gpu.training import alone
 from tests.moe_cases import Case, Choices, Observed, assert_agrees, expect, run_layer
@@ -49,11 +48,7 @@ def _check_streams(place: Place, report: Report, run: LayerRun) -> None:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         run.step()
         torch.cuda.synchronize()
-    results = profiler.profiler
-    assert results is not None and results.kineto_results is not None
-    events: list[Any] = results.kineto_results.events()
-    on_device = [event for event in events if event.device_type() == torch.autograd.DeviceType.CUDA]
-    streams = {event.device_resource_id() for event in on_device}
+    streams = {event.device_resource_id() for event in device_events(profiler)}
     report.note("streams", len(streams))
     report.at_most("streams, at least two", -len(streams), -2)
 

@@ -48,7 +48,7 @@ def describe(place: Place) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "cuda": torch.version.cuda or torch.version.hip,
             "driver": _driver(),
-            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+            "nccl": ".".join(map(str, importlib.import_module("torch.cuda.nccl").version())),
         }
     peak = peak_flops_per_second(facts["name"], "bf16")
     bf16 = torch.bfloat16

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
 
 from moepp.bench.cases import Case, ForcedRouting, make_layer, random_tokens
 from moepp.config import ModelConfig, configs_folder
@@ -22,6 +23,14 @@ from tests.gpu.report import Place, Report
 Results = dict[str, Tensor | None]  # an output and gradients by name
 SMALL = Case("small", 4, 2, 32, 48)
 PAPER = Case("8+4", 8, 2, 768, 2048)  # MoE++ 0.6B (arXiv 2410.07348, Table 2)
+
+
+def device_events(profiler: Any) -> list[Any]:
+    """What ran on the GPU while a profiler looked: kernels and copies, with start, duration and stream."""
+    results = profiler.profiler
+    assert results is not None and results.kineto_results is not None
+    events = results.kineto_results.events()
+    return [event for event in events if event.device_type() == DeviceType.CUDA and not event.is_user_annotation()]
 
 
 class LayerRun:

@@ -17,7 +17,7 @@ from moepp.bench import layer as bench_layer
 from moepp.bench import train as bench_train
 from moepp.bench.tables import Record
 from moepp.bench.timing import clock_for
-from moepp.config import OptimConfig
+from moepp.config import ModelConfig, OptimConfig
 from moepp.distributed.groups import build_groups
 from moepp.distributed.layout import Layout as RankLayout
 from moepp.engine.native import NativeEngine
@@ -26,7 +26,7 @@ from moepp.model.accounting import balanced_ffn_per_token, flops_per_token
 from moepp.ops import use_kernels
 from moepp.training.build import device_name
 from tests.gpu.layer import kernel_sets
-from tests.gpu.models import ModelRun, paper_model
+from tests.gpu.models import ModelRun, device_events, paper_model
 from tests.gpu.report import Place, Report, Skip, is_installed
 from tests.gpu.training import alone
 
@@ -67,16 +67,14 @@ def check_step_speed(place: Place, report: Report) -> None:
     with alone(place.device):
         for name, gflop in GFLOP_PER_TOKEN.items():
             full = paper_model(name)
-            found = flops_per_token(full, 2048, balanced_ffn_per_token(full.moe)).forward_backward / 1e9
-            report.at_most(f"{name}: GFLOP per token, distance from {gflop}", abs(found - gflop), 0.0005)
+            report.at_most(f"{name}: GFLOP per token, distance from {gflop}", abs(_gflop(full, 2048) - gflop), 0.0005)
             cfg = full
             if not place.is_cuda:
                 cfg = paper_model(name, 1, hidden_size=96, vocab_size=128, max_seq_len=64)
             for batch_size in (8, 16) if place.is_cuda else (1,):
                 row, losses = _time_steps(place, ModelRun(place, cfg, torch.bfloat16, batch_size, seq_len))
-                flops = flops_per_token(cfg, seq_len, balanced_ffn_per_token(cfg.moe)).forward_backward
                 peak = peak_flops_per_second(device_name(place.device), "bf16")
-                row["MFU"] = row["tokens/s"] * flops / peak if peak else None
+                row["MFU"] = row["tokens/s"] * _gflop(cfg, seq_len) * 1e9 / peak if peak else None
                 rows.append({"model": name} | row)
                 tokens = row["tokens"]
                 report.at_most(f"{name}, {tokens} tokens: losses that are not finite", _count_broken(losses), 0)
@@ -84,6 +82,13 @@ def check_step_speed(place: Place, report: Report) -> None:
                 if place.is_cuda:
                     report.at_most(f"{name}, {tokens} tokens: peak GiB", row["peak GiB"], MEMORY_GIB)
     report.measure("steps", rows)
+
+
+def _gflop(cfg: ModelConfig, seq_len: int) -> float:
+    """Forward and backward of one token."""
+    flops = flops_per_token(cfg, seq_len, balanced_ffn_per_token(cfg.moe)).forward_backward
+    assert flops is not None, "no registered part that does not count its operations"
+    return flops / 1e9
 
 
 def _count_broken(losses: list[float]) -> int:
@@ -123,11 +128,7 @@ def _profile_step(step: Any) -> Record:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
-    results = profiler.profiler
-    assert results is not None and results.kineto_results is not None
-    events: list[Any] = results.kineto_results.events()
-    on_device = [event for event in events if event.device_type() == torch.autograd.DeviceType.CUDA]
-    spans = sorted((event.start_ns(), event.start_ns() + event.duration_ns()) for event in on_device)
+    spans = sorted((event.start_ns(), event.start_ns() + event.duration_ns()) for event in device_events(profiler))
     return {"launches": len(spans), "idle share": idle_share(spans)}
 
 
@@ -147,7 +148,7 @@ def check_peer_speed(place: Place, report: Report) -> None:
     """The same step as transformers' Mixtral takes it, interleaved with ours and our vanilla twin's."""
     if not is_installed("transformers"):
         raise Skip("the package transformers is not installed")
-    shapes: dict[str, int] = {"seq_len": 2048, "vocab_size": 65536, "batch_size": 8}
+    shapes: dict[str, Any] = {"seq_len": 2048, "vocab_size": 65536, "batch_size": 8}
     if not place.is_cuda:
         shapes = {"num_layers": 1, "hidden_size": 32, "ffn_hidden_size": 48, "num_heads": 2, "vocab_size": 64}
         shapes |= {"seq_len": 8, "batch_size": 1, "rounds": 1}
