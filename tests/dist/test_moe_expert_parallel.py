@@ -40,13 +40,16 @@ def _parallel(case: Case, stats: CommStats) -> ExpertParallel:
     return ExpertParallel(*_groups(case).values(), stats, case.exchange_chunks)
 
 
-def _run_cases(rank: int, cases: list[Case]) -> list[Observed]:
-    return [run_layer(case, rank, **_groups(case)) for case in cases]
+def _run_cases(rank: int, cases: list[Case], device: str = "cpu") -> list[Observed]:
+    return [run_layer(case, rank, device=device, **_groups(case)) for case in cases]
 
 
-def check(pool: Any, cases: list[Case]) -> list[list[Observed]]:
-    """Run the cases on all ranks and compare each rank with the oracle; results as [case][rank]."""
-    by_case = [list(ranks) for ranks in zip(*pool.run(_run_cases, cases), strict=True)]
+def check(pool: Any, cases: list[Case], device: torch.device) -> list[list[Observed]]:
+    """Run the cases on all ranks and compare each rank with the oracle; results as [case][rank].
+
+    Ranks on a GPU share it, and exchange over gloo.
+    """
+    by_case = [list(ranks) for ranks in zip(*pool.run(_run_cases, cases, device.type), strict=True)]
     for case, observed in zip(cases, by_case, strict=True):
         for rank, expected in enumerate(expect(case)):
             assert_agrees(case, observed[rank], expected, rank)
@@ -67,8 +70,8 @@ def check_traffic(case: Case, observed: list[Observed]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("ranks", "ep_size"), LAYOUTS)
-def test_random_configurations_agree_with_the_oracle_on_every_rank(pools, ranks, ep_size, dtype):
-    check(pools(ranks), [draw_case(1000 + seed, dtype, ranks, ep_size) for seed in range(40)])
+def test_random_configurations_agree_with_the_oracle_on_every_rank(pools, ranks, ep_size, dtype, device):
+    check(pools(ranks), [draw_case(1000 + seed, dtype, ranks, ep_size) for seed in range(40)], device)
 
 
 # FFN experts 0..3 (EP=2: 0, 1 on the first rank; EP=4: one each), constant 4 and 5, copy 6, zero 7.
@@ -92,7 +95,7 @@ ROUTINGS = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("ranks", "ep_size"), [(2, 2), (4, 4), (4, 2)])
-def test_forced_routings_agree_with_the_oracle_on_every_rank(pools, ranks, ep_size, dtype):
+def test_forced_routings_agree_with_the_oracle_on_every_rank(pools, ranks, ep_size, dtype, device):
     cases = []
     for capacity in (None, 0.9):
         for scope in ("micro_batch", "data_parallel"):
@@ -103,14 +106,14 @@ def test_forced_routings_agree_with_the_oracle_on_every_rank(pools, ranks, ep_si
                 for parts in {1, 4 // ep_size}:
                     forced = {"ep_size": ep_size, "exchange_chunks": parts, "choices": choices}
                     cases.append(Case(cfg, tokens, hidden_size=9, dtype=dtype, **forced))
-    check(pools(ranks), cases)
+    check(pools(ranks), cases, device)
 
 
-def test_row_bytes_of_a_routing_counted_by_hand(pool_2):
+def test_row_bytes_of_a_routing_counted_by_hand(pool_2, device):
     # Rank 0 sends its assignments to experts 2 and 3, rank 1 those to 0 and 1: 2 + 3 rows, both ways, twice; fp64, D=9.
     choices = (((0, 2), (1, 6), (3, 5)), ((0, 1), (2, 1), (7, 4)))
     case = Case(config(capacity_factor=None), (3, 3), hidden_size=9, ep_size=2, choices=choices)
-    [observed] = check(pool_2, [case])
+    [observed] = check(pool_2, [case], device)
     assert [int(rank.stats["remote_assignments"]) for rank in observed] == [2, 3]
     row = 9 * 8
     # A rank sends its own remote rows twice (dispatch; combine's gradient), and its peer's twice (outputs; gradients).
@@ -145,38 +148,38 @@ def test_parts_that_do_not_divide_the_experts_of_a_rank_are_refused(pool_2, ffn)
         assert "exchange_chunks=3" in message and f"the {ffn // 2} FFN experts" in message and "\n" not in message
 
 
-def test_dropped_and_zero_computation_assignments_are_never_sent(pool_2):
+def test_dropped_and_zero_computation_assignments_are_never_sent(pool_2, device):
     choices = (((3, 6),) * 10, ((0, 6),) * 10)
     kept = {}
     for capacity in (None, 0.5):
         case = Case(config(capacity_factor=capacity), (10, 10), hidden_size=8, ep_size=2, choices=choices)
-        [observed] = check(pool_2, [case])
+        [observed] = check(pool_2, [case], device)
         kept[capacity] = int(observed[0].stats["remote_assignments"])
     # gamma tau K T / (tau N_FFN + N_ZC) = 0.5·0.6·20 / 6.4, rounded up
     assert kept == {None: 10, 0.5: 1}
 
 
-def test_bf16_rows_are_sent_in_two_bytes_per_element(pool_2):
+def test_bf16_rows_are_sent_in_two_bytes_per_element(pool_2, device):
     cases = [Case(config(), (9, 4), ep_size=2, dtype=torch.bfloat16, seed=seed) for seed in range(4)]
-    observed = check(pool_2, cases)
+    observed = check(pool_2, cases, device)
     assert all(rank.comm_stats.row_bytes > 0 for ranks in observed for rank in ranks)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_vanilla_moe_agrees_with_the_oracle_on_every_rank(pools, ranks, top_k):
+def test_vanilla_moe_agrees_with_the_oracle_on_every_rank(pools, ranks, top_k, device):
     cfg = config(4, 0, 0, 0, top_k=top_k)
-    check(pools(ranks), [Case(cfg, (5, 9, 0, 2)[:ranks], ep_size=ranks, seed=seed) for seed in range(3)])
+    check(pools(ranks), [Case(cfg, (5, 9, 0, 2)[:ranks], ep_size=ranks, seed=seed) for seed in range(3)], device)
 
 
-def test_layer_without_ffn_experts_works_under_expert_parallelism(pool_2):
-    [observed] = check(pool_2, [Case(config(0), (5, 3), ep_size=2)])
+def test_layer_without_ffn_experts_works_under_expert_parallelism(pool_2, device):
+    [observed] = check(pool_2, [Case(config(0), (5, 3), ep_size=2)], device)
     assert [rank.comm_stats.row_bytes for rank in observed] == [0, 0]
 
 
-def test_evaluation_is_dropless_under_expert_parallelism(pool_2):
+def test_evaluation_is_dropless_under_expert_parallelism(pool_2, device):
     cfg = config(capacity_factor=0.2, balance_loss_scope="data_parallel")
-    [observed] = check(pool_2, [Case(cfg, (9, 4), ep_size=2, training=False)])
+    [observed] = check(pool_2, [Case(cfg, (9, 4), ep_size=2, training=False)], device)
     assert [float(rank.stats["drop_fraction"]) for rank in observed] == [0, 0]
 
 

@@ -16,6 +16,7 @@ from moepp.bench.peers import one_process_group
 from moepp.moe import ExpertParallel
 from moepp.moe.dispatch import AllToAllDispatcher
 from tests.dist import WorkerFailure, WorkerPool, subgroups
+from tests.gpu.layouts import why_broken
 from tests.gpu.models import LayerRun, device_events, expect_same_bits
 from tests.gpu.report import Place, Report, Skip
 from tests.gpu.training import alone
@@ -57,7 +58,8 @@ def check_two_ranks(place: Place, report: Report) -> None:
     """The layer on two ranks against the oracle, and 20 steps of a model against one rank."""
     pool = WorkerPool(2, WORKER_SECONDS)
     try:
-        _require_gloo(pool, place)
+        if why := why_broken(pool, "all_to_all", place.device.type):
+            raise Skip(f"gloo's all-to-all on tensors of {place.device.type}: {why}")
         cases = _cases(place)
         by_rank = pool.run(_run_cases, list(cases.values()), place.device.type)
         for name, case, *observed in zip(cases, cases.values(), *by_rank, strict=True):
@@ -72,26 +74,6 @@ def check_two_ranks(place: Place, report: Report) -> None:
         report.expect("two processes", f"{reason[0]}: {reason[-1]}", "results of both", False)
     finally:
         pool.close()
-
-
-def _require_gloo(pool: WorkerPool, place: Place) -> None:
-    """gloo's collectives on tensors of the device: not every build has them."""
-    for rank, problem in enumerate(pool.run(_try_gloo, place.device.type)):
-        if problem is not None:
-            raise Skip(f"gloo cannot exchange tensors on {place.device.type}, rank {rank}: {problem}")
-
-
-def _try_gloo(rank: int, device: str) -> str | None:
-    try:
-        sent = torch.arange(4, device=device) + 10 * rank
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent)
-        wanted = torch.tensor([2 * rank, 2 * rank + 1, 10 + 2 * rank, 11 + 2 * rank])
-        assert received.tolist() == wanted.tolist(), f"received {received.tolist()}"
-        dist.all_reduce(sent)
-    except RuntimeError as error:
-        return " ".join(str(error).split())[:200]
-    return None
 
 
 SPREAD: Choices = ((0, 5), (1, 2), (2, 7), (3, 6), (4, 6), (1, 0), (3, 4))
