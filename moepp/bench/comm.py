@@ -144,7 +144,7 @@ def _exchange(rank: int, world_size: int, case: Case, name: str, tau: float | No
     ids_TK = gates.topk_ids_TK
     load_E = count_experts(ids_TK.flatten(), cfg.num_experts)
     ffn = sort_assignments(ids_TK, num_sharded)
-    assignments = Assignments(ids_TK, gates.weights_TK, ffn, load_E, load_E.new_zeros(()))
+    assignments = Assignments(ids_TK, gates.weights_TK, ffn, load_E, None, ids_TK.numel())
     x_TD = random_tokens(options.num_tokens, case.hidden_size, options.dtype, _device(options)).detach()
     group, comm_stats = _world(), comm.CommStats()
     dispatcher = AllToAllDispatcher(ExpertParallel(group, stats=comm_stats), num_sharded)

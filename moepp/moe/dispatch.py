@@ -18,6 +18,7 @@ a chunk, E FFN experts, P expert-parallel ranks, L = E/P local experts, G chunks
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -39,6 +40,7 @@ class Assignments:
         ffn: those that an FFN expert computes, sorted by expert (in the dispatcher's order); N is the sum of counts.
         load_E: choices of each expert of every kind, before drops.
         num_dropped: dropped assignments of any kind; None: capacity was not applied.
+        max_rows: no more assignments than these have a row; the host knows it without asking the device.
     """
 
     ids_TK: Tensor
@@ -46,6 +48,7 @@ class Assignments:
     ffn: ops.SortedAssignments
     load_E: Tensor
     num_dropped: Tensor | None
+    max_rows: int
 
     def row_order(self, num_rows: int) -> ops.RowOrder:
         """Return the rows in the order of experts; ``num_rows`` = N as the host knows it."""
@@ -57,7 +60,8 @@ class Chunk:
     """Rows for some of every rank's experts, which are sent together."""
 
     rows: Tensor  # for the local experts; in flight until they are received
-    counts_E: Tensor  # rows of each of these local experts, summing to R
+    counts_E: Tensor  # rows of each of these local experts, summing to R or, if the host does not know them, to less
+    host_counts: list[int] | None  # the same where the host knows them
     received_PL: list[list[int]] = field(default_factory=list)  # rows from each rank for each of them
     send_splits: list[int] = field(default_factory=list)
     pending: comm.PendingExchange | None = None  # None: they have arrived
@@ -86,18 +90,28 @@ class InFlight:
 
 
 class LocalDispatcher:
-    """All FFN experts live on this rank: a gather and a scatter."""
+    """All FFN experts live on this rank: a gather and a scatter.
+
+    Args:
+        takes_device_counts: whether the experts compute rows like these without the host knowing their counts. Then
+            nothing waits for the device, and the rows are as many as there could be.
+    """
+
+    def __init__(self, takes_device_counts: Callable[[Tensor], bool]) -> None:
+        self.takes_device_counts = takes_device_counts
 
     def sort_keys(self, expert_TK: Tensor) -> Tensor:
         """Sort key of each assignment."""
         return expert_TK
 
     def dispatch(self, x_TD: Tensor, assignments: Assignments) -> tuple[list[Chunk], DispatchMetadata]:
-        """Gather the rows [N, D] in expert order."""
-        counts_E = assignments.ffn.counts_E
-        order = assignments.row_order(int(counts_E.sum()))  # the one host synchronisation of the layer
+        """Gather the rows in expert order: N, or if the host does not know N as many as there could be."""
+        counts_E, host_counts = assignments.ffn.counts_E, None
+        if not self.takes_device_counts(x_TD):
+            host_counts = counts_E.tolist()  # the one host synchronisation of the layer
+        order = assignments.row_order(assignments.max_rows if host_counts is None else sum(host_counts))
         rows_ND = ops.gather_rows(x_TD, order)
-        return [Chunk(rows_ND, counts_E)], DispatchMetadata(order, assignments.weights_TK, 0)
+        return [Chunk(rows_ND, counts_E, host_counts)], DispatchMetadata(order, assignments.weights_TK, 0)
 
     def receive(self, chunk: Chunk) -> Tensor:
         """Return the rows to compute, [R, D] sorted by local expert."""
@@ -149,11 +163,15 @@ class AllToAllDispatcher:
         """Start the all-to-all; each chunk is in flight until :meth:`receive`."""
         counts_GPL = assignments.ffn.counts_E.view(self.num_chunks, self.num_ranks, self.experts_per_chunk)
         counts_PL = counts_GPL.transpose(0, 1).flatten(1)
-        # The one host synchronisation of the layer: split sizes must be known. On the CPU the gather runs meanwhile.
+        # The one host synchronisation of the layer: split sizes must be known. The gather runs meanwhile; where the
+        # host would wait even for the number of this rank's own rows, of as many as there could be.
         pending = comm.start_count_exchange(counts_PL, self.group, self.stats)
+        order, gathered_BD = assignments.row_order(assignments.max_rows), None
+        if not comm.host_reads_at_once(counts_PL):
+            gathered_BD = ops.gather_ahead(x_TD, order)
         sent = pending.sent()
-        order = assignments.row_order(sum(map(sum, sent)))
-        rows_ND = ops.gather_rows(x_TD, order)
+        order = order.first(sum(map(sum, sent)))
+        rows_ND = ops.gather_rows(x_TD, order, gathered_BD)
         received = pending.received()
         splits = [(self._counts_of(chunk, sent), self._counts_of(chunk, received)) for chunk in range(self.num_chunks)]
         blocks = rows_ND.split([sum(map(sum, there)) for there, _ in splits]) if self.num_chunks > 1 else (rows_ND,)
@@ -173,7 +191,8 @@ class AllToAllDispatcher:
     ) -> Chunk:
         send_splits, receive_splits = [sum(row) for row in sent_PL], [sum(row) for row in received_PL]
         pending, in_flight_RD = comm.start_exchange(rows_XD, send_splits, receive_splits, self.group, self.stats)
-        return Chunk(in_flight_RD, counts_E, received_PL, send_splits, pending)
+        host_counts = [sum(column) for column in zip(*received_PL, strict=True)]
+        return Chunk(in_flight_RD, counts_E, host_counts, received_PL, send_splits, pending)
 
     def receive(self, chunk: Chunk) -> Tensor:
         """Wait for a chunk; its rows to compute, [R, D] sorted by local expert."""

@@ -15,7 +15,7 @@ from moepp.config import MoEConfig
 from moepp.distributed import comm
 from moepp.distributed.sequence import SequenceParallel
 from moepp.errors import ConfigError
-from moepp.moe.capacity import keep_within_capacity
+from moepp.moe.capacity import capacities, keep_within_capacity
 from moepp.moe.dispatch import AllToAllDispatcher, Assignments, LocalDispatcher
 from moepp.moe.experts import FFNExperts, ZeroComputation
 from moepp.moe.gates import Gates
@@ -100,7 +100,7 @@ class MoELayer(nn.Module):
         self.router = make_router(cfg, hidden_size)
         self.zero_computation = ZeroComputation(cfg, hidden_size)
         self.experts = FFNExperts(cfg, hidden_size, cfg.num_ffn_experts // parallel.size)
-        self.dispatcher: LocalDispatcher | AllToAllDispatcher = LocalDispatcher()
+        self.dispatcher: LocalDispatcher | AllToAllDispatcher = LocalDispatcher(self.experts.takes_device_counts)
         if parallel.size > 1:
             self.dispatcher = AllToAllDispatcher(parallel, cfg.num_ffn_experts)
         self.reset_parameters()
@@ -139,12 +139,12 @@ class MoELayer(nn.Module):
         assignments = self.assign(gates, batch_size=x.shape[0] if x.dim() == 3 else 1)
         if self.cfg.scale_input_by_top_k:
             x_TD = share_gradient(x_TD * self.cfg.top_k)
+        z_loss = router_z_loss(logits_TE=logits_TE) if self.cfg.z_loss_weight else logits_TE.new_zeros(())
         chunks, metadata = self.dispatcher.dispatch(x_TD, assignments)  # starts the all-to-all: FFN assignments only
         local_TD = self.zero_computation(x_TD, assignments.ids_TK, assignments.weights_TK)  # meanwhile
-        z_loss = router_z_loss(logits_TE=logits_TE) if self.cfg.z_loss_weight else logits_TE.new_zeros(())
         outputs = []  # usually of one chunk; with several, compute overlaps communication
         for chunk, weights in zip(chunks, self.experts.weights(len(chunks)), strict=True):
-            rows_RD = self.experts(self.dispatcher.receive(chunk), chunk.counts_E, weights)
+            rows_RD = self.experts(self.dispatcher.receive(chunk), chunk.counts_E, weights, chunk.host_counts)
             outputs.append(self.dispatcher.send_back(rows_RD, chunk))
         out_TD = self.dispatcher.combine(outputs, metadata, local_TD)
         record = RoutingRecord(
@@ -162,15 +162,17 @@ class MoELayer(nn.Module):
         """Apply the capacity and find the assignments that FFN experts compute; of ``batch_size`` sequences."""
         cfg, ids_TK, weights_TK = self.cfg, gates.topk_ids_TK, gates.weights_TK
         load_E = count_experts(ids_TK.flatten(), cfg.num_experts)
-        expert_TK, num_dropped = ids_TK, None
+        expert_TK, num_dropped, max_rows = ids_TK, None, ids_TK.numel()
         if self.training and cfg.capacity_factor is not None:
+            ffn_capacity, _ = capacities(cfg, ids_TK.numel() * self.sequence.size)
+            max_rows = min(max_rows, cfg.num_ffn_experts * ffn_capacity)
             kept_TK = keep_within_capacity(ids_TK, weights_TK, cfg, self.sequence, batch_size)
             weights_TK = weights_TK * kept_TK
             expert_TK = torch.where(kept_TK, ids_TK, cfg.num_experts)
             num_dropped = (~kept_TK).sum()
         # Assignments of other kinds are left out: their keys are num_ffn_experts or more.
         ffn = sort_assignments(self.dispatcher.sort_keys(expert_TK), cfg.num_ffn_experts)
-        return Assignments(ids_TK, weights_TK, ffn, load_E, num_dropped)
+        return Assignments(ids_TK, weights_TK, ffn, load_E, num_dropped, max_rows)
 
     def _summarize(self, out: UnsummarizedOutput, selection_share_E: Tensor | None) -> MoEOutput:
         share_LE = None if selection_share_E is None else selection_share_E.unsqueeze(0)

@@ -7,13 +7,14 @@ On the CPU, kernels compiled for the machine (:mod:`moepp.ops.cpu`) take their p
 from moepp.ops.affine_experts import affine_experts
 from moepp.ops.assignments import SortedAssignments, count_experts, sort_assignments
 from moepp.ops.attention import AttentionMask, attend, document_mask
-from moepp.ops.backend import choose_kernels, describe, describe_experts, use_kernels
+from moepp.ops.backend import choose_kernels, describe, use_kernels
 from moepp.ops.cross_entropy import chunked_cross_entropy, log_softmax
+from moepp.ops.expert_products import expert_products, takes_device_counts, use_grouped_products
 from moepp.ops.gates import NORMALIZATIONS as GATE_NORMALIZATIONS
 from moepp.ops.gates import softmax_gates
 from moepp.ops.grouped_swiglu import grouped_swiglu
 from moepp.ops.matmul import linear, linear_fp32, multiplies_in_float32
-from moepp.ops.permute import RowOrder, combine_rows, donate, gather_rows
+from moepp.ops.permute import RowOrder, combine_rows, donate, gather_ahead, gather_rows
 from moepp.ops.projection import project
 from moepp.ops.rms_norm import rms_norm
 from moepp.ops.rotary import rotate
@@ -31,9 +32,10 @@ __all__ = [
     "combine_rows",
     "count_experts",
     "describe",
-    "describe_experts",
     "document_mask",
     "donate",
+    "expert_products",
+    "gather_ahead",
     "gather_rows",
     "grouped_swiglu",
     "linear",
@@ -46,5 +48,7 @@ __all__ = [
     "share_gradient",
     "softmax_gates",
     "sort_assignments",
+    "takes_device_counts",
+    "use_grouped_products",
     "use_kernels",
 ]

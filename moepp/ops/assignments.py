@@ -18,8 +18,8 @@ class SortedAssignments:
     """Assignments sorted by expert.
 
     Attributes:
-        assignments_A: their numbers, those of expert 0 first, in the order of tokens; beyond ``counts_E.sum()``
-            undefined.
+        assignments_A: their numbers, those of expert 0 first, in the order of tokens; beyond ``counts_E.sum()`` those
+            that were left out (with the CPU's kernels: undefined).
         counts_E: assignments of each expert, int64.
         positions_TK: where each assignment lies in ``assignments_A``, or -1 where it was left out.
     """

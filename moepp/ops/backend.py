@@ -117,6 +117,11 @@ def row_kernels(tensor: Tensor) -> Library | TritonRows | None:
     return _triton_rows()
 
 
+def chosen_kernels() -> str:
+    """Return the choice in force, one of ``KERNELS``."""
+    return _chosen
+
+
 def uses_triton() -> bool:
     """Return whether Triton's kernels are chosen."""
     return _chosen == "triton"
@@ -151,11 +156,3 @@ def describe(device: torch.device, dtype: torch.dtype) -> str:
     if uses_triton():
         return "triton"
     return "compiled" if cpu_kernels_for(device, dtype) else "torch"
-
-
-def describe_experts(device: torch.device, dtype: torch.dtype) -> str:
-    """Return the name of the kernels of FFN experts on this device and dtype, for reports."""
-    kernels = cpu_kernels_for(device, dtype)
-    if kernels is not None and kernels.has_amx:
-        return "amx"
-    return "avx2" if kernels is not None and kernels.has_avx2_experts else "torch"

@@ -1,7 +1,8 @@
 """SwiGLU experts over rows sorted by expert: ``down(silu(gate(x)) * up(x))`` with weights stacked over experts.
 
-On an accelerator these are torch's grouped matrix products. On the CPU kernels for AMX or AVX2 do the same, elsewhere
-a loop over experts. An expert without rows gets zero gradients, never None.
+Where the accelerator has a native grouped matmul these are torch's grouped products, elsewhere a loop over experts; on
+the CPU kernels for AMX or AVX2 do the same (:mod:`moepp.ops.expert_products`). An expert without rows gets zero
+gradients, never None.
 
 Shapes: R rows sorted by expert, D width, F expert width, G = 2F, E local experts, C rows of one chunk.
 """
@@ -14,32 +15,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moepp.ops.backend import row_kernels, uses_triton
 from moepp.ops.chunks import WeightGradients, chunks, largest_chunk
 from moepp.ops.cpu.amx_experts import AMXSwiGLU, supports_amx
 from moepp.ops.cpu.avx2_experts import AVX2SwiGLU, supports_avx2
+from moepp.ops.expert_products import GROUPED_BYTES, takes_device_counts
 from moepp.ops.matmul import dense_transpose, mm
 from moepp.ops.swiglu import swiglu, swiglu_backward
 
 
 def grouped_swiglu(
-    rows_RD: Tensor, counts_E: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, chunk_rows: int | None = None
+    rows_RD: Tensor,
+    counts_E: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    chunk_rows: int | None = None,
+    host_counts: list[int] | None = None,
 ) -> Tensor:
     """Return outputs [R, D] of each expert's rows.
 
     Args:
         rows_RD: sorted by expert.
-        counts_E: rows of each expert, int64, summing to R.
+        counts_E: rows of each expert, int64, summing to R; to less than R only for grouped products, which leave
+            anything at all in the outputs of further rows.
         gate_up_EGD: rows 0..F-1 gate, F..2F-1 up.
         down_EDF: back to the width.
         chunk_rows: hidden activations of at most this many rows exist at a time; they are not stored, and
             backward computes them again. None: all are stored.
+        host_counts: ``counts_E`` where the host knows them already; else a loop waits for the device.
     """
     gate_up_EGD, down_EDF = gate_up_EGD.to(rows_RD.dtype), down_EDF.to(rows_RD.dtype)
-    if chunk_rows is None and has_grouped_mm(rows_RD):
-        return _grouped(rows_RD, counts_E, gate_up_EGD, down_EDF)
+    if takes_device_counts(rows_RD.device, rows_RD.dtype, rows_RD.shape[1], down_EDF.shape[2], chunk_rows):
+        return _GroupedSwiGLU.apply(rows_RD, counts_E, gate_up_EGD, down_EDF)
     stores = torch.is_grad_enabled() and chunk_rows is None
-    arguments = (rows_RD, gate_up_EGD, down_EDF, counts_E.tolist(), chunk_rows, stores)
+    host_counts = counts_E.tolist() if host_counts is None else host_counts
+    arguments = (rows_RD, gate_up_EGD, down_EDF, host_counts, chunk_rows, stores)
     if supports_amx(rows_RD, down_EDF.shape[2]):
         return AMXSwiGLU.apply(*arguments)
     if supports_avx2(rows_RD):
@@ -47,41 +56,81 @@ def grouped_swiglu(
     return _LoopSwiGLU.apply(*arguments)
 
 
-def has_grouped_mm(rows_RD: Tensor) -> bool:
-    """Return whether torch has a grouped matmul for this device and dtype (bf16, compute capability >= 8.0)."""
-    if not hasattr(F, "grouped_mm") or rows_RD.dtype != torch.bfloat16 or not rows_RD.is_cuda:
-        return False
-    return torch.cuda.get_device_capability(rows_RD.device) >= (8, 0)
+def grouped_mm(left: Tensor, right: Tensor, ends_E: Tensor) -> Tensor:
+    """Multiply group by group: [R, M] by [E, M, N] gives [R, N], [M, R] by [R, N] gives [E, M, N]; no autograd.
+
+    Args:
+        left: rows of group e end before row (column) ``ends_E[e]``.
+        right: in the second form the same rows.
+        ends_E: int32, on the device.
+    """
+    # In the second form torch's kernel takes groups of any size, 0 included, where `left` is column-major and `right`
+    # row-major, and only there: no rows have to be added for alignment.
+    return F.grouped_mm(left, right, offs=ends_E)
 
 
-def _grouped(rows_RD: Tensor, counts_E: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
-    ends_E = counts_E.cumsum(0, dtype=torch.int32)
-    gate_up_RG = F.grouped_mm(rows_RD, gate_up_EGD.transpose(1, 2), offs=ends_E)
-    gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)
-    act_RF = _RowSwiGLU.apply(gate_up_RG) if uses_triton() else F.silu(gate_RF) * up_RF
-    return F.grouped_mm(act_RF, down_EDF.transpose(1, 2), offs=ends_E)
+def aligned(tensor: Tensor) -> Tensor:
+    """Return the tensor itself where the grouped product takes its memory, else a copy.
+
+    It wants dense rows and addresses that are multiples of 16 bytes. A parameter inside a flat buffer, as engines make
+    them, may begin anywhere.
+    """
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % GROUPED_BYTES == 0 else tensor.clone()
 
 
-class _RowSwiGLU(torch.autograd.Function):
-    """``silu(gate) * up`` [R, F] of gate_up [R, 2F] by one kernel; stores gate_up alone for backward."""
+class _GroupedSwiGLU(torch.autograd.Function):
+    """All experts in one product each; stores gate_up [R, 2F] and computes the activation again.
+
+    Row counts stay on the device. Where they sum to less than R, the products leave the memory of further rows as it
+    was.
+    """
 
     @staticmethod
-    def forward(ctx: Any, gate_up_RG: Tensor) -> Tensor:
-        gate_up_RG = gate_up_RG.contiguous()
-        ctx.save_for_backward(gate_up_RG)
-        act_RF = gate_up_RG.new_empty(len(gate_up_RG), gate_up_RG.shape[1] // 2)
-        gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)
+    def forward(ctx: Any, rows_RD: Tensor, counts_E: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
+        ctx.is_empty = len(rows_RD) == 0 or len(counts_E) == 0
+        if ctx.is_empty:
+            ctx.save_for_backward(rows_RD, gate_up_EGD, down_EDF)
+            return torch.zeros_like(rows_RD)
+        rows_RD, gate_up_EGD, down_EDF = aligned(rows_RD), aligned(gate_up_EGD), aligned(down_EDF)
+        ends_E = counts_E.cumsum(0, dtype=torch.int32)
+        gate_up_RG = grouped_mm(rows_RD, gate_up_EGD.transpose(1, 2), ends_E)
+        gate_RF, up_RF = gate_up_RG.chunk(2, dim=1)
+        act_RF = rows_RD.new_empty(gate_RF.shape)
         swiglu(gate_RF, up_RF, act_RF)
-        ctx.kernels, ctx.shape = row_kernels(gate_up_RG), act_RF.shape
-        return act_RF
+        out_RD = grouped_mm(act_RF, down_EDF.transpose(1, 2), ends_E)
+        ctx.save_for_backward(rows_RD, gate_up_EGD, down_EDF, gate_up_RG, counts_E, ends_E)
+        return out_RD
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_act_RF: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (gate_up_RG,) = ctx.saved_tensors
-        grad_gate_up_RG = torch.empty_like(gate_up_RG)
-        ctx.kernels.call("swiglu_backward", gate_up_RG, grad_act_RF.contiguous(), grad_gate_up_RG, None, *ctx.shape)
-        return grad_gate_up_RG
+    def backward(ctx: Any, grad_out_RD: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if ctx.is_empty:
+            grad_rows_RD, grad_gate_up_EGD, grad_down_EDF = map(torch.zeros_like, ctx.saved_tensors)
+            return grad_rows_RD, None, grad_gate_up_EGD, grad_down_EDF
+        rows_RD, gate_up_EGD, down_EDF, gate_up_RG, counts_E, ends_E = ctx.saved_tensors
+        wants_rows, _, wants_gate_up, wants_down = ctx.needs_input_grad
+        grad_out_RD = aligned(grad_out_RD)
+        grad_act_RF = grouped_mm(grad_out_RD, down_EDF, ends_E)
+        grad_gate_up_RG, act_RF = torch.empty_like(gate_up_RG), torch.empty_like(grad_act_RF)
+        swiglu_backward(gate_up_RG, grad_act_RF, grad_gate_up_RG, act_RF)
+        no_rows_E11 = (counts_E == 0).view(-1, 1, 1)
+        grad_rows_RD = grad_gate_up_EGD = grad_down_EDF = None
+        if wants_down:
+            grad_down_EDF = _weight_gradient(grad_out_RD, act_RF, ends_E, no_rows_E11)
+        if wants_gate_up:
+            grad_gate_up_EGD = _weight_gradient(grad_gate_up_RG, rows_RD, ends_E, no_rows_E11)
+        if wants_rows:
+            grad_rows_RD = grouped_mm(grad_gate_up_RG, gate_up_EGD, ends_E)
+        return grad_rows_RD, None, grad_gate_up_EGD, grad_down_EDF
+
+
+def _weight_gradient(grad_RM: Tensor, rows_RN: Tensor, ends_E: Tensor, no_rows_E11: Tensor) -> Tensor:
+    """Return ``gradᵀ rows`` of each group, [E, M, N]; zeros for an expert without rows.
+
+    On Blackwell torch's kernel leaves the memory of such an expert's result as it was (pytorch/pytorch#172439).
+    """
+    return grouped_mm(grad_RM.t(), rows_RN, ends_E).masked_fill_(no_rows_E11, 0)
 
 
 class _LoopSwiGLU(torch.autograd.Function):

@@ -8,6 +8,7 @@ and the result is rounded: the same sums, as bfloat16 products are summed in flo
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -72,8 +73,14 @@ class _Float32Linear(torch.autograd.Function):
 def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T`` in float32 at least, whatever the dtypes and autocast."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return F.linear(x.to(dtype), weight.to(dtype))
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Return a block within which products keep the precision of their factors."""
+    has_autocast = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if has_autocast else nullcontext()
 
 
 def transpose(tensor_RM: Tensor, out_MR: Tensor) -> None:

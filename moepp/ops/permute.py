@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moepp.ops.backend import require_row_kernels, row_kernels
@@ -30,28 +31,56 @@ class RowOrder:
         """The token of each row."""
         return self.assignments_R // self.positions_TK.shape[1]
 
+    def __len__(self) -> int:
+        return len(self.assignments_R)
 
-def gather_rows(x_TD: Tensor, order: RowOrder) -> Tensor:
-    """Return the token of every row: [R, D]."""
-    return _Gather.apply(x_TD, order.token_ids_R, order.positions_TK, shared_gradient(x_TD))
+    def first(self, num_rows: int) -> RowOrder:
+        """Return the order of the first rows, where the others belong to no assignment."""
+        order = RowOrder(self.assignments_R[:num_rows], self.positions_TK)
+        if "token_ids_R" in vars(self):  # computed already
+            vars(order)["token_ids_R"] = self.token_ids_R[:num_rows]
+        return order
+
+    @cached_property
+    def row_ids_A(self) -> Tensor:
+        """The row of each assignment; R, one more than the last, where it has none."""
+        return self.positions_TK.flatten().remainder(len(self) + 1)  # -1 becomes R
+
+    @cached_property
+    def first_assignment_T(self) -> Tensor:
+        """The first assignment of each token."""
+        num_tokens, top_k = self.positions_TK.shape
+        return torch.arange(0, num_tokens * top_k, top_k, device=self.positions_TK.device)
+
+
+def gather_rows(x_TD: Tensor, order: RowOrder, gathered_BD: Tensor | None = None) -> Tensor:
+    """Return the token of every row: [R, D]; the first of ``gathered_BD``, if :func:`gather_ahead` has them already."""
+    return _Gather.apply(x_TD, order, shared_gradient(x_TD), None if gathered_BD is None else gathered_BD[: len(order)])
+
+
+@torch.no_grad()
+def gather_ahead(x_TD: Tensor, order: RowOrder) -> Tensor:
+    """Return the token of every row, for :func:`gather_rows`: before it is known where the rows end."""
+    return x_TD.index_select(0, order.token_ids_R)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, token_ids_R: Tensor, positions_TK: Tensor, shared: SharedGradient | None
+        ctx: Any, x_TD: Tensor, order: RowOrder, shared: SharedGradient | None, gathered_RD: Tensor | None
     ) -> Tensor:
         ctx.shared = shared
-        ctx.save_for_backward(positions_TK)
         ctx.kernels, ctx.shape = row_kernels(x_TD), x_TD.shape
-        return x_TD.index_select(0, token_ids_R)
+        ctx.order = order if ctx.kernels is None else None
+        ctx.save_for_backward(order.positions_TK)
+        return x_TD.index_select(0, order.token_ids_R) if gathered_RD is None else gathered_RD
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (positions_TK,) = ctx.saved_tensors
         if ctx.kernels is None:
-            return _add_rows(grad_RD.new_zeros(ctx.shape), grad_RD, positions_TK), None, None, None
+            return _sum_rows(F.pad(grad_RD, (0, 0, 0, 1)), ctx.order), None, None, None
         grad_x_TD = grad_RD.new_empty(ctx.shape)
         sum_TD = None if ctx.shared is None else ctx.shared.take()
         inputs = (grad_RD.contiguous(), positions_TK, None, sum_TD)
@@ -75,37 +104,41 @@ def combine_rows(rows_RD: Tensor, order: RowOrder, weights_TK: Tensor, start_TD:
     """
     if row_kernels(rows_RD):
         return _Combine.apply(rows_RD, order.positions_TK, weights_TK, start_TD)
-    weights_R = weights_TK.flatten().index_select(0, order.assignments_R)
-    weighted_RD = (rows_RD * weights_R.unsqueeze(-1)).to(rows_RD.dtype)
-    start_TD = rows_RD.new_zeros(len(weights_TK), rows_RD.shape[1]) if start_TD is None else start_TD
-    return _AddRows.apply(start_TD, weighted_RD, order.token_ids_R, order.positions_TK)
+    return _CombineByTorch.apply(rows_RD, order, weights_TK, start_TD)
 
 
-def _add_rows(start_TD: Tensor, rows_RD: Tensor, positions_TK: Tensor) -> Tensor:
-    """Return each token's rows added to its start in a fixed order and rounded once: bitwise reproducible.
+def _sum_rows(rows_XD: Tensor, order: RowOrder) -> Tensor:
+    """Return the sum of each token's rows, [T, D], from rows [R + 1, D] whose last one stands for "no row".
 
-    ``index_add`` on an accelerator adds in the order in which its threads come, and rounds each time.
+    Taken in a fixed order, in float32, and rounded once: always the same bits. ``index_add`` on an accelerator adds in
+    the order in which its threads come, and rounds each time. Padding is left out of a bag, whatever it holds.
     """
-    if not len(rows_RD):
-        return start_TD.clone()
-    total_TD = start_TD.to(torch.promote_types(rows_RD.dtype, torch.float32), copy=True)
-    for position_T in positions_TK.unbind(1):
-        rows_TD = rows_RD.index_select(0, position_T.clamp(min=0))
-        total_TD += rows_TD.masked_fill((position_T < 0).unsqueeze(1), 0)
-    return total_TD.to(rows_RD.dtype)
+    bags = {"offsets": order.first_assignment_T, "padding_idx": len(rows_XD) - 1}
+    return F.embedding_bag(order.row_ids_A, rows_XD, mode="sum", **bags)
 
 
-class _AddRows(torch.autograd.Function):
+class _CombineByTorch(torch.autograd.Function):
+    """Rows that no assignment has may hold anything: they meet the sums of no token."""
+
     @staticmethod
-    def forward(ctx: Any, start_TD: Tensor, rows_RD: Tensor, token_ids_R: Tensor, positions_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(token_ids_R)
-        return _add_rows(start_TD, rows_RD, positions_TK)
+    def forward(ctx: Any, rows_RD: Tensor, order: RowOrder, weights_TK: Tensor, start_TD: Tensor | None) -> Tensor:
+        weights_R = weights_TK.flatten().index_select(0, order.assignments_R)
+        weighted_XD = rows_RD.new_empty(len(rows_RD) + 1, rows_RD.shape[1])
+        torch.mul(rows_RD, weights_R.unsqueeze(1), out=weighted_XD[:-1])
+        ctx.order, ctx.has_start, ctx.weights_dtype = order, start_TD is not None, weights_TK.dtype
+        ctx.save_for_backward(rows_RD, weights_R)
+        out_TD = _sum_rows(weighted_XD, order)
+        return out_TD if start_TD is None else out_TD.add_(start_TD)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (token_ids_R,) = ctx.saved_tensors
-        return grad_TD, grad_TD.index_select(0, token_ids_R), None, None
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (rows_RD, weights_R), order = ctx.saved_tensors, ctx.order
+        grad_RD = grad_TD.index_select(0, order.token_ids_R)
+        dots_R = (grad_RD * rows_RD).sum(1, dtype=ctx.weights_dtype)
+        grad_weights_A = F.pad(dots_R, (0, 1)).index_select(0, order.row_ids_A)
+        grad_rows_RD = torch.mul(grad_RD, weights_R.unsqueeze(1), out=grad_RD)
+        return grad_rows_RD, None, grad_weights_A.view_as(order.positions_TK), grad_TD if ctx.has_start else None
 
 
 class _Combine(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,8 @@ from moepp.moe import ExpertParallel
 from moepp.runs.directory import RunDir
 from moepp.training.trainer import Evaluation, Parts
 
+logger = logging.getLogger(__name__)
+
 
 def device_name(device: torch.device) -> str:
     """Return the accelerator's name as its vendor gives it, or the processor's architecture."""
@@ -49,6 +52,10 @@ def build_model(cfg: Config, groups: ParallelGroups, comm_stats: comm.CommStats)
     model.to(DTYPES[cfg.train.precision])
     init_parameters(model, cfg.run.seed, groups.ep_rank, groups.ep_size)
     model.set_recompute(cfg.train.recompute)
+    moe, dtype = cfg.model.moe, DTYPES[cfg.train.precision]
+    if cfg.model.moe_layers and moe.num_ffn_experts:
+        sizes = (cfg.model.hidden_size, moe.ffn_hidden_size, moe.expert_chunk_rows)
+        logger.info("FFN experts: %s", ops.expert_products(groups.device, dtype, *sizes))
     return model
 
 

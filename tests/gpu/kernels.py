@@ -22,8 +22,7 @@ from moepp.distributed.layout import Layout as RankLayout
 from moepp.engine.native import NativeEngine
 from moepp.moe import ExpertParallel, MoELayer
 from moepp.moe.dispatch import AllToAllDispatcher
-from moepp.ops import RowOrder, combine_rows, gather_rows, use_kernels
-from moepp.ops.grouped_swiglu import has_grouped_mm
+from moepp.ops import RowOrder, combine_rows, expert_products, gather_rows, use_kernels
 from moepp.ops.swiglu import swiglu
 from tests.gpu.layer import kernel_sets
 from tests.gpu.models import LayerRun, ModelRun, expect_close, expect_same_bits, step_model
@@ -121,7 +120,7 @@ def check_waits(place: Place, report: Report) -> None:
     cfg, dtype = step_model(place), torch.bfloat16
     with one_process_group(place.device):
         groups = build_groups(RankLayout(1), place.device)
-        native = has_grouped_mm(torch.zeros(8, 64, dtype=dtype, device=place.device))
+        native = expert_products(place.device, dtype, cfg.hidden_size, cfg.moe.ffn_hidden_size).is_grouped
         for name, per_layer in (("experts here", 0 if native else 1), ("exchange", 1)):
             run = ModelRun(place, cfg, dtype, 4, 1024)
             if name == "exchange":

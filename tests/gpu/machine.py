@@ -14,7 +14,7 @@ import torch
 from moepp import ops
 from moepp.distributed.device import pick_device
 from moepp.metrics.throughput import peak_flops_per_second
-from moepp.ops.grouped_swiglu import has_grouped_mm
+from moepp.ops import expert_products
 from moepp.training.build import device_name
 from tests.gpu.report import Place, Report
 
@@ -32,8 +32,8 @@ def check_machine(place: Place, report: Report) -> None:
         report.close(f"product in {dtype}", a.to(place.device) @ b.to(place.device), a.double() @ b.double(), limit)
     rows = torch.zeros(8, 64, dtype=torch.bfloat16, device=place.device)
     native = place.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability() >= NATIVE_GROUPED_MM
-    report.equal("grouped product of bf16", has_grouped_mm(rows), native)
-    report.equal("grouped product of fp32", has_grouped_mm(rows.float()), False)
+    report.equal("grouped product of bf16", expert_products(rows.device, rows.dtype, 64, 64).is_grouped, native)
+    report.equal("grouped product of fp32", expert_products(rows.device, torch.float32, 64, 64).is_grouped, False)
 
 
 def describe(place: Place) -> dict[str, Any]:

@@ -33,13 +33,25 @@ class FFNExperts(nn.Module):
         size = len(self.down_proj) // num_chunks
         return list(zip(self.gate_up_proj.split(size), self.down_proj.split(size), strict=True))
 
-    def forward(self, rows_RD: Tensor, counts_E: Tensor, weights: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def takes_device_counts(self, rows_RD: Tensor) -> bool:
+        """Return whether :meth:`forward` reads the row counts of rows like these on the device."""
+        width = self.down_proj.shape[2]
+        return ops.takes_device_counts(rows_RD.device, rows_RD.dtype, rows_RD.shape[1], width, self.chunk_rows)
+
+    def forward(
+        self,
+        rows_RD: Tensor,
+        counts_E: Tensor,
+        weights: tuple[Tensor, Tensor] | None = None,
+        host_counts: list[int] | None = None,
+    ) -> Tensor:
         """Return outputs [R, D] of rows [R, D] sorted by expert.
 
         Args:
             rows_RD: rows of all local experts, or of a chunk of them.
-            counts_E: rows of each of these experts, int64, summing to R.
+            counts_E: rows of each of these experts, int64, summing to R (see :func:`moepp.ops.grouped_swiglu`).
             weights: of the chunk, from :meth:`weights`.
+            host_counts: ``counts_E`` where the host knows them already.
         """
         weights = weights if weights is not None else (self.gate_up_proj, self.down_proj)
-        return ops.grouped_swiglu(rows_RD, counts_E, *weights, self.chunk_rows)
+        return ops.grouped_swiglu(rows_RD, counts_E, *weights, self.chunk_rows, host_counts)

@@ -8,8 +8,10 @@ Letters: T tokens, D width, F expert width, N experts of all kinds, C constant e
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -24,8 +26,9 @@ from moepp.bench.memory import saved_bytes
 from moepp.distributed import comm
 from moepp.distributed.comm import CommStats
 from moepp.moe import ExpertParallel
-from moepp.ops import use_kernels
+from moepp.ops import use_grouped_products, use_kernels
 from moepp.ops.backend import cpu_kernels
+from tests.host_waits import counted_waits
 
 T, D, F = 96, 32, 64
 VANILLA = MoEConfig(4, F, capacity_factor=None, gating_residual=False)
@@ -144,37 +147,33 @@ def count_calls(owner: Any, names: tuple[str, ...], counts: Counter[str], patch:
         patch.setattr(owner, name, counted)
 
 
-HOST_WAITS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
-
-
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("cfg", [*CONFIGS.values(), MoEConfig(**{**vars(MOEPP), "capacity_factor": 1.1})])
 def test_the_host_waits_once_per_forward_and_never_in_backward(cfg, compiled, monkeypatch):
     layer, x = build(cfg)
-    counts: Counter[str] = Counter()
-    count_calls(torch.Tensor, HOST_WAITS, counts, monkeypatch)
-    if compiled:
+    with counted_waits(monkeypatch) as waits, use_kernels("auto" if compiled else "torch"):
         step(layer, x)
-    else:
-        with use_kernels("torch"):
-            step(layer, x)
-    # The second one is that of the experts' loop over the CPU's kernels; grouped products take the counts as they are.
-    assert counts == {"__int__": 1, "tolist": 1}, "the number of rows"
+    assert waits == {"tolist": 1}, (
+        "the experts' row counts, for their loop; see test_host_waits.py for grouped products"
+    )
 
 
 def _count_on_rank(
     rank: int, cfg: MoEConfig, like_an_accelerator: bool = False
 ) -> tuple[Counter[str], Counter[str], CommStats, int]:
     counts: Counter[str] = Counter()
-    waits: Counter[str] = Counter()
     comm_stats = CommStats()
     layer, x = build(cfg, parallel=ExpertParallel(dist.group.WORLD, stats=comm_stats))
     with pytest.MonkeyPatch.context() as patch, ForcedRouting(layer, T):
         if like_an_accelerator:
             patch.setattr(comm, "host_reads_at_once", lambda tensor: False)
         count_calls(dist, ("all_to_all_single", "all_reduce", "broadcast", "all_gather", "barrier"), counts, patch)
-        count_calls(torch.Tensor, HOST_WAITS, waits, patch)
-        out = step(layer, x)
+        with ExitStack() as stack:
+            if like_an_accelerator:
+                stack.enter_context(use_kernels("torch"))
+                stack.enter_context(use_grouped_products())
+            waits = stack.enter_context(counted_waits(patch))
+            out = step(layer, x)
     return counts, waits, comm_stats, int(out.stats.remote_assignments)
 
 
@@ -184,7 +183,7 @@ def test_a_layer_exchanges_counts_once_and_rows_twice_each_way_and_only_remote_f
     remote = sum(result[3] for result in results)
     for counts, waits, comm_stats, _ in results:
         assert counts == {"all_to_all_single": 5}, "counts; rows there and back; their gradients"
-        assert waits == {"tolist": 3}, "blocks to send, which are there, blocks to receive, and the experts' loop"
+        assert waits == {"tolist": 2}, "blocks to send, which are there, and blocks to receive"
         assert (comm_stats.count_exchanges, comm_stats.row_exchanges) == (1, 4)
         assert comm_stats.count_bytes == 8 * cfg.num_ffn_experts // 2
     assert sum(result[2].row_bytes for result in results) == 4 * remote * D * 4
@@ -192,28 +191,43 @@ def test_a_layer_exchanges_counts_once_and_rows_twice_each_way_and_only_remote_f
     assert abs(remote - expected) < 0.1 * expected
 
 
-def test_a_rank_whose_device_computes_the_counts_waits_for_it_once(pools):
-    for _, waits, _, _ in pools(2).run(_count_on_rank, MOEPP, True):
-        assert waits == {"tolist": 2}, "sizes of the blocks there and back; the experts' loop on the CPU"
+@pytest.mark.parametrize("cfg", [*CONFIGS.values(), MoEConfig(**{**vars(MOEPP), "capacity_factor": 1.1})])
+def test_a_rank_whose_device_computes_the_counts_waits_for_it_once(pools, cfg):
+    for _, waits, _, _ in pools(2).run(_count_on_rank, cfg, True):
+        assert waits == {"tolist": 1}, "sizes of the blocks there and back"
 
 
 def _outputs_and_order_of_work(rank: int, like_an_accelerator: bool) -> tuple[list[str], list[torch.Tensor]]:
     layer, x = build(MOEPP, parallel=ExpertParallel(dist.group.WORLD))
     events: list[str] = []
-    wait, gather = comm.PendingCounts.received, ops.gather_rows
+
+    def trace(owner: Any, name: str, event: str) -> None:
+        original = getattr(owner, name)
+        patch.setattr(owner, name, lambda *args: events.append(event) or original(*args))
+
     with pytest.MonkeyPatch.context() as patch, ForcedRouting(layer, T):
-        patch.setattr(comm.PendingCounts, "received", lambda self: events.append("wait") or wait(self))
-        patch.setattr(ops, "gather_rows", lambda *args: events.append("gather") or gather(*args))
         if like_an_accelerator:
             patch.setattr(comm, "host_reads_at_once", lambda tensor: False)
-        out = step(layer, x)
+        trace(comm, "start_count_exchange", "counts leave")
+        trace(comm.PendingCounts, "_both", "host waits")
+        trace(ops, "gather_ahead" if like_an_accelerator else "gather_rows", "gather")
+        trace(comm, "start_exchange", "rows leave")
+        trace(ops, "affine_experts", "copy and constant experts")
+        trace(comm, "finish_exchange", "rows are waited for")
+        trace(ops, "grouped_swiglu", "FFN experts")
+        trace(ops, "combine_rows", "combine")
+        with use_kernels("torch"):
+            out = step(layer, x)
     assert x.grad is not None
     return events, [out.hidden.detach(), x.grad]
 
 
-def test_rows_are_gathered_while_the_counts_travel_and_come_out_the_same(pools):
-    for (events, values), (_, others) in zip(
+def test_work_that_needs_no_counts_precedes_them_and_local_experts_run_while_rows_travel(pools):
+    for (events, values), (others, other_values) in zip(
         pools(2).run(_outputs_and_order_of_work, False), pools(2).run(_outputs_and_order_of_work, True), strict=True
     ):
-        assert events == ["gather", "wait"]
-        assert all(torch.equal(value, other) for value, other in zip(values, others, strict=True))
+        before = ["counts leave", "gather", "host waits"]
+        there = ["rows leave", "copy and constant experts", "rows are waited for", "FFN experts"]
+        assert events == [*before, *there, "rows leave", "rows are waited for", "combine"]
+        assert [event for event, _ in itertools.groupby(others)] == events
+        assert all(torch.equal(value, other) for value, other in zip(values, other_values, strict=True))

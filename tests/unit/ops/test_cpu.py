@@ -21,11 +21,11 @@ from tests.dist import WorkerPool
 ROOT = Path(__file__).resolve().parents[3]
 ATEN = {"amx": "AVX512", "avx512_bf16": "AVX512", "avx512": "AVX512", "avx2": "AVX2", "portable": "DEFAULT"}
 EXPERTS = {  # in bfloat16 and float32
-    "amx": ("amx", "torch"),
-    "avx512_bf16": ("torch", "torch"),
-    "avx512": ("torch", "torch"),
+    "amx": ("amx", "loop"),
+    "avx512_bf16": ("loop", "loop"),
+    "avx512": ("loop", "loop"),
     "avx2": ("avx2", "avx2"),
-    "portable": ("torch", "torch"),
+    "portable": ("loop", "loop"),
 }
 of_a_kind = pytest.mark.skipif(cpu.chosen() is None, reason=f"{VARIABLE} names no kind")
 
@@ -33,7 +33,7 @@ of_a_kind = pytest.mark.skipif(cpu.chosen() is None, reason=f"{VARIABLE} names n
 def state(_: int = 0) -> tuple[str | None, str, bool, str, str]:
     """Kind, torch's own kernels, whether bfloat16 is converted, what experts are computed by."""
     device = torch.device("cpu")
-    experts = [ops.describe_experts(device, dtype) for dtype in (torch.bfloat16, torch.float32)]
+    experts = [ops.expert_products(device, dtype, 64, 64).way for dtype in (torch.bfloat16, torch.float32)]
     converts = ops.multiplies_in_float32(torch.empty(0, dtype=torch.bfloat16))
     return cpu.chosen(), torch.backends.cpu.get_cpu_capability(), converts, *experts
 

@@ -1,0 +1,87 @@
+"""Every way in which the host waits for a device, found without one.
+
+The meta device stands for the accelerator: its tensors have no values, so whatever reads one fails, and operations are
+seen before they run. What sends numbers there is a blocking copy on an accelerator, and counts as a wait too.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+# Operations whose result, or its size, the host must know.
+READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "bincount", "equal", "is_nonzero")
+# Methods and functions that read values, or that make a device tensor of Python numbers.
+METHODS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__", "new_tensor")
+CONSTRUCTORS = ("tensor", "as_tensor", "asarray", "from_numpy", "nonzero", "bincount", "masked_select")
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, found: Counter[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = func._schema.name.removeprefix("aten::"), kwargs or {}
+        has_mask = name.startswith("index") and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in _tensors(args[1:2])
+        )
+        unknown_size = name.startswith("repeat_interleave") and kwargs.get("output_size") is None
+        if name in READS or has_mask or unknown_size:
+            self.found[name] += 1
+        out = func(*args, **kwargs)
+        is_copy = name in ("_to_copy", "copy_", "copy")
+        does_not_block = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
+        if is_copy and not does_not_block and len({t.device.type for t in _tensors((args, kwargs, out))}) > 1:
+            self.found[f"{name} between devices"] += 1
+        return out
+
+
+class _Constructors(TorchFunctionMode):
+    def __init__(self, found: Counter[str], device: str) -> None:
+        super().__init__()
+        self.found, self.device = found, device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        makes = name in ("tensor", "as_tensor", "asarray", "from_numpy") and not _tensors(args)
+        if (makes or name == "new_tensor") and any(t.device.type == self.device for t in _tensors(out)):
+            self.found[name] += 1
+        return out
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [value for value in tree_flatten(values)[0] if isinstance(value, torch.Tensor)]
+
+
+@contextmanager
+def device_waits(device: str = "meta") -> Iterator[Counter[str]]:
+    """Collect what makes the host wait, by name; ``device`` is the kind that stands for the accelerator."""
+    found: Counter[str] = Counter()
+    with _Operations(found), _Constructors(found, device):
+        yield found
+
+
+@contextmanager
+def counted_waits(patch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """Count calls of ``METHODS`` and ``CONSTRUCTORS``, for processes that must run on the CPU, as those of gloo."""
+    counts: Counter[str] = Counter()
+    for owner, names in ((torch.Tensor, METHODS), (torch, CONSTRUCTORS)):
+        for name in names:
+            original = getattr(owner, name)
+
+            def counted(*args: Any, _original: Any = original, _name: str = name, **kwargs: Any) -> Any:
+                counts[_name] += 1
+                return _original(*args, **kwargs)
+
+            patch.setattr(owner, name, counted)
+    yield counts
