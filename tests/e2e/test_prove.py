@@ -18,6 +18,7 @@ import torch
 from moepp import ops
 from moepp.moe.dispatch import AllToAllDispatcher
 from moepp.ops import backend
+from moepp.ops.expert_products import ExpertProducts
 from tests import parity
 from tests.devices import GPU
 from tests.gpu import distributed, fakes, kernels, layer, machine, own_tests, prove, speed, training
@@ -179,7 +180,11 @@ def failing(function: Any) -> list[str]:
 def test_the_machine_check_fails_where_another_device_or_way_is_chosen(monkeypatch):
     assert failing(machine.check_machine) == []
     monkeypatch.setattr(machine, "pick_device", lambda *_: torch.device("meta"))
-    monkeypatch.setattr(machine, "has_grouped_mm", lambda rows: rows.dtype == torch.bfloat16)
+    monkeypatch.setattr(
+        machine,
+        "expert_products",
+        lambda _, dtype, *__: ExpertProducts("grouped" if dtype == torch.bfloat16 else "loop"),
+    )
     assert failing(machine.check_machine) == ["device of local rank 0", "grouped product of bf16"]
 
 
