@@ -1,0 +1,197 @@
+"""ZeRO stage 3 by torch's FSDP2: parameters, gradients and optimizer state exist in shares alone.
+
+A layer is a unit: its weights are gathered before its forward and again before its backward, and forgotten after each;
+embedding, last norm and output layer stay gathered from forward to backward, as the loss reads them outside of both.
+Every parameter is shared by the ranks that would hold copies of it, so FFN experts lie on the expert-data-parallel ones
+and everything else on those of the stage. Shares are fp32; in bf16 the gathered weights are rounded, and gradients are
+summed in fp32 after each micro-batch. On accelerators FSDP2 gathers the next layer while this one computes.
+
+With N parameters over P ranks a rank holds 16 N / P bytes (weights, gradients, AdamW's moments) and the gathered
+weights of embedding, output layer and one or two layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from moepp.config import OptimConfig
+from moepp.distributed import comm
+from moepp.distributed.groups import ParallelGroups
+from moepp.distributed.parameters import decays, placement_of
+from moepp.engine.engine import Fetch, StepResult, make_optimizer, optimizer_entry
+from moepp.engine.norms import global_norm, squared_norm
+from moepp.errors import ConfigError
+
+try:  # private names, and new ones: a mesh for each parameter
+    from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
+except ImportError as error:
+    raise ConfigError(
+        f"engine=fsdp needs a torch whose fully_shard takes a mesh for each parameter, and {torch.__version__} does "
+        "not; install torch 2.13, or use engine=native with parallel.zero_stage=1"
+    ) from error
+
+
+@dataclass(frozen=True)
+class _Share:
+    """This rank's part of one parameter.
+
+    Attributes:
+        parameter: as FSDP2 keeps it.
+        master: what the optimizer updates: the same memory.
+    """
+
+    name: str
+    parameter: DTensor
+    master: nn.Parameter
+
+    def own(self, whole: Tensor) -> Tensor:
+        """Return this rank's part of a tensor shaped like the whole parameter; a view, perhaps empty."""
+        [placement], mesh = self.parameter.placements, self.parameter.device_mesh
+        assert isinstance(placement, Shard)
+        chunks = whole.chunk(mesh.size(), placement.dim)
+        rank = mesh.get_local_rank()
+        return chunks[rank] if rank < len(chunks) else whole.narrow(placement.dim, 0, 0)
+
+    def whole(self, own: Tensor) -> Tensor:
+        """Return the whole of what every rank has a part of (collective)."""
+        like = self.parameter
+        shared = DTensor.from_local(
+            own.detach(), like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        )
+        return shared.full_tensor()
+
+
+class FSDPEngine:
+    """Masters in shares over the ranks that hold the same parameters; see the module's text.
+
+    Args:
+        model: on this rank's device, in its precision, whole; its layers are the elements of its ``nn.ModuleList``.
+        groups: over which ranks.
+        optim: of the optimizer.
+        accumulation_steps: micro-batches for each :meth:`step`.
+
+    Attributes:
+        loss_scale: as of :class:`moepp.engine.native.NativeEngine`.
+    """
+
+    def __init__(self, model: nn.Module, groups: ParallelGroups, optim: OptimConfig, accumulation_steps: int) -> None:
+        self.model = model
+        self.loss_scale = 1.0 / (accumulation_steps * groups.stage_size)
+        self._groups = groups
+        self._optim = optim
+        _shard(model, groups)
+        self._shares = [
+            _Share(name, parameter, nn.Parameter(parameter.to_local().detach()))
+            for name, parameter in model.named_parameters()
+            if isinstance(parameter, DTensor)
+        ]
+        groups_of_decay = {
+            decay: [share.master for share in self._shares if decays(share.name, share.master) == decay]
+            for decay in (True, False)
+        }
+        self._optimizer = make_optimizer(
+            [
+                {"params": masters, "weight_decay": optim.weight_decay if decay else 0.0}
+                for decay, masters in groups_of_decay.items()
+                if masters
+            ],
+            optim,
+        )
+
+    def backward(self, loss: Tensor) -> None:
+        (loss * self.loss_scale).backward()
+
+    def step(self, lr: float, update: bool = True) -> StepResult:
+        for share in self._shares:
+            gradient = share.parameter.grad
+            assert gradient is None or isinstance(gradient, DTensor)
+            # Zeros where no loss reached a parameter: other engines decay it too.
+            share.master.grad = torch.zeros_like(share.master) if gradient is None else gradient.to_local()
+            share.parameter.grad = None
+        gradients = [share.master.grad for share in self._shares if share.master.grad is not None]
+        squares = ((squared_norm(gradient), 1) for gradient in gradients)
+        grad_norm = global_norm(squares, self._groups.world, self._groups.device)
+        skipped = not update or not math.isfinite(grad_norm)
+        if not skipped:
+            limit = self._optim.grad_clip
+            if limit is not None and grad_norm > limit:
+                torch._foreach_mul_(gradients, limit / (grad_norm + 1e-6))
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+            self._forget_gathered()
+        for share in self._shares:
+            share.master.grad = None
+        return StepResult(grad_norm, skipped)
+
+    def _forget_gathered(self) -> None:
+        """The next forward gathers new weights."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for share in self._shares:
+            own = {"fp32": share.master} | optimizer_entry(share.master, self._optimizer, self._optim)
+            step = {"step": own.pop("step")} if "step" in own else {}
+            yield share.name, {key: share.whole(tensor) for key, tensor in own.items()} | step
+
+    @torch.no_grad()
+    def write_state(self, fetch: Fetch) -> None:
+        for share in self._shares:
+            own = {"fp32": share.master.data} | optimizer_entry(share.master, self._optimizer, self._optim)
+            step = {"step": own.pop("step")} if "step" in own else {}
+            whole = {key: torch.empty(share.parameter.shape, device=self._groups.device) for key in own}
+            fetch(share.name, whole | step)
+            for key, target in own.items():
+                target.copy_(share.own(whole[key]))
+        self._forget_gathered()
+
+
+def _shard(model: nn.Module, groups: ParallelGroups) -> None:
+    """Make every layer, and what is in none, a unit of FSDP2."""
+    device = groups.device.type
+    meshes = {group: DeviceMesh.from_group(group, device) for group in (groups.stage, groups.dpcp, groups.edp)}
+    infos = {group: FSDPMeshInfo(mesh, shard_mesh_dim=0) for group, mesh in meshes.items()}
+    is_bf16 = next(model.parameters()).dtype == torch.bfloat16
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if is_bf16 else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # router logits stay fp32
+    )
+    names = {parameter: name for name, parameter in model.named_parameters()}
+
+    def place(parameter: nn.Parameter) -> Any:
+        group = placement_of(names[parameter], groups.tp_size > 1).group(groups)
+        return ShardPlacementResult(Shard(_dim_to_cut(parameter.shape, comm.size(group))), infos[group])
+
+    layers = [layer for child in model.children() if isinstance(child, nn.ModuleList) for layer in child]
+    for module in [*(layer for layer in layers if next(layer.parameters(), None) is not None), model]:
+        for parameter in module.parameters():
+            if not isinstance(parameter, DTensor):
+                parameter.data = parameter.data.float()  # the master
+        unit = fully_shard(
+            module,
+            mesh=meshes[groups.stage],
+            mp_policy=policy,
+            shard_placement_fn=place,
+            reshard_after_forward=module is not model,
+        )
+        # The loss is scaled once for all parameters, so gradients are summed and not divided.
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+        unit.set_reduce_scatter_unused_params(True, recurse=False)
+
+
+def _dim_to_cut(shape: torch.Size, ranks: int) -> int:
+    """Return the first dimension that ``ranks`` share equally, or else 0, the one that FSDP2 cuts unequally."""
+    return next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0)
