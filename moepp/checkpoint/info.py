@@ -15,7 +15,7 @@ MAX_COUNT = 10**15  # steps, tokens and the like; more than any training has
 MAX_RANKS = 10**6
 _MAX_LOSSES, _MAX_TEXT, _MAX_TOKEN_ID = 10**6, 200, 2**31 - 1
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_ENGINES, _PRECISIONS, _ZERO_STAGES = ("native", "deepspeed"), ("fp32", "bf16"), 3
+_ENGINES, _PRECISIONS, _ZERO_STAGES = ("native", "deepspeed", "fsdp"), ("fp32", "bf16"), 3
 _COUNTS = ("seed", "next_batch", "skipped_batches", "rewinds", "skipped_steps", "skipped_in_a_row")
 
 

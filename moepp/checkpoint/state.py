@@ -2,9 +2,10 @@
 
 One key per global parameter and state: ``<name>/fp32``, ``<name>/exp_avg``, ...; FFN experts, stacked in memory, get
 a key each: ``<name>.<global expert>/fp32``. So nothing in it depends on the layout. Each key is written by one rank:
-dense parameters are dealt out over all ranks, experts over the ranks that hold them; no rank gathers the model.
+dense parameters are dealt out over the ranks of their pipeline stage, experts over the ranks that hold them; no rank
+gathers the model. What tensor parallelism cuts is joined first, one parameter at a time.
 
-Buffers, which are the same on every rank, are ``<name>/buffer``, written by the first one.
+Buffers, which are the same on every rank of a stage, are ``<name>/buffer``, written by its first one.
 
 ``rank-<r>/...`` holds what belongs to one rank: random number generators and statistics not yet logged.
 """
@@ -20,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from moepp.checkpoint.host_memory import HostMemory
-from moepp.checkpoint.storage import TensorReader
+from moepp.checkpoint.storage import Part, TensorReader
 from moepp.distributed import comm
 from moepp.distributed.groups import ParallelGroups
-from moepp.distributed.parameters import is_expert_parameter
+from moepp.distributed.parameters import is_expert_parameter, tensor_dim
 from moepp.engine.engine import Engine, StateSource
 from moepp.errors import CheckpointError, TrainingError
 from moepp.io.untrusted import printable
@@ -53,19 +54,24 @@ def stage(source: StateSource, stats: Statistics, groups: ParallelGroups, memory
 
     The copies are good until the next call with the same ``memory``.
 
-    Extra memory: the share itself and, while ZeRO partitions are assembled, one parameter.
+    Extra memory: the share itself and, while ZeRO's shares or tensor-parallel parts are assembled, one parameter (of
+    the native engine: one bucket).
 
     Raises:
         TrainingError: a buffer is not the same on every rank.
     """
     staged: dict[str, Tensor] = {}
     memory.start()
-    dense_load, expert_load = [0] * groups.world_size, [0] * groups.edp_size
+    dense_load, expert_load = [0] * groups.stage_size, [0] * groups.edp_size
+    rank_of_stage = comm.rank(groups.stage)
     for name, state in source.read_state():
         is_expert = is_expert_parameter(name)
-        load, own = (expert_load, groups.rank // groups.ep_size) if is_expert else (dense_load, groups.rank)
+        load, own = (expert_load, rank_of_stage // groups.ep_size) if is_expert else (dense_load, rank_of_stage)
         owner = load.index(min(load))
         load[owner] += state["fp32"].numel()
+        dim = tensor_dim(name)
+        if dim is not None and owner // groups.tp_size == own // groups.tp_size:  # tensor-parallel peers of the owner
+            state = {key: x if key == "step" else _joined(x, dim, groups.tp) for key, x in state.items()}
         if owner == own:
             for key, tensor in _keys(name, state, groups.ep_rank).items():
                 staged[key] = memory.copy(tensor)
@@ -73,7 +79,7 @@ def stage(source: StateSource, stats: Statistics, groups: ParallelGroups, memory
         del state  # the next parameter is assembled before the loop would forget this one
     buffers = _buffers(source.model)
     _require_same(buffers, groups)
-    if groups.rank == 0:
+    if rank_of_stage == 0:
         staged |= {key: memory.copy(buffer) for key, buffer in buffers.items()}
     for key, tensor in (stats.state() | _rng_state(groups.device)).items():
         staged[f"rank-{groups.rank}/{key}"] = memory.copy(tensor)
@@ -94,8 +100,10 @@ def load_training_state(
         CheckpointError: it does not fit the model or the optimizer.
     """
     reader = TensorReader(path)
-    engine.write_state(lambda name, buffers: _fill(reader, name, buffers, groups.ep_rank))
-    _load_buffers(reader, engine.model)
+    engine.write_state(
+        lambda name, buffers: _fill(reader, name, buffers, groups.ep_rank, groups.tp_rank, groups.tp_size)
+    )
+    _load_buffers(reader, engine.model, groups.pp)
     _load_stats(reader, stats, groups, saved_ranks)
     if saved_ranks == groups.world_size:
         rng = {key: torch.empty_like(tensor) for key, tensor in _rng_state(groups.device).items()}
@@ -118,6 +126,11 @@ def load_model(path: Path, model: nn.Module, ep_rank: int = 0) -> None:
     _load_buffers(reader, model)
 
 
+def _joined(part: Tensor, dim: int, tp: comm.Group) -> Tensor:
+    """Join the tensor-parallel ranks' parts along ``dim``."""
+    return part if comm.size(tp) == 1 else torch.cat(comm.all_gather_equal(part.detach(), tp).unbind(), dim)
+
+
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
     return {f"{name}{_BUFFER}": buffer for name, buffer in persistent_buffers(model)}
 
@@ -132,7 +145,7 @@ def _require_same(buffers: dict[str, Tensor], groups: ParallelGroups) -> None:
         ).hexdigest()
         for key, buffer in buffers.items()
     }
-    for other, theirs in enumerate(comm.gather_objects(digests, groups.world)):
+    for other, theirs in enumerate(comm.gather_objects(digests, groups.stage)):
         for key, digest in digests.items() if theirs != digests else ():
             if theirs.get(key) != digest:
                 raise TrainingError(
@@ -142,9 +155,11 @@ def _require_same(buffers: dict[str, Tensor], groups: ParallelGroups) -> None:
 
 
 @torch.no_grad()
-def _load_buffers(reader: TensorReader, model: nn.Module) -> None:
+def _load_buffers(reader: TensorReader, model: nn.Module, pp: comm.Group | None = None) -> None:
+    """Fill the buffers; those of other pipeline stages, which the ranks of ``pp`` hold, are left to them."""
     wanted = _buffers(model)
-    if extra := sorted(key for key in reader.shapes if key.endswith(_BUFFER) and key not in wanted):
+    of_all_stages = set(wanted) if pp is None else set().union(*comm.gather_objects(set(wanted), pp))
+    if extra := sorted(key for key in reader.shapes if key.endswith(_BUFFER) and key not in of_all_stages):
         raise CheckpointError(
             f"{reader.path} holds the buffer {printable(extra[0].removesuffix(_BUFFER))}, which the model does not "
             "have; use the configuration and the plugins that it was saved with"
@@ -173,8 +188,14 @@ def _keys(name: str, state: dict[str, Tensor], ep_rank: int) -> dict[str, Tensor
     return out
 
 
-def _fill(reader: TensorReader, name: str, buffers: dict[str, Tensor], ep_rank: int) -> None:
+def _fill(
+    reader: TensorReader, name: str, buffers: dict[str, Tensor], ep_rank: int, tp_rank: int = 0, tp_size: int = 1
+) -> None:
     targets = _keys(name, buffers, ep_rank)
+    dim = tensor_dim(name) if tp_size > 1 else None
+    if dim is not None:
+        parts = {key: targets.pop(key) for key in list(targets) if not key.endswith("/step")}
+        reader.fill(parts, Part(dim, tp_rank, tp_size))
     if "step" in buffers and is_expert_parameter(name):
         # Written by whichever rank held the first expert of its shard; expert 0 is always the first of one.
         own = next(key for key in targets if key.endswith("/step"))

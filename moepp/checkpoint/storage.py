@@ -10,6 +10,7 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -24,6 +25,23 @@ from moepp.checkpoint.index import StoredTensor, read_index
 from moepp.distributed import comm
 from moepp.errors import CheckpointError
 from moepp.io.untrusted import printable
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of ``count`` equal parts of a tensor along ``dim``."""
+
+    dim: int
+    index: int
+    count: int
+
+    def whole_shape(self, part: Tensor) -> list[int]:
+        """Return the shape of the tensor that ``part`` is of."""
+        return [size * self.count if dim == self.dim else size for dim, size in enumerate(part.shape)]
+
+    def of(self, whole: Tensor) -> Tensor:
+        """Return the part, a view."""
+        return whole.chunk(self.count, self.dim)[self.index]
 
 
 class TensorReader:
@@ -41,8 +59,12 @@ class TensorReader:
         """Key -> shape of everything stored."""
         self.dtypes = {key: stored.dtype for key, stored in self._tensors.items()}
 
-    def fill(self, targets: dict[str, Tensor]) -> None:
+    def fill(self, targets: dict[str, Tensor], part: Part | None = None) -> None:
         """Copy the stored tensors into ``targets`` in place, converting dtype and device.
+
+        Args:
+            targets: by key.
+            part: what the targets are of the stored tensors; None: all.
 
         Raises:
             CheckpointError: a key is missing or has another shape, or its file cannot be read.
@@ -52,9 +74,10 @@ class TensorReader:
             if key not in self.shapes:
                 raise CheckpointError(f"{self.path} has no {key}; it was saved by another model or optimizer")
             stored = self._tensors[key]
-            if stored.shape != tuple(target.shape):
+            expected = list(target.shape) if part is None else part.whole_shape(target)
+            if list(stored.shape) != expected:
                 raise CheckpointError(
-                    f"{self.path}: {key} has shape {list(stored.shape)}, expected {list(target.shape)}; "
+                    f"{self.path}: {key} has shape {list(stored.shape)}, expected {expected}; "
                     "use the configuration that it was saved with"
                 )
             by_file.setdefault(stored.file, []).append((stored, key))
@@ -62,7 +85,8 @@ class TensorReader:
             try:
                 with (self.path / name).open("rb") as stream:
                     for stored, key in sorted(places, key=lambda place: place[0].offset):
-                        targets[key].detach().copy_(read_tensor(stream, stored))
+                        tensor = read_tensor(stream, stored)
+                        targets[key].detach().copy_(tensor if part is None else part.of(tensor))
             except (OSError, ValueError, RuntimeError, MemoryError) as error:  # RuntimeError: no memory
                 problem = f"{name}: {printable(error) or type(error).__name__}"
                 raise CheckpointError(f"{self.path} cannot be read: {problem}; use another checkpoint") from error

@@ -185,6 +185,13 @@ def _validate_engine(cfg: Config) -> None:
             value == 1 or cfg.engine.name != "deepspeed",
             f"parallel.{key}={value} is not supported by engine=deepspeed; use engine=native, or parallel.{key}=1",
         )
+    if cfg.engine.name == "fsdp":
+        require(
+            cfg.parallel.pipeline == 1,
+            f"parallel.pipeline={cfg.parallel.pipeline} is not supported by engine=fsdp; use engine=native with "
+            "parallel.zero_stage=1, or parallel.pipeline=1",
+        )
+        _refuse_whole_model_work(cfg, "engine=fsdp")
 
 
 def _validate_batch(cfg: Config, plan: RunPlan) -> None:
@@ -223,11 +230,16 @@ def _validate_zero_stage(cfg: Config, plan: RunPlan) -> None:
     stage = plan.zero_stage
     require(
         cfg.engine.name != "native" or stage <= 1,
-        f"parallel.zero_stage={stage} is not supported by engine=native; set it to 0 or 1",
+        f"parallel.zero_stage={stage} is not supported by engine=native; set it to 0 or 1, or use "
+        f"engine={'fsdp' if stage == 3 else 'deepspeed'}",
     )
     require(
         cfg.engine.name != "deepspeed" or stage <= 2,
-        f"parallel.zero_stage={stage} is not supported by engine=deepspeed; set it to 0, 1 or 2",
+        f"parallel.zero_stage={stage} is not supported by engine=deepspeed; set it to 0, 1 or 2, or use engine=fsdp",
+    )
+    require(
+        cfg.engine.name != "fsdp" or stage == 3,
+        f"parallel.zero_stage={stage} is not supported by engine=fsdp; set it to 3, or use engine=native for 0 and 1",
     )
     require(
         not (cfg.engine.name == "deepspeed" and stage == 0 and cfg.train.precision == "bf16"),

@@ -42,7 +42,7 @@ def make_plan(cfg: Config, world_size: int) -> RunPlan:
         micro_batch_size = max(total // data_size, 1) if parallel.pipeline == 1 else 1
     zero_stage = parallel.zero_stage
     if zero_stage is None:
-        zero_stage = 1 if cfg.engine.name == "deepspeed" else 0
+        zero_stage = {"native": 0, "deepspeed": 1, "fsdp": 3}[cfg.engine.name]
     return RunPlan(
         world_size=world_size,
         data_size=data_size,

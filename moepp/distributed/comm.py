@@ -31,6 +31,10 @@ PATIENCE_SECONDS = 24 * 3600.0
 Group = dist.ProcessGroup
 T = TypeVar("T")
 
+# torch 2.13 calls them so, and the older names deprecated.
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass
 class CommStats:
@@ -183,14 +187,14 @@ def all_gather_equal(part: Tensor, group: Group) -> Tensor:
     num_ranks = size(group)
     # Gloo takes the parts only as one longer first dimension.
     whole = part.new_empty(num_ranks * part.shape[0], *part.shape[1:])
-    dist.all_gather_into_tensor(whole, part.contiguous(), group=group)
+    _ALL_GATHER(whole, part.contiguous(), group=group)
     return whole.view(num_ranks, *part.shape)
 
 
 def reduce_scatter_equal(parts: Tensor, group: Group) -> Tensor:
     """Sum [P, N, ...] over the P ranks, each of which gets its part, [N, ...]."""
     own = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
-    dist.reduce_scatter_tensor(own, parts.contiguous().flatten(0, 1), group=group)
+    _REDUCE_SCATTER(own, parts.contiguous().flatten(0, 1), group=group)
     return own
 
 
@@ -232,11 +236,6 @@ def start_all_reduce_sum(tensor: Tensor, group: Group | None, comm_stats: CommSt
         comm_stats.balance_bytes += tensor.numel() * tensor.element_size()
         comm_stats.balance_reductions += 1
     return Pending(dist.all_reduce(tensor, group=group, async_op=True))
-
-
-# torch 2.13 calls them so, and the older names deprecated.
-_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def own_share(tensor: Tensor, group: Group | None) -> Tensor:

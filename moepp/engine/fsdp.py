@@ -42,7 +42,7 @@ except ImportError as error:
 
 @dataclass(frozen=True)
 class _Share:
-    """This rank's part of one parameter.
+    """One parameter's part on this rank.
 
     Attributes:
         parameter: as FSDP2 keeps it.
@@ -124,7 +124,9 @@ class FSDPEngine:
         if not skipped:
             limit = self._optim.grad_clip
             if limit is not None and grad_norm > limit:
-                torch._foreach_mul_(gradients, limit / (grad_norm + 1e-6))
+                torch._foreach_mul_(  # pyright: ignore[reportPrivateImportUsage]
+                    gradients, limit / (grad_norm + 1e-6)
+                )
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()
@@ -134,7 +136,7 @@ class FSDPEngine:
         return StepResult(grad_norm, skipped)
 
     def _forget_gathered(self) -> None:
-        """The next forward gathers new weights."""
+        """Let the next forward gather new weights."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

@@ -106,7 +106,7 @@ class FlatGroup:
     def write_back(self) -> None:
         """Round the fp32 masters into the model's parameters."""
         if self.masters is not self.parameters:
-            torch._foreach_copy_([p.data for p in self.parameters], [master.data for master in self.masters])
+            torch._foreach_copy_([p.data for p in self.parameters], [master.data for master in self.masters])  # pyright: ignore[reportPrivateImportUsage]
 
     def read_state(
         self, optimizer: torch.optim.Optimizer, optim: OptimConfig

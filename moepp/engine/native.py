@@ -87,7 +87,7 @@ class NativeEngine:
         limit = self._optim.grad_clip
         if limit is not None and grad_norm > limit:
             for flat in self._flat:
-                torch._foreach_mul_(flat.gradients, limit / (grad_norm + 1e-6))
+                torch._foreach_mul_(flat.gradients, limit / (grad_norm + 1e-6))  # pyright: ignore[reportPrivateImportUsage]
 
     def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         self._gather.finish()

@@ -73,7 +73,7 @@ class ShardedGroup(FlatGroup):
     def write_back(self) -> None:
         """Round this rank's masters into its share of the weights; :meth:`start_gather` tells the others."""
         if self.masters[0].dtype != self._own_weights[0].dtype:
-            torch._foreach_copy_(self._own_weights, [master.data for master in self.masters])
+            torch._foreach_copy_(self._own_weights, [master.data for master in self.masters])  # pyright: ignore[reportPrivateImportUsage]
 
     def start_gather(self, index: int) -> comm.Pending:
         """Take the other ranks' shares of the bucket's weights."""

@@ -96,6 +96,10 @@ def build_engine(cfg: Config, plan: RunPlan, model: Transformer, groups: Paralle
         from moepp.engine.native import NativeEngine
 
         return NativeEngine(model, groups, cfg.optim, plan.accumulation_steps, plan.zero_stage)
+    if cfg.engine.name == "fsdp":
+        from moepp.engine.fsdp import FSDPEngine
+
+        return FSDPEngine(model, groups, cfg.optim, plan.accumulation_steps)
     from moepp.engine.deepspeed import DeepSpeedEngine
 
     return DeepSpeedEngine(model, groups, cfg.optim, plan.accumulation_steps, plan.micro_batch_size, plan.zero_stage)

@@ -69,7 +69,7 @@ def _compare_with_stage_0(rank: int, dtype: torch.dtype, optimizer: str, bucket_
         results = [_step(engine, step, math.inf if step == 3 else 1.0, step != 2) for engine in (plain, sharded)]
         assert [result.skipped for result in results] == [step in (2, 3)] * 2
         if step != 3:
-            assert results[0].grad_norm == pytest.approx(results[1].grad_norm, rel=1e-12)
+            assert results[0].grad_norm == pytest.approx(results[1].grad_norm, rel=1e-6)
             assert results[0].grad_norm > 0.02, "not clipped"
     wanted, found = _state(plain), _state(sharded)
     assert wanted.keys() == found.keys()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moepp.config import ModelConfig
-from moepp.distributed.parameters import is_expert_parameter
+from moepp.distributed.parameters import is_expert_parameter, tensor_dim
 from moepp.errors import CheckpointError
 from moepp.interop.weights.files import TensorFolder
 from moepp.io.untrusted import printable
@@ -82,9 +82,14 @@ def copy_pieces(
     """Fill the parameters of ``model`` in place, cast to their dtype; reads only the experts that it holds.
 
     Args:
-        model: rank ``ep_rank`` of ``ep_size`` holds the experts [ep_rank E / ep_size, (ep_rank + 1) E / ep_size).
+        model: rank ``ep_rank`` of ``ep_size`` holds the experts [ep_rank E / ep_size, (ep_rank + 1) E / ep_size), and
+            a tensor-parallel rank its heads.
     """
     for name, parameter in model.named_parameters():
+        dim = tensor_dim(name) if model.sequence.tensor_size > 1 else None
+        if dim is not None:
+            _copy_part(model, parameter, dim, folder, lambda shape, name=name: pieces_of(name, shape))
+            continue
         shape = tuple(parameter.shape)
         stacked = is_expert_parameter(name)
         if stacked:
@@ -99,6 +104,22 @@ def copy_pieces(
                     continue
                 target = (expert - first, *target[1:])
             _view(parameter, target).copy_(folder.read(piece.key, piece.row))
+
+
+def _copy_part(
+    model: Transformer,
+    parameter: Tensor,
+    dim: int,
+    folder: TensorFolder,
+    pieces_of: Callable[[tuple[int, ...]], list[Piece]],
+) -> None:
+    """Fill the rank's part of a parameter that tensor parallelism cuts along ``dim``; reads the whole of it."""
+    count, index = model.sequence.tensor_size, model.sequence.tensor_rank
+    shape = tuple(size * count if i == dim else size for i, size in enumerate(parameter.shape))
+    whole = torch.empty(shape, dtype=parameter.dtype)
+    for piece in pieces_of(shape):
+        _view(whole, piece.target).copy_(folder.read(piece.key, piece.row))
+    parameter.copy_(whole.chunk(count, dim)[index])
 
 
 def _view(parameter: Tensor, target: tuple[int | slice, ...]) -> Tensor:

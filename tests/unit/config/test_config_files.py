@@ -39,7 +39,8 @@ def build_on_meta(cfg: Config) -> Transformer:
 @pytest.mark.parametrize("file", FILES)
 def test_shipped_configuration_builds(file):
     group, _, name = file.rpartition("/")
-    cfg = load(f"{group}={name}" if (CONFIGS / group).is_dir() else name)
+    more = ["train.samples=0"] if file == "engine/fsdp" else []  # its layers cannot be asked for samples
+    cfg = load(f"{group}={name}" if (CONFIGS / group).is_dir() else name, *more)
     validate(cfg, 1)
     validate(cfg, 2)
     model = build_on_meta(cfg)
