@@ -89,6 +89,10 @@ def import_plugin(name: Any, key: str) -> None:
         raise  # a name that is taken, say
     except (Exception, SystemExit) as error:  # whatever its code does
         reason = printable(f"{type(error).__name__}: {error}")
+        if name.endswith(".py"):
+            raise ConfigError(
+                f"{key} names the file {show(name)}; name the module, {name.removesuffix('.py').split('.')[-1]}"
+            ) from error
         raise ConfigError(
             f"{key} names {show(name)}, which cannot be imported ({reason}); correct it, or put its folder on "
             "PYTHONPATH"

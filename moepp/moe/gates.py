@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moepp import ops
 from moepp.config import MoEConfig
+from moepp.moe.registered import require_tensor
 from moepp.registry import GATE_NORMALIZATIONS
 
 
@@ -39,7 +40,11 @@ def compute_gates(logits_TE: Tensor, cfg: MoEConfig) -> Gates:
         centered_TE = logits_TE - logits_TE.mean(dim=-1, keepdim=True)
         std_T1 = (centered_TE.square().sum(dim=-1, keepdim=True) / (cfg.num_experts - 1)).sqrt()
         logits_TE = logits_TE / (std_T1 / cfg.logits_norm_std)
-    return GATE_NORMALIZATIONS.get(cfg.gate_normalization)(logits_TE, cfg)
+    gates = GATE_NORMALIZATIONS.get(cfg.gate_normalization)(logits_TE, cfg)
+    what, num_tokens = f"gate normalisation {cfg.gate_normalization}", len(logits_TE)
+    for name, width in (("probs_TE", cfg.num_experts), ("topk_ids_TK", cfg.top_k), ("weights_TK", cfg.top_k)):
+        require_tensor(getattr(gates, name, gates), f"{name} of {what}", logits_TE, (num_tokens, width))
+    return gates
 
 
 def _softmax(logits_TE: Tensor, cfg: MoEConfig, *, normalization: str) -> Gates:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moepp.config import MoEConfig
+from moepp.moe.registered import require_tensor
 from moepp.registry import BALANCE_RULES
 
 
@@ -27,7 +28,8 @@ def balance_loss(*, probs_TE: Tensor, selection_share_E: Tensor, cfg: MoEConfig)
         Scalar, not multiplied by β; 0 for T = 0.
     """
     rule = BALANCE_RULES.get(cfg.balance_rule)
-    return rule(probs_TE=probs_TE, selection_share_E=selection_share_E.detach(), cfg=cfg)
+    loss = rule(probs_TE=probs_TE, selection_share_E=selection_share_E.detach(), cfg=cfg)
+    return require_tensor(loss, f"balance rule {cfg.balance_rule}", probs_TE, ())
 
 
 @BALANCE_RULES.register("heterogeneous")

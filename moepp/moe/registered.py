@@ -73,6 +73,21 @@ class RegisteredModule(nn.Module):
         return self
 
 
+def require_tensor(value: Any, what: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return what a registered part gave back, once its kind, shape and device are right.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if not isinstance(value, Tensor):
+        raise ConfigError(f"{what} returned {show(value)}; return a tensor of shape {list(shape)}")
+    if tuple(value.shape) != shape or value.device != like.device:
+        raise ConfigError(
+            f"{what} returned shape {list(value.shape)} on {value.device}; return shape {list(shape)} on {like.device}"
+        )
+    return value
+
+
 def known_flops(module: RegisteredModule) -> float | None:
     """Return :meth:`RegisteredModule.flops_per_token`, or ``None`` if a subclass has changed what was counted.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moepp import ops
 from moepp.config import MoEConfig
 from moepp.moe.gates import Gates, compute_gates
-from moepp.moe.registered import RegisteredModule
+from moepp.moe.registered import RegisteredModule, require_tensor
 from moepp.registry import ROUTERS
 
 
@@ -68,7 +68,8 @@ class Router(RegisteredModule):
             x_TD: the tokens.
             prev_logits_TE: logits of the previous MoE layer.
         """
-        logits_TE = self.project(x_TD)
+        shape = (len(x_TD), self.cfg.num_experts)
+        logits_TE = require_tensor(self.project(x_TD), f"router {self.cfg.router}", x_TD, shape)
         if self.gate_map is not None:
             if prev_logits_TE is None:
                 prev_logits_TE = logits_TE.new_zeros(1, self.cfg.num_experts)  # so that W_g gets a gradient: zeros

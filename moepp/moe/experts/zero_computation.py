@@ -14,7 +14,7 @@ from torch.nn.modules import module
 
 from moepp import ops
 from moepp.config import MoEConfig
-from moepp.moe.registered import RegisteredModule
+from moepp.moe.registered import RegisteredModule, require_tensor
 from moepp.registry import EXPERT_KINDS
 
 
@@ -77,7 +77,7 @@ class ZeroComputation(nn.Module):
                 ops.donate(total_TD)
         for kind, experts in self.named_children():
             gates_TZ = _gates_of(slices[kind], ids_TK, weights_TK)
-            out_TD = experts(x_TD, gates_TZ)
+            out_TD = require_tensor(experts(x_TD, gates_TZ), f"expert kind {kind}", x_TD, tuple(x_TD.shape))
             total_TD = out_TD if total_TD is None else total_TD + out_TD
         return total_TD
 

@@ -22,6 +22,7 @@ from moepp.errors import ConfigError, PluginError
 from moepp.model.init import init_parameters
 from moepp.model.transformer import Transformer
 from moepp.moe.experts import ExpertKind
+from moepp.moe.gates import Gates
 from moepp.moe.registered import persistent_buffers
 from moepp.moe.router import LinearRouter
 from moepp.registry import BALANCE_RULES, EXPERT_KINDS, GATE_NORMALIZATIONS, ROUTERS, Registry
@@ -120,6 +121,49 @@ def test_plugin_that_cannot_be_imported_is_one_line(tmp_path, monkeypatch, sourc
     text = str(error.value)
     assert reason in text and "runtime.plugins" in text and "PYTHONPATH" in text
     assert text.isprintable()
+
+
+def test_plugin_that_is_named_as_a_file_is_told_the_modules_name(tmp_path, monkeypatch):
+    (tmp_path / "plugin_named_as_file.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match="name the module, plugin_named_as_file"):
+        import_plugins({"runtime": {"plugins": ["plugin_named_as_file.py"]}})
+
+
+@EXPERT_KINDS.register("bad_kind")
+class BadKind(ExpertKind):
+    def forward(self, x_TD, gates_TZ):
+        return x_TD[:1]
+
+
+@ROUTERS.register("bad_router")
+class BadRouter(LinearRouter):
+    def project(self, x_TD):
+        return super().project(x_TD)[:, :-1]
+
+
+BALANCE_RULES.register("bad_rule")(lambda *, probs_TE, selection_share_E, cfg: probs_TE.mean(dim=0))
+BALANCE_RULES.register("number_rule")(lambda *, probs_TE, selection_share_E, cfg: 0.5)
+GATE_NORMALIZATIONS.register("bad_gates")(lambda logits_TE, cfg: Gates(logits_TE, *reversed(logits_TE.topk(1))))
+GATE_NORMALIZATIONS.register("tuple_gates")(lambda logits_TE, cfg: tuple(logits_TE.topk(2)))
+
+
+@pytest.mark.parametrize(
+    ("moe", "expected"),
+    [
+        ({"extra_experts": {"bad_kind": 1}}, "expert kind bad_kind returned shape [1, 8] on cpu; return shape [5, 8]"),
+        ({"router": "bad_router"}, "router bad_router returned shape [5, 3] on cpu; return shape [5, 4]"),
+        ({"balance_rule": "bad_rule"}, "balance rule bad_rule returned shape [4] on cpu; return shape []"),
+        ({"balance_rule": "number_rule"}, "balance rule number_rule returned 0.5; return a tensor of shape []"),
+        ({"gate_normalization": "bad_gates"}, "topk_ids_TK of gate normalisation bad_gates returned shape [5, 1]"),
+        ({"gate_normalization": "tuple_gates"}, "probs_TE of gate normalisation tuple_gates returned "),
+    ],
+)
+def test_part_that_returns_something_else_is_named(moe, expected):
+    layer = MoELayer(small(**moe), hidden_size=8)
+    with pytest.raises(ConfigError) as error:
+        layer(torch.ones(5, 8))
+    assert expected in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["no_such_module_anywhere", "./parts.py", "", ".relative", "a b", 5, None, ["x"]])
