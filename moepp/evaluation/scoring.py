@@ -93,6 +93,13 @@ def _token_logprobs(model: Transformer, hidden_CD: Tensor, target_C: Tensor) -> 
     return torch.cat(logprobs), torch.cat(greedy)
 
 
+@torch.no_grad()
+def token_losses(model: Transformer, hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
+    """Return the cross-entropy of every target in nats, [B, S] fp64 on the CPU; as :func:`score_rows`."""
+    logprob_C, _ = _token_logprobs(model, hidden_BSD.flatten(0, 1), targets_BS.flatten())
+    return -logprob_C.view(targets_BS.shape)
+
+
 def continue_prompts(
     model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt], batch_index: int
 ) -> list[str]:

@@ -1,0 +1,115 @@
+"""FFN experts per token by what the token is, where it stands, how frequent and how hard it is.
+
+The questions of MoE++ (arXiv 2410.07348), Figs. 5, 6 and 8. Letters: N sequences, S tokens of each, V token types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from moepp.analysis.observe import Observed
+
+Rows = list[dict[str, Any]]
+_CONTEXT = 8  # tokens before an example
+_EXAMPLES = 3
+_BUCKETS = 10
+_BINS = 20
+
+Decode = Callable[[Sequence[int]], str]
+
+
+def by_type(seen: Observed, decode: Decode | None = None, least: int = 5) -> Rows:
+    """Return one row per token type that occurs ``least`` times or more, the most FFN experts first.
+
+    Columns: token, text, count, ffn_per_token (mean over layers and occurrences), ffn_std (over occurrences), loss (of
+    the token that follows, mean, nats), examples (with the tokens before).
+    """
+    ids, ffn, losses = seen.input_ids_NS.ravel(), seen.ffn_NS.ravel(), seen.losses_NS.ravel()
+    length = seen.input_ids_NS.shape[1]
+    order = np.argsort(ids, kind="stable")
+    types, starts, counts = np.unique(ids[order], return_index=True, return_counts=True)
+    rows = []
+    for token, start, count in zip(types.tolist(), starts, counts.tolist(), strict=True):
+        if count < least:
+            continue
+        places = order[start : start + count]
+        row = {"token": token, "text": decode([token]) if decode else str(token), "count": count}
+        row |= {"ffn_per_token": float(ffn[places].mean()), "ffn_std": float(ffn[places].std())}
+        row |= {"loss": float(losses[places].mean()), "examples": []}
+        for place in places[:: max(1, count // _EXAMPLES)][:_EXAMPLES]:
+            first = max(place - place % length, place - _CONTEXT)
+            row["examples"].append(decode(ids[first : place + 1].tolist()) if decode else str(ids[place]))
+        rows.append(row)
+    return sorted(rows, key=lambda row: (-row["ffn_per_token"], row["token"]))
+
+
+def by_position(seen: Observed) -> Rows:
+    """Return FFN experts and loss by the token's position in its sequence, in up to 16 buckets."""
+    length = seen.input_ids_NS.shape[1]
+    edges = np.unique(np.linspace(0, length, min(length, 16) + 1).astype(int))
+    rows = []
+    for low, high in pairwise(edges):
+        part = (slice(None), slice(low, high))
+        rows.append({"first": int(low), "last": int(high) - 1} | _means(seen, part))
+    return rows
+
+
+def by_frequency(seen: Observed) -> Rows:
+    """Return FFN experts and loss by how often the token occurs here, in tenths of all tokens from rare to frequent."""
+    ids = seen.input_ids_NS
+    counts = np.bincount(ids.ravel())[ids]
+    return _by_rank(seen, counts, "count")
+
+
+def by_loss(seen: Observed) -> Rows:
+    """Return FFN experts by the loss of the token that follows, in tenths of all tokens from easy to hard."""
+    return _by_rank(seen, seen.losses_NS, "loss_of_next")
+
+
+def _by_rank(seen: Observed, values_NS: np.ndarray, name: str) -> Rows:
+    order = np.argsort(values_NS.ravel(), kind="stable")
+    rows = []
+    for number, places in enumerate(np.array_split(order, min(_BUCKETS, len(order)))):
+        values = values_NS.ravel()[places]
+        part = np.unravel_index(places, values_NS.shape)
+        bounds = {f"{name}_min": float(values[0]), f"{name}_max": float(values[-1])}
+        rows.append({"tenth": number + 1, **bounds} | _means(seen, part))
+    return rows
+
+
+def _means(seen: Observed, part: Any) -> dict[str, Any]:
+    ffn = seen.ffn_NS[part]
+    return {"tokens": int(ffn.size), "ffn_per_token": float(ffn.mean()), "loss": float(seen.losses_NS[part].mean())}
+
+
+def kinds_by_layer(seen: Mapping[str, Observed]) -> Rows:
+    """Return the share of each expert kind by data source and MoE layer; the shares of a row sum to 1."""
+    rows = []
+    for source, one in seen.items():
+        shares = {kind: one.share(kind) for kind, count in one.cfg.expert_counts.items() if count}
+        for layer in range(len(one.ids_LNSK)):
+            rows.append({"source": source, "layer": layer} | {k: float(v[layer]) for k, v in shares.items()})
+    return rows
+
+
+def gate_weights(with_residuals: Observed, without: Observed | None) -> Rows:
+    """Return how the gate weights of the first and second choice are distributed, with and without residuals (Fig. 6).
+
+    Columns: residuals, layer, choice (1 is the best), mean, std, histogram (shares of 20 equal bins of [0, 1]).
+    """
+    rows = []
+    for name, one in (("with", with_residuals), ("without", without)):
+        if one is None:
+            continue
+        for layer, weights in enumerate(one.weights_LNSK):
+            for choice in range(min(2, weights.shape[-1])):
+                values = weights[..., choice].ravel()
+                histogram = np.histogram(values, bins=_BINS, range=(0, 1))[0] / values.size
+                row = {"residuals": name, "layer": layer, "choice": choice + 1}
+                row |= {"mean": float(values.mean()), "std": float(values.std()), "histogram": histogram.tolist()}
+                rows.append(row)
+    return rows

@@ -1,0 +1,249 @@
+"""Measure how a checkpoint routes: by token, by position, and the questions that the paper leaves open."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moepp.arguments import add_plugin_option
+from moepp.errors import ConfigError, DataError
+from moepp.evaluation.load import DTYPES, FoundModel, build_model, find_model, open_tokenizer
+from moepp.io.untrusted import printable
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from moepp.analysis.model_pages import Findings
+    from moepp.analysis.token_tables import Decode, Rows
+    from moepp.model.transformer import Transformer
+
+EXAMPLE = "moepp analyze tokens runs/mine; moepp analyze communication runs/tau-0.25 runs/tau-0.75"
+EP_SIZES = (2, 4, 8, 16, 32, 64)
+LONGER = 4  # times the trained length
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "what",
+        choices=tuple(_QUESTIONS),
+        help="tokens: FFN experts by token, position, frequency and loss; communication: bytes between ranks by tau; "
+        "long-context: routing beyond the trained length; robustness: loss when choices are swapped",
+    )
+    parser.add_argument("models", nargs="+", metavar="RUN_OR_FOLDER", help="run, checkpoint or folder with config.json")
+    parser.add_argument(
+        "--data",
+        action="append",
+        metavar="PREFIX",
+        help="data written by moepp prepare; default: the run's, validation",
+    )
+    parser.add_argument("--tokens", type=int, default=32768, metavar="N", help="tokens to read (default: 32768)")
+    parser.add_argument("--seq-len", type=int, metavar="S", help="tokens per sequence (default: as trained)")
+    parser.add_argument("--out", metavar="FOLDER", help="default: analysis/<what> in the run's directory")
+    parser.add_argument("--precision", choices=tuple(DTYPES), help="default: as trained; fp32 for a folder")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="robustness: draws the swapped tokens")
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="tokenizer.json, to show tokens as text (default: the run's)"
+    )
+    add_plugin_option(parser)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and what it reads.
+
+    Attributes:
+        name: what to call it.
+        found: where it lies.
+        model: whole, in eval mode.
+        sources: sequences [N, S + 1] by the name of their data.
+        seq_len: tokens per sequence that it was trained with.
+    """
+
+    name: str
+    found: FoundModel
+    model: Transformer
+    sources: dict[str, np.ndarray]
+    seq_len: int
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write tables and a page, and print where they lie."""
+    from moepp.analysis.model_pages import write_findings
+
+    _check(args)
+    found = [find_model(place) for place in args.models]
+    folder = _folder(args, found[0])
+    findings = _QUESTIONS[args.what](args, [_open(args, one) for one in found])
+    page = write_findings(findings, folder)
+    for figure in findings.figures:
+        print(f"{figure.title}: {printable(figure.caption)}")
+    print(f"tables: {', '.join(printable(folder / f'{name}.parquet') for name in findings.tables)}")
+    print(f"page: {printable(page)}")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, minimum in (("tokens", 2), ("seq_len", 1), ("seed", 0)):
+        value = getattr(args, name)
+        if value is not None and value < minimum:
+            raise ConfigError(f"--{name.replace('_', '-')}={value} is below its minimum {minimum}; raise it")
+    if args.what != "communication" and len(args.models) > 1:
+        raise ConfigError(f"moepp analyze {args.what} reads one model, and {len(args.models)} were named; name one")
+
+
+def _folder(args: argparse.Namespace, found: FoundModel) -> Path:
+    if args.out is not None:
+        return Path(args.out)
+    if found.run_dir is None:
+        raise ConfigError(f"{found.subject.source} is no run, so there is no place for the tables; give --out FOLDER")
+    return found.run_dir.path / "analysis" / args.what
+
+
+def _open(args: argparse.Namespace, found: FoundModel) -> Subject:
+    from moepp.distributed.groups import joined, read_launch_environment
+    from moepp.runs.environment import command_facts
+
+    cfg = found.run_config
+    trained = cfg.data.seq_len if cfg is not None else found.cfg.max_seq_len
+    length = args.seq_len if args.seq_len is not None else trained * (LONGER if args.what == "long-context" else 1)
+    sources = {prefix: _sequences(prefix, found, length, args.tokens) for prefix in _prefixes(args, found)}
+    if length > found.cfg.max_seq_len:  # positions beyond it are what long-context is about
+        found = replace(found, cfg=replace(found.cfg, max_seq_len=length))
+    environment = read_launch_environment()
+    if environment.world_size > 1:
+        raise ConfigError(f"moepp analyze runs in one process, and {environment.world_size} were started; start one")
+    with joined(environment, 1, 600.0, command_facts()) as groups:
+        model = build_model(found, groups, args.precision)
+    return Subject(Path(found.subject.source).name, found, model, sources, trained)
+
+
+def _prefixes(args: argparse.Namespace, found: FoundModel) -> list[str]:
+    if args.data:
+        return args.data
+    if found.run_config is None:
+        raise ConfigError(f"{found.subject.source} names no data; give --data PREFIX, as moepp prepare wrote it")
+    return list(found.run_config.data.paths)
+
+
+def _sequences(prefix: str, found: FoundModel, length: int, num_tokens: int) -> np.ndarray:
+    """Whole sequences of the data's validation part (of all of it, where that is too short or it is no run's data)."""
+    import numpy as np
+
+    from moepp.data.indexed import open_indexed
+
+    file = open_indexed(prefix)
+    cfg = found.run_config
+    is_own = cfg is not None and prefix in cfg.data.paths
+    tokens_T = file.tokens_of_split(cfg.data.split, "valid") if cfg is not None and is_own else file.tokens_T()
+    count = min(len(tokens_T) - 1, num_tokens) // length
+    if count < 1:
+        what = "validation tokens" if is_own else "tokens"
+        raise DataError(
+            f"{prefix} has {len(tokens_T)} {what}, fewer than one sequence of {length} + 1; lower --seq-len"
+        )
+    if tokens_T[: count * length + 1].max() >= found.cfg.vocab_size:
+        raise DataError(
+            f"{prefix} has token ids beyond the model's vocabulary of {found.cfg.vocab_size}; give its data"
+        )
+    return np.stack([tokens_T[i * length : (i + 1) * length + 1] for i in range(count)]).astype(np.int64)
+
+
+def _decoder(args: argparse.Namespace, found: FoundModel) -> Decode | None:
+    if args.tokenizer is None and found.tokenizer is None:
+        return None
+    return open_tokenizer(found, args.tokenizer).decode
+
+
+def _lead(subjects: list[Subject]) -> str:
+    parts = []
+    for one in subjects:
+        read = sum(tokens.shape[0] * (tokens.shape[1] - 1) for tokens in one.sources.values())
+        step = "" if one.found.subject.step is None else f" at step {one.found.subject.step:,}"
+        parts.append(f"{one.name}{step} read {read:,} tokens of {', '.join(one.sources)}")
+    return "; ".join(parts) + "."
+
+
+def _tokens(args: argparse.Namespace, subjects: list[Subject]) -> Findings:
+    from moepp.analysis import model_pages as pages
+    from moepp.analysis import token_tables as tables
+    from moepp.analysis.observe import Change, observe
+
+    [one] = subjects
+    decode = _decoder(args, one.found)
+    seen = {source: observe(one.model, tokens) for source, tokens in one.sources.items()}
+    first = next(iter(seen.values()))
+    without = None
+    if one.found.cfg.moe.gating_residual:
+        without = observe(one.model, next(iter(one.sources.values())), Change(residuals=False))
+    rows: dict[str, Rows] = {
+        "types": tables.by_type(first, decode),
+        "positions": tables.by_position(first),
+        "frequencies": tables.by_frequency(first),
+        "losses": tables.by_loss(first),
+        "kinds": tables.kinds_by_layer(seen),
+        "gates": tables.gate_weights(first, without),
+    }
+    x, y = ([row[name] for row in rows["positions"]] for name in ("first", "ffn_per_token"))
+    caption = f"From {y[0]:.3f} at the start to {y[-1]:.3f} at the end of a sequence."
+    labels = ("position in the sequence", "FFN experts per token")
+    figures = [
+        pages.type_figure(rows["types"]),
+        pages.line_figure("positions", "By position", caption, {"FFN experts": (x, y)}, labels),
+        pages.rank_figure("frequencies", "By frequency", rows["frequencies"], "frequent tokens"),
+        pages.rank_figure("losses", "By loss of the next token", rows["losses"], "tokens before a hard one"),
+        *pages.gate_figures(rows["gates"]),
+    ]
+    markup = pages.text_sample(first, decode) if decode is not None else ""
+    title = f"How {one.name} routes tokens"
+    return pages.Findings(title, _lead(subjects), rows, [figure for figure in figures if figure is not None], markup)
+
+
+def _communication(args: argparse.Namespace, subjects: list[Subject]) -> Findings:
+    from moepp.analysis import model_pages as pages
+    from moepp.analysis.observe import observe
+    from moepp.analysis.questions import communication
+
+    rows: Rows = []
+    for one in subjects:
+        precision = DTYPES[args.precision or one.found.precision]
+        sizes = [size for size in EP_SIZES if one.found.cfg.moe.num_ffn_experts % size == 0]
+        for tokens in one.sources.values():
+            rows += communication(one.name, observe(one.model, tokens), one.found.cfg, precision.itemsize, sizes)
+    if not rows:
+        raise ConfigError(
+            "no number of ranks from 2 on divides the FFN experts, so nothing is sent; name another model"
+        )
+    figures = pages.communication_figures(rows)
+    return pages.Findings("Expert-parallel traffic", _lead(subjects), {"communication": rows}, figures)
+
+
+def _long_context(args: argparse.Namespace, subjects: list[Subject]) -> Findings:
+    from moepp.analysis import model_pages as pages
+    from moepp.analysis.questions import long_context
+
+    [one] = subjects
+    rows = long_context(one.model, next(iter(one.sources.values())), one.seq_len)
+    figures = pages.long_context_figures(rows)
+    return pages.Findings("Routing in long contexts", _lead(subjects), {"long-context": rows}, figures)
+
+
+def _robustness(args: argparse.Namespace, subjects: list[Subject]) -> Findings:
+    from moepp.analysis import model_pages as pages
+    from moepp.analysis.questions import robustness
+
+    [one] = subjects
+    rows = robustness(one.model, next(iter(one.sources.values())), seed=args.seed)
+    figures = pages.robustness_figures(rows)
+    return pages.Findings("Swapped routing", _lead(subjects), {"robustness": rows}, figures)
+
+
+_QUESTIONS: dict[str, Callable[[argparse.Namespace, list[Subject]], Findings]] = {
+    "tokens": _tokens,
+    "communication": _communication,
+    "long-context": _long_context,
+    "robustness": _robustness,
+}
