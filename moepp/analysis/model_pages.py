@@ -158,12 +158,44 @@ def gate_figures(rows: Rows) -> list[Figure]:
             part = [row for row in rows if row["residuals"] == residuals and row["choice"] == choice]
             if part:
                 lines[f"choice {choice}, {residuals}"] = ([r["layer"] for r in part], [r["mean"] for r in part])
-    spread = {name: max(y) - min(y) for name, (_, y) in lines.items()}
-    widest = max(spread, key=spread.__getitem__)
-    caption = (
-        f"With and without gating residuals. Over layers the mean varies most for {widest} (by {spread[widest]:.3f})."
+    shifts = [
+        abs(a - b)
+        for a, b in zip(lines["choice 1, with"][1], lines.get("choice 1, without", ([], []))[1], strict=False)
+    ]
+    effect = (
+        f"Cutting the gating residuals moves the first choice's mean weight by up to {max(shifts):.3f}. "
+        if shifts
+        else ""
     )
+    second = lines.get("choice 2, with", ([], [0.0]))[1]
+    caption = f"{effect}The second choice weighs {min(second):.3f} to {max(second):.3f} of 1, by layer."
     return [line_figure("gate-weights", "Gate weights", caption, lines, ("MoE layer", "mean gate weight"))]
+
+
+def source_figure(rows: Rows) -> Figure:
+    """Draw the shares of expert kinds by data source, mean over layers (Fig. 8 of the paper)."""
+    sources = list(dict.fromkeys(row["source"] for row in rows))
+    kinds = [name for name in rows[0] if name not in ("source", "layer")]
+    shares = {kind: [_mean([r[kind] for r in rows if r["source"] == source]) for source in sources] for kind in kinds}
+
+    def draw(axes: Axes, palette: Palette) -> None:
+        left = [0.0] * len(sources)
+        for number, (kind, values) in enumerate(shares.items()):
+            axes.barh(range(len(sources)), values, 0.6, left=left, color=palette.series(number), label=kind)
+            left = [sum(pair) for pair in zip(left, values, strict=True)]
+        axes.set_yticks(range(len(sources)), [plain_label(source) for source in sources])
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("share of the router's choices, mean over layers")
+        legend(axes)
+
+    ends = ", ".join(f"{source} {shares['ffn'][n]:.1%}" for n, source in enumerate(sources))
+    caption = f"Share of FFN experts: {ends}. Sources that differ are told apart by the router."
+    table = [(source, *(f"{shares[kind][n]:.3f}" for kind in kinds)) for n, source in enumerate(sources)]
+    return draw_figure("sources", "Expert kinds by data source", caption, draw, ("source", *kinds), table)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def pick(rows: Rows, key: str, value: object, y: str, x: str = "first") -> tuple[list[float], list[float]]:

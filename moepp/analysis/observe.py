@@ -135,7 +135,7 @@ def _changed(layers: list[MoELayer], change: Change, device: torch.device) -> It
             draw = _Draw(change, device)
             for layer in layers:
                 routers.append(layer.router)
-                layer.router.choose = _swapping(layer.router, draw)
+                layer.router.choose = _swapping(layer.router, draw)  # pyright: ignore[reportAttributeAccessIssue]
         yield
     finally:
         for hook in hooks:

@@ -25,7 +25,7 @@ def communication(name: str, seen: Observed, cfg: ModelConfig, element_bytes: in
     without drops.
 
     Columns: model, tau, ranks, bytes_per_token (FFN assignments alone travel), vanilla (all K choices are FFN
-    experts) and everything_sharded (zero-computation experts live on ranks too, so all K assignments travel), saved.
+    experts) and everything_sharded (zero-computation experts live on ranks too, so all K assignments are sent), saved.
     """
     rows, num_layers = [], len(seen.ids_LNSK)
     per_assignment = cfg.hidden_size * element_bytes * DIRECTIONS * PASSES * num_layers

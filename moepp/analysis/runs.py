@@ -106,6 +106,8 @@ class Run:
         total, before, values = 0.0, 0, []
         for tokens, per_token in zip(ffn.tokens, ffn.values, strict=True):
             cost = flops_per_token(self.config.model, self.config.data.seq_len, per_token).forward_backward
+            if cost is None:  # of an expert kind that does not tell its own
+                return Series([], [])
             total, before = total + (tokens - before) * cost, tokens
             values.append(total)
         return Series(ffn.tokens, values)

@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moepp.arguments import add_plugin_option
+from moepp.arguments import add_device_option, add_plugin_option
+from moepp.distributed.groups import ParallelGroups, joined, read_launch_environment
 from moepp.errors import ConfigError, DataError
 from moepp.evaluation.load import DTYPES, FoundModel, build_model, find_model, open_tokenizer
 from moepp.io.untrusted import printable
+from moepp.runs.environment import command_facts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 EXAMPLE = "moepp analyze tokens runs/mine; moepp analyze communication runs/tau-0.25 runs/tau-0.75"
 EP_SIZES = (2, 4, 8, 16, 32, 64)
 LONGER = 4  # times the trained length
+TIMEOUT_SECONDS = 600.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", metavar="FILE", help="tokenizer.json, to show tokens as text (default: the run's)"
     )
     add_plugin_option(parser)
+    add_device_option(parser)
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,11 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     found = [find_model(place) for place in args.models]
     folder = _folder(args, found[0])
-    findings = _QUESTIONS[args.what](args, [_open(args, one) for one in found])
+    environment = read_launch_environment()
+    if environment.world_size > 1:
+        raise ConfigError(f"moepp analyze runs in one process, and {environment.world_size} were started; start one")
+    with joined(environment, 1, TIMEOUT_SECONDS, command_facts(args.plugins), args.device) as groups:
+        findings = _QUESTIONS[args.what](args, [_open(args, one, groups) for one in found])
     page = write_findings(findings, folder)
     for figure in findings.figures:
         print(f"{figure.title}: {printable(figure.caption)}")
@@ -103,21 +111,18 @@ def _folder(args: argparse.Namespace, found: FoundModel) -> Path:
     return found.run_dir.path / "analysis" / args.what
 
 
-def _open(args: argparse.Namespace, found: FoundModel) -> Subject:
-    from moepp.distributed.groups import joined, read_launch_environment
-    from moepp.runs.environment import command_facts
-
+def _open(args: argparse.Namespace, found: FoundModel, groups: ParallelGroups) -> Subject:
     cfg = found.run_config
     trained = cfg.data.seq_len if cfg is not None else found.cfg.max_seq_len
     length = args.seq_len if args.seq_len is not None else trained * (LONGER if args.what == "long-context" else 1)
-    sources = {prefix: _sequences(prefix, found, length, args.tokens) for prefix in _prefixes(args, found)}
+    prefixes = _prefixes(args, found)
+    names = [Path(prefix).name for prefix in prefixes]
+    names = names if len(set(names)) == len(names) else prefixes
+    read = [_sequences(prefix, found, length, args.tokens) for prefix in prefixes]
+    sources = dict(zip(names, read, strict=True))
     if length > found.cfg.max_seq_len:  # positions beyond it are what long-context is about
         found = replace(found, cfg=replace(found.cfg, max_seq_len=length))
-    environment = read_launch_environment()
-    if environment.world_size > 1:
-        raise ConfigError(f"moepp analyze runs in one process, and {environment.world_size} were started; start one")
-    with joined(environment, 1, 600.0, command_facts()) as groups:
-        model = build_model(found, groups, args.precision)
+    model = build_model(found, groups, args.precision)
     return Subject(Path(found.subject.source).name, found, model, sources, trained)
 
 
@@ -196,6 +201,7 @@ def _tokens(args: argparse.Namespace, subjects: list[Subject]) -> Findings:
         pages.rank_figure("frequencies", "By frequency", rows["frequencies"], "frequent tokens"),
         pages.rank_figure("losses", "By loss of the next token", rows["losses"], "tokens before a hard one"),
         *pages.gate_figures(rows["gates"]),
+        pages.source_figure(rows["kinds"]),
     ]
     markup = pages.text_sample(first, decode) if decode is not None else ""
     title = f"How {one.name} routes tokens"

@@ -1,0 +1,81 @@
+"""`moepp analyze`: every question on a folder of weights, and what bad input says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from moepp.cli.main import main
+from tests.data_files import write_indexed, write_word_tokenizer
+from tests.official_cases import released_config, released_tensors, write_released
+
+FLAGS = {"vocab_size": 40, "pad_token_id": "absent", "num_experts": [8]}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = released_config(**FLAGS)
+    out = tmp_path_factory.mktemp("analyze")
+    write_released(out / "model", config, released_tensors(config))
+    write_word_tokenizer(out / "model/tokenizer.json", 38)
+    drawn = np.random.default_rng(0).integers(0, 38, (4, 100))
+    write_indexed(out / "text", drawn.tolist())
+    write_indexed(out / "other", (drawn % 5).tolist())
+    write_indexed(out / "large", [[45] * 100])
+    return out
+
+
+@pytest.mark.parametrize(
+    ("what", "tables"),
+    [
+        ("tokens", {"types", "positions", "frequencies", "losses", "kinds", "gates"}),
+        ("communication", {"communication"}),
+        ("long-context", {"long-context"}),
+        ("robustness", {"robustness"}),
+    ],
+)
+def test_every_question_writes_tables_and_a_page(place, tmp_path, capsys, what, tables):
+    sources = ["--data", str(place / "text")] + (["--data", str(place / "other")] if what == "tokens" else [])
+    options = ["--tokens", "96", "--seq-len", "16", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(["analyze", what, str(place / "model"), *sources, *options]) == 0
+    assert {path.stem for path in (tmp_path / "out").glob("*.parquet")} == tables
+    page = (tmp_path / "out/report.html").read_text()
+    assert "<script" not in page and f"read {96 * len(sources) // 2} tokens" in page
+    assert page.count("<figure>") == len(list((tmp_path / "out/figures").glob("*.png"))) > 0
+    assert f"page: {tmp_path}/out/report.html" in capsys.readouterr().out
+    if what == "tokens":
+        rows = pq.read_table(tmp_path / "out/kinds.parquet").to_pylist()
+        assert {row["source"] for row in rows} == {"text", "other"}
+        assert all(sum(v for k, v in row.items() if k not in ("source", "layer")) == pytest.approx(1) for row in rows)
+        types = pq.read_table(tmp_path / "out/types.parquet").to_pylist()
+        assert types[0]["text"] == f"w{types[0]['token']}" and types[0]["examples"][0].endswith(types[0]["text"])
+        assert 'class="text-sample"' in page and "FFN experts" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tokens", "model", "model", "--out", "o"], "reads one model, and 2 were named"),
+        (["tokens", "model", "--data", "text"], "is no run, so there is no place for the tables; give --out"),
+        (["tokens", "model", "--out", "o"], "names no data; give --data PREFIX"),
+        (["tokens", "model", "--data", "text", "--out", "o", "--seq-len", "500"], "fewer than one sequence of 500 + 1"),
+        (
+            ["tokens", "model", "--data", "large", "--out", "o", "--seq-len", "16"],
+            "beyond the model's vocabulary of 40",
+        ),
+        (["tokens", "model", "--data", "text", "--out", "o", "--tokens", "1"], "--tokens=1 is below its minimum 2"),
+        (["traffic", "model"], "invalid choice: 'traffic'"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_anything_is_written(place, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(place)
+    try:
+        code = main(["analyze", *arguments])
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+    assert not (place / "o").exists()
