@@ -49,6 +49,7 @@ def model_card(
         _loading(form, tokenizer is not None),
         _data(cfg, found.subject),
         *_document_end(eod_id, tokenizer),
+        *_document_attention(found),
         _training(cfg),
         _evaluation(found),
     ]
@@ -103,6 +104,15 @@ def _document_end(eod_id: int | None, tokenizer: Tokenizer | None) -> list[str]:
     token = None if tokenizer is None else tokenizer.token(eod_id)
     what = f"token {eod_id}" if token is None else f"`{token}` (token {eod_id})"
     return [f"Every document ends with {what}, and a text starts after it. No other token is added to a text."]
+
+
+def _document_attention(found: FoundModel) -> list[str]:
+    if found.document_end is None:
+        return []
+    return [
+        "In training, attention stayed within documents: a token saw those of its own document alone. The code that "
+        "runs the exported model attends to all that it is given, so give it one document at a time."
+    ]
 
 
 def _sizes(prefix: str) -> tuple[str, str]:

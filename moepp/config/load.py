@@ -115,6 +115,8 @@ def upgrade(tree: Any) -> Any:
             parallel["exchange_chunks"] = parallel.pop("exchange_parts")
         if "balance_loss_scope" in moe:  # a whole section
             moe.setdefault("balance_rule", "heterogeneous")
+        if "split" in tree["data"]:  # a whole section
+            tree["data"].setdefault("document_attention", False)
         if moe.pop("triton_kernels", False):
             tree.setdefault("runtime", {})["kernels"] = "triton"
     except (KeyError, TypeError, AttributeError):

@@ -53,6 +53,7 @@ class DataConfig:
     weights: tuple[float, ...] | None = None  # share of each path in a batch; None: by number of tokens
     split: str = "96,3,1"  # train, validation, test shares of the documents
     tokenizer: str | None = None  # tokenizer.json; needed for samples and for the check of the vocabulary
+    document_attention: bool = False  # attention stays within documents; the paper's crosses their borders
     cache_dir: str | None = None  # where dataset indices are kept; None: <run.dir>/data-cache
 
     def __post_init__(self) -> None:

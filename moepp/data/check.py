@@ -31,6 +31,7 @@ def check_data(cfg: Config) -> Corpora:
         _check_token_ids(file, cfg)
     _check_tokenizers(files, cfg)
     _check_document_ends(files, cfg)
+    _check_documents_are_known(files, cfg)
     _check_cache_dir(cfg.data.cache_dir)
     return Corpora(files, read_vocabulary(cfg, files), cfg.data.tokenizer)
 
@@ -117,6 +118,16 @@ def _check_document_ends(files: Sequence[IndexedFile], cfg: Config) -> None:
     tokenizer = Tokenizer(cfg.data.tokenizer, eod_id=next(iter(ends), None))
     if cfg.eval.tasks:
         _ = tokenizer.eod_token  # benchmarks start documents with it
+
+
+def _check_documents_are_known(files: Sequence[IndexedFile], cfg: Config) -> None:
+    """Where attention stays within documents, every path must say which token ends them."""
+    unknown = [file.prefix for file in files if file.manifest is None]
+    if cfg.data.document_attention and unknown:
+        raise DataError(
+            f"data.document_attention=true needs the token that ends documents and {unknown[0]}.json, which tells it, "
+            "is missing; prepare the data with `moepp prepare`, or set data.document_attention=false"
+        )
 
 
 def _check_cache_dir(cache_dir: str | None) -> None:

@@ -41,6 +41,7 @@ class FoundModel:
         tokenizer: path of its tokenizer.json; None: it names none.
         eod_id: token that ended the documents it was trained on; None: not known.
         tokenizer_sha256: of the tokenizer.json that made them; None: not known.
+        document_end: the same, if attention stays within documents; None: it does not.
         run_dir, run_config: of a run.
         fill: reads the weights into a model, this rank's share; collective.
     """
@@ -52,6 +53,7 @@ class FoundModel:
     fill: Callable[[Transformer, ParallelGroups], None]
     eod_id: int | None = None
     tokenizer_sha256: str | None = None
+    document_end: int | None = None
     run_dir: RunDir | None = None
     run_config: Config | None = None
 
@@ -151,7 +153,7 @@ def build_model(found: FoundModel, groups: ParallelGroups, precision: str | None
         CheckpointError: damaged files, or weights that do not fit.
     """
     with torch.device("meta"):
-        model = Transformer(found.cfg, ExpertParallel(groups.ep))
+        model = Transformer(found.cfg, ExpertParallel(groups.ep), document_end=found.document_end)
     model.to_empty(device=groups.device)
     model.to(DTYPES[precision or found.precision])
     reset_buffers(model)
@@ -179,14 +181,16 @@ def _find_checkpoint(checkpoint: Path, place: str) -> FoundModel:
             )
         comm.run_together(lambda: load_model(checkpoint, model, groups.ep_rank), groups.world)
 
+    eod_id = info.eod_id if info.eod_id is not None else _eod_of_data(cfg, info)
     return FoundModel(
         cfg=cfg.model,
         precision=cfg.train.precision,
         subject=Subject(place, info.step, info.tokens),
         tokenizer=None if cfg.data.tokenizer is None else Path(cfg.data.tokenizer),
         fill=fill,
-        eod_id=info.eod_id if info.eod_id is not None else _eod_of_data(cfg, info),
+        eod_id=eod_id,
         tokenizer_sha256=info.tokenizer_sha256,
+        document_end=eod_id if cfg.data.document_attention else None,
         run_dir=RunDir(run_dir) if (run_dir / "config.yaml").is_file() else None,
         run_config=cfg,
     )

@@ -68,9 +68,7 @@ def document_mask(
     if blocks is None:
         blocks = documents_BS.device.type == "cuda" and head_dim >= _FLEX_HEAD_SIZE
     if blocks:
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        return create_block_mask(may_attend, batch, None, num_queries, num_keys, device=documents_BS.device)
+        return _create_block_mask()(may_attend, batch, None, num_queries, num_keys, device=documents_BS.device)
     keys_K = torch.arange(num_keys, device=documents_BS.device)
     causal_QK = keys_K <= positions_Q[:, None]
     same_BQK = documents_BS[:, positions_Q, None] == documents_BS[:, None, :num_keys]
@@ -89,4 +87,16 @@ def _flex_attention() -> Callable[..., Tensor]:
     """Import FlexAttention, as a kernel where there is an accelerator; on the CPU torch's own operations."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention) if torch.accelerator.is_available() else flex_attention
+    return _compiled(flex_attention)
+
+
+@functools.cache
+def _create_block_mask() -> Callable[..., Any]:
+    """Import what makes block masks; compiled, it never holds the whole [Q, K]."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return _compiled(create_block_mask)
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function) if torch.accelerator.is_available() else function

@@ -39,13 +39,19 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} {platform.machine()}"
 
 
-def build_model(cfg: Config, groups: ParallelGroups, comm_stats: comm.CommStats) -> Transformer:
-    """Return the model on this rank's device, with weights that depend on the seed and the names alone."""
+def build_model(
+    cfg: Config, groups: ParallelGroups, comm_stats: comm.CommStats, document_end: int | None = None
+) -> Transformer:
+    """Return the model on this rank's device, with weights that depend on the seed and the names alone.
+
+    ``document_end``: id of the token that ends documents, where attention stays within them.
+    """
     with torch.device("meta"):
         model = Transformer(
             cfg.model,
             ExpertParallel(groups.ep, groups.stage, comm_stats, cfg.parallel.exchange_chunks),
             SequenceParallel(groups.tp, groups.cp, groups.replica, cfg.parallel.context_method, comm_stats),
+            document_end,
             part=_part(cfg, groups.layout, groups.rank),
         )
     model.to_empty(device=groups.device)
@@ -137,7 +143,8 @@ def build_parts(
     cache_dir = cfg.data.cache_dir or str(run_dir.path / "data-cache")
     data = build_data(cfg, plan, corpora, groups.data_rank, cache_dir)
     comm_stats = comm.CommStats()
-    model = build_model(cfg, groups, comm_stats)
+    document_end = corpora.vocabulary.eod_id if cfg.data.document_attention else None
+    model = build_model(cfg, groups, comm_stats, document_end)
     if starts_fresh:
         comm.run_together(lambda: load_initial_weights(cfg, model, groups))
     if cfg.runtime.compile:

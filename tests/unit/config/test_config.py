@@ -205,7 +205,7 @@ def test_fixed_keys_exist():
         model.moe.ffn_hidden_size model.moe.top_k model.moe.router model.moe.gating_residual model.moe.logits_norm_std
         model.moe.gate_normalization model.moe.scale_input_by_top_k model.moe.tau model.moe.capacity_factor
         model.moe.balance_loss_weight model.moe.z_loss_weight
-        data.paths data.weights data.seq_len data.split data.tokenizer
+        data.paths data.weights data.seq_len data.split data.tokenizer data.document_attention
         optim.lr optim.min_lr optim.warmup_steps optim.schedule optim.betas optim.weight_decay optim.grad_clip
         parallel.expert parallel.zero_stage parallel.exchange_chunks parallel.timeout_seconds parallel.heartbeat_seconds
         runtime.device runtime.backend runtime.kernels runtime.compile

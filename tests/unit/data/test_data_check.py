@@ -71,6 +71,15 @@ def test_settings_that_the_data_cannot_serve(prefix: str, changes: dict[str, Any
     assert all(part in message for part in parts), message
 
 
+def test_documents_without_a_known_end_cannot_keep_attention_to_themselves(prefix: str, tmp_path: Path) -> None:
+    output, _ = _prepared(tmp_path, "b")
+    corpora = check_data(make_config([output], model__vocab_size=22, data__document_attention=True))
+    assert corpora.vocabulary.eod_id is not None
+    for paths in ([prefix], [output, prefix]):
+        message = _refusal({"data__document_attention": True}, paths)
+        assert f"{prefix}.json" in message and "`moepp prepare`" in message
+
+
 def test_no_validation_tokens_are_needed_without_evaluation(prefix: str) -> None:
     check_data(make_config([prefix], data__split="99,0,1", train__eval_batches=0))
 

@@ -1,0 +1,126 @@
+"""Runs whose ranks share sequences measure what one process does, continue each other's checkpoints, keep documents."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moepp.checkpoint import read_info
+from moepp.cli.main import main
+from moepp.data.prepare.pipeline import PrepareOptions, prepare
+from moepp.data.prepare.readers import ReadOptions
+from moepp.evaluation.load import build_model, find_model
+from tests.data_files import write_word_tokenizer
+from tests.parity import group_of
+from tests.train_processes import TrainServer, records
+
+STEPS, SAVED = 6, 3
+TOLERANCE = 1e-5
+OPTIONS = [
+    "engine.name=native",
+    "data.seq_len=16",
+    "data.document_attention=true",
+    "model.num_heads=4",
+    "model.num_kv_heads=4",
+    "model.init_std=0.2",
+    f"train.steps={STEPS}",
+    f"checkpoint.interval={SAVED}",
+    "checkpoint.keep=0",
+]
+LAYOUTS = {
+    "one": (1, []),
+    "ulysses": (2, ["parallel.context=2", "parallel.expert=2"]),
+    "gather": (2, ["parallel.context=2", "parallel.context_method=gather"]),
+    "tensor": (2, ["parallel.tensor=2", "parallel.expert=2"]),
+    "both": (4, ["parallel.tensor=2", "parallel.context=2", "parallel.expert=4", "parallel.context_method=gather"]),
+}
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that name short documents: several in each sequence."""
+    folder, draw = tmp_path_factory.mktemp("documents"), random.Random(1)
+    tokenizer = write_word_tokenizer(folder / "tokenizer.json", 40)
+    lines = (" ".join(f"w{draw.randrange(40)}" for _ in range(draw.randrange(2, 12))) for _ in range(300))
+    (folder / "text.txt").write_text("\n".join(lines))
+    read = ReadOptions(text_unit="line")
+    prepare([str(folder / "text.txt")], PrepareOptions(str(folder / "text"), tokenizer, read=read, progress=False))
+    return [f"data.paths=[{folder / 'text'}]", f"data.tokenizer={tokenizer}"]
+
+
+@pytest.fixture(scope="module")
+def trained(server: TrainServer, documents: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """``trained(name, *more)``: the run of that layout."""
+    folder, done = tmp_path_factory.mktemp("runs"), set()
+
+    def get(name: str, *more: str) -> Path:
+        run = folder / "-".join([name, *more])
+        if run not in done:
+            ranks, layout = LAYOUTS[name]
+            server.train(run, ranks, [*documents, *OPTIONS, *layout, *more])
+            done.add(run)
+        return run
+
+    return get
+
+
+def assert_close(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    names = ("train/loss", "train/grad_norm", "train/balance_loss", "eval/loss", "routing/drop_fraction")
+    assert any("eval/loss" in line for line in found)
+    for line, reference in zip(found, expected, strict=True):
+        for name in names:
+            assert (name in line) == (name in reference)
+            assert line.get(name) == pytest.approx(reference.get(name), rel=TOLERANCE), (line["step"], name)
+
+
+@pytest.mark.parametrize("name", ["ulysses", "gather", "tensor", pytest.param("both", marks=pytest.mark.slow)])
+def test_losses_are_those_of_one_process(trained, name):
+    assert_close(records(trained(name)), records(trained("one")))
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("gather", "tensor"),
+        ("tensor", "ulysses"),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (("both", "one"), ("one", "both"))),
+    ],
+)
+def test_checkpoint_of_one_layout_continues_in_another(server, documents, trained, tmp_path, source, target):
+    checkpoint = trained(source) / "checkpoints" / f"step-{SAVED:08d}"
+    ranks, layout = LAYOUTS[target]
+    server.train(tmp_path / "run", ranks, [*documents, *OPTIONS, *layout, f"run.resume={checkpoint}"])
+    assert_close(records(tmp_path / "run"), records(trained("one"), after=SAVED))
+
+
+def test_documents_make_a_difference_and_are_part_of_the_run(server, documents, trained, tmp_path):
+    run = trained("one")
+    crossing = trained("one", "data.document_attention=false")
+    losses = [[line["train/loss"] for line in records(folder)] for folder in (run, crossing)]
+    assert all(abs(one - other) > 1e-4 for one, other in zip(*losses, strict=True))
+    again = [*documents, *OPTIONS, "data.document_attention=false", f"train.steps={STEPS + 1}"]
+    stopped = server.start(run, 1, again)
+    assert stopped.wait(60) == [2]
+    assert "data.document_attention: True -> False" in stopped.output(0)
+
+
+def test_commands_keep_attention_within_documents(trained, tmp_path, capsys, monkeypatch):
+    run = trained("one")
+    found = find_model(str(run))
+    end = read_info(run / "checkpoints" / f"step-{STEPS:08d}").eod_id
+    assert end is not None and found.document_end == end
+    assert find_model(str(trained("one", "data.document_attention=false"))).document_end is None
+    model = build_model(found, _alone(monkeypatch))
+    ids = torch.tensor([[3, 4, 5, end, 6, 7, 8]])
+    torch.testing.assert_close(model(ids).hidden[:, 4:], model(ids[:, 4:]).hidden, rtol=1e-5, atol=1e-5)
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    assert "attention stayed within documents" in (tmp_path / "out" / "README.md").read_text()
+
+
+def _alone(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return group_of(1)
