@@ -37,7 +37,9 @@ _SYNONYMS = {
     **dict.fromkeys(("preprocess", "tokenize", "tokenise", "data"), "prepare"),
     **dict.fromkeys(("convert", "save"), "export"),
     **dict.fromkeys(("load", "upcycle"), "import"),
-    **dict.fromkeys(("summary", "plot", "status"), "report"),
+    **dict.fromkeys(("summary", "plot", "compare"), "report"),
+    **dict.fromkeys(("status", "monitor", "top", "tail"), "watch"),
+    **dict.fromkeys(("analyse", "analysis", "routing"), "analyze"),
     **dict.fromkeys(("ckpt", "checkpoints", "prune", "verify", "diff", "list"), "checkpoint"),
     **dict.fromkeys(("benchmark", "profile"), "bench"),
 }
