@@ -21,7 +21,7 @@ from moepp.ops import backend
 from moepp.ops.expert_products import ExpertProducts
 from tests import parity
 from tests.devices import GPU
-from tests.gpu import distributed, fakes, kernels, layer, machine, own_tests, prove, speed, training
+from tests.gpu import compiled, distributed, fakes, kernels, layer, machine, own_tests, prove, speed, training
 from tests.gpu.checks import CHECKS, KERNEL_CHECKS, STAGES, Check
 from tests.gpu.prove import Proof, main, parse_numbers, proven
 from tests.gpu.report import Place, Report, deviation
@@ -77,7 +77,7 @@ def test_the_first_checks_run_with_torch_triton_numpy_and_transformers_alone(tmp
 
 # Of the checks on the CPU where neither DeepSpeed nor another extra is installed.
 STATUSES = {3: "partial", 4: "skipped", 5: "passed", 6: "partial", 7: "passed", 8: "passed", 9: "passed"}
-STATUSES |= {10: "skipped", 11: "measured", 12: "passed", 13: "measured", 14: "skipped", 15: "passed"}
+STATUSES |= {10: "partial", 11: "measured", 12: "passed", 13: "measured", 14: "skipped", 15: "passed", 16: "partial"}
 
 
 @pytest.mark.slow
@@ -216,8 +216,16 @@ def test_the_oracle_check_fails_for_a_wrong_output_and_for_a_gradient_that_is_no
 
 def test_the_experts_check_fails_for_wrong_products(monkeypatch):
     original = ops.grouped_swiglu
-    monkeypatch.setattr(ops, "grouped_swiglu", lambda rows, *rest: original(rows.roll(1, 0), *rest))
-    assert any("gradient of gate_up" in name for name in failing(layer.check_experts))
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "grouped_swiglu", lambda rows, *rest: original(rows.roll(1, 0), *rest))
+        names = failing(layer.check_experts)
+        assert any("gradient of gate_up" in name for name in names)
+        assert "rows past the counts: output" in names
+    copies = iter(range(100))  # every other call sees other weights: as a product does that ignores their address
+    monkeypatch.setattr(
+        ops, "grouped_swiglu", lambda rows, counts, *weights: original(rows, counts, *weights) * (1 + next(copies))
+    )
+    assert "weights at element 3 of a buffer: output" in failing(layer.check_experts)
 
 
 def test_the_kernels_check_fails_where_triton_gives_other_numbers(monkeypatch):
@@ -243,6 +251,17 @@ def test_only_warnings_of_waits_are_counted_by_their_place():
     assert kernels.sites_of(caught) == {"x.py:1": 2, "y.py:2": 1}
 
 
+def test_the_compile_check_fails_where_compiled_parts_give_other_numbers(monkeypatch):
+    assert failing(compiled.check_compiled) == []
+
+    def breaks(model, backend):
+        model.norm.register_forward_hook(lambda module, args, out: out * 1.05)
+
+    monkeypatch.setattr(compiled, "compile_dense_parts", breaks)
+    names = failing(compiled.check_compiled)
+    assert "float32: loss" in names and "bfloat16: gradient of norm.weight" in names
+
+
 def test_the_exchange_check_fails_for_rows_that_come_back_in_another_order(monkeypatch):
     send_back = AllToAllDispatcher.send_back
     monkeypatch.setattr(
@@ -265,7 +284,7 @@ def test_the_training_and_engine_checks_fail_for_other_losses(monkeypatch):
     monkeypatch.setattr(training, "train", drifts)
     assert {"fp32: last loss", "bf16: last loss"} <= set(failing(training.check_training))
     calls.clear()
-    monkeypatch.setattr(parity, "ENGINES", [("native", 0), ("other", 1)])
+    monkeypatch.setattr(training, "ENGINES", [("other", 1)])
     monkeypatch.setattr(training, "train", lambda rank, setting, layout: drifts(rank, setting, parity.Layout()))
     assert failing(training.check_engines) == ["other, ZeRO-1: deviation from native"]
 

@@ -36,8 +36,20 @@ CHECKS: tuple[Check, ...] = (
     _check(13, "the same step in transformers", "speed:check_peer_speed", 240),
     _check(14, "the project's own tests of the layer and of Triton's kernels", "own_tests:check_own_tests", 400),
     _check(15, "the other ways to split a model over two ranks", "layouts:check_layouts", 240),
+    _check(16, "compiled attention and norms", "compiled:check_compiled", 240),
 )
 # One process each; a check that fails ends its process, and the rest of the stage goes on in a fresh one.
-STAGES: tuple[tuple[int, ...], ...] = ((0, 1, 2, 3, 4, 5), (6,), (7,), (8, 9), (10,), (11,), (12, 13), (14,), (15,))
+STAGES: tuple[tuple[int, ...], ...] = (
+    (0, 1, 2, 3, 4, 5),
+    (6,),
+    (7,),
+    (8, 9),
+    (10,),
+    (11,),
+    (12, 13),
+    (14,),
+    (15,),
+    (16,),
+)
 # What has to pass, with nothing left out, before runtime.kernels=auto may choose Triton's kernels on such a card.
 KERNEL_CHECKS = (0, 1, 2, 3, 4, 5)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moepp import MoEConfig, ops
-from moepp.ops import use_kernels
+from moepp.ops import use_grouped_products, use_kernels
 from tests.gpu.report import Place, Report, deviation, is_installed
 from tests.moe_cases import (
     LEAST_MARGIN,
@@ -148,6 +148,32 @@ def check_experts(place: Place, report: Report) -> None:
             largest = 0.0 if grad is None or not empty else float(grad[empty].abs().max())
             report.expect(f"{name}: gradient of {part} of experts without rows", largest, "0 exactly", largest == 0.0)
     report.note("largest deviation", worst)
+    with use_grouped_products():
+        _check_grouped(place, report)
+
+
+def _check_grouped(place: Place, report: Report) -> None:
+    """What grouped products are given in training: rows past the counts, and weights inside a flat buffer."""
+    width, ffn_width, counts = place.size(768, 32), place.size(2048, 64), [5, 0, 9, 2]
+    given = _draw_experts(place.device, width, ffn_width, counts)
+    plain = _run_grouped(given, counts)
+    tail = given["rows"].new_full((7, width), float("nan"))
+    longer = given | {name: torch.cat((given[name], tail)) for name in ("rows", "grad")}
+    found = _run_grouped(longer, counts)
+    for part, wanted in plain.items():
+        value = found[part]
+        if value is not None and part in ("output", "gradient of rows"):
+            value = value[: sum(counts)]
+        report.same_bits(f"rows past the counts: {part}", value, wanted)
+    for offset in (1, 3):  # elements of 2 bytes: no such address is a multiple of 16
+        moved = given | {name: _inside_a_buffer(given[name], offset) for name in ("gate_up", "down")}
+        for part, value in _run_grouped(moved, counts).items():
+            report.same_bits(f"weights at element {offset} of a buffer: {part}", value, plain[part])
+
+
+def _inside_a_buffer(tensor: Tensor, offset: int) -> Tensor:
+    buffer = tensor.new_empty(tensor.numel() + offset)
+    return buffer[offset:].view(tensor.shape).copy_(tensor)
 
 
 def _expert_sizes(place: Place) -> list[tuple[str, int, int, list[int]]]:
@@ -178,7 +204,7 @@ def _draw_experts(device: torch.device, width: int, ffn_width: int, counts: list
 
 
 def _run_grouped(given: dict[str, Tensor], counts: list[int]) -> dict[str, Tensor | None]:
-    leaves = {name: given[name].clone().requires_grad_() for name in ("rows", "gate_up", "down")}
+    leaves = {name: given[name].detach().requires_grad_() for name in ("rows", "gate_up", "down")}
     counts_E = torch.tensor(counts, device=given["rows"].device)
     out = ops.grouped_swiglu(leaves["rows"], counts_E, leaves["gate_up"], leaves["down"])
     out.backward(given["grad"])
