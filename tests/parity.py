@@ -55,6 +55,7 @@ class Setting:
     steps: int = STEPS
     seq_len: int = SEQ_LEN
     precision: str = "fp32"
+    document_end: int | None = None  # attention stays within documents that this token ends
 
 
 @dataclass(frozen=True)
@@ -276,7 +277,7 @@ def train(
     groups = group_of(layout.ep, layout.device, *sizes)
     plan = make_plan(cfg, groups.world_size)
     comm_stats = comm.CommStats()
-    model = build_model(cfg, groups, comm_stats)
+    model = build_model(cfg, groups, comm_stats, setting.document_end)
     if setting.one_sided:
         make_one_sided(model)
     history = History()

@@ -51,8 +51,12 @@ LAYOUTS = [
     Layout(4, 4, tensor=2, context=2),
     Layout(4, 2, tensor=2, context=2, context_method="gather", micro_batch=2),
     Layout(4, 4, tensor=2, zero=1, micro_batch=2),
+    Layout(4, 2, pipeline=2, tensor=2, micro_batch=2),
 ]
 MANY = [
+    Layout(4, 1, pipeline=2, context=2, context_method="gather", zero=1, micro_batch=2),
+    Layout(8, 4, pipeline=2, tensor=2, context=2, micro_batch=2),
+    Layout(8, 2, pipeline=2, tensor=2, context=2, context_method="gather", zero=1, micro_batch=1),
     Layout(4, 2, context=2, zero=1),
     Layout(8, 4, tensor=2, context=2),
     Layout(8, 8, tensor=2, context=2, context_method="gather", zero=1, micro_batch=2),
@@ -80,6 +84,14 @@ def test_capacity_and_balance_count_the_replicas_micro_batch(pools, reference, l
     wanted = pools(alone.ranks).run(train, DROPPING, alone)[0] if alone.ranks > 1 else reference(DROPPING, alone)
     assert deviation(reference(Setting("sgd", model=HEADS)), wanted).loss > 100 * TOLERANCE, "nothing is dropped"
     assert measure(pools, wanted, DROPPING, layout).worst < TOLERANCE
+
+
+def test_documents_stay_apart_in_every_stage(pools, reference):
+    setting = Setting("sgd", model=HEADS, document_end=7)
+    wanted = reference(setting)
+    assert deviation(reference(Setting("sgd", model=HEADS)), wanted).loss > 100 * TOLERANCE
+    layout = Layout(4, 2, pipeline=2, context=2, context_method="gather", micro_batch=2)
+    assert measure(pools, wanted, setting, layout).worst < TOLERANCE
 
 
 # Names say what goes wrong. Each is entered before the engine is built and left when the run is over.

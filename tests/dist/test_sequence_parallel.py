@@ -311,6 +311,28 @@ def test_loss_and_every_gradient_are_those_of_one_process(pools, place, name):
     check(wanted, pools(place.ranks).run(many_processes, place, CONFIGS[name]), place)
 
 
+def _bytes_sent(rank: int, place: Place) -> dict[str, int]:
+    groups, stats = groups_of(place), comm.CommStats()
+    model = Transformer(CONFIGS["dropless"], sequence=sequence_of(place, groups, stats))
+    init_parameters(model, 7)
+    model(make_batch()[0])
+    return dict(stats.sequence_bytes)
+
+
+@pytest.mark.parametrize("place", [Place(2), Place(4), *(Place(2, 2, 1, x) for x in sequence.METHODS)], ids=str)
+def test_forward_sends_what_the_formulas_of_the_layouts_page_say(pools, place):
+    cfg, t, c = CONFIGS["dropless"], place.tensor, place.context
+    tokens, kv_width = BATCH * SEQ_LEN // c, cfg.num_kv_heads * cfg.head_dim
+    wanted = {"gather_sequence": (t - 1) * tokens // t * cfg.hidden_size}
+    wanted["sum_scatter_sequence"] = wanted["gather_sequence"]
+    if c > 1 and place.method == "ulysses":
+        wanted["exchange_heads"] = (c - 1) * tokens // c * (2 * cfg.hidden_size + 2 * kv_width) // t
+    elif c > 1:
+        wanted["gather_sequence"] += (c - 1) * tokens * 2 * kv_width // t
+    wanted = {kind: 4 * cfg.num_layers * count for kind, count in wanted.items()}
+    assert pools(place.ranks).run(_bytes_sent, place) == [wanted] * place.ranks
+
+
 DOCUMENT_END = 24  # twice in the first sequence, once in the second
 
 
