@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepp.ops.backend import cpu_kernels, require_cpu_kernels
+from moepp.ops.backend import require_row_kernels, row_kernels
 from moepp.ops.matmul import linear_fp32
 from moepp.ops.shared_gradient import SharedGradient, shared_gradient
 
@@ -32,7 +32,7 @@ def affine_experts(
         value_CD: v of every constant expert.
         experts: numbers of the constant experts (the first C) and of the copy experts (the others).
     """
-    if cpu_kernels(x_TD) and weights_TK.dtype == torch.float32:
+    if weights_TK.dtype == torch.float32 and row_kernels(x_TD):
         # A softmax of two depends on the difference of its logits alone.
         difference_CD = alpha_C2D.float().diff(dim=1).squeeze(1).neg()
         return _AffineExperts.apply(x_TD, ids_TK, weights_TK, difference_CD, value_CD, experts, shared_gradient(x_TD))
@@ -56,7 +56,7 @@ def _local_ids(ids_TK: Tensor, experts: range) -> Tensor:
 
 
 class _AffineExperts(torch.autograd.Function):
-    """The compiled kernel computes α only for tokens that chose the expert."""
+    """The kernels compute α only for tokens that chose the expert."""
 
     @staticmethod
     def forward(
@@ -72,7 +72,7 @@ class _AffineExperts(torch.autograd.Function):
         ctx.shared = shared
         inputs = (x_TD, ids_TK, weights_TK, difference_CD, value_CD.to(x_TD.dtype))
         inputs = tuple(tensor.contiguous() for tensor in inputs)
-        ctx.value_dtype, ctx.kernels = value_CD.dtype, require_cpu_kernels(x_TD)
+        ctx.value_dtype, ctx.kernels = value_CD.dtype, require_row_kernels(x_TD)
         ctx.sizes = (*x_TD.shape, ids_TK.shape[1], len(value_CD), experts.start, experts.stop)
         out_TD, alpha_TK = torch.empty_like(inputs[0]), torch.empty_like(inputs[2])
         ctx.kernels.call("affine_experts", *inputs, out_TD, alpha_TK, *ctx.sizes)

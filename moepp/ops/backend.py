@@ -1,8 +1,9 @@
 """Which kernels the operations of this package run: one choice for the process, made when the model is built.
 
-``auto``: kernels compiled for the machine's processor on the CPU, torch's operations elsewhere. ``torch``: torch's
-operations everywhere. ``cpu``: the compiled kernels, or an error. ``triton``: Triton's kernels for SwiGLU and for rows
-by token, torch's operations for the rest. All give the same results up to rounding.
+``auto``: kernels compiled for the machine's processor on the CPU; Triton's on GPUs where they have passed the proof
+(:mod:`moepp.ops.triton.proven`); torch's operations elsewhere. ``torch``: torch's operations everywhere. ``cpu``: the
+compiled kernels, or an error. ``triton``: Triton's kernels, or an error; torch's operations for what they do not cover,
+the matrix products above all. All give the same results up to rounding.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from moepp.errors import ConfigError
 from moepp.ops.cpu.build import ELEMENT_BITS, Library, library
+from moepp.ops.triton.proven import is_proven
 
 if TYPE_CHECKING:
-    from moepp.ops.triton.rows import TritonRows
+    from moepp.ops.triton.kernels import TritonKernels
 
 KERNELS = ("auto", "torch", "cpu", "triton")
 _KEY = "runtime.kernels"
@@ -50,7 +52,11 @@ def choose_kernels(choice: str, device: torch.device) -> None:
             f"{_KEY}=cpu, but the kernels could not be compiled (see the warning above); install a C compiler or set "
             "it to auto"
         )
-    _chosen = choice
+    _chosen = "triton" if choice == "auto" and _has_proven_triton(device) else choice
+
+
+def _has_proven_triton(device: torch.device) -> bool:
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None and is_proven(device)
 
 
 @contextmanager
@@ -98,23 +104,25 @@ def require_cpu_kernels(tensor: Tensor) -> Library:
     return kernels
 
 
-def require_row_kernels(tensor: Tensor) -> Library | TritonRows:
+def require_row_kernels(tensor: Tensor) -> Library | TritonKernels:
     """Return :func:`row_kernels`, which must exist."""
     kernels = row_kernels(tensor)
     assert kernels is not None
     return kernels
 
 
-def row_kernels(tensor: Tensor) -> Library | TritonRows | None:
-    """Kernels for SwiGLU and for rows by token: Triton's where they are chosen, else as :func:`cpu_kernels`."""
+def row_kernels(tensor: Tensor) -> Library | TritonKernels | None:
+    """Triton's kernels where they are chosen, else as :func:`cpu_kernels`."""
     if _chosen != "triton":
         return cpu_kernels(tensor)
+    if torch.compiler.is_compiling() or not _is_plain(tensor):
+        return None
     require_triton(tensor.device)
     if tensor.dtype not in ELEMENT_BITS:
         raise ConfigError(
             f"{_KEY}=triton takes float32 and bfloat16, not {tensor.dtype}; convert the layer and its input"
         )
-    return _triton_rows()
+    return _triton_kernels()
 
 
 def chosen_kernels() -> str:
@@ -145,10 +153,10 @@ def require_triton(device: torch.device) -> None:
 
 
 @functools.cache
-def _triton_rows() -> TritonRows:
-    from moepp.ops.triton.rows import TritonRows
+def _triton_kernels() -> TritonKernels:
+    from moepp.ops.triton.kernels import TritonKernels
 
-    return TritonRows()
+    return TritonKernels()
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:

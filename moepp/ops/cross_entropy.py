@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepp.ops.backend import cpu_kernels
+from moepp.ops.backend import row_kernels
 from moepp.ops.matmul import add_transposed_product, multiplies_in_float32, repacks_right_factor
 
 IGNORE_INDEX = -100
@@ -116,7 +116,7 @@ def _loss_and_gradient(logits_CV: Tensor, labels_C: Tensor, losses_C: Tensor, wi
     Ignored rows have a loss of 0 and any finite gradient.
     """
     num_tokens, vocab_size = logits_CV.shape
-    if kernels := cpu_kernels(logits_CV):
+    if kernels := row_kernels(logits_CV):
         sizes = (IGNORE_INDEX, int(with_gradient), num_tokens, vocab_size)
         kernels.call("cross_entropy", logits_CV, labels_C.contiguous(), losses_C, *sizes)
         return

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepp.ops.backend import cpu_kernels, require_cpu_kernels
+from moepp.ops.backend import require_row_kernels, row_kernels, uses_triton
 
 NORMALIZATIONS = ("none", "zero_masked", "topk_softmax")  # numbered as in cpu/routing.c
 _MAX_TOP_K = 8  # of the compiled kernel, which scans K times
@@ -37,7 +37,8 @@ def softmax_gates(
         The order is (probabilities, experts, weights).
     """
     is_last = zero_experts.stop == logits_TE.shape[1]
-    if cpu_kernels(logits_TE) and logits_TE.dtype == torch.float32 and top_k <= _MAX_TOP_K and is_last:
+    fits = is_last and (top_k <= _MAX_TOP_K or uses_triton())
+    if fits and logits_TE.dtype == torch.float32 and row_kernels(logits_TE):
         return _Gates.apply(logits_TE, top_k, zero_experts.start, NORMALIZATIONS.index(normalization))
     probs_TE = torch.softmax(logits_TE, dim=-1)
     scores_TE = logits_TE if normalization == "topk_softmax" else probs_TE
@@ -61,7 +62,7 @@ def _mask_zero_experts(weights_TK: Tensor, topk_ids_TK: Tensor, zero_experts: ra
 
 
 class _Gates(torch.autograd.Function):
-    """The compiled kernel: among experts of equal probability the lower number is chosen."""
+    """By one kernel: among experts of equal probability the lower number is chosen."""
 
     @staticmethod
     def forward(
@@ -70,9 +71,9 @@ class _Gates(torch.autograd.Function):
         logits_TE = logits_TE.contiguous()
         num_tokens, num_experts = logits_TE.shape
         probs_TE, weights_TK = torch.empty_like(logits_TE), logits_TE.new_empty(num_tokens, top_k)
-        ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int64)
+        ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits_TE.device)
         ctx.kernels, ctx.sizes = (
-            require_cpu_kernels(logits_TE),
+            require_row_kernels(logits_TE),
             (num_tokens, num_experts, top_k, first_zero, normalization),
         )
         ctx.kernels.call("gates", logits_TE, probs_TE, ids_TK, weights_TK, *ctx.sizes)

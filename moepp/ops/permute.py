@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moepp.ops.backend import require_row_kernels, row_kernels
+from moepp.ops.backend import require_row_kernels, row_kernels, uses_triton
 from moepp.ops.shared_gradient import SharedGradient, shared_gradient
 
 _DONATED = "_moepp_donated"
@@ -61,7 +61,16 @@ def gather_rows(x_TD: Tensor, order: RowOrder, gathered_BD: Tensor | None = None
 @torch.no_grad()
 def gather_ahead(x_TD: Tensor, order: RowOrder) -> Tensor:
     """Return the token of every row, for :func:`gather_rows`: before it is known where the rows end."""
-    return x_TD.index_select(0, order.token_ids_R)
+    return _gather(x_TD, order)
+
+
+def _gather(x_TD: Tensor, order: RowOrder) -> Tensor:
+    kernels = row_kernels(x_TD) if uses_triton() else None
+    if kernels is None:
+        return x_TD.index_select(0, order.token_ids_R)
+    rows_RD = x_TD.new_empty(len(order), x_TD.shape[1])
+    kernels.call("gather", x_TD.contiguous(), order.assignments_R, rows_RD, *rows_RD.shape, order.positions_TK.shape[1])
+    return rows_RD
 
 
 class _Gather(torch.autograd.Function):
@@ -73,11 +82,11 @@ class _Gather(torch.autograd.Function):
         ctx.kernels, ctx.shape = row_kernels(x_TD), x_TD.shape
         ctx.order = order if ctx.kernels is None else None
         ctx.save_for_backward(order.positions_TK)
-        return x_TD.index_select(0, order.token_ids_R) if gathered_RD is None else gathered_RD
+        return _gather(x_TD, order) if gathered_RD is None else gathered_RD
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (positions_TK,) = ctx.saved_tensors
         if ctx.kernels is None:
             return _sum_rows(F.pad(grad_RD, (0, 0, 0, 1)), ctx.order), None, None, None
@@ -87,7 +96,7 @@ class _Gather(torch.autograd.Function):
         ctx.kernels.call("combine", *inputs, grad_x_TD, *ctx.shape, positions_TK.shape[1])
         if ctx.shared is not None:
             ctx.shared.put(grad_x_TD)
-        return (grad_x_TD if ctx.shared is None else None), None, None, None
+        return (grad_x_TD if ctx.shared is None else None), None, None
 
 
 def donate(tensor: Tensor) -> Tensor:

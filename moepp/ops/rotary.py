@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moepp.ops.backend import row_kernels, uses_triton
+
 
 def rotate(x_d: Tensor, cos_h: Tensor, sin_h: Tensor) -> Tensor:
     """Rotate the pairs (i, i + d/2) of every head: [..., d] -> [..., d] in the same layout.
@@ -33,8 +35,12 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x_d: Tensor, cos_h: Tensor, sin_h: Tensor, sign: float) -> Tensor:
-    """Four passes over halves; each result is rounded twice."""
+    """One kernel of Triton's, or four passes over halves, which round twice."""
     out_d = torch.empty_like(x_d)
+    kernels = row_kernels(x_d) if uses_triton() and x_d.dim() == 4 and x_d.stride(-1) == 1 else None
+    if kernels is not None:
+        kernels.call("rotate", x_d, cos_h, sin_h, out_d, sign)
+        return out_d
     first_h, second_h = x_d.chunk(2, dim=-1)
     out_first_h, out_second_h = out_d.chunk(2, dim=-1)
     torch.mul(first_h, cos_h, out=out_first_h).addcmul_(second_h, sin_h, value=-sign)

@@ -1,7 +1,7 @@
 """One gradient buffer for an input that several operations read.
 
 Autograd would let each of them fill a tensor of the input's size and then add these up, which on the CPU costs some per
-cent of a layer's time. The compiled kernels add to what is there instead, in the pass that they make anyway.
+cent of a layer's time. The kernels add to what is there instead, in the pass that they make anyway.
 
 Shapes: T tokens, D width.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepp.ops.backend import cpu_kernels
+from moepp.ops.backend import row_kernels
 
 _ATTRIBUTE = "_shared_gradient"
 
@@ -36,7 +36,7 @@ class SharedGradient:
 
 def share_gradient(x_TD: Tensor) -> Tensor:
     """Return ``x_TD`` with one gradient buffer shared by several operations; where useless, ``x_TD`` itself."""
-    if not cpu_kernels(x_TD) or not torch.is_grad_enabled() or not x_TD.requires_grad:
+    if not row_kernels(x_TD) or not torch.is_grad_enabled() or not x_TD.requires_grad:
         return x_TD
     shared = SharedGradient()
     x_TD = _Share.apply(x_TD, shared)

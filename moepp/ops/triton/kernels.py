@@ -1,0 +1,41 @@
+"""Triton's kernels by name.
+
+They compute what the C functions of the same names do, with the same arguments. Import this module only where Triton is
+wanted: it needs the package. With TRITON_INTERPRET=1 in the environment before that, they run on the CPU, slowly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from moepp.ops.triton.affine_experts import affine_experts, affine_experts_backward
+from moepp.ops.triton.cross_entropy import cross_entropy
+from moepp.ops.triton.gates import gates, gates_backward
+from moepp.ops.triton.permute import combine, combine_backward, gather
+from moepp.ops.triton.rotary import rotate
+from moepp.ops.triton.swiglu import swiglu, swiglu_backward
+
+_FUNCTIONS: tuple[Callable[..., None], ...] = (
+    affine_experts,
+    affine_experts_backward,
+    combine,
+    combine_backward,
+    cross_entropy,
+    gates,
+    gates_backward,
+    gather,
+    rotate,
+    swiglu,
+    swiglu_backward,
+)
+_KERNELS = {function.__name__: function for function in _FUNCTIONS}
+
+
+class TritonKernels:
+    """The kernels, to be called as those of a compiled :class:`~moepp.ops.cpu.build.Library`."""
+
+    def call(self, name: str, *arguments: Tensor | float | None) -> None:
+        """Run a kernel; tensors must be dense (rows may lie apart only where the kernel takes a stride)."""
+        _KERNELS[name](*arguments)
