@@ -86,7 +86,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (positions_TK,) = ctx.saved_tensors
         if ctx.kernels is None:
             return _sum_rows(F.pad(grad_RD, (0, 0, 0, 1)), ctx.order), None, None, None
@@ -96,7 +96,7 @@ class _Gather(torch.autograd.Function):
         ctx.kernels.call("combine", *inputs, grad_x_TD, *ctx.shape, positions_TK.shape[1])
         if ctx.shared is not None:
             ctx.shared.put(grad_x_TD)
-        return (grad_x_TD if ctx.shared is None else None), None, None
+        return (grad_x_TD if ctx.shared is None else None), None, None, None
 
 
 def donate(tensor: Tensor) -> Tensor:

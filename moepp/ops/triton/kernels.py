@@ -30,7 +30,7 @@ _FUNCTIONS: tuple[Callable[..., None], ...] = (
     swiglu,
     swiglu_backward,
 )
-_KERNELS = {function.__name__: function for function in _FUNCTIONS}
+KERNELS = {function.__name__: function for function in _FUNCTIONS}
 
 
 class TritonKernels:
@@ -38,4 +38,4 @@ class TritonKernels:
 
     def call(self, name: str, *arguments: Tensor | float | None) -> None:
         """Run a kernel; tensors must be dense (rows may lie apart only where the kernel takes a stride)."""
-        _KERNELS[name](*arguments)
+        KERNELS[name](*arguments)
