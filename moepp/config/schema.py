@@ -17,6 +17,7 @@ from moepp.io.untrusted import show
 # Of wandb 0.31 (wandb_settings.py), which would only say so when data and model are built.
 _NOT_IN_WANDB_PROJECTS = "/\\#?%:"
 _WANDB_PROJECT_LENGTH = 128
+_WANDB_NAME_LENGTH = 64  # of a tag, says wandb; longer groups and entities are refused by its server
 _FOLDER_NAME_BYTES = 255  # of every common file system
 
 
@@ -241,6 +242,10 @@ class WandbConfig:
 
     mode: str = "offline"  # "offline", "online" or "disabled"
     project: str = "moepp"  # W&B project
+    entity: str | None = None  # user or team that the run belongs to; None: the account's own
+    group: str | None = None  # runs of one group are shown together, such as a setting's seeds
+    tags: tuple[str, ...] = ()  # words to find the run by
+    notes: str | None = None  # a remark, shown beside the run
     git: bool = False  # also give W&B the git remote and commit, command line, program path and host name
 
     def __post_init__(self) -> None:
@@ -256,6 +261,16 @@ class WandbConfig:
             f"logging.wandb.project={self.project!r} must be 1 to {_WANDB_PROJECT_LENGTH} printable characters; "
             "set another logging.wandb.project",
         )
+        texts = {"entity": (self.entity,), "group": (self.group,), "tags": self.tags}
+        for key, text in ((key, text) for key, values in texts.items() for text in values if text is not None):
+            require(
+                0 < len(text) <= _WANDB_NAME_LENGTH and text.isprintable(),
+                f"logging.wandb.{key}={show(text)} must be 1 to {_WANDB_NAME_LENGTH} printable characters; correct it",
+            )
+        require(
+            len(set(self.tags)) == len(self.tags),
+            f"logging.wandb.tags={list(self.tags)} names a tag twice; name it once",
+        )
 
 
 @dataclass(frozen=True)
@@ -263,6 +278,7 @@ class LoggingConfig:
     """Where progress and metrics go, besides metrics.jsonl."""
 
     wandb: WandbConfig = WandbConfig()
+    tensorboard: bool = False  # event files in <run.dir>/tensorboard; needs the package tensorboard
     progress: bool = True  # progress bar on rank 0
 
 

@@ -13,6 +13,7 @@ from moepp.config.schema import Config
 from moepp.errors import MoeppError
 from moepp.metrics.console import BarSink, LineSink
 from moepp.metrics.jsonl import JsonlSink
+from moepp.metrics.tensorboard import TensorBoardSink
 from moepp.metrics.wandb import WandbSink
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class SinkGroup:
         """
         self._check()
         for sink in self._sinks:
-            if isinstance(sink, JsonlSink):
+            if isinstance(sink, JsonlSink | TensorBoardSink):
                 sink.rewind(step)
             elif isinstance(sink, WandbSink):
                 sink.step_offset = offset
@@ -136,7 +137,7 @@ def open_sinks(
 
     Raises:
         RunError: metrics.jsonl cannot be written or is not a metrics file.
-        ConfigError: W&B cannot start.
+        ConfigError: W&B cannot start, or TensorBoard is not installed.
     """
     sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl", start_step)]
     try:
@@ -144,6 +145,8 @@ def open_sinks(
             wandb = WandbSink(run_dir, cfg.logging.wandb, cfg.run.name, to_dict(cfg), is_resumed=start_step > 0)
             wandb.step_offset = step_offset
             sinks.append(wandb)
+        if cfg.logging.tensorboard:
+            sinks.append(TensorBoardSink(run_dir, cfg.train.global_batch_size * cfg.data.seq_len, start_step))
     except BaseException:
         SinkGroup(sinks).close()
         raise

@@ -82,6 +82,10 @@ class WandbSink:
         try:
             self._run = wandb.init(
                 project=cfg.project,
+                entity=cfg.entity,
+                group=cfg.group,
+                tags=list(cfg.tags) or None,
+                notes=cfg.notes,
                 name=name,
                 id=run_id,
                 dir=run_dir,

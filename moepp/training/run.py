@@ -26,6 +26,7 @@ from moepp.distributed.peers import PeerWatch
 from moepp.distributed.session import watched
 from moepp.errors import DataError, MoeppError
 from moepp.metrics.logs import close_logging, setup_logging
+from moepp.metrics.tensorboard import require_tensorboard
 from moepp.metrics.wandb import require_wandb_login
 from moepp.model.accounting import count_parameters, parts_without_flops
 from moepp.model.precision import DTYPES
@@ -69,7 +70,7 @@ def _run(cfg: Config, plan: RunPlan, groups: ParallelGroups, watch: PeerWatch) -
     """Check what can be checked, then train in the run's directory."""
     corpora = comm.run_together(lambda: check_data(cfg))
     _compare_ranks(cfg, groups)
-    comm.on_first_rank(lambda: require_wandb_login(cfg.logging.wandb.mode))
+    comm.on_first_rank(lambda: _require_sinks(cfg))
     if cfg.eval.tasks:
         _check_tasks(cfg, groups)
     remark, remarked_here = find_differences(processor_facts(groups.device, DTYPES[cfg.train.precision]), groups.world)
@@ -99,6 +100,12 @@ def _run(cfg: Config, plan: RunPlan, groups: ParallelGroups, watch: PeerWatch) -
     finally:
         if claim is not None:
             claim.release()
+
+
+def _require_sinks(cfg: Config) -> None:
+    require_wandb_login(cfg.logging.wandb.mode)
+    if cfg.logging.tensorboard:
+        require_tensorboard()
 
 
 def _compare_ranks(cfg: Config, groups: ParallelGroups) -> None:

@@ -214,7 +214,8 @@ def test_fixed_keys_exist():
         train.steps train.global_batch_size train.micro_batch_size train.precision train.recompute train.eval_interval
         train.eval_batches train.log_interval
         checkpoint.interval checkpoint.keep checkpoint.async
-        logging.wandb.mode logging.wandb.project logging.progress
+        logging.wandb.mode logging.wandb.project logging.wandb.group logging.wandb.tags
+        logging.tensorboard logging.progress
     """
     assert set(fixed.split()) <= set(known_keys())
 

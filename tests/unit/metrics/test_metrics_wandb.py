@@ -84,7 +84,7 @@ def test_offline_run_holds_config_axis_and_records_and_a_resumed_part_has_the_sa
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     config = {"model": {"hidden_size": 64}, "run": {"seed": 7}}
-    cfg = WandbConfig(mode="offline", project="some-project")
+    cfg = WandbConfig("offline", "some-project", entity="a-team", group="seeds", tags=("one", "two"), notes="a remark")
     record = {"train/loss": 4.5, "routing/layer_0/share_ffn": 0.625}
 
     sink = WandbSink(run_dir, cfg, "first-name", config, is_resumed=False)
@@ -101,6 +101,7 @@ def test_offline_run_holds_config_axis_and_records_and_a_resumed_part_has_the_sa
     assert own_steps(records) == [10, 15]
     run = next(r.run for r in records if r.WhichOneof("record_type") == "run")
     assert (run.project, run.display_name) == ("some-project", "first-name")
+    assert (run.entity, run.run_group, list(run.tags), run.notes) == ("a-team", "seeds", ["one", "two"], "a remark")
     stored = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert stored["model"] == {"hidden_size": 64}
     metrics = [r.metric for r in records if r.WhichOneof("record_type") == "metric"]
