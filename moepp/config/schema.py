@@ -129,7 +129,7 @@ class ParallelConfig:
     context: int = 1  # ranks that share a sequence
     context_method: str = "ulysses"  # attention over them: "ulysses" (exchange heads) or "gather" (keys and values)
     zero_stage: int | None = None  # native: 0 or 1 (None: 0); deepspeed: 0, 1 or 2 (None: 1); fsdp: 3
-    timeout_seconds: float = 600.0  # longest wait for another rank before the run stops
+    timeout_seconds: float = 600.0  # longest wait for another rank in training before the run stops
     heartbeat_seconds: float = 20.0  # a rank that gives no sign of life for so long is lost, and the run stops
 
     def __post_init__(self) -> None:

@@ -334,15 +334,17 @@ def limit_wait(group: Group, seconds: float) -> None:
 
 
 @contextmanager
-def patience(seconds: float) -> Iterator[None]:
-    """Wait in all groups for as long as it takes; afterwards for ``seconds``.
+def limited_waits(seconds: float) -> Iterator[None]:
+    """Limit the waits of all groups for a while, in which all ranks work at one speed.
 
-    For work that a rank does while others wait for it and that takes as long as data and disks are large. The watch
-    over the ranks notices one that is lost meanwhile.
+    Otherwise ranks may wait for as long as it takes: what one does while others wait takes as long as data are large
+    and disks are slow, and the watch over the ranks notices one that is lost.
     """
-    limit_waits(PATIENCE_SECONDS)
-    yield
     limit_waits(seconds)
+    try:
+        yield
+    finally:
+        limit_waits(PATIENCE_SECONDS)
 
 
 def abort_all() -> None:

@@ -68,6 +68,7 @@ def run_training(cfg: Config) -> None:
 
 def _run(cfg: Config, plan: RunPlan, groups: ParallelGroups, watch: PeerWatch) -> None:
     """Check what can be checked, then train in the run's directory."""
+    comm.limit_waits(comm.PATIENCE_SECONDS)
     corpora = comm.run_together(lambda: check_data(cfg))
     _compare_ranks(cfg, groups)
     comm.on_first_rank(lambda: _require_sinks(cfg))
@@ -187,7 +188,7 @@ def _train(
         if not (is_at_its_end and lacks_samples(cfg, run_dir.path)):
             logger.info("nothing to do: %s is at step %d; raise train.steps to go on", run_dir.path, start.step)
             return
-    with watch.busy(), comm.patience(cfg.parallel.timeout_seconds):
+    with watch.busy():
         parts = build_parts(cfg, plan, corpora, groups, run_dir, start, environment["packages"], check_claim)
     _introduce(cfg, plan, groups)
     for remark in vocabulary_remarks(cfg, corpora.vocabulary):
@@ -206,7 +207,8 @@ def _train(
 
 def _fit(trainer: Trainer, stop: StopRequest) -> None:
     try:
-        trainer.fit(stop)
+        with comm.limited_waits(trainer.cfg.parallel.timeout_seconds):
+            trainer.fit(stop)
     except MoeppError:
         trainer.parts.checkpointer.close()  # a save in flight is finished before the run ends
         raise
