@@ -9,7 +9,7 @@ import math
 
 from moepp.config.plan import RunPlan
 from moepp.config.require import require
-from moepp.config.schema import Config
+from moepp.config.schema import Config, EngineConfig
 from moepp.config.stages import split_layers
 
 # Keys whose values above 1 nothing can run yet.
@@ -35,6 +35,7 @@ def validate_work(cfg: Config, plan: RunPlan) -> None:
     _validate_batch(cfg, plan)
     _validate_micro_batches(cfg, plan)
     _validate_zero_stage(cfg, plan)
+    _validate_deepspeed(cfg, plan)
     for key in NOT_AVAILABLE_YET:
         value = getattr(cfg.parallel, key)
         require(value == 1, f"parallel.{key}={value} is not available yet; set parallel.{key}=1")
@@ -245,6 +246,29 @@ def _validate_zero_stage(cfg: Config, plan: RunPlan) -> None:
         not (cfg.engine.name == "deepspeed" and stage == 0 and cfg.train.precision == "bf16"),
         "parallel.zero_stage=0 with train.precision=bf16 has no fp32 gradient accumulation in DeepSpeed; "
         "set parallel.zero_stage=1, or use engine=native",
+    )
+
+
+def _validate_deepspeed(cfg: Config, plan: RunPlan) -> None:
+    """Refuse settings without effect: DeepSpeed's optimizer for bf16 and ZeRO 1 reduces after backward, at once."""
+    stage, precision = plan.zero_stage, cfg.train.precision
+    is_zero = cfg.engine.name == "deepspeed" and stage > 0
+    is_bucketed = is_zero and (stage == 2 or precision == "fp32")
+    for key, has_effect in (
+        ("allgather_bucket_size", is_zero),
+        ("reduce_bucket_size", is_bucketed),
+        ("overlap_comm", is_bucketed),
+    ):
+        value = getattr(cfg.engine, key)
+        require(
+            has_effect or value == getattr(EngineConfig(), key),
+            f"engine.{key}={str(value).lower()} has no effect with {cfg.engine.name}, parallel.zero_stage={stage} "
+            f"and train.precision={precision}; leave it out, or use engine=deepspeed with parallel.zero_stage=2",
+        )
+    require(
+        not (cfg.engine.overlap_comm and stage == 1 and plan.accumulation_steps > 1),
+        "engine.overlap_comm=true with ZeRO 1 and several micro-batches loses gradients in DeepSpeed; leave "
+        "engine.overlap_comm out, or set parallel.zero_stage=2",
     )
 
 

@@ -170,9 +170,17 @@ class EngineConfig:
     """Which engine updates the parameters."""
 
     name: str = "deepspeed"  # "deepspeed", "native" or "fsdp"
+    overlap_comm: bool | None = None  # deepspeed, ZeRO 2: reduce gradients during backward; None: on accelerators
+    reduce_bucket_size: int = 50_000_000  # deepspeed, ZeRO 2: gradients reduced at a time; twice with overlap_comm
+    allgather_bucket_size: int = 500_000_000  # deepspeed, ZeRO 1 and 2: updated parameters gathered at a time
 
     def __post_init__(self) -> None:
         require_choice("engine.name", self.name, ("deepspeed", "native", "fsdp"))
+        require_at_least("engine.reduce_bucket_size", self.reduce_bucket_size, 1)
+        require(
+            self.allgather_bucket_size >= 2 and self.allgather_bucket_size % 2 == 0,
+            f"engine.allgather_bucket_size={self.allgather_bucket_size} is not an even number above 0; make it even",
+        )
 
 
 @dataclass(frozen=True)

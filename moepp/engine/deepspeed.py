@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moepp.config import OptimConfig
+from moepp.config import EngineConfig, OptimConfig
 from moepp.distributed.groups import ParallelGroups
 from moepp.distributed.parameters import group_parameters, is_expert_parameter, placement_of
 from moepp.engine.deepspeed_state import read_zero_state, write_zero_state
@@ -98,6 +98,7 @@ class DeepSpeedEngine:
         accumulation_steps: int,
         micro_batch_size: int,
         zero_stage: int,
+        settings: EngineConfig | None = None,
     ) -> None:
         if zero_stage not in (0, 1, 2):
             raise ConfigError(f"parallel.zero_stage={zero_stage} is not one of 0, 1, 2; choose one of them")
@@ -120,7 +121,12 @@ class DeepSpeedEngine:
 
             _mark_experts(model, groups)
             parameter_groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups)
-        config = _config(optim, accumulation_steps, micro_batch_size, zero_stage, is_bf16)
+        config = _config(optim, accumulation_steps, micro_batch_size, is_bf16)
+        config["gradient_clipping"] = optim.grad_clip or 0.0 if zero_stage > 0 else 0.0  # without ZeRO it is ours
+        # Elsewhere DeepSpeed 0.19.8 loses gradients of more than two buckets; the configuration refuses to ask for it.
+        may_overlap = zero_stage == 2 or accumulation_steps == 1
+        is_default = may_overlap and groups.device.type != "cpu"
+        config["zero_optimization"] = _zero_config(zero_stage, settings or EngineConfig(), is_default)
         # It prints its memory use whatever the log level.
         with contextlib.redirect_stdout(io.StringIO()), _local_rank(groups):
             self._engine, *_ = deepspeed.initialize(
@@ -189,15 +195,35 @@ class DeepSpeedEngine:
             write_zero_state(self.model, optimizer, self._optim, fetch)
 
 
-def _config(
-    optim: OptimConfig, accumulation_steps: int, micro_batch_size: int, zero_stage: int, is_bf16: bool
-) -> dict[str, Any]:
-    clip = optim.grad_clip if optim.grad_clip is not None and zero_stage > 0 else 0.0
+def require_accelerator(device: torch.device) -> None:
+    """Refuse DeepSpeed's own variable for the kind of device where it contradicts the run's.
+
+    Raises:
+        ConfigError: DS_ACCELERATOR names another kind.
+    """
+    named = os.environ.get("DS_ACCELERATOR", device.type)
+    if named != device.type:
+        raise ConfigError(
+            f"DS_ACCELERATOR={named}, but this run computes on {device.type}; unset it, or set runtime.device={named}"
+        )
+
+
+def _zero_config(stage: int, settings: EngineConfig, overlaps: bool) -> dict[str, Any]:
+    """Return DeepSpeed's section; ``overlaps``: unless the settings say otherwise."""
+    if stage == 0:
+        return {"stage": 0}
+    return {
+        "stage": stage,
+        "overlap_comm": overlaps if settings.overlap_comm is None else settings.overlap_comm,
+        "reduce_bucket_size": settings.reduce_bucket_size,
+        "allgather_bucket_size": settings.allgather_bucket_size,
+    }
+
+
+def _config(optim: OptimConfig, accumulation_steps: int, micro_batch_size: int, is_bf16: bool) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
-        "gradient_clipping": clip,
-        "zero_optimization": {"stage": zero_stage},
         "zero_allow_untested_optimizer": True,
         # immediate_grad_update: move each gradient to the fp32 buffer at once. Without it, micro-batches after the
         # first are counted twice when the loss is computed outside the engine's own forward.

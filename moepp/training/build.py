@@ -108,7 +108,8 @@ def build_engine(cfg: Config, plan: RunPlan, model: Transformer, groups: Paralle
         return FSDPEngine(model, groups, cfg.optim, plan.accumulation_steps)
     from moepp.engine.deepspeed import DeepSpeedEngine
 
-    return DeepSpeedEngine(model, groups, cfg.optim, plan.accumulation_steps, plan.micro_batch_size, plan.zero_stage)
+    sizes = plan.accumulation_steps, plan.micro_batch_size, plan.zero_stage
+    return DeepSpeedEngine(model, groups, cfg.optim, *sizes, cfg.engine)
 
 
 def build_parts(

@@ -24,6 +24,7 @@ from moepp.distributed.groups import (
 )
 from moepp.distributed.peers import PeerWatch
 from moepp.distributed.session import watched
+from moepp.engine.deepspeed import require_accelerator
 from moepp.errors import DataError, MoeppError
 from moepp.metrics.logs import close_logging, setup_logging
 from moepp.metrics.tensorboard import require_tensorboard
@@ -55,6 +56,8 @@ def run_training(cfg: Config) -> None:
     plan = validate(cfg, launch.world_size)
     shared = cfg.runtime.backend == "gloo"
     device = pick_device(launch.local_rank, cfg.runtime.device, launch.local_size, shared)
+    if cfg.engine.name == "deepspeed":
+        require_accelerator(device)
     facts = start_facts(cfg, device)
     store = init_process_group(launch, device, cfg.parallel.timeout_seconds, facts, cfg.runtime.backend)
     if launch.rank > 0 and launch.local_rank == 0:  # the first of its host, whose log would be empty

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from moepp.config import make_plan
+from moepp.config import EngineConfig, make_plan
 from moepp.distributed import comm
-from moepp.engine.deepspeed import DeepSpeedEngine
+from moepp.engine.deepspeed import DeepSpeedEngine, _zero_config, require_accelerator
 from moepp.engine.engine import StepResult
 from moepp.errors import ConfigError
 from moepp.training.build import build_engine, build_model
@@ -29,10 +29,14 @@ MASTERS_ASIDE = [engine for engine in BF16_ENGINES if engine != ("fsdp", 3)]
 class Run:
     """One rank's model and engine, stepped by hand."""
 
-    def __init__(self, setting: Setting, layout: Layout, precision: str = "fp32") -> None:
+    def __init__(
+        self, setting: Setting, layout: Layout, precision: str = "fp32", settings: EngineConfig | None = None
+    ) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         cfg, groups = make_config(setting, layout), group_of(layout.ep)
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, precision=precision))
+        if settings is not None:
+            cfg = dataclasses.replace(cfg, engine=settings)
         plan = make_plan(cfg, groups.world_size)
         self.model = build_model(cfg, groups, comm.CommStats())
         self.engine = build_engine(cfg, plan, self.model, groups)
@@ -162,6 +166,53 @@ def test_bf16_trains_near_fp32(pool_2, engine):
     assert wanted[-1] < wanted[0] - 0.5
     # bf16 keeps 8 bits, and a choice of experts may flip. Measured: 0.3 percent.
     torch.testing.assert_close(torch.tensor(observed), torch.tensor(wanted), rtol=1e-2, atol=0)
+
+
+SMALL_BUCKETS = EngineConfig(overlap_comm=True, reduce_bucket_size=500, allgather_bucket_size=512)
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "micro_batch"),
+    [
+        (2, "bf16", 2),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2, "fp32", 2), (1, "fp32", None)]),
+    ],
+)
+def test_overlap_and_buckets_of_deepspeed_change_no_bit(pool_2, stage, precision, micro_batch):
+    """In every combination that the configuration allows."""
+    layout = Layout(2, 2, "deepspeed", stage, micro_batch=micro_batch)
+    for same, sizes in pool_2.run(_bucket_settings_agree, layout, precision):
+        assert same and sizes == (True, 500, 512)  # they have reached DeepSpeed
+
+
+def _bucket_settings_agree(rank: int, layout: Layout, precision: str) -> tuple[bool, tuple[bool, int, int]]:
+    states = []
+    for settings in (EngineConfig(), SMALL_BUCKETS):
+        run = Run(Setting(), layout, precision, settings)
+        for batch in range(2):
+            run.step(batch)
+        states.append(run.state())
+    first, second = states
+    same = all(torch.equal(first[name][key], second[name][key]) for name in first for key in first[name])
+    zero = run.engine._engine.optimizer  # pyright: ignore
+    return same, (zero.overlap_comm, zero.reduce_bucket_size, zero.allgather_bucket_size)
+
+
+def test_communication_overlaps_as_the_settings_say():
+    default = _zero_config(1, EngineConfig(), overlaps=True)
+    assert default["overlap_comm"] and not _zero_config(1, EngineConfig(), overlaps=False)["overlap_comm"]
+    assert not _zero_config(1, EngineConfig(overlap_comm=False), overlaps=True)["overlap_comm"]
+    assert default["reduce_bucket_size"] == 50_000_000 and _zero_config(0, EngineConfig(), True) == {"stage": 0}
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_deepspeeds_own_device_may_not_contradict_the_runs(monkeypatch, kind):
+    monkeypatch.setenv("DS_ACCELERATOR", kind)
+    require_accelerator(torch.device(kind))
+    with pytest.raises(ConfigError, match=f"DS_ACCELERATOR={kind}, but this run computes on xpu"):
+        require_accelerator(torch.device("xpu"))
+    monkeypatch.delenv("DS_ACCELERATOR")
+    require_accelerator(torch.device("xpu"))
 
 
 def test_engine_refuses_an_unknown_zero_stage(pool_2):

@@ -226,6 +226,21 @@ def test_fixed_keys_exist():
         ({"model__num_heads": 3}, ["model.hidden_size=16", "not divisible by model.num_heads=3"]),
         ({"model__num_kv_heads": 3}, ["model.num_heads=4", "not divisible by model.num_kv_heads=3"]),
         ({"model__hidden_size": 12}, ["odd head size 3"]),
+        ({"engine__reduce_bucket_size": 0}, ["engine.reduce_bucket_size=0 is below its minimum 1"]),
+        ({"engine__allgather_bucket_size": 7}, ["engine.allgather_bucket_size=7 is not an even number"]),
+        (
+            {"engine__name": "native", "engine__overlap_comm": True},
+            ["engine.overlap_comm=true has no effect with native"],
+        ),
+        ({"engine__overlap_comm": True}, ["engine.overlap_comm=true has no effect", "train.precision=bf16"]),
+        (
+            {"parallel__zero_stage": 0, "train__precision": "fp32", "engine__allgather_bucket_size": 100},
+            ["engine.allgather_bucket_size=100 has no effect with deepspeed, parallel.zero_stage=0"],
+        ),
+        (
+            {"engine__overlap_comm": True, "train__precision": "fp32", "train__micro_batch_size": 2},
+            ["engine.overlap_comm=true with ZeRO 1 and several micro-batches", "set parallel.zero_stage=2"],
+        ),
         ({"runtime__device": "gpu"}, ["runtime.device='gpu' is not one of auto, cpu, cuda, xpu"]),
         ({"runtime__backend": "nccl"}, ["runtime.backend='nccl' is not one of auto, gloo"]),
         ({"parallel__heartbeat_seconds": 0.5}, ["parallel.heartbeat_seconds=0.5 is below its minimum 1"]),
