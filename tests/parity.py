@@ -98,11 +98,13 @@ class History:
     grad_norm: list[float] = field(default_factory=list)
     balance_loss: list[float] = field(default_factory=list)
     eval_loss: list[float] = field(default_factory=list)
+    records: list[dict[str, float]] = field(default_factory=list)  # as they were logged
     rows: int = 0  # rows that this rank's FFN experts computed, over all forwards and layers
     margin: float = float("inf")  # smallest gap of router logits that decided a choice of this rank's tokens
 
     def log(self, record: Mapping[str, float], step: int, tokens: int) -> None:
         """Take a record of the trainer: a :class:`moepp.metrics.sinks.Sink`."""
+        self.records.append(dict(record))
         names = {"loss": "train/loss", "grad_norm": "train/grad_norm", "balance_loss": "train/balance_loss"}
         for name, key in (names | {"eval_loss": "eval/loss"}).items():
             if key in record:

@@ -12,9 +12,6 @@ from moepp.config.require import require
 from moepp.config.schema import Config, EngineConfig
 from moepp.config.stages import split_layers
 
-# Keys whose values above 1 nothing can run yet.
-NOT_AVAILABLE_YET = ("pipeline",)
-
 
 def validate_parallel(cfg: Config, world_size: int) -> None:
     """Rules that need no plan, which itself is made for layouts that divide the ranks.
@@ -36,9 +33,6 @@ def validate_work(cfg: Config, plan: RunPlan) -> None:
     _validate_micro_batches(cfg, plan)
     _validate_zero_stage(cfg, plan)
     _validate_deepspeed(cfg, plan)
-    for key in NOT_AVAILABLE_YET:
-        value = getattr(cfg.parallel, key)
-        require(value == 1, f"parallel.{key}={value} is not available yet; set parallel.{key}=1")
 
 
 def _validate_axes(cfg: Config, world_size: int) -> None:

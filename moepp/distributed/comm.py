@@ -58,6 +58,16 @@ class CommStats:
     sequence_calls: Counter[str] = field(default_factory=Counter)
     pipeline_bytes: int = 0  # hidden states, router logits and their gradients, sent to the stages beside this one
 
+    def by_kind(self) -> Counter[str]:
+        """Return the bytes so far of what does not depend on the routing, by metric; rows are :attr:`row_bytes`."""
+        return Counter(
+            {
+                "comm/pipeline_bytes": self.pipeline_bytes,
+                "comm/sequence_bytes": self.sequence_bytes.total(),
+                "comm/balance_bytes": self.balance_bytes,
+            }
+        )
+
 
 @dataclass
 class PendingExchange:

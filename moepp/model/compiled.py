@@ -37,7 +37,7 @@ def compile_dense_parts(model: Transformer, backend: str | Callable[..., Any] = 
         layer.compiled_attend = torch.compile(layer.attend, backend=backend)
         if not layer.is_moe:
             layer.mlp.compile(backend=backend)
-    if isinstance(model.norm, torch.nn.Module):
+    if model.part.has_head:
         model.norm.compile(backend=backend)
 
 

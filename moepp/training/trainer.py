@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -94,6 +95,7 @@ class Trainer:
         moe = parts.cfg.model.moe
         self.stats = StepStats(parts.cfg.model.moe_layers, moe.expert_counts, moe.top_k, parts.model.moe_rows)
         self.runner = make_runner(parts)
+        self._sent: Counter[str] = Counter()  # bytes by kind, and steps, since the last record
         self.skipped_steps = SkippedSteps(parts.cfg.guard)
         self.spikes = SpikeGuard(parts.cfg.guard)
         self.loss_watch = LossWatch(parts.cfg.model.vocab_size, parts.cfg.optim.lr)
@@ -167,7 +169,7 @@ class Trainer:
     def train_step(self) -> StepResult:
         """Take one optimizer step over the global batch; a rewind may follow and lower :attr:`step`."""
         comm_stats = self.parts.comm_stats
-        sent_before = comm_stats.row_bytes
+        rows_before, sent_before = comm_stats.row_bytes, comm_stats.by_kind()
         batch = self.step + self.skipped_batches
         has_next = self.step + 1 < self.cfg.train.steps
         batches = [self._to_device(in_host_memory) for in_host_memory in self.batches.read(batch, has_next)]
@@ -179,7 +181,9 @@ class Trainer:
         self.step += 1
         self.parts.throughput.add(self.plan.tokens_per_step)
         broken = "loss" if not is_finite else "gradient"
-        self._settle(result, is_spike, broken, comm_stats.row_bytes - sent_before)
+        self._sent.update(comm_stats.by_kind() - sent_before)
+        self._sent["steps"] += 1
+        self._settle(result, is_spike, broken, comm_stats.row_bytes - rows_before)
         return result
 
     def _settle(self, result: StepResult, is_spike: bool, broken: str, sent_bytes: int) -> None:
@@ -236,6 +240,7 @@ class Trainer:
     def log(self, result: StepResult) -> None:
         """Reduce the interval's statistics over ranks and write one record."""
         record = {} if self.stats.is_empty else self.stats.reduce(self._sum, self._max)
+        record |= self._read_sent()
         record["train/grad_norm"] = result.grad_norm
         record["train/skipped_steps"] = self.skipped_steps.total
         record["optim/lr"] = self._learning_rate(max(self.step - 1, 0))
@@ -246,6 +251,15 @@ class Trainer:
             is_last = self.step == self.cfg.train.steps
             if remark := self.loss_watch.remark(record["train/loss"], self.step, is_last):
                 logger.warning(remark)
+
+    def _read_sent(self) -> dict[str, float]:
+        """Return the bytes sent per step by kind, over all ranks, of the kinds that the layout has."""
+        sent, self._sent = self._sent, Counter()
+        kinds = sorted(self.parts.comm_stats.by_kind())
+        steps = max(sent["steps"], 1)
+        bytes_K = torch.tensor([sent[kind] / steps for kind in kinds], dtype=torch.float64)
+        totals = zip(kinds, self._sum(bytes_K).tolist(), strict=True)
+        return {kind: total for kind, total in totals if total}
 
     def save(self, background: bool | None = None) -> None:
         """Write a checkpoint of the present state."""

@@ -92,6 +92,7 @@ def test_every_part_trains_alike_on_every_layout(pool_1: WorkerPool, pool_2: Wor
         Layout(2, 2, micro_batch=2, recompute=True),
         Layout(2, 1, "deepspeed", 1, micro_batch=2),
         Layout(2, 2, "deepspeed", 2),
+        Layout(2, micro_batch=2, pipeline=2),
     ):
         [spread, _] = pool_2.run(train, _setting(part), layout)
         assert deviation(alone, spread).worst < TOLERANCE, f"{layout}: {deviation(alone, spread)}"
@@ -109,7 +110,7 @@ class _Watch:
 
     def _note(self, module: MoELayer, out: Any, seen: list[list[float]]) -> None:
         if module.training and torch.is_grad_enabled():  # neither evaluation nor the pass that only counts
-            seen.append(out.stats.load_E.tolist())
+            seen.append(out.record.load_E.tolist())
 
     def compare(self) -> None:
         everyone = comm.gather_objects(self.loads, self.groups.world)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from moepp.distributed.parameters import tensor_dim
 from moepp.model import stage as stages
 from moepp.training.trainer import Trainer
 from tests.dist import WorkerPool
@@ -20,7 +21,7 @@ from tests.parity import REFERENCE, TOLERANCE, History, Layout, Setting, deviati
 
 Pools = Callable[[int], WorkerPool]
 Tensors = dict[str, torch.Tensor]
-FOUR_LAYERS = (("num_layers", 4),)
+FOUR_LAYERS = (("num_layers", 4), ("num_heads", 4), ("num_kv_heads", 4))
 LAST_GRADIENT = (("betas", (0.0, 0.95)),)
 GRADIENT_TOLERANCE = 5e-6  # of each parameter's gradient, as a share of its norm
 PP2, PP4 = Layout(2, micro_batch=1, pipeline=2), Layout(4, micro_batch=1, pipeline=4)
@@ -32,17 +33,23 @@ def setting(steps: int, precision: str = "fp32", **changes: Any) -> Setting:
 
 
 def run(rank: int, setting: Setting, layout: Layout, sabotage: Any = None) -> tuple[History, Tensors]:
-    """Train, and return what this rank's engine holds at the end; FFN experts one by one under their global number."""
+    """Train, and return what this rank's engine holds at the end.
+
+    FFN experts stand one by one under their global number, parts of attention weights under "/<dimension>/<part>".
+    """
     kept: list[Trainer] = []
     history = train(rank, setting, layout, sabotage, kept.append)
     state: Tensors = {}
+    groups = kept[0].groups
     for name, tensors in kept[0].engine.read_state():
         for key in ("fp32", "exp_avg"):
             parts = {name: tensors[key]}
             if ".experts." in name:
-                first = kept[0].groups.ep_rank * len(tensors[key])
+                first = groups.ep_rank * len(tensors[key])
                 parts = {f"{name}.{first + local}": expert for local, expert in enumerate(tensors[key])}
-            state |= {f"{part}/{key}": tensor.clone() for part, tensor in parts.items()}
+            dim = tensor_dim(name) if groups.tp_size > 1 else None
+            suffix = "" if dim is None else f"/{dim}/{groups.tp_rank}"
+            state |= {f"{part}/{key}{suffix}": tensor.clone() for part, tensor in parts.items()}
     return history, state
 
 
@@ -53,6 +60,10 @@ def joined(results: list[tuple[History, Tensors]]) -> tuple[History, Tensors]:
         assert deviation(results[0][0], history).worst == 0, "ranks disagree about what they measured"
         for key, tensor in state.items():
             assert torch.equal(whole.setdefault(key, tensor), tensor), f"ranks disagree about {key}"
+    for key in sorted(key for key in whole if key.count("/") > 1 and key.endswith("/0")):
+        name, state, dim, _ = key.split("/")
+        parts = [whole.pop(part) for part in sorted(part for part in whole if part.startswith(f"{name}/{state}/"))]
+        whole[f"{name}/{state}"] = torch.cat(parts, dim=int(dim))
     return results[0][0], whole
 
 
@@ -107,7 +118,12 @@ def test_pipeline_alone_gives_the_same_bits(pools, one_process, layout, precisio
 
 SPREAD = [
     Layout(4, 2, micro_batch=1, pipeline=2),
-    Layout(4, 1, micro_batch=1, pipeline=2, chunks=2),
+    Layout(4, 1, zero=1, micro_batch=1, pipeline=2, chunks=2),
+    Layout(4, 2, micro_batch=1, pipeline=2, tensor=2),
+    Layout(4, 2, zero=1, micro_batch=1, pipeline=2, context=2, context_method="gather"),
+    pytest.param(Layout(8, 4, micro_batch=1, pipeline=2, tensor=2, context=2), marks=pytest.mark.slow),
+    pytest.param(Layout(8, 4, zero=1, micro_batch=1, pipeline=2, chunks=2, tensor=2), marks=pytest.mark.slow),
+    pytest.param(Layout(8, 2, micro_batch=1, pipeline=2, context=2), marks=pytest.mark.slow),
     pytest.param(Layout(8, 2, micro_batch=1, pipeline=2), marks=pytest.mark.slow),
     pytest.param(Layout(8, 4, micro_batch=1, pipeline=2, chunks=2, recompute=True), marks=pytest.mark.slow),
     pytest.param(Layout(8, 2, micro_batch=1, pipeline=4), marks=pytest.mark.slow),
@@ -137,7 +153,7 @@ VARIANTS = {
         "model": (*FOUR_LAYERS, ("moe_layer_interval", 4), ("dense_ffn_hidden_size", 20)),
     },
     "a stage of dense layers between MoE layers": {
-        "model": (("num_layers", 6), ("moe_layer_interval", 3), ("dense_ffn_hidden_size", 20)),
+        "model": (*FOUR_LAYERS, ("num_layers", 6), ("moe_layer_interval", 3), ("dense_ffn_hidden_size", 20)),
     },
     "no gating residuals": {"moe": (("gating_residual", False),)},
     "choices counted by micro-batch, with capacity": {

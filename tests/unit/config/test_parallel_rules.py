@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from moepp.config import from_dict, make_plan, to_dict, validate
-from moepp.config.parallel_rules import NOT_AVAILABLE_YET
 from moepp.config.stages import split_layers
 from moepp.errors import ConfigError
 from tests.parity import Layout, Setting, make_config
@@ -108,12 +107,6 @@ def test_layout_that_cannot_work_is_refused_with_one_that_would(world_size, chan
         validate(config(**changes), world_size)
     message = str(caught.value)
     assert "\n" not in message and all(part in message for part in parts), message
-
-
-@pytest.mark.parametrize("key", NOT_AVAILABLE_YET)
-def test_what_nothing_can_run_yet_is_refused(key):
-    with pytest.raises(ConfigError, match=f"parallel.{key}=2 is not available yet"):
-        validate(config(**parallel(**{key: 2})), 2)
 
 
 def test_batch_is_split_over_replicas():

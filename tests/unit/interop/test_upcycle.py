@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moepp.config import InitConfig, ModelConfig, MoEConfig, RopeScalingConfig
+from moepp.config import InitConfig, ModelConfig, MoEConfig, RopeScalingConfig, split_layers
 from moepp.errors import CheckpointError, ConfigError
 from moepp.interop import upcycle
 from moepp.model import Transformer, init_parameters
+from moepp.model.part import ModelPart
 from tests.data_files import numbered_documents, write_indexed
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -170,6 +171,20 @@ def test_all_layouts_start_from_the_same_weights(tmp_path):
             expected = whole.get_parameter(name)
             expected = expected[2 * rank : 2 * rank + 2] if ".experts." in name else expected
             assert torch.equal(parameter, expected), name
+
+
+def test_stages_of_a_pipeline_start_from_the_weights_of_the_whole_model(tmp_path):
+    folder = write_dense(tmp_path, dense_tensors())
+    options = {"noise_std": 0.1, "reinit_fraction": 0.5}
+    whole, seen = upcycled(folder, **options), set()
+    for stages in ((0,), (1,)):
+        part = Transformer(CFG, part=ModelPart.of_stages(split_layers(CFG.num_layers, 2), stages))
+        init_parameters(part, SEED)
+        upcycle.load_into(part, folder, InitConfig(path=str(folder), format="dense", **options), SEED)
+        for name, parameter in part.named_parameters():
+            assert torch.equal(parameter, whole.get_parameter(name)), name
+            seen.add(name)
+    assert seen == {name for name, _ in whole.named_parameters()}
 
 
 def test_dense_layers_between_keep_their_ffn(tmp_path):

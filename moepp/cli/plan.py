@@ -1,0 +1,79 @@
+"""Say what a layout costs each rank, without starting anything: memory, bytes sent, the pipeline's idle share.
+
+Every rule that a run checks before it starts is checked. The numbers are formulas (docs/layouts.md), not measurements;
+activations are about what autograd keeps, without temporary tensors and the allocator's gaps.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from moepp.config import Config, configs_folder, explain_hydra_error, from_hydra, register_defaults, validate
+from moepp.errors import ConfigError
+
+EXAMPLE = "moepp plan --ranks 64 model=moepp_7b data.seq_len=2048 train.global_batch_size=2048 parallel.pipeline=8"
+GIB, MIB = 2**30, 2**20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("--ranks", type=int, required=True, metavar="N", help="processes of the run")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="configuration of the run, as for train.py"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a table with a row per place of the pipeline."""
+    if args.ranks < 1:
+        raise ConfigError(f"--ranks={args.ranks} is below its minimum 1; raise it")
+    cfg = _compose(args.overrides)
+    plan = validate(cfg, args.ranks)
+    from moepp.bench.tables import format_table
+    from moepp.distributed.layout import Layout
+    from moepp.training.estimate import idle_share, stage_costs, traffic
+
+    layout = Layout.of(cfg.parallel, args.ranks)
+    memory, sent = [], []
+    for place, cost in enumerate(stage_costs(cfg, plan, layout)):
+        memory.append(
+            {
+                "stage": place,
+                "layers": len(cost.layers),
+                "parameters": cost.parameters,
+                "weights GiB": cost.weights / GIB,
+                "gradients GiB": cost.gradients / GIB,
+                "optimizer GiB": cost.optimizer / GIB,
+                "activations GiB": cost.activations / GIB,
+                "pipeline buffers GiB": cost.buffers / GIB,
+                "total GiB": cost.total / GIB,
+            }
+        )
+        kinds = traffic(cfg, plan, layout, place)
+        sent.append({"stage": place} | {f"{kind} MiB": value / MIB for kind, value in vars(kinds).items()})
+    print(
+        f"{args.ranks} ranks = pipeline {layout.pipeline} x data {layout.data} x context {layout.context} x tensor "
+        f"{layout.tensor}; expert {layout.expert}; {plan.accumulation_steps} micro-batches of {plan.micro_batch_size} "
+        f"sequences on each of {layout.data} replicas; {cfg.engine.name}, ZeRO {plan.zero_stage}, "
+        f"{cfg.train.precision}{', recompute' if cfg.train.recompute else ''}"
+    )
+    print(f"\nmemory of a rank, by formula\n{format_table(memory)}")
+    print(f"\nbytes that a rank sends per step, by formula\n{format_table(sent)}")
+    if layout.pipeline > 1:
+        share = idle_share(plan, layout, cfg.parallel.pipeline_chunks)
+        print(f"\nidle share of the pipeline, with stages that take equally long: {share:.1%}")
+    return 0
+
+
+def _compose(overrides: list[str]) -> Config:
+    """Return what train.py would run with these overrides; the data need not be there."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    register_defaults()
+    try:
+        with initialize_config_dir(str(configs_folder()), version_base=None):
+            return from_hydra(compose("config", ["data.paths=[not-read]", *overrides]))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain_hydra_error(error)) from error

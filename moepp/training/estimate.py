@@ -1,0 +1,211 @@
+"""What a layout costs each rank, by formula: bytes of memory, bytes sent, the idle share of a pipeline.
+
+Letters: n micro-batches, p ranks of a pipeline, v chunks of each, B sequences of a micro-batch, s tokens of each on a
+rank, T = B·s, D width, F expert width. Nothing here is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from moepp.config import Config, ModelConfig, RunPlan
+from moepp.distributed.layout import Layout
+from moepp.distributed.parameters import placement_of
+from moepp.model.accounting import balanced_ffn_per_token
+from moepp.model.stage import logits_cross
+from moepp.model.transformer import Transformer
+
+_BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Of one rank of one stage's place in the pipeline.
+
+    Attributes:
+        layers: global indices of its layers.
+        parameters: held by the rank.
+        weights, gradients, optimizer: bytes; the optimizer's are masters and moments.
+        activations: bytes kept between forward and backward, all micro-batches in flight together, about.
+        buffers: bytes in which torch's schedule receives hidden states, router logits and their gradients.
+    """
+
+    layers: tuple[int, ...]
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all of them."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one rank of a stage sends per optimizer step.
+
+    Attributes:
+        gradients: sums over the ranks that hold the same parameters, and with ZeRO the weights on their way back.
+        pipeline: to the stages beside it, both ways.
+        experts: rows to and from other ranks' FFN experts at perfect balance, forward and backward.
+        sequence: of attention, over tensor- and context-parallel ranks, forward and backward.
+    """
+
+    gradients: float
+    pipeline: float
+    experts: float
+    sequence: float
+
+
+def idle_share(plan: RunPlan, layout: Layout, chunks: int) -> float:
+    """Return the share of a step in which a rank waits for others, if all stages take equally long.
+
+    (p - 1) / (v n + p - 1): Narayanan et al., arXiv 2104.04473, section 2.2, as a share of the whole step.
+    """
+    waits = layout.pipeline - 1
+    return waits / (chunks * plan.accumulation_steps + waits)
+
+
+def stage_costs(cfg: Config, plan: RunPlan, layout: Layout) -> list[StageCost]:
+    """Return the cost of a rank at each place of the pipeline, first stage first."""
+    return [_cost(cfg, plan, layout, place) for place in range(layout.pipeline)]
+
+
+def _cost(cfg: Config, plan: RunPlan, layout: Layout, place: int) -> StageCost:
+    held = list(_held(cfg, plan, layout, place))
+    size, own = _BYTES[cfg.train.precision], sum(count for count, _ in held)
+    stage, moments = plan.zero_stage, 8 if cfg.optim.name == "adamw" else 0
+    shared = sum(count / copies for count, copies in held)
+    masters = moments + (4 if size == 2 else 0)  # in fp32 the weights are the masters
+    weights, gradients = own * size, own * 4
+    if stage == 3:  # fp32 shares alone
+        weights, gradients, masters = shared * 4, shared * 4, moments
+    elif stage == 2:
+        gradients = shared * 4
+    layers = tuple(layer for index in _stages(plan, layout, place) for layer in plan.stage_layers[index])
+    return StageCost(
+        layers=layers,
+        parameters=own,
+        weights=round(weights),
+        gradients=round(gradients),
+        optimizer=round(masters * (shared if stage else own)),
+        activations=round(_activations(cfg, plan, layout, place)),
+        buffers=round(_buffers(cfg, plan, layout, place)),
+    )
+
+
+def _stages(plan: RunPlan, layout: Layout, place: int) -> range:
+    return range(place, len(plan.stage_layers), layout.pipeline)
+
+
+def _held(cfg: Config, plan: RunPlan, layout: Layout, place: int) -> Iterator[tuple[int, int]]:
+    """Yield the elements of each parameter on a rank, and how many ranks hold the same ones."""
+    own, last = _stages(plan, layout, place), len(plan.stage_layers) - 1
+    layers = {layer for index in own for layer in plan.stage_layers[index]}
+    split = {"dense": 1, "tensor": layout.tensor, "expert": layout.expert}
+    with torch.device("meta"):
+        model = Transformer(cfg.model)
+    for name, parameter in model.named_parameters():
+        first, _, rest = name.partition(".")
+        if first == "layers":
+            is_held = int(rest.partition(".")[0]) in layers
+        else:
+            is_held = (0 if first == "embed_tokens" else last) in own
+        if is_held:
+            parts = split[placement_of(name, layout.tensor > 1).kind]
+            yield parameter.numel() // parts, layout.stage_size // parts
+
+
+def _tokens(cfg: Config, plan: RunPlan, layout: Layout) -> float:
+    """Return T: a rank's tokens of one micro-batch."""
+    return plan.micro_batch_size * cfg.data.seq_len / layout.replica_size
+
+
+def _activations(cfg: Config, plan: RunPlan, layout: Layout, place: int) -> float:
+    """With recomputation each layer's input, and one layer's own; without it every layer's.
+
+    A layer keeps per token: its input, the normed one and the sum after attention (3 D), queries, keys, values and the
+    attention's output, its second normed input (D), and per FFN assignment row, output, gate and up (2 D + 2 F).
+    """
+    model, size, tokens = cfg.model, _BYTES[cfg.train.precision], _tokens(cfg, plan, layout)
+    width, heads = model.hidden_size, 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
+    attention = 4 * width + heads
+    moe = balanced_ffn_per_token(model.moe) * 2 * (width + model.moe.ffn_hidden_size)
+    dense = 3 * (model.dense_ffn_hidden_size or 0)
+    counts = {layer: attention + (moe if layer in model.moe_layers else dense) for layer in range(model.num_layers)}
+    own = [plan.stage_layers[index] for index in _stages(plan, layout, place)]
+    kept = [sum(width if cfg.train.recompute else counts[layer] for layer in layers) for layers in own]
+    peak = max(
+        sum(number * per_token for number, per_token in zip(alive, kept, strict=True))
+        for alive in in_flight(plan, layout, place)
+    )
+    return (peak + (max(counts.values()) if cfg.train.recompute else 0)) * tokens * size
+
+
+def in_flight(plan: RunPlan, layout: Layout, place: int) -> Iterator[tuple[int, ...]]:
+    """Yield of how many micro-batches each chunk keeps activations, after every forward and backward of a rank.
+
+    Without a pipeline one. Forwards run ahead by p - 1 - place (1F1B), or by 2 (p - 1 - place) + (v - 1) p
+    (interleaved: p micro-batches of each chunk in turn, backwards from the last chunk on); then they alternate with
+    backwards, as in ``torch.distributed.pipelining``.
+    """
+    pipeline = layout.pipeline
+    chunks = len(plan.stage_layers) // pipeline
+    count, ahead = plan.accumulation_steps * chunks, pipeline - 1 - place
+    if chunks > 1:
+        ahead = 2 * ahead + (chunks - 1) * pipeline
+    ahead, alive = min(ahead, count), [0] * chunks
+    for step in range(count + ahead):
+        if step < count:
+            alive[step // pipeline % chunks] += 1
+            yield tuple(alive)
+        if step >= ahead:
+            alive[chunks - 1 - (step - ahead) // pipeline % chunks] -= 1
+            yield tuple(alive)
+
+
+def _crossing(model: ModelConfig, border: int, size: int) -> int:
+    """Return the bytes per token that cross a border one way."""
+    return model.hidden_size * size + (4 * model.moe.num_experts if logits_cross(model, border) else 0)
+
+
+def _buffers(cfg: Config, plan: RunPlan, layout: Layout, place: int) -> float:
+    """torch's schedule has a buffer per micro-batch for what comes in, forward and backward."""
+    size, tokens, total = _BYTES[cfg.train.precision], _tokens(cfg, plan, layout), 0
+    for index in _stages(plan, layout, place):
+        layers = plan.stage_layers[index]
+        for border in (layers.start, layers.stop):
+            if 0 < border < cfg.model.num_layers:
+                total += _crossing(cfg.model, border, size)
+    return total * plan.accumulation_steps * tokens
+
+
+def traffic(cfg: Config, plan: RunPlan, layout: Layout, place: int) -> Traffic:
+    """Return what one rank of a stage sends in one optimizer step."""
+    model, size, tokens = cfg.model, _BYTES[cfg.train.precision], _tokens(cfg, plan, layout)
+    steps, layers = plan.accumulation_steps, _cost(cfg, plan, layout, place).layers
+    sums = 0.0
+    for count, copies in _held(cfg, plan, layout, place):
+        share = count * (copies - 1) / copies
+        sums += share * (8 if plan.zero_stage == 0 else 4 + size)  # reduce-scatter and all-gather, fp32 or weights
+    moe_layers = len(set(layers) & set(model.moe_layers))
+    rows = balanced_ffn_per_token(model.moe) * tokens * (1 - 1 / layout.expert)
+    gathered = tokens * model.hidden_size * (layout.tensor - 1)  # all-gather before, reduce-scatter after attention
+    exchanged = tokens * layout.tensor * (1 - 1 / layout.context)
+    heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim / layout.tensor
+    if cfg.parallel.context_method == "gather":
+        exchanged, heads = tokens * layout.tensor * (layout.context - 1), 2 * model.num_kv_heads * model.head_dim
+        heads /= layout.tensor
+    return Traffic(
+        gradients=sums,
+        pipeline=_buffers(cfg, plan, layout, place),  # as much goes out as comes in
+        experts=4 * steps * moe_layers * rows * model.hidden_size * size,
+        sequence=2 * steps * len(layers) * size * (2 * gathered + exchanged * heads),
+    )
