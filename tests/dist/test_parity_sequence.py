@@ -86,6 +86,14 @@ def test_capacity_and_balance_count_the_replicas_micro_batch(pools, reference, l
     assert measure(pools, wanted, DROPPING, layout).worst < TOLERANCE
 
 
+def test_bfloat16_stays_near_one_process(pools, reference):
+    setting = Setting("sgd", model=HEADS, precision="bf16", steps=5)
+    [wanted] = pools(1).run(train, setting, REFERENCE)
+    for method in ("ulysses", "gather"):
+        layout = Layout(4, 4, tensor=2, context=2, context_method=method)
+        assert measure(pools, wanted, setting, layout).worst < 0.05
+
+
 def test_documents_stay_apart_in_every_stage(pools, reference):
     setting = Setting("sgd", model=HEADS, document_end=7)
     wanted = reference(setting)
