@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moepp.config import configs_folder
+from moepp.config import configs_folder, register_defaults
 from moepp.errors import ConfigError
 from moepp.training.jobs import Job
 from moepp.training.sweep import Plan, Sources, plan
 
+register_defaults()
 CONFIGS = configs_folder()
 SOURCES = Sources(str(CONFIGS), None, "config")
 
