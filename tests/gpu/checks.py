@@ -37,6 +37,7 @@ CHECKS: tuple[Check, ...] = (
     _check(14, "the project's own tests of the layer and of Triton's kernels", "own_tests:check_own_tests", 400),
     _check(15, "the other ways to split a model over two ranks", "layouts:check_layouts", 240),
     _check(16, "compiled attention and norms", "compiled:check_compiled", 240),
+    _check(17, "attention with each kind of mask", "attention:check_attention", 240),
 )
 # One process each; a check that fails ends its process, and the rest of the stage goes on in a fresh one.
 STAGES: tuple[tuple[int, ...], ...] = (
@@ -50,6 +51,7 @@ STAGES: tuple[tuple[int, ...], ...] = (
     (14,),
     (15,),
     (16,),
+    (17,),
 )
 # What has to pass, with nothing left out, before runtime.kernels=auto may choose Triton's kernels on such a card.
 KERNEL_CHECKS = (0, 1, 2, 3, 4, 5)
