@@ -29,6 +29,7 @@ from tests.gpu.models import LayerRun, ModelRun, expect_close, expect_same_bits,
 from tests.gpu.report import Place, Report, Skip, is_installed
 
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+MODEL_LIMITS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # deviations of two layers
 HUGE = 2**31  # elements: offsets beyond it do not fit 32 bits
 HUGE_BYTES = 24 * 2**30
 
@@ -46,6 +47,14 @@ def check_kernels(place: Place, report: Report) -> None:
                 found = run.step()
             name = f"{case.name}, T={num_tokens}, {str(dtype).removeprefix('torch.')}"
             expect_close(report, name, found, wanted, limit)
+    size = (place.size(2, 1), place.size(512, 8))
+    for dtype, limit in MODEL_LIMITS.items():  # cross-entropy and rotary embedding as well
+        run = ModelRun(place, step_model(place), dtype, *size)
+        with use_kernels("torch"):
+            wanted = run.step()
+        with use_kernels("triton"):
+            found = run.step()
+        expect_close(report, f"a model's step, {str(dtype).removeprefix('torch.')}", found, wanted, limit)
     with report.part("offsets beyond 32 bits"):
         _check_huge(place, report)
 
@@ -117,21 +126,27 @@ def sites_of(caught: list[Any]) -> Counter[str]:
 def check_waits(place: Place, report: Report) -> None:
     """Waits of one step of a model of two layers, with all experts here and with the exchange of expert parallelism."""
     place.require_cuda("torch.cuda.set_sync_debug_mode")
-    cfg, dtype = step_model(place), torch.bfloat16
     with one_process_group(place.device):
-        groups = build_groups(RankLayout(1), place.device)
-        native = expert_products(place.device, dtype, cfg.hidden_size, cfg.moe.ffn_hidden_size).is_grouped
-        for name, per_layer in (("experts here", 0 if native else 1), ("exchange", 1)):
-            run = ModelRun(place, cfg, dtype, 4, 1024)
-            if name == "exchange":
-                _exchange(run, groups.ep)
-            engine = NativeEngine(run.model, groups, OptimConfig(), 1)
-            _waits_of_step(run, engine)  # allocates and compiles
-            waits = _waits_of_step(run, engine)
-            limits = {"forward": per_layer * cfg.num_layers, "backward": 0, "step": 2}
-            for part, found in waits.items():
-                report.at_most(f"{name}: waits in {part} {dict(found) or ''}", float(found.total()), limits[part])
-                report.note(f"{name}, {part}", found.total())
+        for kernels in kernel_sets(place, report):
+            with use_kernels(kernels):
+                _expect_few_waits(place, report, kernels)
+
+
+def _expect_few_waits(place: Place, report: Report, kernels: str) -> None:
+    cfg, dtype = step_model(place), torch.bfloat16
+    groups = build_groups(RankLayout(1), place.device)
+    native = expert_products(place.device, dtype, cfg.hidden_size, cfg.moe.ffn_hidden_size).is_grouped
+    for name, per_layer in (("experts here", 0 if native else 1), ("exchange", 1)):
+        run = ModelRun(place, cfg, dtype, 4, 1024)
+        if name == "exchange":
+            _exchange(run, groups.ep)
+        engine = NativeEngine(run.model, groups, OptimConfig(), 1)
+        _waits_of_step(run, engine)  # allocates and compiles
+        limits = {"forward": per_layer * cfg.num_layers, "backward": 0, "step": 2}
+        for part, found in _waits_of_step(run, engine).items():
+            label = f"{kernels}, {name}"
+            report.at_most(f"{label}: waits in {part} {dict(found) or ''}", float(found.total()), limits[part])
+            report.note(f"{label}, {part}", found.total())
 
 
 def _waits_of_step(run: ModelRun, engine: NativeEngine) -> dict[str, Counter[str]]:

@@ -15,6 +15,8 @@ from moepp import ops
 from moepp.distributed.device import pick_device
 from moepp.metrics.throughput import peak_flops_per_second
 from moepp.ops import expert_products
+from moepp.ops.matmul import adds_into_float32
+from moepp.ops.triton.proven import KERNELS_VERSION
 from moepp.training.build import device_name
 from tests.gpu.report import Place, Report
 
@@ -30,6 +32,8 @@ def check_machine(place: Place, report: Report) -> None:
         generator = torch.Generator().manual_seed(0)
         a, b = (torch.randn(256, 256, generator=generator).to(dtype) for _ in range(2))
         report.close(f"product in {dtype}", a.to(place.device) @ b.to(place.device), a.double() @ b.double(), limit)
+    added = adds_into_float32(torch.zeros(1, dtype=torch.bfloat16, device=place.device))
+    report.equal("products of bf16 are added in fp32", added, place.is_cuda)
     native = place.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability()[0] in NATIVE_GROUPED_MM
     report.equal("grouped product of bf16", expert_products(place.device, torch.bfloat16, 64, 64).is_grouped, native)
     report.equal("grouped product of fp32", expert_products(place.device, torch.float32, 64, 64).is_grouped, False)
@@ -55,7 +59,7 @@ def describe(place: Place) -> dict[str, Any]:
         "bf16 peak": f"{peak / 1e12:g} TFLOP/s" if peak else "not listed: no MFU",
         "kernels": ops.describe(place.device, bf16),
         "experts": str(expert_products(place.device, bf16, 768, 2048)),
-        "kernels_version": _kernels_version(),
+        "kernels_version": KERNELS_VERSION,
     }
 
 
@@ -73,11 +77,3 @@ def _driver() -> str | None:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     return (done.stdout.split() or [None])[0]
-
-
-def _kernels_version() -> Any:
-    """Of Triton's kernels: what was proven of other kernels does not count."""
-    try:
-        return importlib.import_module("moepp.ops.triton.proven").KERNELS_VERSION
-    except ModuleNotFoundError:
-        return None
