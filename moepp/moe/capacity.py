@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moepp.config import MoEConfig
 from moepp.distributed.sequence import SequenceParallel
-from moepp.ops import count_experts
+from moepp.ops import count_experts, order_by_expert
 
 
 def capacities(cfg: MoEConfig, num_assignments: int) -> tuple[int, int]:
@@ -27,43 +27,43 @@ def capacities(cfg: MoEConfig, num_assignments: int) -> tuple[int, int]:
     return math.ceil(cfg.tau * share - 1e-9), math.ceil(share - 1e-9)
 
 
-def keep_within_capacity(
+def drop_beyond_capacity(
     topk_ids_TK: Tensor,
     weights_TK: Tensor,
     cfg: MoEConfig,
     sequence: SequenceParallel | None = None,
     batch_size: int = 1,
-) -> Tensor:
-    """Return which assignments fit into the capacities: bool [T, K].
+) -> tuple[Tensor, Tensor]:
+    """Return which assignments do not fit into the capacities, bool [T, K], and the choices of each expert [E].
 
     Each expert keeps its assignments with the highest gate weights (``drop_policy="weight"``; among equals the earlier
     token), or its earliest tokens (``"position"``). Every rank applies this to the tokens of its replica: its own, and
-    those of the ranks that hold the rest of its sequences.
+    those of the ranks that hold the rest of its sequences. The choices are of its own tokens, before drops.
 
     Args:
+        topk_ids_TK: chosen experts.
+        weights_TK: their gate weights.
+        cfg: capacities and policy.
         sequence: the ranks that share sequences (None: none do).
         batch_size: B; this rank's tokens are [B, T / B].
     """
     if sequence is None or sequence.size == 1:
-        return _keep(topk_ids_TK.flatten(), weights_TK.detach().flatten(), cfg).view_as(topk_ids_TK)
+        dropped_A, load_E = _drop(topk_ids_TK.flatten(), weights_TK.detach().flatten(), cfg)
+        return dropped_A.view_as(topk_ids_TK), load_E
     ids_BSK = sequence.whole(topk_ids_TK.unflatten(0, (batch_size, -1)))
     weights_BSK = sequence.whole(weights_TK.unflatten(0, (batch_size, -1)))
-    kept_BSK = _keep(ids_BSK.flatten(), weights_BSK.flatten(), cfg).view_as(ids_BSK)
-    return sequence.own(kept_BSK).flatten(0, 1)
+    dropped_A, _ = _drop(ids_BSK.flatten(), weights_BSK.flatten(), cfg)
+    dropped_TK = sequence.own(dropped_A.view_as(ids_BSK)).flatten(0, 1)
+    return dropped_TK, count_experts(topk_ids_TK.flatten(), cfg.num_experts)
 
 
-def _keep(ids_A: Tensor, weights_A: Tensor, cfg: MoEConfig) -> Tensor:
+@torch.no_grad()
+def _drop(ids_A: Tensor, weights_A: Tensor, cfg: MoEConfig) -> tuple[Tensor, Tensor]:
     ffn_capacity, zc_capacity = capacities(cfg, ids_A.numel())
-    if cfg.drop_policy == "weight":
-        by_weight_A = torch.argsort(weights_A, descending=True, stable=True)
-        order_A = by_weight_A[torch.argsort(ids_A[by_weight_A], stable=True)]
-    else:
-        order_A = torch.argsort(ids_A, stable=True)
-    counts_E = count_experts(ids_A, cfg.num_experts)
-    first_E = torch.cumsum(counts_E, 0) - counts_E
-    sorted_ids_A = ids_A[order_A]
-    rank_in_expert_A = torch.arange(ids_A.numel(), device=ids_A.device) - first_E[sorted_ids_A]
-    capacity_A = torch.where(sorted_ids_A < cfg.num_ffn_experts, ffn_capacity, zc_capacity)
-    kept_A = torch.empty_like(ids_A, dtype=torch.bool)
-    kept_A[order_A] = rank_in_expert_A < capacity_A
-    return kept_A
+    by_weight_A = torch.argsort(weights_A, descending=True, stable=True) if cfg.drop_policy == "weight" else None
+    order_A, experts_A, starts_E1 = order_by_expert(ids_A, cfg.num_experts, by_weight_A)
+    limits_E = starts_E1[:-1] + zc_capacity  # in this order, where an expert's capacity ends
+    limits_E[: cfg.num_ffn_experts] += ffn_capacity - zc_capacity
+    is_beyond_A = torch.arange(ids_A.numel(), device=ids_A.device) >= limits_E.index_select(0, experts_A.long())
+    dropped_A = torch.empty_like(is_beyond_A).scatter_(0, order_A, is_beyond_A)
+    return dropped_A, starts_E1.diff()

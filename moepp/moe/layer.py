@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from moepp.config import MoEConfig
 from moepp.distributed import comm
 from moepp.distributed.sequence import SequenceParallel
 from moepp.errors import ConfigError
-from moepp.moe.capacity import capacities, keep_within_capacity
+from moepp.moe.capacity import capacities, drop_beyond_capacity
 from moepp.moe.dispatch import AllToAllDispatcher, Assignments, LocalDispatcher
 from moepp.moe.experts import FFNExperts, ZeroComputation
 from moepp.moe.gates import Gates
@@ -161,17 +160,21 @@ class MoELayer(nn.Module):
     def assign(self, gates: Gates, batch_size: int = 1) -> Assignments:
         """Apply the capacity and find the assignments that FFN experts compute; of ``batch_size`` sequences."""
         cfg, ids_TK, weights_TK = self.cfg, gates.topk_ids_TK, gates.weights_TK
-        load_E = count_experts(ids_TK.flatten(), cfg.num_experts)
-        expert_TK, num_dropped, max_rows = ids_TK, None, ids_TK.numel()
+        expert_TK, load_E, num_dropped, max_rows = ids_TK, None, None, ids_TK.numel()
         if self.training and cfg.capacity_factor is not None:
+            dropped_TK, load_E = drop_beyond_capacity(ids_TK, weights_TK, cfg, self.sequence, batch_size)
+            weights_TK = weights_TK.masked_fill(dropped_TK, 0)
+            expert_TK = ids_TK.masked_fill(dropped_TK, cfg.num_experts)
+            num_dropped = dropped_TK.sum()
             ffn_capacity, _ = capacities(cfg, ids_TK.numel() * self.sequence.size)
             max_rows = min(max_rows, cfg.num_ffn_experts * ffn_capacity)
-            kept_TK = keep_within_capacity(ids_TK, weights_TK, cfg, self.sequence, batch_size)
-            weights_TK = weights_TK * kept_TK
-            expert_TK = torch.where(kept_TK, ids_TK, cfg.num_experts)
-            num_dropped = (~kept_TK).sum()
         # Assignments of other kinds are left out: their keys are num_ffn_experts or more.
-        ffn = sort_assignments(self.dispatcher.sort_keys(expert_TK), cfg.num_ffn_experts)
+        keys_TK = self.dispatcher.sort_keys(expert_TK)
+        ffn = sort_assignments(keys_TK, cfg.num_ffn_experts, cfg.num_experts + 1)
+        if load_E is None and keys_TK is ids_TK and ffn.counts_X is not None:
+            load_E = ffn.counts_X[:-1]
+        elif load_E is None:
+            load_E = count_experts(ids_TK.flatten(), cfg.num_experts)
         return Assignments(ids_TK, weights_TK, ffn, load_E, num_dropped, max_rows)
 
     def _summarize(self, out: UnsummarizedOutput, selection_share_E: Tensor | None) -> MoEOutput:

@@ -5,7 +5,7 @@ On the CPU, kernels compiled for the machine (:mod:`moepp.ops.cpu`) take their p
 """
 
 from moepp.ops.affine_experts import affine_experts
-from moepp.ops.assignments import SortedAssignments, count_experts, sort_assignments
+from moepp.ops.assignments import SortedAssignments, count_experts, order_by_expert, sort_assignments
 from moepp.ops.attention import AttentionMask, attend, document_mask
 from moepp.ops.backend import choose_kernels, describe, use_kernels
 from moepp.ops.cross_entropy import chunked_cross_entropy, log_softmax
@@ -42,6 +42,7 @@ __all__ = [
     "linear_fp32",
     "log_softmax",
     "multiplies_in_float32",
+    "order_by_expert",
     "project",
     "rms_norm",
     "rotate",

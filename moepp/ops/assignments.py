@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moepp.ops.backend import cpu_kernels
@@ -22,27 +23,63 @@ class SortedAssignments:
             that were left out (with the CPU's kernels: undefined).
         counts_E: assignments of each expert, int64.
         positions_TK: where each assignment lies in ``assignments_A``, or -1 where it was left out.
+        counts_X: assignments of each possible key, where the sort counts them along.
     """
 
     assignments_A: Tensor
     counts_E: Tensor
     positions_TK: Tensor
+    counts_X: Tensor | None = None
 
 
 @torch.no_grad()
-def sort_assignments(sort_keys_TK: Tensor, num_experts: int) -> SortedAssignments:
-    """Sort the assignments with keys below ``num_experts`` (int64), leave out the others; no host synchronisation."""
+def sort_assignments(sort_keys_TK: Tensor, num_experts: int, num_keys: int | None = None) -> SortedAssignments:
+    """Sort the assignments with keys below ``num_experts`` (int64), leave out the others; no host synchronisation.
+
+    ``num_keys`` is one more than the largest key there may be, where it is known: small keys sort faster.
+    """
     keys_A = sort_keys_TK.flatten()
-    counts_E = keys_A.new_empty(num_experts)
-    assignments_A, positions_A = torch.empty_like(keys_A), torch.empty_like(keys_A)
+    counts_E, positions_A = keys_A.new_empty(num_experts), torch.empty_like(keys_A)
     if kernels := cpu_kernels(keys_A, torch.float32):
+        assignments_A = torch.empty_like(keys_A)
         kernels.call("sort_assignments", keys_A, assignments_A, counts_E, positions_A, keys_A.numel(), num_experts)
-    else:
-        torch.argsort(keys_A.clamp(max=num_experts), stable=True, out=assignments_A)
-        counts_E = count_experts(keys_A, num_experts)
-        positions_A.scatter_(0, assignments_A, torch.arange(keys_A.numel(), device=keys_A.device))
-        positions_A.masked_fill_(keys_A >= num_experts, -1)
-    return SortedAssignments(assignments_A, counts_E, positions_A.view_as(sort_keys_TK))
+        return SortedAssignments(assignments_A, counts_E, positions_A.view_as(sort_keys_TK))
+    narrow_A = _narrow(keys_A, num_keys)
+    sorted_A, assignments_A = torch.sort(narrow_A, stable=True)
+    counts_X = _starts(sorted_A, num_experts if num_keys is None else num_keys).diff()
+    positions_A.scatter_(0, assignments_A, torch.arange(keys_A.numel(), device=keys_A.device))
+    positions_A.masked_fill_(narrow_A >= num_experts, -1)
+    return SortedAssignments(assignments_A, counts_X[:num_experts], positions_A.view_as(sort_keys_TK), counts_X)
+
+
+@torch.no_grad()
+def order_by_expert(experts_A: Tensor, num_experts: int, order_A: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Return (order, experts in this order, where each expert begins in it [E + 1]); no host synchronisation.
+
+    Assignments of one expert come as in ``order_A`` (None: one after the other).
+    """
+    if cpu_kernels(experts_A, torch.float32) is not None:
+        given_A = experts_A if order_A is None else experts_A[order_A]
+        by_expert_A = torch.argsort(given_A, stable=True)
+        starts_E1 = F.pad(torch.cumsum(count_experts(experts_A, num_experts), 0), (1, 0))
+        order_A = by_expert_A if order_A is None else order_A[by_expert_A]
+        return order_A, experts_A[order_A], starts_E1
+    narrow_A = _narrow(experts_A, num_experts + 1)
+    sorted_A, by_expert_A = torch.sort(narrow_A if order_A is None else narrow_A[order_A], stable=True)
+    return by_expert_A if order_A is None else order_A[by_expert_A], sorted_A, _starts(sorted_A, num_experts)
+
+
+def _narrow(keys_A: Tensor, num_keys: int | None) -> Tensor:
+    """Return the keys in the smallest type that holds ``num_keys``: a radix sort passes over each byte."""
+    if num_keys is None or num_keys > torch.iinfo(torch.int16).max:
+        return keys_A
+    return keys_A.to(torch.uint8 if num_keys <= torch.iinfo(torch.uint8).max else torch.int16)
+
+
+def _starts(sorted_A: Tensor, num_keys: int) -> Tensor:
+    """Return where each key begins, and where the last one ends: int64 [num_keys + 1]."""
+    keys = torch.arange(num_keys + 1, dtype=sorted_A.dtype, device=sorted_A.device)
+    return torch.searchsorted(sorted_A, keys)
 
 
 def count_experts(experts_A: Tensor, num_experts: int) -> Tensor:

@@ -40,25 +40,69 @@ def softmax_gates(
     fits = is_last and (top_k <= _MAX_TOP_K or uses_triton())
     if fits and logits_TE.dtype == torch.float32 and row_kernels(logits_TE):
         return _Gates.apply(logits_TE, top_k, zero_experts.start, NORMALIZATIONS.index(normalization))
-    probs_TE = torch.softmax(logits_TE, dim=-1)
-    scores_TE = logits_TE if normalization == "topk_softmax" else probs_TE
-    topk_ids_TK = torch.topk(scores_TE, top_k, dim=-1).indices
-    if normalization == "topk_softmax":
-        return probs_TE, topk_ids_TK, torch.softmax(logits_TE.gather(1, topk_ids_TK), dim=-1)
-    weights_TK = probs_TE.gather(1, topk_ids_TK)
-    if normalization == "zero_masked":
-        weights_TK = _mask_zero_experts(weights_TK, topk_ids_TK, zero_experts)
-    return probs_TE, topk_ids_TK, weights_TK
+    return _GatesByTorch.apply(logits_TE, top_k, zero_experts, normalization)
 
 
-def _mask_zero_experts(weights_TK: Tensor, topk_ids_TK: Tensor, zero_experts: range) -> Tensor:
-    """Set the weights of zero experts to 0 and the others of each token to a sum of 1."""
-    if len(zero_experts):
-        is_zero_TK = (topk_ids_TK >= zero_experts.start) & (topk_ids_TK < zero_experts.stop)
-        weights_TK = weights_TK.masked_fill(is_zero_TK, 0.0)
-    total_T1 = weights_TK.sum(dim=-1, keepdim=True)
-    # Only a token that chose zero experts alone sums to 0; dividing by 1 keeps its weights at 0 instead of NaN.
-    return weights_TK / torch.where(total_T1 > 0, total_T1, 1.0)
+class _GatesByTorch(torch.autograd.Function):
+    """The gradient is written out: a third of the launches that autograd makes of the forward's operations."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_TE: Tensor, top_k: int, zero_experts: range, normalization: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        probs_TE = torch.softmax(logits_TE, dim=-1)
+        ctx.normalization, is_zero_TK, total_T1 = normalization, None, None
+        if normalization == "topk_softmax":
+            chosen_TK, ids_TK = torch.topk(logits_TE, top_k, dim=-1)
+            weights_TK = torch.softmax(chosen_TK, dim=-1)
+        else:
+            weights_TK, ids_TK = torch.topk(probs_TE, top_k, dim=-1)
+        if normalization == "zero_masked":
+            if len(zero_experts):
+                is_zero_TK = ids_TK >= zero_experts.start
+                if zero_experts.stop < logits_TE.shape[1]:
+                    is_zero_TK &= ids_TK < zero_experts.stop
+                weights_TK = weights_TK.masked_fill_(is_zero_TK, 0)
+            total_T1 = weights_TK.sum(dim=-1, keepdim=True)
+            # Only a token that chose zero experts alone sums to 0; dividing by 1 keeps its weights at 0 instead of NaN.
+            total_T1 += total_T1 == 0
+            weights_TK = weights_TK / total_T1
+        ctx.save_for_backward(probs_TE, ids_TK, weights_TK, is_zero_TK, total_T1)
+        ctx.mark_non_differentiable(ids_TK)
+        ctx.set_materialize_grads(False)
+        return probs_TE, ids_TK, weights_TK
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_probs_TE: Tensor | None, _: None, grad_weights_TK: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        probs_TE, ids_TK, weights_TK, is_zero_TK, total_T1 = ctx.saved_tensors
+        if ctx.normalization == "topk_softmax":
+            grad_logits_TE = _softmax_backward(grad_probs_TE, probs_TE) if grad_probs_TE is not None else None
+            if grad_weights_TK is None:
+                return grad_logits_TE, None, None, None
+            grad_chosen_TK = _softmax_backward(grad_weights_TK, weights_TK)
+            return _add_chosen(grad_logits_TE, ids_TK, grad_chosen_TK, probs_TE), None, None, None
+        if grad_weights_TK is not None:
+            grad_chosen_TK = grad_weights_TK
+            if ctx.normalization == "zero_masked":
+                mean_T1 = (grad_weights_TK * weights_TK).sum(dim=-1, keepdim=True)
+                grad_chosen_TK = (grad_weights_TK - mean_T1).div_(total_T1)
+            if is_zero_TK is not None:
+                grad_chosen_TK.masked_fill_(is_zero_TK, 0)
+            grad_probs_TE = _add_chosen(grad_probs_TE, ids_TK, grad_chosen_TK, probs_TE)
+        if grad_probs_TE is None:
+            return None, None, None, None
+        return _softmax_backward(grad_probs_TE, probs_TE), None, None, None
+
+
+def _softmax_backward(grad: Tensor, probs: Tensor) -> Tensor:
+    return torch.ops.aten._softmax_backward_data(grad, probs, -1, probs.dtype)
+
+
+def _add_chosen(start_TE: Tensor | None, ids_TK: Tensor, values_TK: Tensor, like_TE: Tensor) -> Tensor:
+    """Return ``start`` (None: zeros) with a value more for each chosen expert."""
+    start_TE = torch.zeros_like(like_TE) if start_TE is None else start_TE
+    return start_TE.scatter_add(1, ids_TK, values_TK)  # a token's experts differ: nothing adds up in any order
 
 
 class _Gates(torch.autograd.Function):

@@ -1,0 +1,66 @@
+"""Kernel launches of a layer's forward and backward on the path of an accelerator, counted on the CPU.
+
+Counted are the operations that reach torch's dispatcher, without views and allocations: each launches one kernel or
+more. ``python -m tests.launches`` prints the table of docs/layer.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moepp import MoEConfig, MoELayer
+from moepp.ops import use_grouped_products, use_kernels
+
+FREE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "alias", "lift_fresh")
+D, F, T = 16, 32, 24
+DROPLESS = MoEConfig(8, F, 1, 1, 2, capacity_factor=None)  # 8+4, as moepp_0.6b
+CONFIGS = {
+    "capacity": dataclasses.replace(DROPLESS, capacity_factor=1.1),
+    "dropless": DROPLESS,
+    "vanilla, dropless": MoEConfig(8, F, capacity_factor=None, gating_residual=False),
+}
+
+
+class Launches(TorchDispatchMode):
+    """Operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_name: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        if not func.is_view and name not in FREE and name not in ("_unsafe_view", "_reshape_alias"):
+            self.by_name[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count(cfg: MoEConfig) -> tuple[Counter[str], Counter[str]]:
+    """Launches of forward and backward of a layer in the middle of a model, bf16."""
+    torch.manual_seed(0)
+    layer = MoELayer(cfg, D).to(torch.bfloat16)
+    x = torch.randn(T, D).to(torch.bfloat16).requires_grad_()
+    prev = torch.randn(T, cfg.num_experts).requires_grad_() if cfg.gating_residual else None
+    with use_kernels("torch"), use_grouped_products():
+        with Launches() as forward:
+            out = layer(x, prev)
+        grads = (torch.ones_like(out.hidden), torch.ones_like(out.router_logits), torch.ones(()))
+        with Launches() as backward:
+            torch.autograd.backward((out.hidden, out.router_logits, out.aux_loss), grads)
+    return forward.by_name, backward.by_name
+
+
+def main() -> None:
+    """Print the table."""
+    for name, cfg in CONFIGS.items():
+        forward, backward = count(cfg)
+        print(f"| {name} | {forward.total()} | {backward.total()} |")
+
+
+if __name__ == "__main__":
+    main()
