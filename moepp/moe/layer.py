@@ -138,7 +138,7 @@ class MoELayer(nn.Module):
         assignments = self.assign(gates, batch_size=x.shape[0] if x.dim() == 3 else 1)
         if self.cfg.scale_input_by_top_k:
             x_TD = share_gradient(x_TD * self.cfg.top_k)
-        z_loss = router_z_loss(logits_TE=logits_TE) if self.cfg.z_loss_weight else logits_TE.new_zeros(())
+        z_loss = router_z_loss(logits_TE=logits_TE) if self.cfg.z_loss_weight else None
         chunks, metadata = self.dispatcher.dispatch(x_TD, assignments)  # starts the all-to-all: FFN assignments only
         local_TD = self.zero_computation(x_TD, assignments.ids_TK, assignments.weights_TK)  # meanwhile
         outputs = []  # usually of one chunk; with several, compute overlaps communication

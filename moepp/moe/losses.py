@@ -40,10 +40,10 @@ def heterogeneous(*, probs_TE: Tensor, selection_share_E: Tensor, cfg: MoEConfig
     tokens (differentiable). Eq. 7 has no factor N; with ``cfg.balance_loss_switch_scale`` the sum is multiplied by
     N/K, as in Switch Transformer (arXiv 2101.03961, Eq. 4), so that perfect balance gives about 1 whatever N.
     """
-    num_tokens = max(probs_TE.shape[0], 1)
-    eta_E = torch.ones_like(selection_share_E)
-    eta_E[cfg.num_ffn_experts :] = cfg.tau
-    loss = (eta_E * selection_share_E * (probs_TE.sum(dim=0) / num_tokens)).sum()
+    weighted_E = selection_share_E.clone()
+    weighted_E[cfg.num_ffn_experts :] *= cfg.tau
+    mean_E = probs_TE.mean(dim=0) if len(probs_TE) else probs_TE.sum(dim=0)
+    loss = (weighted_E * mean_E).sum()
     return loss * (cfg.num_experts / cfg.top_k) if cfg.balance_loss_switch_scale else loss
 
 

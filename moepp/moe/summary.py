@@ -30,7 +30,7 @@ class RoutingRecord:
     Attributes:
         probs_TE: scores of all experts, differentiable.
         load_E: choices of each expert by this rank's tokens, before drops, int64.
-        z_loss: scalar, differentiable, without its weight; 0 where that is 0.
+        z_loss: scalar, differentiable, without its weight; None where that is 0.
         ffn_counts_E: assignments that each FFN expert computes for this rank's tokens, int64.
         num_dropped: dropped assignments of any kind, scalar int64; None: capacity was not applied.
         remote_assignments: of the computed ones, those whose expert lives on another rank.
@@ -38,7 +38,7 @@ class RoutingRecord:
 
     probs_TE: Tensor
     load_E: Tensor
-    z_loss: Tensor
+    z_loss: Tensor | None
     ffn_counts_E: Tensor
     num_dropped: Tensor | None
     remote_assignments: int
@@ -67,7 +67,7 @@ class PendingSummary:
         for record, share_E in zip(self.records, share_LE.unbind(), strict=True):
             balance = balance_loss(probs_TE=record.probs_TE, selection_share_E=share_E, cfg=cfg)
             loss = cfg.balance_loss_weight * balance
-            losses.append(loss + cfg.z_loss_weight * record.z_loss if cfg.z_loss_weight else loss)
+            losses.append(loss if record.z_loss is None else loss + cfg.z_loss_weight * record.z_loss)
             balances.append(balance.detach())
         return losses, self._stats(balances)
 
@@ -81,6 +81,7 @@ class PendingSummary:
         ffn_L = torch.stack([record.ffn_counts_E for record in records]).sum(1).to(torch.float32)
         dropped = [record.num_dropped for record in records if record.num_dropped is not None]
         dropped_L = torch.stack(dropped) / num_assignments if dropped else load_LE.new_zeros(num_layers)
+        zero = load_LE.new_zeros(())
         per_token_L, tokens_L = ffn_L / max(num_tokens, 1), load_LE.new_full((num_layers,), num_tokens)
         return [
             MoEStats(
@@ -91,9 +92,9 @@ class PendingSummary:
                 load_E=load_LE[row],
                 num_tokens=tokens_L[row],
                 ffn_assignments=ffn_L[row],
-                remote_assignments=load_LE.new_full((), record.remote_assignments),
+                remote_assignments=load_LE.new_full((), count) if (count := record.remote_assignments) else zero,
                 balance_loss=balances[row],
-                z_loss=record.z_loss.detach(),
+                z_loss=zero if record.z_loss is None else record.z_loss.detach(),
             )
             for row, record in enumerate(records)
         ]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moepp.ops.backend import require_row_kernels, row_kernels
-from moepp.ops.matmul import linear_fp32
+from moepp.ops.matmul import without_autocast
 from moepp.ops.shared_gradient import SharedGradient, shared_gradient
 
 
@@ -36,23 +36,65 @@ def affine_experts(
         # A softmax of two depends on the difference of its logits alone.
         difference_CD = alpha_C2D.float().diff(dim=1).squeeze(1).neg()
         return _AffineExperts.apply(x_TD, ids_TK, weights_TK, difference_CD, value_CD, experts, shared_gradient(x_TD))
-    num_constant, dtype = len(value_CD), weights_TK.dtype
-    gates_TN = weights_TK.new_zeros(len(x_TD), len(experts) + 1).scatter_add(1, _local_ids(ids_TK, experts), weights_TK)
-    gates_TC = gates_TN[:, :num_constant]
-    scale_T = gates_TN[:, num_constant : len(experts)].sum(dim=1)
-    if num_constant:
-        logits_TC2 = linear_fp32(x_TD, alpha_C2D.flatten(0, 1)).unflatten(1, (num_constant, 2))
-        alpha_TC = torch.sigmoid(logits_TC2[..., 0] - logits_TC2[..., 1]).to(dtype)
-        scale_T = scale_T + (gates_TC * alpha_TC).sum(dim=1)
-        gates_TC = gates_TC * (1 - alpha_TC)
-    scaled_TD = x_TD * scale_T.to(x_TD.dtype).unsqueeze(-1)
-    return torch.addmm(scaled_TD, gates_TC.to(x_TD.dtype), value_CD.to(x_TD.dtype))
+    return _AffineByTorch.apply(x_TD, ids_TK, weights_TK, alpha_C2D, value_CD, experts)
 
 
-def _local_ids(ids_TK: Tensor, experts: range) -> Tensor:
-    """Numbers among ``experts``; one more than the last for all others."""
-    inside_TK = (ids_TK >= experts.start) & (ids_TK < experts.stop)
-    return torch.where(inside_TK, ids_TK - experts.start, len(experts))
+class _AffineByTorch(torch.autograd.Function):
+    """Keeps x as it is, not its float32 copy; the gradient is written out, in fewer launches than autograd's.
+
+    X = all experts up to the last one here, and one place for the others.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, alpha_C2D: Tensor, value_CD: Tensor, experts: range
+    ) -> Tensor:
+        ctx.experts, ctx.alpha_dtype, ctx.value_dtype = experts, alpha_C2D.dtype, value_CD.dtype
+        num_constant, places_TK = len(value_CD), ids_TK.clamp(max=experts.stop)
+        gates_TX = weights_TK.new_zeros(len(x_TD), experts.stop + 1).scatter_(1, places_TK, weights_TK)
+        gates_TC, copy_TX = gates_TX[:, experts.start : experts.stop].tensor_split([num_constant], dim=1)
+        diff_CD = alpha_TC = beta_TC = None
+        with without_autocast(x_TD.device.type):
+            scale_T = copy_TX.squeeze(1) if copy_TX.shape[1] == 1 else copy_TX.sum(1)
+            if num_constant:
+                wide_C2D = alpha_C2D.to(weights_TK.dtype)
+                diff_CD = wide_C2D[:, 0] - wide_C2D[:, 1]  # a softmax of two depends on the difference alone
+                alpha_TC = torch.mm(x_TD.to(weights_TK.dtype), diff_CD.t()).sigmoid_()
+                own_TC = gates_TC * alpha_TC
+                scale_T = own_TC.sum(1).add_(scale_T)
+                beta_TC = torch.sub(gates_TC, own_TC, out=x_TD.new_empty(own_TC.shape))
+            scale_T1 = scale_T.to(x_TD.dtype).unsqueeze(1)
+            out_TD = x_TD * scale_T1
+            if beta_TC is not None:
+                out_TD.addmm_(beta_TC, value_CD.to(x_TD.dtype))
+        ctx.save_for_backward(x_TD, places_TK, gates_TC, scale_T1, value_CD, diff_CD, alpha_TC, beta_TC)
+        return out_TD
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x_TD, places_TK, gates_TC, scale_T1, value_CD, diff_CD, alpha_TC, beta_TC = ctx.saved_tensors
+        experts, dtype = ctx.experts, gates_TC.dtype
+        first_copy = experts.start + len(value_CD)
+        grad_scale_T1 = (grad_TD * x_TD).sum(1, keepdim=True, dtype=dtype)
+        grad_x_TD = grad_TD * scale_T1
+        grad_gates_TX = gates_TC.new_zeros(len(x_TD), experts.stop + 1)
+        if first_copy < experts.stop:
+            grad_gates_TX[:, first_copy : experts.stop] = grad_scale_T1
+        grad_alpha_C2D = grad_value_CD = None
+        if beta_TC is None:
+            grad_alpha_C2D, grad_value_CD = x_TD.new_zeros(0, 2, x_TD.shape[1]), torch.zeros_like(value_CD)
+        else:
+            grad_beta_TC = torch.mm(grad_TD, value_CD.to(grad_TD.dtype).t())
+            slope_TC = grad_scale_T1 - grad_beta_TC  # by alpha, with a gate of 1
+            torch.addcmul(grad_beta_TC, alpha_TC, slope_TC, out=grad_gates_TX[:, experts.start : first_copy])
+            grad_logits_TC = torch.ops.aten.sigmoid_backward(slope_TC.mul_(gates_TC), alpha_TC)
+            grad_x_TD.add_(torch.mm(grad_logits_TC, diff_CD))
+            grad_diff_CD = torch.mm(grad_logits_TC.t(), x_TD.to(dtype))
+            grad_alpha_C2D = torch.stack((grad_diff_CD, -grad_diff_CD), dim=1).to(ctx.alpha_dtype)
+            grad_value_CD = torch.mm(beta_TC.t(), grad_TD).to(ctx.value_dtype)
+        grad_weights_TK = grad_gates_TX.gather(1, places_TK)
+        return grad_x_TD, None, grad_weights_TK, grad_alpha_C2D, grad_value_CD, None
 
 
 class _AffineExperts(torch.autograd.Function):

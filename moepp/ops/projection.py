@@ -19,7 +19,25 @@ def project(x_TD: Tensor, weight_PD: Tensor) -> Tensor:
     """``x @ weight.T`` in float32 at least, whatever the dtypes and autocast; meant for few outputs."""
     if cpu_kernels(x_TD):
         return _Project.apply(x_TD.contiguous(), weight_PD.float().contiguous(), shared_gradient(x_TD))
-    return linear_fp32(x_TD, weight_PD)
+    return _ProjectByTorch.apply(x_TD, weight_PD)
+
+
+class _ProjectByTorch(torch.autograd.Function):
+    """Keeps x and the weight for backward as they are, not their float32 copies."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_PD: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_PD)
+        return linear_fp32(x_TD, weight_PD)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TP: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x_TD, weight_PD = ctx.saved_tensors
+        wants_x, wants_weight = ctx.needs_input_grad
+        grad_x_TD = torch.mm(grad_TP, weight_PD.to(grad_TP.dtype)).to(x_TD.dtype) if wants_x else None
+        grad_weight_PD = torch.mm(grad_TP.t(), x_TD.to(grad_TP.dtype)).to(weight_PD.dtype) if wants_weight else None
+        return grad_x_TD, grad_weight_PD
 
 
 class _Project(torch.autograd.Function):

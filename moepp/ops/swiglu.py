@@ -29,8 +29,8 @@ def swiglu_backward(gate_up_RG: Tensor, grad_act_RF: Tensor, grad_gate_up_RG: Te
         return
     gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)
     grad_gate_RF, grad_up_RF = grad_gate_up_RG.chunk(2, dim=-1)
-    sigmoid_RF = torch.sigmoid(gate_RF)
-    silu_RF = gate_RF * sigmoid_RF
+    silu_RF = F.silu(gate_RF)
     torch.mul(grad_act_RF, silu_RF, out=grad_up_RF)
-    torch.mul(grad_act_RF * up_RF, sigmoid_RF + silu_RF * (1 - sigmoid_RF), out=grad_gate_RF)
+    grad_silu_RF = grad_act_RF * up_RF
+    torch.ops.aten.silu_backward.grad_input(grad_silu_RF, gate_RF, grad_input=grad_gate_RF)
     torch.mul(silu_RF, up_RF, out=act_RF)
