@@ -14,10 +14,23 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moepp import MoEConfig, MoELayer
+from moepp.distributed.sequence import SequenceParallel
+from moepp.moe import ExpertParallel
+from moepp.moe.summary import start_summary
 from moepp.ops import use_grouped_products, use_kernels
 
-FREE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "alias", "lift_fresh")
-D, F, T = 16, 32, 24
+FREE = (
+    "empty",
+    "new_empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty_strided",
+    "detach",
+    "alias",
+    "lift_fresh",
+    "promote_types",
+)
+D, F, T, LAYERS = 16, 32, 24, 12
 DROPLESS = MoEConfig(8, F, 1, 1, 2, capacity_factor=None)  # 8+4, as moepp_0.6b
 CONFIGS = {
     "capacity": dataclasses.replace(DROPLESS, capacity_factor=1.1),
@@ -40,26 +53,30 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count(cfg: MoEConfig) -> tuple[Counter[str], Counter[str]]:
-    """Launches of forward and backward of a layer in the middle of a model, bf16."""
+def count(cfg: MoEConfig) -> tuple[float, float]:
+    """Launches of forward and backward per layer of a model with LAYERS of them, bf16."""
     torch.manual_seed(0)
-    layer = MoELayer(cfg, D).to(torch.bfloat16)
+    layers = [MoELayer(cfg, D).to(torch.bfloat16) for _ in range(LAYERS)]
     x = torch.randn(T, D).to(torch.bfloat16).requires_grad_()
-    prev = torch.randn(T, cfg.num_experts).requires_grad_() if cfg.gating_residual else None
+    hidden, logits, records = x, None, []
     with use_kernels("torch"), use_grouped_products():
         with Launches() as forward:
-            out = layer(x, prev)
-        grads = (torch.ones_like(out.hidden), torch.ones_like(out.router_logits), torch.ones(()))
+            for layer in layers:
+                out = layer(hidden, logits, summarize=False)
+                hidden, logits = out.hidden, out.router_logits
+                records.append(out.record)
+            losses, _ = start_summary(records, cfg, True, ExpertParallel(), SequenceParallel()).finish()
+            aux_loss = torch.stack(losses).sum()
         with Launches() as backward:
-            torch.autograd.backward((out.hidden, out.router_logits, out.aux_loss), grads)
-    return forward.by_name, backward.by_name
+            torch.autograd.backward((hidden, aux_loss), (torch.ones_like(hidden), torch.ones(())))
+    return forward.by_name.total() / LAYERS, backward.by_name.total() / LAYERS
 
 
 def main() -> None:
     """Print the table."""
     for name, cfg in CONFIGS.items():
         forward, backward = count(cfg)
-        print(f"| {name} | {forward.total()} | {backward.total()} |")
+        print(f"| {name} | {forward:.0f} | {backward:.0f} |")
 
 
 if __name__ == "__main__":

@@ -42,17 +42,10 @@ def saved_bytes(layer: MoELayer, x_TD: Tensor) -> tuple[int, Any]:
     return sum(saved.values()), out
 
 
-def saved_formula(case: Case, layer: MoELayer, num_tokens: int, ffn_assignments: int) -> int:
-    """Return the bytes saved for backward: per FFN assignment its row and output (2 D), gate and up (2 F).
-
-    Without compiled kernels the projections of the router and of the constant experts each keep x in float32 besides,
-    where it is of another type.
-    """
-    weight, width = layer.experts.down_proj, case.hidden_size
-    copies_x = cpu_kernels(weight) is None and weight.dtype != torch.float32
-    num_copies = (1 + bool(layer.cfg.num_constant_experts)) if copies_x else 0
-    per_assignment = (2 * width + 2 * case.ffn_hidden_size) * weight.element_size()
-    return ffn_assignments * per_assignment + num_copies * num_tokens * width * 4
+def saved_formula(case: Case, layer: MoELayer, ffn_assignments: int) -> int:
+    """Return the bytes saved for backward: per FFN assignment its row and output (2 D), gate and up (2 F)."""
+    element_size = layer.experts.down_proj.element_size()
+    return ffn_assignments * (2 * case.hidden_size + 2 * case.ffn_hidden_size) * element_size
 
 
 def peak_formula(case: Case, layer: MoELayer, num_tokens: int, ffn_assignments: int, busiest: int) -> int:
@@ -65,7 +58,7 @@ def peak_formula(case: Case, layer: MoELayer, num_tokens: int, ffn_assignments: 
     size, width = layer.experts.down_proj.element_size(), case.hidden_size
     gradients = sum(p.numel() for p in layer.experts.parameters())
     held = gradients + width * (ffn_assignments + num_tokens)
-    return saved_formula(case, layer, num_tokens, ffn_assignments) + held * size + expert_scratch(layer, busiest)
+    return saved_formula(case, layer, ffn_assignments) + held * size + expert_scratch(layer, busiest)
 
 
 def expert_scratch(layer: MoELayer, busiest: int) -> int:
@@ -128,7 +121,7 @@ def measure_memory(case: Case, tau: float | None, num_tokens: int, dtype: torch.
         "tau": tau,
         "ffn/token": ffn_assignments / num_tokens,
         "saved MB": saved / MEGABYTE,
-        "saved formula MB": saved_formula(case, layer, num_tokens, ffn_assignments) / MEGABYTE,
+        "saved formula MB": saved_formula(case, layer, ffn_assignments) / MEGABYTE,
         "peak MB": peak / MEGABYTE,
         "peak formula MB": peak_formula(case, layer, num_tokens, ffn_assignments, busiest) / MEGABYTE,
     }

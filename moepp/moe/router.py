@@ -73,7 +73,7 @@ class Router(RegisteredModule):
         if self.gate_map is not None:
             if prev_logits_TE is None:
                 prev_logits_TE = logits_TE.new_zeros(1, self.cfg.num_experts)  # so that W_g gets a gradient: zeros
-            logits_TE = logits_TE + ops.linear_fp32(prev_logits_TE, self.gate_map.weight)
+            logits_TE = ops.add_linear_fp32(logits_TE, prev_logits_TE, self.gate_map.weight)
         return logits_TE
 
     def choose(self, logits_TE: Tensor) -> Gates:

@@ -13,7 +13,7 @@ from moepp.ops.expert_products import expert_products, takes_device_counts, use_
 from moepp.ops.gates import NORMALIZATIONS as GATE_NORMALIZATIONS
 from moepp.ops.gates import softmax_gates
 from moepp.ops.grouped_swiglu import grouped_swiglu
-from moepp.ops.matmul import linear, linear_fp32, multiplies_in_float32
+from moepp.ops.matmul import add_linear_fp32, linear, linear_fp32, multiplies_in_float32
 from moepp.ops.permute import RowOrder, combine_rows, donate, gather_ahead, gather_rows
 from moepp.ops.projection import project
 from moepp.ops.rms_norm import rms_norm
@@ -25,6 +25,7 @@ __all__ = [
     "AttentionMask",
     "RowOrder",
     "SortedAssignments",
+    "add_linear_fp32",
     "affine_experts",
     "attend",
     "choose_kernels",

@@ -56,17 +56,19 @@ class _AffineByTorch(torch.autograd.Function):
         diff_CD = alpha_TC = beta_TC = None
         with without_autocast(x_TD.device.type):
             scale_T = copy_TX.squeeze(1) if copy_TX.shape[1] == 1 else copy_TX.sum(1)
+            scale_T1 = x_TD.new_empty(len(x_TD), 1)
             if num_constant:
                 wide_C2D = alpha_C2D.to(weights_TK.dtype)
                 diff_CD = wide_C2D[:, 0] - wide_C2D[:, 1]  # a softmax of two depends on the difference alone
                 alpha_TC = torch.mm(x_TD.to(weights_TK.dtype), diff_CD.t()).sigmoid_()
                 own_TC = gates_TC * alpha_TC
-                scale_T = own_TC.sum(1).add_(scale_T)
+                torch.add(own_TC.sum(1), scale_T, out=scale_T1.squeeze(1))
                 beta_TC = torch.sub(gates_TC, own_TC, out=x_TD.new_empty(own_TC.shape))
-            scale_T1 = scale_T.to(x_TD.dtype).unsqueeze(1)
+            else:
+                scale_T1.squeeze(1).copy_(scale_T)
             out_TD = x_TD * scale_T1
             if beta_TC is not None:
-                out_TD.addmm_(beta_TC, value_CD.to(x_TD.dtype))
+                torch.addmm(out_TD, beta_TC, value_CD.to(x_TD.dtype), out=out_TD)
         ctx.save_for_backward(x_TD, places_TK, gates_TC, scale_T1, value_CD, diff_CD, alpha_TC, beta_TC)
         return out_TD
 
@@ -91,7 +93,9 @@ class _AffineByTorch(torch.autograd.Function):
             grad_logits_TC = torch.ops.aten.sigmoid_backward(slope_TC.mul_(gates_TC), alpha_TC)
             grad_x_TD.add_(torch.mm(grad_logits_TC, diff_CD))
             grad_diff_CD = torch.mm(grad_logits_TC.t(), x_TD.to(dtype))
-            grad_alpha_C2D = torch.stack((grad_diff_CD, -grad_diff_CD), dim=1).to(ctx.alpha_dtype)
+            grad_alpha_C2D = grad_diff_CD.new_empty(len(value_CD), 2, x_TD.shape[1], dtype=ctx.alpha_dtype)
+            grad_alpha_C2D[:, 0] = grad_diff_CD
+            torch.mul(grad_diff_CD, -1, out=grad_alpha_C2D[:, 1])
             grad_value_CD = torch.mm(beta_TC.t(), grad_TD).to(ctx.value_dtype)
         grad_weights_TK = grad_gates_TX.gather(1, places_TK)
         return grad_x_TD, None, grad_weights_TK, grad_alpha_C2D, grad_value_CD, None

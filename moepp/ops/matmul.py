@@ -77,6 +77,14 @@ def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x.to(dtype), weight.to(dtype))
 
 
+def add_linear_fp32(start: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``start + x @ weight.T`` in float32 at least; ``start`` is that already. One launch on accelerators."""
+    if cpu_kernels(start) or x.dtype != start.dtype or len(x) != len(start):
+        return start + linear_fp32(x, weight)
+    with without_autocast(x.device.type):
+        return torch.addmm(start, x, weight.to(start.dtype).t())
+
+
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """Return a block within which products keep the precision of their factors."""
     has_autocast = torch.amp.is_autocast_available(device_type)

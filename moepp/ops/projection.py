@@ -23,20 +23,22 @@ def project(x_TD: Tensor, weight_PD: Tensor) -> Tensor:
 
 
 class _ProjectByTorch(torch.autograd.Function):
-    """Keeps x and the weight for backward as they are, not their float32 copies."""
+    """Keeps x for backward as it is, not its float32 copy."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_PD: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TD, weight_PD)
-        return linear_fp32(x_TD, weight_PD)
+        wide_PD = weight_PD.to(torch.promote_types(x_TD.dtype, torch.float32))
+        ctx.save_for_backward(x_TD, wide_PD)
+        ctx.weight_dtype = weight_PD.dtype
+        return linear_fp32(x_TD, wide_PD)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_TP: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x_TD, weight_PD = ctx.saved_tensors
+        x_TD, wide_PD = ctx.saved_tensors
         wants_x, wants_weight = ctx.needs_input_grad
-        grad_x_TD = torch.mm(grad_TP, weight_PD.to(grad_TP.dtype)).to(x_TD.dtype) if wants_x else None
-        grad_weight_PD = torch.mm(grad_TP.t(), x_TD.to(grad_TP.dtype)).to(weight_PD.dtype) if wants_weight else None
+        grad_x_TD = torch.mm(grad_TP, wide_PD).to(x_TD.dtype) if wants_x else None
+        grad_weight_PD = torch.mm(grad_TP.t(), x_TD.to(grad_TP.dtype)).to(ctx.weight_dtype) if wants_weight else None
         return grad_x_TD, grad_weight_PD
 
 

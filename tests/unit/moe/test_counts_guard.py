@@ -55,7 +55,7 @@ def step(layer: MoELayer, x: torch.Tensor) -> Any:
 def expected_forward_flops(cfg: MoEConfig, ffn_assignments: int) -> int:
     """Matrix products of a forward: SwiGLU experts, router with constant experts' mixing weights, residual, vectors."""
     experts = ffn_assignments * 6 * D * F
-    router = 2 * T * D * (cfg.num_experts + 2 * cfg.num_constant_experts)
+    router = 2 * T * D * (cfg.num_experts + cfg.num_constant_experts)  # a softmax of two is one sigmoid
     residual = 2 * cfg.num_experts**2 if cfg.gating_residual else 0  # of the first layer: one row of zeros
     values = 2 * T * cfg.num_constant_experts * D
     return experts + router + residual + values
