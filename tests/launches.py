@@ -7,11 +7,16 @@ more. ``python -m tests.launches`` prints the table of docs/layer.md.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from moepp import MoEConfig, MoELayer
 from moepp.distributed.sequence import SequenceParallel
@@ -53,13 +58,33 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count(cfg: MoEConfig) -> tuple[float, float]:
-    """Launches of forward and backward per layer of a model with LAYERS of them, bf16."""
+@contextmanager
+def triton_counted(calls: list[str]) -> Iterator[None]:
+    """Note each of Triton's kernels as one launch, and nothing of what their interpreter does."""
+    if importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from moepp.ops.triton.kernels import TritonKernels
+
+    right = TritonKernels.call
+
+    def call(self: Any, name: str, *arguments: Any) -> None:
+        calls.append(name)
+        with _disable_current_modes():
+            right(self, name, *arguments)
+
+    with patch.object(TritonKernels, "call", call):
+        yield
+
+
+def count(cfg: MoEConfig, kernels: str = "torch") -> tuple[float, float]:
+    """Launches of forward and backward per layer of a model with LAYERS of them, bf16, by torch or with Triton."""
     torch.manual_seed(0)
+    by_triton = []
     layers = [MoELayer(cfg, D).to(torch.bfloat16) for _ in range(LAYERS)]
     x = torch.randn(T, D).to(torch.bfloat16).requires_grad_()
     hidden, logits, records = x, None, []
-    with use_kernels("torch"), use_grouped_products():
+    with use_kernels(kernels), use_grouped_products(), triton_counted(by_triton):
         with Launches() as forward:
             for layer in layers:
                 out = layer(hidden, logits, summarize=False)
@@ -67,17 +92,23 @@ def count(cfg: MoEConfig) -> tuple[float, float]:
                 records.append(out.record)
             losses, _ = start_summary(records, cfg, True, ExpertParallel(), SequenceParallel()).finish()
             aux_loss = torch.stack(losses).sum()
+        forward_by_triton = len(by_triton)
         with Launches() as backward:
             torch.autograd.backward((hidden, aux_loss), (torch.ones_like(hidden), torch.ones(())))
-    return forward.by_name.total() / LAYERS, backward.by_name.total() / LAYERS
+    launches = (
+        forward.by_name.total() + forward_by_triton,
+        backward.by_name.total() + len(by_triton) - forward_by_triton,
+    )
+    return launches[0] / LAYERS, launches[1] / LAYERS
 
 
 def main() -> None:
     """Print the table."""
     for name, cfg in CONFIGS.items():
-        forward, backward = count(cfg)
-        print(f"| {name} | {forward:.0f} | {backward:.0f} |")
+        counts = [f"{number:.0f}" for kernels in ("torch", "triton") for number in count(cfg, kernels)]
+        print("|", " | ".join((name, *counts)), "|")
 
 
 if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     main()

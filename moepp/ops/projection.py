@@ -19,14 +19,15 @@ def project(x_TD: Tensor, weight_PD: Tensor) -> Tensor:
     """``x @ weight.T`` in float32 at least, whatever the dtypes and autocast; meant for few outputs."""
     if cpu_kernels(x_TD):
         return _Project.apply(x_TD.contiguous(), weight_PD.float().contiguous(), shared_gradient(x_TD))
-    return _ProjectByTorch.apply(x_TD, weight_PD)
+    return _ProjectByTorch.apply(x_TD, weight_PD, shared_gradient(x_TD))
 
 
 class _ProjectByTorch(torch.autograd.Function):
     """Keeps x for backward as it is, not its float32 copy."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_PD: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, weight_PD: Tensor, shared: SharedGradient | None) -> Tensor:
+        ctx.shared = shared
         wide_PD = weight_PD.to(torch.promote_types(x_TD.dtype, torch.float32))
         ctx.save_for_backward(x_TD, wide_PD)
         ctx.weight_dtype = weight_PD.dtype
@@ -34,12 +35,17 @@ class _ProjectByTorch(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_TP: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad_TP: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_TD, wide_PD = ctx.saved_tensors
-        wants_x, wants_weight = ctx.needs_input_grad
-        grad_x_TD = torch.mm(grad_TP, wide_PD).to(x_TD.dtype) if wants_x else None
+        wants_x, wants_weight, _ = ctx.needs_input_grad
         grad_weight_PD = torch.mm(grad_TP.t(), x_TD.to(grad_TP.dtype)).to(ctx.weight_dtype) if wants_weight else None
-        return grad_x_TD, grad_weight_PD
+        if not wants_x:
+            return None, grad_weight_PD, None
+        grad_x_TD, sum_TD = torch.mm(grad_TP, wide_PD), None if ctx.shared is None else ctx.shared.take()
+        grad_x_TD = grad_x_TD.to(x_TD.dtype) if sum_TD is None else sum_TD.add_(grad_x_TD)
+        if ctx.shared is not None:
+            ctx.shared.put(grad_x_TD)
+        return (grad_x_TD if ctx.shared is None else None), grad_weight_PD, None
 
 
 class _Project(torch.autograd.Function):

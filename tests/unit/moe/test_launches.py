@@ -1,0 +1,33 @@
+"""Launches of the layer on an accelerator do not grow; see tests/launches.py and the table of docs/layer.md."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from tests.launches import CONFIGS, count
+
+# Per layer of a model of 12, forward and backward.
+LIMITS = {
+    "torch": {"capacity": (77, 61), "dropless": (58, 60), "vanilla, dropless": (39, 35)},
+    "triton": {"capacity": (53, 35), "dropless": (34, 34), "vanilla, dropless": (28, 19)},
+}
+
+
+def check(name: str, kernels: str) -> None:
+    counts = count(CONFIGS[name], kernels)
+    for what, launches, limit in zip(("forward", "backward"), counts, LIMITS[kernels][name], strict=True):
+        assert limit - 1 < launches <= limit + 0.5, f"{what}: {launches:.1f}; keep the table of docs/layer.md true"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_launches_by_torch(name):
+    check(name, "torch")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="pip install 'moepp[triton]'")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_launches_with_triton(name):
+    check(name, "triton")
