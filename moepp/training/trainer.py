@@ -33,6 +33,7 @@ from moepp.distributed import comm
 from moepp.distributed.groups import ParallelGroups
 from moepp.engine.engine import Engine, StepResult
 from moepp.errors import CheckpointError, Preempted, TrainingError
+from moepp.metrics.memory import memory_metrics
 from moepp.metrics.sinks import SinkGroup
 from moepp.metrics.step_stats import StepStats
 from moepp.metrics.throughput import Throughput
@@ -246,6 +247,7 @@ class Trainer:
         record["optim/lr"] = self._learning_rate(max(self.step - 1, 0))
         flops = flops_per_token(self.cfg.model, self.cfg.data.seq_len, record.get("routing/ffn_per_token", 0.0))
         record |= self.parts.throughput.read(flops.forward_backward)
+        record |= memory_metrics(self.groups.device, self._max)
         self.parts.sinks.log(record, self.step, self.tokens)
         if self.groups.rank == 0 and "train/loss" in record:
             is_last = self.step == self.cfg.train.steps

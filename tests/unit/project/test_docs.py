@@ -21,7 +21,7 @@ PAGES = [*sorted((ROOT / "docs").glob("*.md")), *(ROOT / f"{n}.md" for n in ("RE
 # Names of the past, beside the numbers that were measured under them.
 HISTORY = ROOT / "docs/benchmarks.md"
 MAX_README_LINES = 180
-METRIC = re.compile(r"(?:train|optim|throughput|routing|comm|eval)/[a-z_]+(?![\w/.-])")
+METRIC = re.compile(r"(?:train|optim|throughput|memory|routing|comm|eval)/[a-z_]+(?![\w/.-])")
 NEEDED = ("mkdocs", "material", "mkdocstrings", "latex2mathml")
 
 page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

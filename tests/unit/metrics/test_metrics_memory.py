@@ -1,0 +1,59 @@
+"""Memory of an accelerator, which is imitated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moepp.metrics.memory import memory_metrics
+
+GPU = torch.device("cuda", 3)
+
+
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Counts of an allocator that has 100, 400 and 250 bytes on device 3; returns what was called."""
+    calls: list[str] = []
+
+    def count(name: str, value: int | None):
+        def ask(device: torch.device) -> int | None:
+            assert device == GPU
+            calls.append(name)
+            return value
+
+        monkeypatch.setattr(torch.accelerator, name, ask)
+
+    count("memory_allocated", 100)
+    count("memory_reserved", 400)
+    count("max_memory_allocated", 250)
+    count("reset_peak_memory_stats", None)
+    return calls
+
+
+def test_the_fullest_rank_counts_and_the_peak_starts_anew(accelerator: list[str]) -> None:
+    other_rank = torch.tensor([90, 500, 260])
+    reduced: list[torch.Tensor] = []
+
+    def largest(own: torch.Tensor) -> torch.Tensor:
+        reduced.append(own.clone())
+        return torch.maximum(own, other_rank)
+
+    assert memory_metrics(GPU, largest) == {
+        "memory/allocated_bytes": 100,
+        "memory/reserved_bytes": 500,
+        "memory/peak_allocated_bytes": 260,
+    }
+    assert [tensor.tolist() for tensor in reduced] == [[100, 400, 250]] and reduced[0].is_cpu  # no device to wait for
+    assert accelerator[-1] == "reset_peak_memory_stats" and accelerator.index("max_memory_allocated") == 2
+
+
+def test_the_cpu_has_no_such_metrics(accelerator: list[str]) -> None:
+    assert memory_metrics(torch.device("cpu"), lambda tensor: pytest.fail("reduced")) == {}
+    assert accelerator == []
+
+
+def test_large_memories_are_counted_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("memory_allocated", "memory_reserved", "max_memory_allocated"):
+        monkeypatch.setattr(torch.accelerator, name, lambda device: 2**38 + 1)
+    monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", lambda device: None)
+    assert memory_metrics(GPU, lambda tensor: tensor)["memory/reserved_bytes"] == 2**38 + 1
