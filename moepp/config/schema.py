@@ -291,6 +291,20 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """Traces of single steps by torch's profiler."""
+
+    steps: tuple[int, ...] = ()  # optimizer steps (from 1) whose trace goes to <run.dir>/profile; none by default
+    ranks: tuple[int, ...] = (0,)  # ranks that write one
+
+    def __post_init__(self) -> None:
+        for step in self.steps:
+            require_at_least("profile.steps entry", step, 1)
+        for rank in self.ranks:
+            require_at_least("profile.ranks entry", rank, 0)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Identity and place of the run."""
 
@@ -350,4 +364,5 @@ class Config:
     logging: LoggingConfig
     runtime: RuntimeConfig = RuntimeConfig()
     eval: EvalConfig = EvalConfig()
+    profile: ProfileConfig = ProfileConfig()
     init: InitConfig = InitConfig()

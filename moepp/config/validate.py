@@ -25,6 +25,14 @@ def validate(cfg: Config, world_size: int) -> RunPlan:
         f"data.seq_len={cfg.data.seq_len} is longer than model.max_seq_len={cfg.model.max_seq_len}; "
         "lower data.seq_len or raise model.max_seq_len",
     )
+    for key, values, limit, what in (
+        ("steps", cfg.profile.steps, cfg.train.steps, f"train.steps={cfg.train.steps}"),
+        ("ranks", cfg.profile.ranks if cfg.profile.steps else (), world_size - 1, f"the last of {world_size} ranks"),
+    ):
+        late = [value for value in values if value > limit]
+        require(
+            not late, f"profile.{key}={list(values)} names {late}, beyond {what}: no trace would be written; lower it"
+        )
     shared = {key: getattr(cfg.parallel, key) for key in ("tensor", "context") if getattr(cfg.parallel, key) > 1}
     require(
         not (cfg.runtime.compile and shared),

@@ -41,6 +41,7 @@ from moepp.model.accounting import flops_per_token
 from moepp.model.transformer import Transformer
 from moepp.registry import ROUTERS
 from moepp.training.guards import LossWatch, SkippedSteps, SpikeGuard, StopRequest
+from moepp.training.profiling import StepProfiler
 from moepp.training.runner import Runner, WholeModelRunner
 from moepp.training.schedule import learning_rate
 
@@ -102,6 +103,8 @@ class Trainer:
         self.loss_watch = LossWatch(parts.cfg.model.vocab_size, parts.cfg.optim.lr)
         self.vocabulary = parts.corpora.vocabulary
         self.batches = BatchReader(parts.data, parts.plan, parts.groups.device)
+        run_dir = parts.checkpointer.checkpoints.parent
+        self.profiler = StepProfiler(parts.cfg.profile, run_dir, parts.groups.rank)
 
     @property
     def tokens(self) -> int:
@@ -143,7 +146,8 @@ class Trainer:
         with closing(self.batches):
             while self.step < train.steps:
                 step = self.step
-                result = self.train_step()
+                with self.profiler.step(step + 1):
+                    result = self.train_step()
                 if self.step <= step:
                     continue  # rewound to a step whose records and checkpoint exist already
                 is_last = self.step == train.steps

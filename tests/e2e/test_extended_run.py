@@ -37,6 +37,7 @@ PARTS = [
     "checkpoint.interval=2",
     "checkpoint.keep=0",
     "train.steps=4",
+    "profile.steps=[2]",
 ]
 BUFFERS = [f"layers.{layer}.moe.router.bias/buffer" for layer in range(2)]
 OLD = ROOT / "tests/golden/old_run"
@@ -60,6 +61,12 @@ def run(server: TrainServer, corpus: str, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("extended") / "run"
     server.train(folder, 2, [corpus, *PARTS, "parallel.expert=2", "train.precision=bf16"])
     return folder
+
+
+def test_the_chosen_step_is_profiled(run: Path) -> None:
+    [trace] = (run / "profile").iterdir()
+    assert trace.name == "step-00000002-rank-0.json"
+    assert any(event.get("name", "").startswith("aten::") for event in json.loads(trace.read_text())["traceEvents"])
 
 
 def test_every_kind_is_logged_and_every_buffer_saved(run: Path) -> None:
