@@ -7,8 +7,10 @@ number that is not finite, and one that no machine word holds.
 from __future__ import annotations
 
 import argparse
+import difflib
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from moepp.errors import ConfigError
@@ -37,7 +39,17 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self._seen.clear()
+        if args is not None and self._subparsers is None:  # with them, the right parser reads the options
+            self._refuse_unknown_options(args)
         return super().parse_known_args(args, namespace)
+
+    def _refuse_unknown_options(self, args: Sequence[str]) -> None:
+        """Refuse an option that does not exist, before one that is missing because of it."""
+        for arg in itertools.takewhile(lambda arg: arg != "--", args):
+            name = arg.partition("=")[0]
+            if name.startswith("--") and name not in self._option_string_actions and " " not in name:
+                near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+                self.error(f"unrecognized arguments: {name}" + (f" (did you mean {near[0]}?)" if near else ""))
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         leads_on = isinstance(action, argparse._SubParsersAction)  # its values are read again, by the right parser
@@ -69,6 +81,37 @@ def add_plugin_option(parser: argparse.ArgumentParser) -> None:
 def add_device_option(parser: argparse.ArgumentParser) -> None:
     """Declare ``--device`` on a command that computes; see :func:`moepp.distributed.device.pick_device`."""
     parser.add_argument("--device", choices=DEVICES, default="auto", help="default: the GPU where there is one")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare ``model``, and ``--tokenizer`` and ``--eod-token`` where it does not bring its own."""
+    parser.add_argument("model", metavar="RUN_OR_FOLDER", help="run directory, checkpoint, or folder with config.json")
+    add_tokenizer_options(parser, "the model's own")
+
+
+def add_tokenizer_options(parser: argparse.ArgumentParser, default: str) -> None:
+    """Declare ``--tokenizer`` and ``--eod-token``."""
+    parser.add_argument("--tokenizer", metavar="FILE", help=f"tokenizer.json (default: {default})")
+    parser.add_argument(
+        "--eod-token",
+        metavar="TOKEN",
+        help="token that ends a document, for models that do not know it (runs and exports do)",
+    )
+
+
+def add_sharing_options(parser: argparse.ArgumentParser, precisions: Iterable[str]) -> None:
+    """Declare in which precision, on how many processes and on which device a model is built."""
+    parser.add_argument("--precision", choices=tuple(precisions), help="default: as trained; fp32 for a folder")
+    parser.add_argument("--expert-parallel", type=int, default=1, metavar="P", help="processes that share the experts")
+    add_device_option(parser)
+
+
+def require_at_least(args: argparse.Namespace, **minima: int) -> None:
+    """Raise :class:`ConfigError` for an option that is given and below its minimum."""
+    for name, minimum in minima.items():
+        value = getattr(args, name)
+        if value is not None and value < minimum:
+            raise ConfigError(f"--{name.replace('_', '-')}={value} is below its minimum {minimum}; raise it")
 
 
 def may_be_empty(action: argparse.Action) -> None:

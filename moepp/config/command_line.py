@@ -33,7 +33,8 @@ def explain_hydra_error(error: Exception) -> str:
         return f"{match[1]} gives several values; add -m to sweep over them"
     if match := re.search(r"Could not find '([^']+)/([^']*)' Available options in '[^']+': (.*?) Config search", text):
         group, name, choices = match.groups()
-        return f"{group}={name} does not exist in configs/{group}; choose one of {', '.join(choices.split())}"
+        own = f"; a file {group}/{name}.yaml of your own is found below --config-dir FOLDER"
+        return f"{group}={name} does not exist in configs/{group}; choose one of {', '.join(choices.split())}{own}"
     if (match := re.match(r"Could not override '([^']+)'", text)) and _CAN_BE_ADDED.search(text):
         return unknown_key_message(match[1], known_keys())
     if match := re.match(r"Cannot find primary config '([^']+)'", text):

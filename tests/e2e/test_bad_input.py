@@ -77,7 +77,7 @@ CASES = {
     "mistyped section": bad("trian.steps=3", "unknown configuration key trian.steps", "did you mean train.steps"),
     "mistyped key deep down": bad("model.moe.num_ffn_expert=4", "did you mean model.moe.num_ffn_experts"),
     "unknown key added": bad("+model.foo=1", "unknown configuration key model.foo"),
-    "missing configuration": bad("engine=natve", "engine=natve does not exist", "one of deepspeed, native"),
+    "missing configuration": bad("engine=natve", "engine=natve does not exist", "one of deepspeed, fsdp, native"),
     "missing model": bad("model=huge", "model=huge does not exist", "moepp_0.6b"),
     "setting with dashes": bad("--train.steps=5", "--train.steps=5 is not an option", "without dashes"),
     "no equals sign": bad("train.steps", "'train.steps' cannot be read", "write key=value"),
