@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from moepp.ops.backend import row_kernels
-from moepp.ops.matmul import add_transposed_product, multiplies_in_float32, repacks_right_factor
+from moepp.ops.matmul import (
+    add_transposed_product,
+    multiplies_in_float32,
+    repacks_right_factor,
+    without_autocast,
+)
 
 IGNORE_INDEX = -100
 _MIN_CHUNKS = 4  # so that small batches do not hold all their logits either
@@ -73,7 +78,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ignored_T1 = (labels_T == IGNORE_INDEX).unsqueeze(1)
         hidden_TD = hidden_TD.masked_fill(ignored_T1, 0)
         # A Function's forward runs without autograd, but still under autocast: the products must keep their dtype.
-        with torch.autocast(hidden_TD.device.type, enabled=False):
+        with without_autocast(hidden_TD.device.type):
             grad_hidden_TD = torch.empty_like(hidden_TD) if wants_hidden else None
             grad_weight_VD = torch.zeros_like(weight_VD, dtype=accumulate_dtype) if wants_weight else None
             losses_T = hidden_TD.new_empty(hidden_TD.shape[0], dtype=accumulate_dtype)

@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from moepp import MoEConfig, MoELayer
-from moepp.ops import use_grouped_products, use_kernels
+from moepp.config import ModelConfig
+from moepp.metrics.step_stats import StepStats
+from moepp.model import Transformer
+from moepp.ops import matmul, use_grouped_products, use_kernels
 from tests.devices import DEVICES
 from tests.host_waits import device_waits
 
@@ -51,6 +54,25 @@ def step(cfg: MoEConfig, device: torch.device | str, hook: Callable[..., Any] | 
 @pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS.keys())
 def test_the_host_waits_for_nothing_with_all_experts_here(cfg):
     step(cfg, "meta")
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_models_forward_backward_and_statistics_wait_for_nothing(recompute, monkeypatch):
+    monkeypatch.setattr(matmul, "_adds_into_float32", lambda device, dtype: False)  # found out once in a process
+    shapes = {"vocab_size": 32, "hidden_size": D, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "max_seq_len": 16}
+    cfg = ModelConfig(moe=CONFIGS["capacity"], **shapes)
+    with torch.device("meta"):
+        model = Transformer(cfg).to(torch.bfloat16)
+        ids = torch.zeros(2, 13, dtype=torch.int64)
+    model.set_recompute(recompute)
+    stats = StepStats(cfg.moe_layers, cfg.moe.expert_counts, cfg.moe.top_k)
+    with accelerator_path(), device_waits() as found:
+        for _ in range(2):  # micro-batches
+            out = model.loss(ids[:, :-1], ids[:, 1:])
+            stats.add_micro_batch(out.stats, out.ce_sum, out.num_tokens)
+            (out.ce_sum / out.num_tokens + out.aux_loss).backward()
+        stats.commit()
+    assert not found, f"the host waits: {dict(found)}"
 
 
 @pytest.mark.parametrize("device", [d for d in DEVICES if d.type == "cuda"] or [None])
