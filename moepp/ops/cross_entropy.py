@@ -47,7 +47,7 @@ def chunked_cross_entropy(
 
     Raises:
         IndexError: a label is neither -100 nor below V. An accelerator is not waited for to find out: there such a
-            label makes the loss and the gradients NaN.
+            label makes the loss and the gradient of ``hidden_TD`` NaN.
     """
     vocab_size = weight_VD.shape[0]
     if labels_T.device.type == "cpu" and _is_wrong(labels_T, vocab_size).any():
@@ -75,8 +75,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if multiplies_in_float32(hidden_TD):  # then the logits need not be rounded either
             hidden_TD, weight_VD = hidden_TD.float(), weight_VD.float()
         # Ignored rows are blanked in the [T, D] factors, which spares a pass over [T, V].
-        ignored_T1 = (labels_T == IGNORE_INDEX).unsqueeze(1)
-        hidden_TD = hidden_TD.masked_fill(ignored_T1, 0)
+        ignored_T = labels_T == IGNORE_INDEX
+        hidden_TD = hidden_TD.masked_fill(ignored_T.unsqueeze(1), 0)
+        # 1, but 0 where ignored and NaN where the label is out of range.
+        factor_T = (~ignored_T).to(accumulate_dtype)
+        factor_T.masked_fill_(_is_wrong(labels_T, weight_VD.shape[0]), float("nan"))
         # A Function's forward runs without autograd, but still under autocast: the products must keep their dtype.
         with without_autocast(hidden_TD.device.type):
             grad_hidden_TD = torch.empty_like(hidden_TD) if wants_hidden else None
@@ -91,9 +94,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if grad_weight_VD is not None:
                     add_transposed_product(grad_weight_VD, logits_CV, hidden_TD[rows])
         if grad_hidden_TD is not None:
-            grad_hidden_TD.masked_fill_(ignored_T1, 0)
+            grad_hidden_TD *= factor_T.unsqueeze(1)
         ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
-        return losses_T.sum()
+        return losses_T.mul_(factor_T).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -112,14 +115,11 @@ def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _is_wrong(labels_T: Tensor, vocab_size: int) -> Tensor:
-    return ((labels_T < 0) & (labels_T != IGNORE_INDEX)) | (labels_T >= vocab_size)
+    return (labels_T.clamp(0, vocab_size - 1) != labels_T) & (labels_T != IGNORE_INDEX)
 
 
 def _loss_and_gradient(logits_CV: Tensor, labels_C: Tensor, losses_C: Tensor, with_gradient: bool) -> None:
-    """Fill the losses of a chunk and, in the place of its logits, their gradient: softmax - one_hot.
-
-    Ignored rows have a loss of 0 and any finite gradient.
-    """
+    """Fill the losses of a chunk and, in the place of its logits, their gradient: softmax - one_hot."""
     num_tokens, vocab_size = logits_CV.shape
     if kernels := row_kernels(logits_CV):
         sizes = (IGNORE_INDEX, int(with_gradient), num_tokens, vocab_size)
@@ -127,8 +127,8 @@ def _loss_and_gradient(logits_CV: Tensor, labels_C: Tensor, losses_C: Tensor, wi
         return
     label_C1 = labels_C.clamp(0, vocab_size - 1).unsqueeze(1)
     logprob_CV = log_softmax(logits_CV, losses_C.dtype)
-    chosen_C1 = logprob_CV.gather(1, label_C1).masked_fill_(_is_wrong(labels_C, vocab_size).unsqueeze(1), float("nan"))
-    torch.neg(chosen_C1.squeeze(1), out=losses_C).masked_fill_(labels_C == IGNORE_INDEX, 0)
+    chosen_C1 = logprob_CV.gather(1, label_C1)
+    torch.neg(chosen_C1.squeeze(1), out=losses_C)
     if with_gradient:
         torch.exp(logprob_CV, out=logits_CV)
         logits_CV.scatter_(1, label_C1, chosen_C1.expm1_().to(logits_CV.dtype))

@@ -15,9 +15,13 @@ def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     On the CPU the quotient is computed in fp32, rounded to the dtype of ``x`` and then weighted, as Llama's code does.
     Elsewhere torch's fused kernel rounds once, after the weight. Backward keeps ``x`` and one number per row.
     """
-    if x_D.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _RMSNorm.apply(x_D, weight_D, eps)
-    return F.rms_norm(x_D, weight_D.shape, weight_D.to(x_D.dtype), eps)
+    if _is_fused(x_D):
+        return F.rms_norm(x_D, weight_D.shape, weight_D.to(x_D.dtype), eps)
+    return _RMSNorm.apply(x_D, weight_D, eps)
+
+
+def _is_fused(x_D: Tensor) -> bool:
+    return x_D.device.type != "cpu" or torch.compiler.is_compiling()
 
 
 class _RMSNorm(torch.autograd.Function):

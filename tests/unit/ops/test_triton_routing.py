@@ -41,7 +41,7 @@ def exact_gates(
         chosen = sorted(range(len(z)), key=lambda e: (-float(z[e].detach()), e))[:top_k]
         w = [p[e] * (not (normalization == "zero_masked" and e >= first_zero)) for e in chosen]
         total = sum(w)
-        if normalization != "none" and float(total) > 0:
+        if normalization != "none" and float(total.detach()) > 0:
             w = [value / total for value in w]
         probs.append(p), ids.append(chosen), weights.append(torch.stack(w))
     return torch.stack(probs), ids, torch.stack(weights)
