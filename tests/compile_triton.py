@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 from moepp.ops.triton import affine_experts, cross_entropy, gates, permute, rotary, swiglu
 
 # Types of arguments: elements of the model, float32 and int64 in memory; None and constants are compiled into it.
-FLOATS, INTEGERS, NUMBER, REAL = "*fp32", "*i64", "i32", "fp32"
+FLOATS, INTEGERS, NUMBER = "*fp32", "*i64", "i32"
 
 
 def cases(element: str) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
@@ -56,7 +56,7 @@ def cases(element: str) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     for with_gradient in (True, False):
         yield cross_entropy._cross_entropy, losses, {"WITH_GRADIENT": with_gradient, "BLOCK": 4096}
     strides = many("i64", "x_b x_h x_s out_b out_h out_s angle_b angle_s")
-    angles = many(element, "x cos sin out") | {"sign": REAL} | many(NUMBER, "S H h") | strides
+    angles = many(element, "x cos sin out") | many(NUMBER, "sign S H h") | strides
     yield rotary._rotate, angles, {"HEADS": 16, "HALF": 32}
 
 

@@ -1,15 +1,12 @@
 """Kernel launches of what lies around the MoE layer, on the path of an accelerator, counted on the CPU.
 
-Counted as in :mod:`tests.launches`; a Triton kernel counts as one. ``python -m tests.launches_dense`` prints the table of
-docs/gpu.md.
+Counted as in :mod:`tests.launches`. ``python -m tests.launches_dense`` prints the table of docs/gpu.md.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -24,9 +21,8 @@ from moepp import MoEConfig
 from moepp.config import ModelConfig
 from moepp.model.transformer import Transformer, TransformerLayer
 from moepp.ops import chunked_cross_entropy, use_kernels
-from tests.launches import Launches
+from tests.launches import Launches, triton_counted
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
 D, B, S, V = 64, 2, 24, 50
 LABELS = torch.arange(B * S) % V
 CFG = ModelConfig(V, D, 2, 4, 2, S, MoEConfig(4, 32, 1, 1, 1), moe_layer_interval=2, dense_ffn_hidden_size=96)
@@ -56,9 +52,9 @@ class FusedNorm(torch.autograd.Function):
     """torch's fused RMSNorm, which it has not on the CPU: one operation each way; keeps x and a number per row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, seen: Counter[str]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, seen: list[str]) -> Tensor:
         ctx.seen = seen
-        seen["_fused_rms_norm"] += 1
+        seen.append("rms_norm")
         with _disable_current_modes():
             inverse = (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
             ctx.save_for_backward(x, weight, inverse)
@@ -66,28 +62,20 @@ class FusedNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.seen["_fused_rms_norm_backward"] += 1
+        ctx.seen.append("rms_norm_backward")
         x, weight, _ = ctx.saved_tensors
         with _disable_current_modes():  # any values will do
             return torch.ones_like(x), torch.ones_like(weight), None, None
 
 
 @contextmanager
-def accelerator(kernels: str, seen: Counter[str]) -> Iterator[None]:
+def accelerator(kernels: str, seen: list[str]) -> Iterator[None]:
     """Let operations take the way of a GPU that adds products into float32, with Triton's kernels counted."""
 
     def into_float32(total: Tensor, left: Tensor, right: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
-        seen["addmm"] += 1
+        seen.append("addmm")
         with _disable_current_modes():
             return out.add_(left.float() @ right.float())
-
-    def counted(name: str, function: Callable[..., None]) -> Callable[..., None]:
-        def run(*arguments: object) -> None:
-            seen[name] += 1
-            with _disable_current_modes():
-                function(*arguments)
-
-        return run
 
     with ExitStack() as stack:
         stack.enter_context(use_kernels(kernels))
@@ -100,11 +88,7 @@ def accelerator(kernels: str, seen: Counter[str]) -> Iterator[None]:
         stack.enter_context(
             patch("moepp.ops.cross_entropy.log_softmax", lambda x, dtype: torch.log_softmax(x, dim=-1, dtype=dtype))
         )
-        if kernels == "triton":
-            from moepp.ops.triton import kernels as triton_kernels
-
-            replaced = {name: counted(name, function) for name, function in triton_kernels.KERNELS.items()}
-            stack.enter_context(patch.object(triton_kernels, "KERNELS", replaced))
+        stack.enter_context(triton_counted(seen))
         yield
 
 
@@ -113,7 +97,7 @@ def count(part: Part, kernels: str) -> tuple[int, int, float]:
     torch.manual_seed(0)
     model = Transformer(CFG).to(torch.bfloat16)
     hidden = torch.randn(B, S, D).to(torch.bfloat16).requires_grad_()
-    seen, kept = Counter[str](), {}
+    seen, kept = [], {}
     weights = {parameter.data_ptr() for parameter in model.parameters()}
     with accelerator(kernels, seen):
 
@@ -124,11 +108,11 @@ def count(part: Part, kernels: str) -> tuple[int, int, float]:
 
         with Launches() as forward, saved_tensors_hooks(keep, lambda tensor: tensor):
             out = part(model, hidden)
-        forward_total = forward.by_name.total() + seen.total()
+        forward_total = forward.by_name.total() + len(seen)
         seen.clear()
         with Launches() as backward:
             torch.autograd.backward(out, [torch.ones_like(tensor) for tensor in out])
-    return forward_total, backward.by_name.total() + seen.total(), sum(kept.values()) / hidden.numel()
+    return forward_total, backward.by_name.total() + len(seen), sum(kept.values()) / hidden.numel()
 
 
 def main() -> None:
@@ -138,8 +122,8 @@ def main() -> None:
         for kernels in choices:
             forward, backward, kept = count(part, kernels)
             print(f"| {part.__name__} | {kernels} | {forward} | {backward} | {kept:.1f} |")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     main()

@@ -33,7 +33,7 @@ def _cpu_has_bfloat16() -> bool:
         kind = cpu.chosen()
         # Not every release of torch looks at the variables.
         narrow = kind is not None and not cpu.KINDS[kind].multiplies_bfloat16
-        _bfloat16 = not narrow and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        _bfloat16 = not narrow and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return _bfloat16
 
 

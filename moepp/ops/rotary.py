@@ -26,15 +26,16 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_d: Tensor, cos_h: Tensor, sin_h: Tensor) -> Tensor:
         ctx.save_for_backward(cos_h, sin_h)
-        return _turn(x_d, cos_h, sin_h, 1.0)
+        return _turn(x_d, cos_h, sin_h, 1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_d: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _turn(grad_d, *ctx.saved_tensors, -1.0), None, None
+        cos_h, sin_h = ctx.saved_tensors
+        return _turn(grad_d, cos_h, sin_h, -1), None, None
 
 
-def _turn(x_d: Tensor, cos_h: Tensor, sin_h: Tensor, sign: float) -> Tensor:
+def _turn(x_d: Tensor, cos_h: Tensor, sin_h: Tensor, sign: int) -> Tensor:
     """One kernel of Triton's, or four passes over halves, which round twice."""
     out_d = torch.empty_like(x_d)
     kernels = row_kernels(x_d) if uses_triton() and x_d.dim() == 4 and x_d.stride(-1) == 1 else None

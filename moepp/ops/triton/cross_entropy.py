@@ -1,7 +1,7 @@
 """Softmax and cross-entropy of a chunk of logits. Letters: C tokens of the chunk, V vocabulary."""
 
 # What Triton compiles is not what its types say: constants are ints, static_range is an iterable.
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 from __future__ import annotations
 
 import triton

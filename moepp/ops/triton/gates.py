@@ -4,7 +4,7 @@ Letters: T tokens, E experts (zero experts last), K experts of a token.
 """
 
 # What Triton compiles is not what its types say: constants are ints, static_range is an iterable.
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
 from __future__ import annotations
 
 import triton

@@ -30,12 +30,12 @@ _FUNCTIONS: tuple[Callable[..., None], ...] = (
     swiglu,
     swiglu_backward,
 )
-KERNELS = {function.__name__: function for function in _FUNCTIONS}
+KERNELS: dict[str, Callable[..., None]] = {function.__name__: function for function in _FUNCTIONS}
 
 
 class TritonKernels:
     """The kernels, to be called as those of a compiled :class:`~moepp.ops.cpu.build.Library`."""
 
-    def call(self, name: str, *arguments: Tensor | float | None) -> None:
+    def call(self, name: str, *arguments: Tensor | int | None) -> None:
         """Run a kernel; tensors must be dense (rows may lie apart only where the kernel takes a stride)."""
         KERNELS[name](*arguments)

@@ -1,7 +1,7 @@
 """Rotary position embeddings. Letters: B batch, S sequence, H heads, d head size, h = d/2."""
 
 # What Triton compiles is not what its types say: constants are ints, static_range is an iterable.
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
 from __future__ import annotations
 
 import triton
@@ -30,7 +30,7 @@ def _rotate(
     tl.store(target + h, second * c + first * z, mask=inside)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, sign: float) -> None:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, sign: int) -> None:
     """Rotate the pairs (i, i + h) of x[B, H, S, d] by sign times the angles of cos and sin [1 or B, 1, S, h].
 
     Rows of x and out may lie apart; those of the angles lie alike.
