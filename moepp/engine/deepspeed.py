@@ -41,22 +41,26 @@ def _import_deepspeed(groups: ParallelGroups) -> Any:
     # Its shared-memory collectives are compiled at first use; a build that is killed leaves a lock on which every
     # later run hangs. gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    with _local_rank(groups):
+    with _local_rank(groups.device):
         deepspeed.init_distributed(verbose=False)
     return deepspeed
 
 
 @contextlib.contextmanager
-def _local_rank(groups: ParallelGroups) -> Iterator[None]:
-    """Set LOCAL_RANK, which DeepSpeed demands, for a while: a later run would take it for a launcher's."""
-    if "LOCAL_RANK" in os.environ:
-        yield
-        return
-    os.environ["LOCAL_RANK"] = str(groups.device.index or 0)
+def _local_rank(device: torch.device) -> Iterator[None]:
+    """Set LOCAL_RANK for a while to what DeepSpeed takes it for: the index of the device, which it makes current.
+
+    The launcher's value is another where a process sees one device alone; a later run must find that value again.
+    """
+    given = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(device.index or 0) if device.type != "cpu" else given or "0"
     try:
         yield
     finally:
-        os.environ.pop("LOCAL_RANK", None)
+        if given is None:
+            os.environ.pop("LOCAL_RANK", None)
+        else:
+            os.environ["LOCAL_RANK"] = given
 
 
 def _mark_experts(model: nn.Module, groups: ParallelGroups) -> None:
@@ -128,7 +132,7 @@ class DeepSpeedEngine:
         is_default = may_overlap and groups.device.type != "cpu"
         config["zero_optimization"] = _zero_config(zero_stage, settings or EngineConfig(), is_default)
         # It prints its memory use whatever the log level.
-        with contextlib.redirect_stdout(io.StringIO()), _local_rank(groups):
+        with contextlib.redirect_stdout(io.StringIO()), _local_rank(groups.device):
             self._engine, *_ = deepspeed.initialize(
                 model=model, optimizer=make_optimizer(parameter_groups, optim), config=config, dist_init_required=False
             )

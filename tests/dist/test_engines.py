@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from moepp.config import EngineConfig, make_plan
 from moepp.distributed import comm
-from moepp.engine.deepspeed import DeepSpeedEngine, _zero_config, require_accelerator
+from moepp.engine.deepspeed import DeepSpeedEngine, _local_rank, _zero_config, require_accelerator
 from moepp.engine.engine import StepResult
 from moepp.errors import ConfigError
 from moepp.training.build import build_engine, build_model
@@ -213,6 +213,19 @@ def test_deepspeeds_own_device_may_not_contradict_the_runs(monkeypatch, kind):
         require_accelerator(torch.device("xpu"))
     monkeypatch.delenv("DS_ACCELERATOR")
     require_accelerator(torch.device("xpu"))
+
+
+@pytest.mark.parametrize("given", ["5", None])
+def test_deepspeed_makes_the_ranks_own_device_current(monkeypatch, given):
+    """Not the one that LOCAL_RANK names, which is another where each process sees one device."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if given is not None:
+        monkeypatch.setenv("LOCAL_RANK", given)
+    with _local_rank(torch.device("cuda", 0)):
+        assert os.environ["LOCAL_RANK"] == "0"
+    with _local_rank(torch.device("cpu")):
+        assert os.environ["LOCAL_RANK"] == (given or "0")
+    assert os.environ.get("LOCAL_RANK") == given
 
 
 def test_engine_refuses_an_unknown_zero_stage(pool_2):

@@ -100,7 +100,8 @@ def library(dtype: torch.dtype) -> Library | None:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # the others of a machine have the same to say
+    local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))  # bare srun sets the latter
+    is_first = local_rank == "0"  # the others of a machine have the same to say
     logger.log(logging.WARNING if is_first else logging.INFO, "%s", message)
 
 
