@@ -449,8 +449,10 @@ def test_a_compiler_that_does_not_run_is_named(monkeypatch, cc, reason):
 
 
 def test_only_the_first_process_of_a_machine_prints_a_warning(monkeypatch, caplog):
-    for rank, level in (("1", "INFO"), ("0", "WARNING")):
-        monkeypatch.setenv("LOCAL_RANK", rank)
+    places = [("LOCAL_RANK", "1", "INFO"), ("LOCAL_RANK", "0", "WARNING"), ("SLURM_LOCALID", "1", "INFO")]
+    for name, rank, level in places:
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        monkeypatch.setenv(name, rank)
         build._warn_once.cache_clear()
         with caplog.at_level(logging.INFO, logger="moepp"):
             build._warn_once("odd")
