@@ -59,7 +59,14 @@ def test_the_host_waits_for_nothing_with_all_experts_here(cfg):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_models_forward_backward_and_statistics_wait_for_nothing(recompute, monkeypatch):
     monkeypatch.setattr(matmul, "_adds_into_float32", lambda device, dtype: False)  # found out once in a process
-    shapes = {"vocab_size": 32, "hidden_size": D, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "max_seq_len": 16}
+    shapes: dict[str, Any] = {
+        "vocab_size": 32,
+        "hidden_size": D,
+        "num_layers": 2,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "max_seq_len": 16,
+    }
     cfg = ModelConfig(moe=CONFIGS["capacity"], **shapes)
     with torch.device("meta"):
         model = Transformer(cfg).to(torch.bfloat16)
