@@ -113,7 +113,10 @@ class PipelineRunner:
                 return_outputs=False,
             )
         except RuntimeError as error:
-            raise _cause_of(error) from error
+            cause = cause_of(error)
+            if cause is error:
+                raise
+            raise cause from None
         self._count_bytes(with_backward=schedule is self._train)
         return [list(parts) for parts in zip(*(stage.results for stage in self._stages.values()), strict=True)]
 
@@ -172,9 +175,8 @@ def _total(parts: Sequence[StageResult], name: str) -> Tensor:
     return torch.stack([getattr(part, name) for part in parts]).sum()
 
 
-def _cause_of(error: RuntimeError) -> BaseException:
+def cause_of(error: BaseException) -> BaseException:
     """Return what went wrong inside a stage, instead of torch's account of its arguments."""
-    cause: BaseException = error
-    while cause.__cause__ is not None and "failed to run" in str(cause):
-        cause = cause.__cause__
-    return cause
+    while error.__cause__ is not None and "failed to run" in str(error).lower():
+        error = error.__cause__
+    return error

@@ -13,11 +13,28 @@ from typing import Any
 import pytest
 import torch
 
+from moepp.config import make_plan
+from moepp.distributed import comm
 from moepp.distributed.parameters import tensor_dim
+from moepp.errors import TrainingError
+from moepp.metrics.step_stats import StepStats
 from moepp.model import stage as stages
+from moepp.training.build import build_engine, build_model
+from moepp.training.pipeline import PipelineRunner
 from moepp.training.trainer import Trainer
 from tests.dist import WorkerPool
-from tests.parity import REFERENCE, TOLERANCE, History, Layout, Setting, deviation, train
+from tests.parity import (
+    REFERENCE,
+    TOLERANCE,
+    History,
+    Layout,
+    Setting,
+    deviation,
+    group_of,
+    make_config,
+    make_data,
+    train,
+)
 
 Pools = Callable[[int], WorkerPool]
 Tensors = dict[str, torch.Tensor]
@@ -121,23 +138,29 @@ SPREAD = [
     Layout(4, 1, zero=1, micro_batch=1, pipeline=2, chunks=2),
     Layout(4, 2, micro_batch=1, pipeline=2, tensor=2),
     Layout(4, 2, zero=1, micro_batch=1, pipeline=2, context=2, context_method="gather"),
-    pytest.param(Layout(8, 4, micro_batch=1, pipeline=2, tensor=2, context=2), marks=pytest.mark.slow),
-    pytest.param(Layout(8, 4, zero=1, micro_batch=1, pipeline=2, chunks=2, tensor=2), marks=pytest.mark.slow),
-    pytest.param(Layout(8, 2, micro_batch=1, pipeline=2, context=2), marks=pytest.mark.slow),
-    pytest.param(Layout(8, 2, micro_batch=1, pipeline=2), marks=pytest.mark.slow),
-    pytest.param(Layout(8, 4, micro_batch=1, pipeline=2, chunks=2, recompute=True), marks=pytest.mark.slow),
-    pytest.param(Layout(8, 2, micro_batch=1, pipeline=4), marks=pytest.mark.slow),
+]
+EIGHT = [
+    Layout(8, 4, micro_batch=1, pipeline=2, tensor=2, context=2),
+    Layout(8, 4, zero=1, micro_batch=1, pipeline=2, chunks=2, tensor=2),
+    Layout(8, 2, micro_batch=1, pipeline=2, context=2),
+    Layout(8, 2, micro_batch=1, pipeline=2),
+    Layout(8, 4, micro_batch=1, pipeline=2, chunks=2, recompute=True),
+    Layout(8, 2, micro_batch=1, pipeline=4),
 ]
 
 
-@pytest.mark.parametrize("layout", SPREAD, ids=str)
+def mark_slow(layouts: list[Layout]) -> list[Any]:
+    return [pytest.param(layout, marks=pytest.mark.slow) for layout in layouts]
+
+
+@pytest.mark.parametrize("layout", [*SPREAD, *mark_slow(EIGHT)], ids=str)
 def test_gradients_of_pipeline_expert_and_data_ranks_agree_with_one_process(pools, one_process, layout):
     case = setting(1, grad_clip=None)
     observed = joined(pools(layout.ranks).run(run, case, layout))
     assert compare(one_process(case, None), observed) < GRADIENT_TOLERANCE
 
 
-@pytest.mark.parametrize("layout", SPREAD, ids=str)
+@pytest.mark.parametrize("layout", [SPREAD[1], *mark_slow([SPREAD[0], *SPREAD[2:], *EIGHT])], ids=str)
 def test_twenty_clipped_steps_agree_with_one_process(pools, one_process, layout):
     case = setting(20, optim=())
     wanted = one_process(case, None)[0]
@@ -251,3 +274,26 @@ def test_step_that_one_stage_cannot_take_is_skipped_by_all(pools):
     assert [skipped for skipped, _ in found] == [1, 1]
     assert found[0][1].loss == found[1][1].loss and len(found[0][1].loss) == 3
     assert all(loss == loss for loss in found[0][1].loss)
+
+
+def _fail_inside(rank: int, where: str) -> None:
+    layout = Layout(micro_batch=4)
+    cfg, groups = make_config(setting(1), layout), group_of(1)
+    plan, stats = make_plan(cfg, 1), comm.CommStats()
+    model = build_model(cfg, groups, stats)
+    runner = PipelineRunner(model, build_engine(cfg, plan, model, groups), groups, cfg, plan, stats)  # of one stage
+
+    def fail(*args: Any) -> None:
+        raise TrainingError("said once")
+
+    if where == "forward":
+        model.layers[1].register_forward_pre_hook(fail)
+    else:
+        model.embed_tokens.weight.register_hook(fail)
+    data = make_data(cfg, plan, 0)
+    runner.train([data.train_batch(0, step) for step in range(2)], None, StepStats(cfg.model.moe_layers, {}, 2))
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_error_inside_a_stage_comes_out_as_it_is(pools, where):
+    assert pools(1).run(_fail_inside, where, raises=TrainingError) == ["said once"]
