@@ -58,6 +58,16 @@ class Engine(StateSource, Protocol):
         ...
 
 
+class ScheduledEngine(Engine, Protocol):
+    """An engine that takes gradients from whoever runs the backward passes, as a pipeline's schedule does.
+
+    Attributes:
+        loss_scale: what each micro-batch's mean loss has to be multiplied by before its backward.
+    """
+
+    loss_scale: float
+
+
 def make_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
     """AdamW (fused) or plain SGD over parameter groups that carry their own ``weight_decay``."""
     if optim.name == "sgd":

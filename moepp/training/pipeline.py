@@ -17,7 +17,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from moepp.config import Config, RunPlan
 from moepp.distributed.comm import CommStats
 from moepp.distributed.groups import ParallelGroups
-from moepp.engine.engine import Engine
+from moepp.engine.engine import ScheduledEngine
 from moepp.metrics.step_stats import StepStats
 from moepp.model.stage import Stage, StageResult
 from moepp.model.transformer import Transformer
@@ -45,7 +45,7 @@ class PipelineRunner:
     def __init__(
         self,
         model: Transformer,
-        engine: Engine,
+        engine: ScheduledEngine,
         groups: ParallelGroups,
         cfg: Config,
         plan: RunPlan,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from moepp.data import Corpora
 from moepp.data.reader import BatchReader
 from moepp.distributed import comm
 from moepp.distributed.groups import ParallelGroups
-from moepp.engine.engine import Engine, StepResult
+from moepp.engine.engine import Engine, ScheduledEngine, StepResult
 from moepp.errors import CheckpointError, Preempted, TrainingError
 from moepp.metrics.memory import memory_metrics
 from moepp.metrics.sinks import SinkGroup
@@ -368,7 +368,8 @@ def make_runner(parts: Parts) -> Runner:
         return WholeModelRunner(parts.model, parts.engine)
     from moepp.training.pipeline import PipelineRunner  # imports torch's pipelining
 
-    return PipelineRunner(parts.model, parts.engine, parts.groups, parts.cfg, parts.plan, parts.comm_stats)
+    engine = cast(ScheduledEngine, parts.engine)  # the rules of the configuration allow no other
+    return PipelineRunner(parts.model, engine, parts.groups, parts.cfg, parts.plan, parts.comm_stats)
 
 
 def _known(now: T | None, before: T | None) -> T | None:
