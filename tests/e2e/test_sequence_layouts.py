@@ -127,3 +127,16 @@ def test_commands_keep_attention_within_documents(pool_1: WorkerPool, trained, t
     torch.testing.assert_close(packed[:, 4:], alone, rtol=1e-5, atol=1e-5)
     assert main(["export", str(run), str(tmp_path / "out"), "--format", "moepp"]) == 0
     assert "attention stayed within documents" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["moepp", "official"])
+def test_exported_weights_start_a_run_whose_ranks_share_heads(server, documents, trained, tmp_path, form):
+    assert main(["export", str(trained("tensor")), str(tmp_path / "out"), "--format", form]) == 0
+    starts = [f"init.path={tmp_path / 'out'}", f"init.format={form}"]
+    runs = {name: tmp_path / name for name in ("one", "both")}
+    for name, folder in runs.items():
+        ranks, layout = LAYOUTS[name]
+        server.train(folder, ranks, [*documents, *OPTIONS, *layout, *starts])
+    assert_close(records(runs["both"]), records(runs["one"]))
+    assert records(runs["one"])[0]["train/loss"] < records(trained("one"))[0]["train/loss"] - 0.01
