@@ -76,7 +76,7 @@ def test_layout_measures_what_one_process_does(pools, reference, layout):
     [
         (Layout(2, 2, tensor=2), REFERENCE),
         (Layout(4, 4, tensor=2, context=2, context_method="gather", micro_batch=2), Layout(micro_batch=2)),
-        (Layout(4, 2, context=2), Layout(2)),  # two replicas of one micro-batch each
+        pytest.param(Layout(4, 2, context=2), Layout(2), marks=pytest.mark.slow),  # two replicas
     ],
     ids=str,
 )
@@ -86,6 +86,7 @@ def test_capacity_and_balance_count_the_replicas_micro_batch(pools, reference, l
     assert measure(pools, wanted, DROPPING, layout).worst < TOLERANCE
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_one_process(pools, reference):
     setting = Setting("sgd", model=HEADS, precision="bf16", steps=5)
     [wanted] = pools(1).run(train, setting, REFERENCE)

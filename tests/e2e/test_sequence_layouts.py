@@ -81,7 +81,9 @@ def assert_close(found: list[dict[str, Any]], expected: list[dict[str, Any]]) ->
                 assert line[name] == pytest.approx(reference[name], rel=TOLERANCE, abs=0), (line["step"], name)
 
 
-@pytest.mark.parametrize("name", ["ulysses", "gather", "tensor", pytest.param("both", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["gather", "tensor", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ulysses", "both"))]
+)
 def test_losses_are_those_of_one_process(trained, name):
     assert_close(records(trained(name)), records(trained("one")))
 
@@ -90,8 +92,10 @@ def test_losses_are_those_of_one_process(trained, name):
     ("source", "target"),
     [
         ("gather", "tensor"),
-        ("tensor", "ulysses"),
-        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (("both", "one"), ("one", "both"))),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (("tensor", "ulysses"), ("both", "one"), ("one", "both"))
+        ),
     ],
 )
 def test_checkpoint_of_one_layout_continues_in_another(server, documents, trained, tmp_path, source, target):
