@@ -191,6 +191,7 @@ def traffic(cfg: Config, plan: RunPlan, layout: Layout, place: int) -> Traffic:
     """Return what one rank of a stage sends in one optimizer step."""
     model, size, tokens = cfg.model, _BYTES[cfg.train.precision], _tokens(cfg, plan, layout)
     steps, layers = plan.accumulation_steps, _cost(cfg, plan, layout, place).layers
+    passes = _passes(cfg, plan)
     sums = 0.0
     for count, copies in _held(cfg, plan, layout, place):
         share = count * (copies - 1) / copies
@@ -206,6 +207,13 @@ def traffic(cfg: Config, plan: RunPlan, layout: Layout, place: int) -> Traffic:
     return Traffic(
         gradients=sums,
         pipeline=_buffers(cfg, plan, layout, place),  # as much goes out as comes in
-        experts=4 * steps * moe_layers * rows * model.hidden_size * size,
-        sequence=2 * steps * len(layers) * size * (2 * gathered + exchanged * heads),
+        experts=2 * passes * steps * moe_layers * rows * model.hidden_size * size,
+        sequence=passes * steps * len(layers) * size * (2 * gathered + exchanged * heads),
     )
+
+
+def _passes(cfg: Config, plan: RunPlan) -> int:
+    """Return how often a micro-batch goes through a layer in a step, forward or backward."""
+    moe = cfg.model.moe
+    is_counted = moe.balance_loss_scope == "global_batch" and moe.balance_loss_weight and plan.accumulation_steps > 1
+    return 2 + cfg.train.recompute + bool(is_counted)

@@ -8,13 +8,16 @@ from unittest.mock import patch
 
 import pytest
 
+from moepp.config import make_plan
 from moepp.distributed.groups import ParallelGroups
+from moepp.distributed.layout import Layout as RankLayout
 from moepp.distributed.parameters import Placement
 from moepp.distributed.sequence import SequenceParallel
 from moepp.engine import native, norms
 from moepp.model.transformer import Transformer
+from moepp.training.estimate import traffic
 from tests.dist import WorkerPool
-from tests.parity import REFERENCE, TOLERANCE, Deviation, History, Layout, Setting, deviation, train
+from tests.parity import REFERENCE, TOLERANCE, Deviation, History, Layout, Setting, deviation, make_config, train
 
 HEADS = (("num_heads", 8), ("num_kv_heads", 4))
 DROPLESS = Setting("adamw", model=HEADS)
@@ -84,6 +87,22 @@ def test_capacity_and_balance_count_the_replicas_micro_batch(pools, reference, l
     wanted = pools(alone.ranks).run(train, DROPPING, alone)[0] if alone.ranks > 1 else reference(DROPPING, alone)
     assert deviation(reference(Setting("sgd", model=HEADS)), wanted).loss > 100 * TOLERANCE, "nothing is dropped"
     assert measure(pools, wanted, DROPPING, layout).worst < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(4, 1, tensor=2, context=2, recompute=True),
+        pytest.param(Layout(4, 1, context=4, context_method="gather", micro_batch=2), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_attention_sends_what_the_plan_says(pools, layout):
+    setting = Setting("sgd", model=HEADS, steps=2)
+    cfg = make_config(setting, layout)
+    history = pools(layout.ranks).run(train, setting, layout)[0]
+    of_a_rank = traffic(cfg, make_plan(cfg, layout.ranks), RankLayout.of(cfg.parallel, layout.ranks), 0).sequence
+    assert history.records[1]["comm/sequence_bytes"] == pytest.approx(layout.ranks * of_a_rank)
 
 
 @pytest.mark.slow
