@@ -103,8 +103,6 @@ class Trainer:
         self.loss_watch = LossWatch(parts.cfg.model.vocab_size, parts.cfg.optim.lr)
         self.vocabulary = parts.corpora.vocabulary
         self.batches = BatchReader(parts.data, parts.plan, parts.groups.device)
-        run_dir = parts.checkpointer.checkpoints.parent
-        self.profiler = StepProfiler(parts.cfg.profile, run_dir, parts.groups.rank)
 
     @property
     def tokens(self) -> int:
@@ -142,11 +140,13 @@ class Trainer:
             CheckpointError: training is done, but its last state could not be saved.
         """
         train = self.cfg.train
+        run_dir = self.parts.checkpointer.checkpoints.parent
+        profiler = StepProfiler(self.cfg.profile, run_dir, self.groups.rank)
         self.model.train()
         with closing(self.batches):
             while self.step < train.steps:
                 step = self.step
-                with self.profiler.step(step + 1):
+                with profiler.step(step + 1):
                     result = self.train_step()
                 if self.step <= step:
                     continue  # rewound to a step whose records and checkpoint exist already
