@@ -20,6 +20,7 @@ def check_attention(place: Place, report: Report) -> None:
     length = place.size(1024, 32)
     documents = _documents(place, length)
     zigzag = torch.cat((torch.arange(length // 4), torch.arange(3 * length // 4, length))).to(place.device)
+    middle = torch.arange(length // 4, length // 2, device=place.device)  # keys reach as far as the queries
     tail = torch.arange(length // 2, length, device=place.device)
     cases = {
         "causal": (length, length, None),
@@ -27,6 +28,7 @@ def check_attention(place: Place, report: Report) -> None:
         "documents": (length, length, torch.arange(length, device=place.device)),
         "documents, a run of queries": (length // 2, length, tail),
         "documents, two runs": (length // 2, length, zigzag),
+        "documents, a run in the middle": (length // 4, length // 2, middle),
     }
     for dtype, limit in LIMITS.items():
         for head_dim in (64, 128) if place.is_cuda else (16,):
@@ -61,13 +63,13 @@ def _draw(place: Place, dtype: torch.dtype, queries: int, keys: int, head_dim: i
     return [torch.randn(shape, generator=generator).to(place.device, dtype) for shape in shapes]
 
 
-def _allowed(documents_BK: Tensor, positions_Q: Tensor | None, queries: int, keys: int) -> Tensor:
+def _allowed(documents_BS: Tensor, positions_Q: Tensor | None, queries: int, keys: int) -> Tensor:
     """[B, 1, Q, K]: by the words, without the code under test."""
-    at = torch.arange(keys - queries, keys, device=documents_BK.device) if positions_Q is None else positions_Q
-    allowed = torch.arange(keys, device=documents_BK.device)[None, :] <= at[:, None]
+    at = torch.arange(keys - queries, keys, device=documents_BS.device) if positions_Q is None else positions_Q
+    allowed = torch.arange(keys, device=documents_BS.device)[None, :] <= at[:, None]
     if positions_Q is None:
         return allowed[None, None].expand(2, 1, queries, keys)
-    return (allowed[None] & (documents_BK[:, at, None] == documents_BK[:, None, :]))[:, None]
+    return (allowed[None] & (documents_BS[:, at, None] == documents_BS[:, None, :keys]))[:, None]
 
 
 def _plain(given: list[Tensor], allowed: Tensor) -> list[Tensor]:

@@ -168,12 +168,30 @@ def _exchange(run: ModelRun, group: Any) -> None:
 
 
 def check_determinism(place: Place, report: Report) -> None:
-    """Two equal steps give equal bits; so does one whose layers are computed again in backward."""
+    """Two equal steps give equal bits; so does a model's whose layers are computed again in backward.
+
+    The layer by itself; a model with torch's deterministic algorithms, because fast attention adds up its gradients in
+    any order.
+    """
     cfg, size = step_model(place), (place.size(4, 1), place.size(1024, 8))
     for kernels in kernel_sets(place, report):
         with use_kernels(kernels):
-            plain = ModelRun(place, cfg, torch.bfloat16, *size)
-            first = plain.step()
-            expect_same_bits(report, f"{kernels}, again", plain.step(), first)
-            recomputed = ModelRun(place, cfg, torch.bfloat16, *size, recompute=True)
-            expect_same_bits(report, f"{kernels}, recomputed", recomputed.step(), first)
+            run = LayerRun(place, place.size(8192, 16), torch.bfloat16)
+            first = run.step()
+            expect_same_bits(report, f"{kernels}, layer again", run.step(), first)
+            with deterministic_algorithms():
+                plain = ModelRun(place, cfg, torch.bfloat16, *size)
+                first = plain.step()
+                expect_same_bits(report, f"{kernels}, again", plain.step(), first)
+                recomputed = ModelRun(place, cfg, torch.bfloat16, *size, recompute=True)
+                expect_same_bits(report, f"{kernels}, recomputed", recomputed.step(), first)
+
+
+@contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """Let torch take them where it has some, and fill new memory with NaN: what is read before it is written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -96,7 +96,9 @@ class ModelRun:
     def __init__(
         self, place: Place, cfg: ModelConfig, dtype: torch.dtype, batch_size: int, seq_len: int, recompute: bool = False
     ) -> None:
-        self.model = Transformer(cfg).to(place.device, dtype)
+        with torch.device("meta"):
+            self.model = Transformer(cfg)
+        self.model.to_empty(device=place.device).to(dtype)
         init_parameters(self.model, seed=0)
         self.model.set_recompute(recompute)
         for module in self.model.modules():

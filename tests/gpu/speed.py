@@ -5,6 +5,7 @@ Shapes: T tokens, S tokens per sequence.
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 from typing import Any
@@ -99,6 +100,7 @@ def _time_steps(place: Place, run: ModelRun) -> tuple[Record, list[float]]:
     engine = NativeEngine(run.model, build_groups(RankLayout(1), place.device), OptimConfig(), 1)
     clock = clock_for(place.device, torch.get_num_threads())
     if place.is_cuda:
+        gc.collect()  # the model before this one, whose hooks hold it in circles
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     losses: list[Tensor] = []

@@ -42,6 +42,7 @@ def run_check(function: str, place: Any) -> tuple[dict[str, Any], bool]:
 def main(argv: list[str]) -> int:
     """``RESULTS DEVICE NUMBER=MODULE:NAME ...``"""
     results, device, checks = Path(argv[0]), argv[1], [one.split("=", 1) for one in argv[2:]]
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS; its products are then deterministic
     if device == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
     import torch
