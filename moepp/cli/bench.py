@@ -1,4 +1,4 @@
-"""Measure this machine: the layer, its peers, the expert exchange, the training step."""
+"""Measure this machine: the layer, its peers, the expert exchange, the training step, layouts of it."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--overlap-tau", type=float, metavar="TAU", default=0.75, help="of timed steps (default: 0.75)"
     )
     exchange.add_argument("--ep", nargs="+", type=int, metavar="P", default=[2, 4], help="ranks (default: 2 4)")
+    _add(benchmarks, "layouts", "the step in every kind of layout on 4 processes: time, and bytes of each collective")
     train = _add(benchmarks, "train", "the whole step: ours, our vanilla twin, the same model in transformers")
     for name, what in _TRAIN_SHAPES.items():
         train.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=what)
@@ -61,12 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add(benchmarks: Any, name: str, summary: str) -> argparse.ArgumentParser:
     parser = benchmarks.add_parser(name, help=summary, description=summary, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="tiny shapes and few rounds: does it run?")
-    if name != "train":
+    if name not in ("train", "layouts"):
         parser.add_argument("--tokens", type=int, metavar="T", help="tokens per rank (default: 8192)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: bf16")
     add_device_option(parser)
     parser.add_argument("--kernels", choices=KERNELS, default="auto", help="as runtime.kernels (default: auto)")
-    if name != "comm":
+    if name not in ("comm", "layouts"):
         parser.add_argument("--threads", nargs="+", type=int, metavar="N", help="threads (default: 1, then all cores)")
     parser.add_argument("--rounds", type=int, metavar="N", help="timed rounds (default: 15)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
@@ -85,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
         "peers": _peers,
         "comm": _comm,
         "train": _train,
+        "layouts": _layouts,
     }
     settings, tables = runners[args.benchmark](args)
     settings |= {"host_memory": "kept" if kept else "returned", "command": "moepp " + " ".join(sys.argv[1:])}
@@ -253,3 +255,17 @@ def _train(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     if args.plot is not None:
         train.plot_scaling(tables["scaling"], str(args.plot))
     return settings | train.describe(options) | {"threads": counts[-1]}, tables
+
+
+def _layouts(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    from moepp.bench import layouts
+
+    device, _, settings = _machine(args)
+    if device.type != "cpu":
+        raise ConfigError(f"--device {args.device} cannot be shared by {layouts.NUM_RANKS} processes; use --device cpu")
+    small = {"hidden_size": 32, "ffn_hidden_size": 48, "vocab_size": 128, "seq_len": 16} if args.quick else {}
+    rounds = args.rounds or (1 if args.quick else 5)
+    options = layouts.Options(dtype=args.dtype, rounds=rounds, **small)
+    settings |= {"processes": layouts.NUM_RANKS, "threads": "1 per process", "rounds": rounds}
+    shapes = ("num_layers", "hidden_size", "ffn_hidden_size", "vocab_size", "seq_len", "global_batch_size")
+    return settings | {name: getattr(options, name) for name in shapes}, {"layouts": layouts.run(options)}

@@ -77,7 +77,8 @@ class Run:
         self.plan = make_plan(self.cfg, self.groups.world_size)
         self.model = build_model(self.cfg, self.groups, comm.CommStats())
         self.engine: Engine = build_engine(self.cfg, self.plan, self.model, self.groups)
-        self.stats = StepStats(self.cfg.model.moe_layers, self.cfg.model.moe.expert_counts, self.cfg.model.moe.top_k)
+        model, moe = self.cfg.model, self.cfg.model.moe
+        self.stats = StepStats(model.moe_layers, moe.expert_counts, moe.top_k, self.model.moe_rows)
 
     def make_up(self) -> None:
         """Give the state its values."""
@@ -227,7 +228,7 @@ def _steps(run: Run, steps: range) -> None:
         assert not run.engine.step(0.01).skipped
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 @pytest.mark.parametrize("layout", RESUMED, ids=str)
 def test_resumed_run_goes_on_bit_for_bit(pools, tmp_path, layout, precision):
     setting = dataclasses.replace(SETTING, precision=precision)

@@ -1,0 +1,64 @@
+"""``train.py`` with ZeRO-1 and with FSDP2: the run of one process, and each continues what the other has saved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from moepp.cli.main import main
+from tests.train_processes import TrainServer, checkpoint_names, records
+
+ZERO_1 = ["engine.name=native", "parallel.zero_stage=1", "parallel.expert=2"]
+FSDP = ["engine.name=fsdp", "parallel.expert=2", "train.micro_batch_size=2"]
+RUN = ["train.steps=6", "train.log_interval=2", "train.eval_interval=3", "checkpoint.interval=3", "checkpoint.keep=0"]
+NAMES = ("train/loss", "train/grad_norm", "train/balance_loss", "eval/loss")
+
+
+def assert_close(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for line, reference in zip(found, expected, strict=True):
+        for name in NAMES:
+            assert (name in line) == (name in reference)
+            if name in line:
+                assert line[name] == pytest.approx(reference[name], rel=1e-5), (line["step"], name)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [(ZERO_1, FSDP), pytest.param(FSDP, ZERO_1, marks=pytest.mark.slow)], ids=["zero-1", "fsdp"]
+)
+def test_run_that_changes_its_engine_is_the_run_of_one_process(
+    server: TrainServer, corpus: str, tmp_path: Path, first: list[str], second: list[str]
+) -> None:
+    server.train(tmp_path / "alone", 1, [corpus, *RUN, "engine.name=native"])
+    whole = server.train(tmp_path / "whole", 2, [corpus, *RUN, *first])
+    stage = 1 if first is ZERO_1 else 3
+    assert f"ZeRO {stage}" in whole.output(0)
+    assert_close(records(tmp_path / "whole"), records(tmp_path / "alone"))
+
+    folder = tmp_path / "parts"
+    server.train(folder, 2, [corpus, *RUN, *first, "train.steps=3"])
+    assert checkpoint_names(folder) == ["step-00000003"]
+    info = json.loads((folder / "checkpoints" / "step-00000003" / "info.json").read_text())
+    assert (info["layout"]["engine"], info["layout"]["zero_stage"]) == (first[0].split("=")[1], stage)
+    server.train(folder, 4, [corpus, *RUN, *second])
+    wanted = [line for line in records(tmp_path / "alone") if line["step"] > 3]
+    assert_close([line for line in records(folder) if line["step"] > 3], wanted)
+
+    weights = []
+    for name in ("alone", "parts"):
+        assert main(["export", str(tmp_path / name), str(tmp_path / f"{name}-exported"), "--format", "moepp"]) == 0
+        [file] = (tmp_path / f"{name}-exported").glob("*.safetensors")
+        weights.append(load_file(file))
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        assert (tensor - weights[1][name]).norm() <= 1e-4 * tensor.norm(), name
+
+
+def test_fsdp_refuses_what_one_rank_would_have_to_run_alone(server: TrainServer, corpus: str, tmp_path: Path) -> None:
+    run = server.start(tmp_path / "run", 2, [corpus, *RUN, *FSDP, "train.samples=2"])
+    assert run.wait(60) == [2, 2]
+    assert run.output(0).count("error:") == 1 and "engine=fsdp splits it" in run.output(0)
