@@ -186,6 +186,11 @@ def _validate_engine(cfg: Config) -> None:
             f"parallel.pipeline={cfg.parallel.pipeline} is not supported by engine=fsdp; use engine=native with "
             "parallel.zero_stage=1, or parallel.pipeline=1",
         )
+        require(
+            not cfg.runtime.compile,
+            "runtime.compile=true was not tried with engine=fsdp, whose weights come and go; set runtime.compile=false or "
+            "use engine=native",
+        )
         _refuse_whole_model_work(cfg, "engine=fsdp")
 
 

@@ -67,6 +67,7 @@ REFUSED = [
         ["eval.tasks=['piqa']", "moepp eval"],
     ),
     (2, parallel(pipeline=2) | {"engine__name": "deepspeed"}, ["parallel.pipeline=2", "use engine=native"]),
+    (2, {"engine__name": "fsdp", "runtime__compile": True}, ["runtime.compile=true", "engine=native"]),
     (2, parallel(pipeline=2) | {"engine__name": "fsdp"}, ["parallel.pipeline=2", "engine=native"]),
     (2, parallel(tensor=2) | {"engine__name": "deepspeed"}, ["parallel.tensor=2", "use engine=native"]),
     (2, parallel(tensor=2) | {"runtime__compile": True}, ["parallel.tensor=2", "set runtime.compile=false"]),
