@@ -188,8 +188,8 @@ def _validate_engine(cfg: Config) -> None:
         )
         require(
             not cfg.runtime.compile,
-            "runtime.compile=true was not tried with engine=fsdp, whose weights come and go; set runtime.compile=false, "
-            "or use engine=native",
+            "runtime.compile=true was not tried with engine=fsdp, whose weights come and go; set it to false, or use "
+            "engine=native",
         )
         _refuse_whole_model_work(cfg, "engine=fsdp")
 

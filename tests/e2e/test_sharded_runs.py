@@ -15,14 +15,8 @@ from tests.train_processes import TrainServer, checkpoint_names, records
 ZERO_1 = ["engine.name=native", "parallel.zero_stage=1", "parallel.expert=2"]
 FSDP = ["engine.name=fsdp", "parallel.expert=2", "train.micro_batch_size=2"]
 # A schedule that does not ask how long the run is: half of it is a run of its own.
-RUN = [
-    "optim.schedule=constant",
-    "train.steps=6",
-    "train.log_interval=2",
-    "train.eval_interval=3",
-    "checkpoint.interval=3",
-    "checkpoint.keep=0",
-]
+RUN = ["optim.schedule=constant", "train.steps=6", "train.log_interval=3", "train.eval_interval=3"]
+RUN += ["checkpoint.interval=3", "checkpoint.keep=0"]
 NAMES = ("train/loss", "train/grad_norm", "train/balance_loss", "eval/loss")
 
 
