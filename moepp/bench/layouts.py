@@ -10,11 +10,12 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moepp.bench.processes import run_processes
@@ -123,12 +124,12 @@ def _measure(options: Options, layout: dict[str, Any], rank: int, world_size: in
     comm_stats = comm.CommStats()
     model = build_model(cfg, groups, comm_stats)
     engine = build_engine(cfg, plan, model, groups)
-    parameters = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters())
+    parameters = sum(_held(parameter).numel() for parameter in model.parameters())
     runner: Runner = WholeModelRunner(model, engine)
     if groups.pp_size > 1:
         from moepp.training.pipeline import PipelineRunner
 
-        runner = PipelineRunner(model, engine, groups, cfg, plan, comm_stats)
+        runner = PipelineRunner(model, cast(Any, engine), groups, cfg, plan, comm_stats)
     moe = cfg.model.moe
     stats = StepStats(cfg.model.moe_layers, moe.expert_counts, moe.top_k, model.moe_rows)
     generator = torch.Generator().manual_seed(groups.data_rank)
@@ -153,6 +154,10 @@ def _measure(options: Options, layout: dict[str, Any], rank: int, world_size: in
         step()
     timing = times["step"]
     return {"ms": timing.median, "spread": timing.spread, "parameters": parameters, "bytes": counted.sent}
+
+
+def _held(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 class CountBytes(TorchDispatchMode):
