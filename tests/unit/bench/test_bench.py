@@ -274,3 +274,19 @@ def test_quick_train_benchmark_with_scaling_and_plot(tmp_path):
         "layers",
     }
     assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_quick_layouts_send_what_the_formulas_say(tmp_path):
+    rows = {row["layout"]: row for row in run_quick("layouts", tmp_path, "--device", "cpu")["tables"]["layouts"]}
+    plain, sharded, fsdp = rows["DP 4"], rows["DP 4, ZeRO-1"], rows["DP 4, FSDP2 (ZeRO-3)"]
+    elements = plain["parameters held M"]
+    balance_and_norm = 0.01  # MB
+    assert plain["all-reduce MB"] == pytest.approx(8 * elements * 3 / 4, abs=balance_and_norm)
+    padding = 1.02  # of shares of buckets
+    assert 1 <= sharded["reduce-scatter MB"] / (4 * elements * 3 / 4) < padding
+    assert 1 <= sharded["all-gather MB"] / (2 * elements * 3 / 4) < padding
+    assert fsdp["reduce-scatter MB"] == pytest.approx(2 * 4 * elements * 3 / 4, rel=0.02)  # of two micro-batches
+    assert fsdp["parameters held M"] == pytest.approx(elements / 4, rel=0.02)
+    assert rows["PP 4"]["send MB"] > 0 == rows["EP 4"]["send MB"]
+    assert rows["EP 4"]["all-to-all MB"] > 0 == plain["all-to-all MB"]
