@@ -153,11 +153,11 @@ def compact(value: float) -> str:
     return f"{value:.4g}"
 
 
-def format_counts(axis: Any) -> None:
-    """Write an axis's ticks as :func:`compact` does."""
+def format_counts(axis: Any, whole: bool = False) -> None:
+    """Write an axis's ticks as :func:`compact` does; ``whole``: at integers alone."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(5))
+    axis.set_major_locator(MaxNLocator(5, integer=whole))
     axis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
 
 

@@ -51,6 +51,7 @@ def write_findings(findings: Findings, folder: Path) -> Path:
     import pyarrow.parquet as pq
 
     page = Page(findings.title, findings.lead)
+    page.section("What was seen")
     page.figures(findings.figures)
     if findings.markup:
         page.markup(findings.markup)
@@ -84,7 +85,7 @@ def line_figure(
             axes.plot(x, y, marker="o", markersize=3.5, linewidth=1.5, label=label, **palette.line(number))
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
-        format_counts(axes.xaxis)
+        format_counts(axes.xaxis, whole=all(value == int(value) for x, _ in lines.values() for value in x))
         legend(axes)
 
     rows = [(label, f"{x:.4g}", f"{y:.4g}") for label, line in lines.items() for x, y in zip(*line, strict=True)]
