@@ -195,7 +195,9 @@ def traffic(cfg: Config, plan: RunPlan, layout: Layout, place: int) -> Traffic:
     sums = 0.0
     for count, copies in _held(cfg, plan, layout, place):
         share = count * (copies - 1) / copies
-        sums += share * (8 if plan.zero_stage == 0 else 4 + size)  # reduce-scatter and all-gather, fp32 or weights
+        # Reduce-scatter and all-gather, of fp32 or of weights; stage 3 gathers twice for every micro-batch.
+        stage_3 = steps * (4 + 2 * size)
+        sums += share * {0: 8, 3: stage_3}.get(plan.zero_stage, 4 + size)
     moe_layers = len(set(layers) & set(model.moe_layers))
     rows = balanced_ffn_per_token(model.moe) * tokens * (1 - 1 / layout.expert)
     gathered = tokens * model.hidden_size * (layout.tensor - 1)  # all-gather before, reduce-scatter after attention

@@ -57,6 +57,7 @@ def _observe(rank: int, layout: Layout) -> dict[str, Any]:
     trainer = kept[0]
     return {
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "sequence_bytes": trainer.parts.comm_stats.sequence_bytes.total(),
         "pipeline_bytes": trainer.parts.comm_stats.pipeline_bytes,
         "in_flight": [most[first] for first in sorted(most)],
     }
@@ -73,9 +74,12 @@ def test_formulas_say_what_a_run_does(pools, layout):
         assert observed["parameters"] == costs[place].parameters
         own = range(place, len(plan.stage_layers), layout.pipeline)
         alive = list(in_flight(plan, ranks, place))
-        assert observed["in_flight"] == [max(chunk) for chunk in zip(*alive, strict=True)] and not any(alive[-1])
-        # Evaluation goes forward alone: to the next stage, if there is one.
-        per_step = traffic(cfg, plan, ranks, place).pipeline
+        most = [max(chunk) for chunk in zip(*alive, strict=True)]
+        assert observed["in_flight"] == most and not any(alive[-1])
+        # Evaluation goes forward alone: half the bytes; to the next stage, if there is one.
+        sent = traffic(cfg, plan, ranks, place)
+        assert observed["sequence_bytes"] == (SETTING.steps + EVAL_BATCHES / 2) * sent.sequence
+        per_step = sent.pipeline
         tokens = cfg.data.seq_len * plan.micro_batch_size // ranks.replica_size * plan.accumulation_steps
         crossing = tokens * 4 * (cfg.model.hidden_size + cfg.model.moe.num_experts)
         borders = sum(stage < len(plan.stage_layers) - 1 for stage in own)
