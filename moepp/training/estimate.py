@@ -176,15 +176,21 @@ def _crossing(model: ModelConfig, border: int, size: int) -> int:
     return model.hidden_size * size + (4 * model.moe.num_experts if logits_cross(model, border) else 0)
 
 
-def _buffers(cfg: Config, plan: RunPlan, layout: Layout, place: int) -> float:
-    """torch's schedule has a buffer per micro-batch for what comes in, forward and backward."""
+def _at_borders(cfg: Config, plan: RunPlan, layout: Layout, place: int, start: int, stop: int) -> float:
+    """Return the bytes of all micro-batches at a rank's borders: ``start`` times the first ones, ``stop`` the last."""
     size, tokens, total = _BYTES[cfg.train.precision], _tokens(cfg, plan, layout), 0
     for index in _stages(plan, layout, place):
         layers = plan.stage_layers[index]
-        for border in (layers.start, layers.stop):
+        for border, times in ((layers.start, start), (layers.stop, stop)):
             if 0 < border < cfg.model.num_layers:
-                total += _crossing(cfg.model, border, size)
+                total += times * _crossing(cfg.model, border, size)
     return total * plan.accumulation_steps * tokens
+
+
+def _buffers(cfg: Config, plan: RunPlan, layout: Layout, place: int) -> float:
+    """Return the bytes of torch's buffers, one per micro-batch: of forwards, of backwards, and of forwards alone."""
+    forward_alone = bool(cfg.train.eval_batches) or _is_counted(cfg, plan)
+    return _at_borders(cfg, plan, layout, place, start=1 + forward_alone, stop=1)
 
 
 def traffic(cfg: Config, plan: RunPlan, layout: Layout, place: int) -> Traffic:
@@ -208,7 +214,7 @@ def traffic(cfg: Config, plan: RunPlan, layout: Layout, place: int) -> Traffic:
         heads /= layout.tensor
     return Traffic(
         gradients=sums,
-        pipeline=_buffers(cfg, plan, layout, place),  # as much goes out as comes in
+        pipeline=_at_borders(cfg, plan, layout, place, start=1, stop=1 + _is_counted(cfg, plan)),
         experts=2 * passes * steps * moe_layers * rows * model.hidden_size * size,
         sequence=passes * steps * len(layers) * size * (2 * gathered + exchanged * heads),
     )
@@ -216,6 +222,11 @@ def traffic(cfg: Config, plan: RunPlan, layout: Layout, place: int) -> Traffic:
 
 def _passes(cfg: Config, plan: RunPlan) -> int:
     """Return how often a micro-batch goes through a layer in a step, forward or backward."""
+    return 2 + cfg.train.recompute + _is_counted(cfg, plan)
+
+
+def _is_counted(cfg: Config, plan: RunPlan) -> bool:
+    """Return whether choices are counted in a forward pass of their own."""
     moe = cfg.model.moe
     is_counted = moe.balance_loss_scope == "global_batch" and moe.balance_loss_weight and plan.accumulation_steps > 1
-    return 2 + cfg.train.recompute + bool(is_counted)
+    return bool(is_counted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -32,7 +33,7 @@ LAYOUTS = [
 ]
 
 
-def _observe(rank: int, layout: Layout) -> dict[str, Any]:
+def _observe(rank: int, setting: Setting, layout: Layout) -> dict[str, Any]:
     kept: list[Trainer] = []
     alive: Counter[int] = Counter()
     most: Counter[int] = Counter()
@@ -53,7 +54,7 @@ def _observe(rank: int, layout: Layout) -> dict[str, Any]:
         yield
         stages.Stage.forward = whole
 
-    train(rank, SETTING, layout, count, kept.append)
+    train(rank, setting, layout, count, kept.append)
     trainer = kept[0]
     return {
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
@@ -63,13 +64,20 @@ def _observe(rank: int, layout: Layout) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_formulas_say_what_a_run_does(pools, layout):
-    cfg = make_config(SETTING, layout)
+COUNTED = dataclasses.replace(SETTING, moe=(("balance_loss_scope", "global_batch"),))  # in a forward of its own
+
+
+@pytest.mark.parametrize(
+    ("setting", "layout"),
+    [*((SETTING, layout) for layout in LAYOUTS), (COUNTED, LAYOUTS[0])],
+    ids=lambda value: str(value) if isinstance(value, Layout) else "",
+)
+def test_formulas_say_what_a_run_does(pools, setting, layout):
+    cfg = make_config(setting, layout)
     plan = make_plan(cfg, layout.ranks)
     ranks = RankLayout.of(cfg.parallel, layout.ranks)
     costs = stage_costs(cfg, plan, ranks)
-    for rank, observed in enumerate(pools(layout.ranks).run(_observe, layout)):
+    for rank, observed in enumerate(pools(layout.ranks).run(_observe, setting, layout)):
         place = ranks.coordinates(rank).pipeline
         assert observed["parameters"] == costs[place].parameters
         own = range(place, len(plan.stage_layers), layout.pipeline)
