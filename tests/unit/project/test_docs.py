@@ -56,6 +56,22 @@ def test_site_builds_without_a_warning(tmp_path):
         assert not re.search(r"EQUATION\d|<script[^>]* src=\"https?:|<link[^>]* href=\"https?:[^>]*stylesheet", text)
 
 
+def test_figure_and_page_of_the_rooms_show_every_room():
+    """Every package of moepp, in the order in which they may import."""
+    rooms = {path.parent.name for path in (ROOT / "moepp").glob("*/__init__.py")}
+    figure, page = ((ROOT / "docs" / name).read_text() for name in ("rooms.svg", "architecture.md"))
+    drawn = re.findall(r'font-weight="bold">(\w+)</text>', figure)
+    assert rooms <= set(drawn) and {room for room in rooms if f"`moepp/{room}/`" not in page} == set()
+    layers = re.search(r"^layers = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert layers is not None
+    rank = {name: i for i, name in enumerate(re.findall(r"\w+", layers[1]))}
+    places = re.findall(r'<rect x="(\d+)" y="(\d+)" width="\d+" height="52"', figure)
+    assert len(places) == len(drawn)
+    for (_, y), name in zip(places, drawn, strict=True):
+        for (_, other_y), other in zip(places, drawn, strict=True):
+            assert int(y) >= int(other_y) or rank[name] < rank[other] or y == other_y, (name, other)
+
+
 @page
 def test_links_lead_somewhere(page):
     assert broken_links(page, page.read_text()) == []
