@@ -1,0 +1,108 @@
+"""ZeRO-3 by FSDP2: the numbers of one process in every layout that it goes with, and what would break them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from moepp.distributed.groups import ParallelGroups
+from moepp.distributed.parameters import DENSE, Placement
+from moepp.engine import fsdp
+from moepp.model.transformer import Transformer
+from moepp.training.trainer import Trainer
+from tests.parity import REFERENCE, TOLERANCE, History, Layout, Setting, deviation, train
+
+SETTING = Setting("sgd", model=(("num_heads", 4), ("num_kv_heads", 2)))
+LAYOUTS = [
+    Layout(2, 2, "fsdp", 3),
+    Layout(4, 2, "fsdp", 3, micro_batch=1, recompute=True),
+    Layout(4, 4, "fsdp", 3, tensor=2, context=2, context_method="gather"),
+    Layout(4, 2, "fsdp", 3, exchange_chunks=2, tensor=2),
+    Layout(2, 1, "fsdp", 3, context=2),
+]
+DEFAULT = (1, 3)
+
+
+@pytest.fixture(scope="module")
+def reference(pools) -> History:
+    return pools(1).run(train, SETTING, REFERENCE)[0]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(x, marks=() if i in DEFAULT else pytest.mark.slow) for i, x in enumerate(LAYOUTS)],
+    ids=str,
+)
+def test_twenty_clipped_steps_measure_what_one_process_does(pools, reference, layout):
+    observed = pools(layout.ranks).run(train, SETTING, layout)
+    for history in observed:
+        assert deviation(observed[0], history).worst == 0, "ranks disagree"
+    assert deviation(reference, observed[0]).worst < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS[:3], ids=str)
+def test_adam_with_one_sided_routing(pools, layout):
+    setting = dataclasses.replace(SETTING, optimizer="adamw", one_sided=True)
+    [wanted] = pools(1).run(train, setting, REFERENCE)
+    assert deviation(wanted, pools(layout.ranks).run(train, setting, layout)[0]).worst < TOLERANCE
+
+
+def gradients_divided_by_fsdp_too(model: Transformer, groups: ParallelGroups) -> Any:
+    return patch.object(FSDPModule, "set_gradient_divide_factor", lambda *args: None)
+
+
+def experts_shared_by_the_wrong_ranks(model: Transformer, groups: ParallelGroups) -> Any:
+    right = Placement.group
+    return patch.object(Placement, "group", lambda self, groups: right(DENSE, groups))
+
+
+@contextlib.contextmanager
+def norm_divided_by_the_ranks(model: Transformer, groups: ParallelGroups) -> Iterator[None]:
+    right = fsdp.global_norm
+    with patch.object(
+        fsdp, "global_norm", lambda squares, *args: right([(s, groups.edp_size) for s, _ in squares], *args)
+    ):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "layout"),
+    [
+        (gradients_divided_by_fsdp_too, Layout(2, 1, "fsdp", 3)),
+        (norm_divided_by_the_ranks, Layout(2, 1, "fsdp", 3)),
+        pytest.param(experts_shared_by_the_wrong_ranks, Layout(4, 2, "fsdp", 3), marks=pytest.mark.slow),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_comparison_notices(pools, reference, sabotage, layout):
+    observed = pools(layout.ranks).run(train, SETTING, layout, sabotage)[0]
+    assert deviation(reference, observed).worst > 10 * TOLERANCE
+
+
+def _held(rank: int, layout: Layout) -> tuple[int, int]:
+    held = []
+
+    def count(trainer: Trainer) -> None:
+        trainer.engine._forget_gathered()  # evaluation leaves embedding and output layer gathered
+        parameters = list(trainer.model.parameters())
+        assert all(isinstance(parameter, DTensor) and parameter.dtype == torch.float32 for parameter in parameters)
+        held.append(sum(p.to_local().numel() for p in parameters if isinstance(p, DTensor)))
+        held.append(sum(parameter.numel() for parameter in parameters))
+
+    setting = dataclasses.replace(SETTING, steps=1, precision="bf16")
+    train(rank, setting, layout, inspect=count)
+    return held[0], held[1]
+
+
+def test_weights_are_shares_between_steps(pool_2):
+    for own, whole in pool_2.run(_held, Layout(2, 1, "fsdp", 3)):
+        assert own == pytest.approx(whole / 2, rel=0.1)
