@@ -83,6 +83,7 @@ class Heartbeat:
         self._neighbours = {self._watched, (rank + 1) % world_size} - {rank}
         self._own = Process.own()
         self._known: dict[int, Process] = {}
+        self._learned, self._size = 0, world_size  # places of ranks below are known
         self._last_call = self._last_beat = self._last_sign = clock()
         self._count = -1
         store.set(f"{_WHO}/{rank}", json.dumps(asdict(self._own)))
@@ -95,6 +96,7 @@ class Heartbeat:
         self._last_call = now
         if was_held_up:
             self._last_sign = now
+        self._learn()
         here = {rank: process.state() for rank in self._neighbours if (process := self._process_here(rank)) is not None}
         if here.get(self._watched) == _GONE:
             return self._watched if self._state_of(self._watched) != "done" else None
@@ -114,9 +116,19 @@ class Heartbeat:
         return f"rank {rank} on {host}" if host else f"rank {rank}"
 
     def host_of(self, rank: int) -> str:
-        """Return the host of a rank; empty where the rank has not named it."""
-        process = self._process(rank)
+        """Return the host of a rank; empty where the rank has not named it, or nobody can be asked any more."""
+        try:
+            process = self._process(rank)
+        except RuntimeError:  # the store has ended with the rank that kept it
+            process = None
         return "" if process is None else process.host
+
+    def _learn(self) -> None:
+        """Learn the place of one more rank, for a message that has to be written when the store is gone."""
+        unknown = next((rank for rank in range(self._learned, self._size) if rank not in self._known), self._size)
+        self._learned = unknown
+        if unknown < self._size:
+            self._process(unknown)
 
     def _state_of(self, rank: int) -> str:
         """Return what the rank has announced: "busy", "done", or nothing."""

@@ -170,16 +170,17 @@ class PeerWatch:
         failure = json.loads(self._store.get(_FAILURE))
         self._store.set(f"{_THERE}/{self._rank}", "")
         missing = set(range(self._world_size)) - {self._rank, failure["rank"]}
-        silent, hosts = failure["silent"], {}
+        silent = failure["silent"]
+        # At once: rank 0 may leave, and take the store with it, before it is known which of these are lost.
+        asked = [rank for rank in (failure["rank"], silent, *sorted(missing)[:MOST_PLACES]) if rank is not None]
+        hosts = {rank: heartbeat.host_of(rank) for rank in asked}
         deadline = time.monotonic() + ANSWER_SECONDS
         try:
-            for rank in (failure["rank"], silent):
-                hosts |= {rank: heartbeat.host_of(rank)} if rank is not None else {}
             while missing and time.monotonic() < deadline:
                 missing = {rank for rank in missing if not self._store.check([f"{_THERE}/{rank}"])}
                 self._answered = time.monotonic()
                 time.sleep(POLL_SECONDS / 10)
-            hosts |= {rank: heartbeat.host_of(rank) for rank in sorted(missing)[:MOST_PLACES]}
+            hosts |= {rank: heartbeat.host_of(rank) for rank in sorted(missing)[:MOST_PLACES] if rank not in hosts}
         except RuntimeError:  # rank 0 has taken the store with it: it was lost, or has ended its own count
             pass
         if failure["error"] is not None:

@@ -126,6 +126,7 @@ def check_records(records: list[dict[str, Any]]) -> None:
             assert sum(shares) == pytest.approx(1)
 
 
+OF_SEVERAL_RANKS = {"comm/balance_bytes"}  # what is sent only where there is another rank
 NUMBERS = {"train/loss", "train/grad_norm", "train/balance_loss", "eval/loss", "optim/lr", "routing/ffn_per_token"}
 
 
@@ -166,7 +167,7 @@ def test_launcher_trains_the_same_on_two_processes_with_expert_parallelism(one_p
     check_records(records)
     assert all(record["comm/dispatch_bytes"] > 0 for record in records if "train/loss" in record)
     for record, one in zip(records, wanted, strict=True):
-        assert record.keys() == one.keys() and record["step"] == one["step"]
+        assert record.keys() - OF_SEVERAL_RANKS == one.keys() and record["step"] == one["step"]
         for name in NUMBERS & record.keys():
             assert record[name] == pytest.approx(one[name], rel=1e-5), (record["step"], name)
 

@@ -151,3 +151,21 @@ def test_what_the_system_says_of_a_process():
 def test_processes_of_one_system_find_each_other():
     own = Process.own()
     assert own.pid == os.getpid() and own.host and len(own.system.split()) == 2 and own == Process.own()
+
+
+class LostStore:
+    """A store whose keeper has ended."""
+
+    def check(self, keys: list[str]) -> bool:
+        raise RuntimeError("Connection reset by peer")
+
+
+def test_places_of_ranks_are_known_when_the_store_is_gone(ranks):
+    some = ranks("a", "b", "c", "d", "e", "f")
+    some.run(5.0)
+    fresh = ranks("a", "b").beats[0]
+    for beat in (*some.beats, fresh):
+        beat._store = LostStore()  # type: ignore[assignment]
+    assert [some.beats[0].host_of(rank) for rank in range(6)] == ["a", "b", "c", "d", "e", "f"]
+    assert some.beats[0].place_of(4) == "rank 4 on e"
+    assert fresh.place_of(1) == "rank 1"
