@@ -4,11 +4,12 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: launch/test.sh [--all] [pytest arguments ...]
+usage: launch/test.sh [--all | --exhaustive] [pytest arguments ...]
 
 Sets up .venv, then runs ruff (lint and format), pyright on the code, and pytest.
 
   --all         the slow tests too
+  --exhaustive  these, and every combination of layouts
   -h, --help    this text
 
 Everything else goes to pytest, which runs in the project's root: launch/test.sh tests/unit -k router
@@ -22,7 +23,8 @@ for argument in "$@"; do
         usage
         exit
         ;;
-    --all) pytest_args+=(-m "") ;; # an empty expression selects every test
+    --all) pytest_args+=(-m "not exhaustive") ;;
+    --exhaustive) pytest_args+=(-m "") ;; # an empty expression selects every test
     *) pytest_args+=("$argument") ;;
     esac
 done

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests are tiny and may run side by side
 
@@ -17,6 +18,12 @@ from moepp import cpu
 from moepp.errors import ConfigError
 from tests.devices import DEVICES, GPU, why_no_gpu
 from tests.dist import WorkerPool
+
+TESTS = Path(__file__).parent
+# A bare pytest runs these of tests/dist and tests/e2e; the others start more processes than fit into its minutes.
+QUICK = {
+    f"dist/test_{name}.py" for name in ("balance_reduction", "gradient_reduction", "groups", "moe_expert_parallel")
+}
 
 torch.set_num_threads(1)
 if not torch.accelerator.is_available():
@@ -37,8 +44,16 @@ def pytest_report_header() -> str:
     return f"cpu kind: {cpu.chosen() or 'the whole machine'} ({cpu.VARIABLE})"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+@pytest.hookimpl(tryfirst=True)  # before tests are left out by their marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Choose what the three selections of launch/test.sh have, and skip what needs a GPU where there is none."""
+    names_files = config.args_source is pytest.Config.ArgsSource.ARGS
+    for item in items:
+        folder, *rest = item.path.relative_to(TESTS).parts
+        if folder == "dist" and item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.exhaustive)
+        elif folder in ("dist", "e2e") and "/".join((folder, *rest)) not in QUICK and not names_files:
+            item.add_marker(pytest.mark.slow)
     if GPU is None:
         reason = pytest.mark.skip(reason=why_no_gpu())
         for item in items:

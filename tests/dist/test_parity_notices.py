@@ -67,7 +67,7 @@ def _skip_sum(wrong: Callable[[Tensor, Any], bool]) -> Iterator[None]:
         patch.object(
             comm,
             "start_all_reduce_sum",
-            lambda x, group: nothing_to_wait_for if wrong(x, group) else started(x, group),
+            lambda x, group, *counted: nothing_to_wait_for if wrong(x, group) else started(x, group, *counted),
         ),
     ):
         yield
@@ -96,7 +96,7 @@ def expert_gradients_not_summed_over_replicas(model: Transformer, groups: Parall
 
 
 def dense_gradients_not_summed(model: Transformer, groups: ParallelGroups) -> Any:
-    return _skip_sum(lambda tensor, group: group is groups.world and _is_gradient(tensor))
+    return _skip_sum(lambda tensor, group: group is groups.stage and _is_gradient(tensor))
 
 
 def evaluation_of_one_ranks_part(model: Transformer, groups: ParallelGroups) -> Any:
@@ -151,7 +151,7 @@ def every_rank_reads_the_first_ones_batches(model: Transformer, groups: Parallel
     right = Data._batch
 
     def batch(data: Data, *args: Any) -> Any:
-        data._rank = 0
+        data._data_rank = 0
         return right(data, *args)
 
     return patch.object(Data, "_batch", batch)

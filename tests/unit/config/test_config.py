@@ -133,7 +133,7 @@ def test_unknown_key_comes_with_the_nearest_known_ones(key, expected):
         ("optim.weight_dcay", "did you mean optim.weight_decay?"),
         ("optim.lrr", "did you mean optim.lr?"),
         ("model.taus", "did you mean model.moe.tau?"),
-        ("trian.steps", "did you mean train.steps?"),
+        ("trian.steps", "did you mean train.steps or "),
         ("parallel.tp", "known keys: parallel.context, parallel.context_method, parallel.exchange_chunks"),
     ],
 )
