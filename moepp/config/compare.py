@@ -32,7 +32,7 @@ def breaking_differences(
         untrained: no step was taken yet (imported weights): only what the weights were made for must stay.
         same_data: the content of datasets and tokenizer was compared, so that their paths may differ.
     """
-    old = upgrade(old)
+    old, new = upgrade(old), upgrade(new)
     fixed = {key for key in _keys(old, new) if _must_agree(key, untrained, same_data)}
     return _differences(old, new, fixed)
 
@@ -41,7 +41,7 @@ def other_differences(
     old: Mapping[str, Any], new: Mapping[str, Any], *, untrained: bool = False, same_data: bool = False
 ) -> list[str]:
     """Return "key: old -> new" for every other key that changed; arguments as for :func:`breaking_differences`."""
-    old = upgrade(old)
+    old, new = upgrade(old), upgrade(new)
     free = {key for key in _keys(old, new) if not _must_agree(key, untrained, same_data)}
     return _differences(old, new, free)
 

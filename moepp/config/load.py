@@ -110,13 +110,13 @@ def upgrade(tree: Any) -> Any:
     """Return a stored configuration with its renamed keys replaced by today's."""
     tree = copy.deepcopy(tree)
     try:
+        if "split" in tree["data"]:  # a whole section
+            tree["data"].setdefault("document_attention", False)
         parallel, moe = tree["parallel"], tree["model"]["moe"]
         if "exchange_parts" in parallel:
             parallel["exchange_chunks"] = parallel.pop("exchange_parts")
         if "balance_loss_scope" in moe:  # a whole section
             moe.setdefault("balance_rule", "heterogeneous")
-        if "split" in tree["data"]:  # a whole section
-            tree["data"].setdefault("document_attention", False)
         if moe.pop("triton_kernels", False):
             tree.setdefault("runtime", {})["kernels"] = "triton"
     except (KeyError, TypeError, AttributeError):

@@ -49,7 +49,7 @@ class FlopsPerToken:
     attention_scores: float  # L 4 S D: query x key and weights x value, over the full square
     router: float | None  # what the router counts, with gating residuals + M 2 N^2; None: unknown
     ffn_experts: float  # M A 6 D F
-    constant_experts: float  # 2 x their parameters; every token computes them
+    constant_experts: float  # M C 4 D: the difference of their two logits, and v; for every token
     registered_experts: float | None  # what their kinds count; None: unknown
     dense_ffn: float  # 2 x dense_ffn parameters
     lm_head: float  # 2 V D
@@ -142,7 +142,7 @@ def flops_per_token(cfg: ModelConfig, seq_len: int, ffn_per_token: float) -> Flo
         attention_scores=cfg.num_layers * 4 * seq_len * cfg.hidden_size,
         router=None if router is None else num_moe * (router + residual),
         ffn_experts=num_moe * ffn_per_token * 2 * _swiglu_parameters(cfg, cfg.moe.ffn_hidden_size),
-        constant_experts=2 * counts.constant_experts,
+        constant_experts=len(cfg.moe_layers) * cfg.moe.num_constant_experts * 4 * cfg.hidden_size,
         registered_experts=None if None in registered else num_moe * sum(filter(None, registered)),
         dense_ffn=2 * counts.dense_ffn,
         lm_head=2 * cfg.vocab_size * cfg.hidden_size,

@@ -24,7 +24,7 @@ ALLOWED = {
     ("moepp/data/cache.py", "os.open"): "the lock of a cache that users may share; holds nothing, follows no link",
     ("moepp/ops/cpu/cache.py", "open"): "a file in memory, without a name",
     ("moepp/cli/main.py", "os.open"): "/dev/null",
-    ("moepp/training/leave.py", "open"): "a line for the launcher, in a file that it made for that",
+    ("moepp/distributed/launch.py", "open"): "a line for the launcher, in a file that it made for that",
     ("moepp/data/prepare/pipeline.py", "open"): "in the locked staging folder of a preparation",
     ("moepp/data/prepare/order.py", "open"): "in the locked staging folder of a preparation",
     ("moepp/data/prepare/order.py", "os.replace"): "in the locked staging folder of a preparation",

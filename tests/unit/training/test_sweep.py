@@ -62,7 +62,7 @@ def places(*overrides: str) -> list[str]:
         (["run.dir=out,./out"], ["out-0", "out-1"]),
         (["run.dir=out,out/inner"], ["out-0", "out/inner-1"]),
         (["run.dir='out/${run.name}'", "optim.lr=1e-3,3e-3"], ["out/tiny-0", "out/tiny-1"]),
-        (["engine=glob(*)"], ["runs/tiny-0", "runs/tiny-1"]),
+        (["engine=glob(*)", "train.samples=0"], ["runs/tiny-0", "runs/tiny-1", "runs/tiny-2"]),
         (["model.moe.tau=range(0.25,0.6,0.25)"], ["runs/tiny-0", "runs/tiny-1"]),
         (["sweep=tau", "model.moe.tau=0.3,0.4"], ["runs/tiny-0", "runs/tiny-1"]),
     ],
