@@ -131,7 +131,7 @@ def killed_at(call_number: int, action: Callable[[], None]) -> bool:
             action()
         finally:
             os._exit(0)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 5
     while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
         time.sleep(0.002)
     if not ended[0]:  # a lock of a thread that was not copied: killed there, the same must hold
