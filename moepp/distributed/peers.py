@@ -22,6 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain, repeat
 from types import FrameType
 
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
@@ -119,7 +120,8 @@ class PeerWatch:
     def _run(self) -> None:
         try:
             heartbeat = Heartbeat(self._store, self._rank, self._world_size, self._limit)
-            while not self._wake.wait(POLL_SECONDS) and not self._store.check([_FAILURE]) and self._silent is None:
+            polls = chain([POLL_SECONDS / 10] * 10, repeat(POLL_SECONDS))  # soon at first: places are learnt by asking
+            while not self._wake.wait(next(polls)) and not self._store.check([_FAILURE]) and self._silent is None:
                 self._silent = heartbeat.beat()
                 self._explanation = f"{heartbeat.place_of(0)} does not answer"
                 self._answered = time.monotonic()
