@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -203,9 +203,6 @@ def pick(rows: Rows, key: str, value: object, y: str, x: str = "first") -> tuple
     """Return (x, y) columns of the rows in which ``key`` has this value."""
     part = [row for row in rows if row[key] == value]
     return [row[x] for row in part], [row[y] for row in part]
-
-
-Draw = Callable[[Rows], list[Figure]]
 
 
 def communication_figures(rows: Rows) -> list[Figure]:
