@@ -76,8 +76,8 @@ def expert_scratch(layer: MoELayer, busiest: int) -> int:
     if supports_avx2(down_EDF):
         return backward_scratch_bytes(width, expert_width, busiest)
     activation = expert_width * busiest * down_EDF.element_size()
-    # Without compiled kernels SwiGLU's gradient needs five more at a time.
-    swiglu = 0 if cpu_kernels(down_EDF) else 5 * activation
+    # Without compiled kernels SwiGLU's gradient needs two more at a time: silu(gate) and its gradient.
+    swiglu = 0 if cpu_kernels(down_EDF) else 2 * activation
     return 4 * activation + max(swiglu, _products_scratch(down_EDF, busiest, transposes_hidden=True))
 
 
