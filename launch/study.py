@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
@@ -22,58 +25,97 @@ PIECES: dict[str, list[str]] = {
     "vanilla-seed1": VANILLA,
     "no_gating_residual-seed1": ["model.moe.gating_residual=false"],
     "tau_0.25-seed1": ["model.moe.tau=0.25"],
-    "tau_0.5-seed1": ["model.moe.tau=0.5"],
     "tau_1-seed1": ["model.moe.tau=1.0"],
-    "moepp-seed2": ["run.seed=2"],
-    "vanilla-seed2": [*VANILLA, "run.seed=2"],
+    "tau_0.5-seed1": ["model.moe.tau=0.5"],
     "no_constant-seed1": ["model.moe.num_constant_experts=0"],
+    "constant_init_0.02-seed1": ["model.constant_init_std=0.02"],
     "no_copy-seed1": ["model.moe.num_copy_experts=0"],
     "no_zero-seed1": ["model.moe.num_zero_experts=0"],
     "beta_0.001-seed1": ["model.moe.balance_loss_weight=0.001"],
+    "vanilla_gating_residual-seed1": [*VANILLA, "model.moe.gating_residual=true"],
+    "moepp-seed2": ["run.seed=2"],
+    "vanilla-seed2": [*VANILLA, "run.seed=2"],
+    "moepp_lr_0.001-seed1": ["optim.lr=1e-3"],
+    "vanilla_lr_0.001-seed1": [*VANILLA, "optim.lr=1e-3"],
     "moepp-seed3": ["run.seed=3"],
     "vanilla-seed3": [*VANILLA, "run.seed=3"],
     "balance_micro_batch-seed1": ["model.moe.balance_loss_scope=micro_batch", "train.micro_batch_size=4"],
 }
 
 
+POLL_SECONDS = 1.0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python launch/study.py", description=__doc__)
     parser.add_argument("pieces", nargs="*", metavar="PIECE", help=f"default: all, {', '.join(PIECES)}")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), metavar="FOLDER", help="default: %(default)s")
+    parser.add_argument("--until", type=int, metavar="STEP", help="leave each piece there; a later call continues it")
     args = parser.parse_args()
     for name in args.pieces:
         if name not in PIECES:
             parser.error(f"{name!r} is not one of {', '.join(PIECES)}")
+    if args.until is not None and args.until < 1:
+        parser.error(f"--until={args.until} is below 1; name a step to stop after")
+    if not Path("data/mixed/tokenizer.json").is_file():
+        parser.error("data/mixed is not here; write the corpus first: python -m data_tools.mixed")
     args.out.mkdir(parents=True, exist_ok=True)
-    failed = [name for name in args.pieces or PIECES if not _run(name, args.out)]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves through `finally`, which ends the training
+    failed = [name for name in args.pieces or PIECES if not run_piece(name, args.out, args.until)]
     print(f"failed: {', '.join(failed)}" if failed else "done", flush=True)
     return 1 if failed else 0
 
 
-def _run(name: str, out: Path) -> bool:
-    """Bring one piece to its end; False if training failed."""
+def command_of(name: str, folder: Path) -> list[str]:
+    """Return the command that trains a piece, or continues it, in ``folder``."""
+    settings = [f"run.name={name}", f"run.dir={folder}", "run.seed=1", "logging.progress=false"]
+    return [sys.executable, str(TRAIN), "experiment=study", *settings, *PIECES[name]]
+
+
+def run_piece(name: str, out: Path, until: int | None) -> bool:
+    """Bring a piece to its end, or a little past step ``until``; False if training failed."""
+    folder, done = out / name, out / f"{name}.done"
     with open(out / f"{name}.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{name}: another process is at it", flush=True)
-            return True
-        if (out / f"{name}.done").exists():
-            print(f"{name}: done before", flush=True)
-            return True
-        seed = [] if any(text.startswith("run.seed=") for text in PIECES[name]) else ["run.seed=1"]
-        command = [sys.executable, str(TRAIN), "experiment=study", f"run.name={name}", f"run.dir={out / name}"]
+            return _say(name, "another process is at it")
+        if done.exists() or (until is not None and _step(folder) >= until):
+            return _say(name, f"at step {_step(folder)} already")
         with open(out / f"{name}.log", "a") as log:
-            code = subprocess.run(
-                [*command, "logging.progress=false", *seed, *PIECES[name]],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={"OMP_NUM_THREADS": "1", **os.environ},
-            ).returncode
-        if code == 0:
-            (out / f"{name}.done").touch()
-        print(f"{name}: {'done' if code == 0 else f'failed, see {log.name}'}", flush=True)
-        return code == 0
+            training = subprocess.Popen(
+                command_of(name, folder), stdout=log, stderr=log, env={"OMP_NUM_THREADS": "1", **os.environ}
+            )
+            try:
+                stopped = False
+                while training.poll() is None:
+                    time.sleep(POLL_SECONDS)
+                    if until is not None and not stopped and _step(folder) >= until:
+                        training.terminate()  # it saves a checkpoint and leaves
+                        stopped = True
+            finally:
+                training.terminate()
+                code = training.wait()
+        if stopped:
+            return _say(name, f"left at step {_step(folder)}")
+        if code != 0:
+            return not _say(name, f"failed, see {log.name}")
+        done.touch()
+        return _say(name, "finished")
+
+
+def _step(folder: Path) -> int:
+    """Return the last step that a run has written metrics of; 0 for none."""
+    try:
+        lines = (folder / "metrics.jsonl").read_bytes().split(b"\n")
+        return json.loads(lines[-2])["step"]  # what follows the last line end may be half a line
+    except (FileNotFoundError, IndexError):
+        return 0
+
+
+def _say(name: str, what: str) -> bool:
+    print(f"{name}: {what}", flush=True)
+    return True
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from moepp.io.untrusted import printable
 
 _ABSENT = "absent"
 # Keys of the model that change neither its shapes nor the function that its weights compute.
-TRAINING_ONLY = {"model.init_std", "model.max_seq_len"} | {
+TRAINING_ONLY = {"model.init_std", "model.constant_init_std", "model.max_seq_len"} | {
     f"model.moe.{key}"
     for key in (
         *("tau", "capacity_factor", "drop_policy", "expert_chunk_rows", "balance_loss_weight"),

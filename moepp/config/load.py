@@ -112,6 +112,8 @@ def upgrade(tree: Any) -> Any:
     try:
         if "split" in tree["data"]:  # a whole section
             tree["data"].setdefault("document_attention", False)
+        if "init_std" in tree["model"]:  # a whole section
+            tree["model"].setdefault("constant_init_std", 1.0)
         parallel, moe = tree["parallel"], tree["model"]["moe"]
         if "exchange_parts" in parallel:
             parallel["exchange_chunks"] = parallel.pop("exchange_parts")

@@ -161,7 +161,8 @@ class ModelConfig:
     rope_theta: float = 10000.0  # base of the rotary embedding's wavelengths
     rope_scaling: RopeScalingConfig | None = None  # None: positions as they are
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
-    init_std: float = 0.02  # standard deviation of initial weights; 1 for constant vectors
+    init_std: float = 0.02  # standard deviation of initial weights, constant vectors aside
+    constant_init_std: float = 1.0  # of the constant experts' vectors v; FFN experts' outputs start far smaller
     tie_embeddings: bool = False  # output projection = embedding
     moe_layer_interval: int = 1  # layer i is an MoE layer iff (i + 1) % interval == 0, dense SwiGLU otherwise
     dense_ffn_hidden_size: int | None = None  # width of the dense SwiGLU; needed when the interval is above 1
@@ -172,6 +173,7 @@ class ModelConfig:
         require_at_least("model.moe_layer_interval", self.moe_layer_interval, 1)
         for name in ("rope_theta", "norm_eps", "init_std"):
             require_above(f"model.{name}", getattr(self, name), 0)
+        require_at_least("model.constant_init_std", self.constant_init_std, 0)
         require(
             self.hidden_size % self.num_heads == 0,
             f"model.hidden_size={self.hidden_size} is not divisible by model.num_heads={self.num_heads}; "

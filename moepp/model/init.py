@@ -11,6 +11,7 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from moepp.config import ModelConfig
 from moepp.distributed.parameters import tensor_dim
 from moepp.errors import ConfigError
 from moepp.model.transformer import Transformer
@@ -23,8 +24,8 @@ _STACKED_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")  # first dimens
 def init_parameters(model: Transformer, seed: int, ep_rank: int = 0, ep_size: int = 1) -> None:
     """Draw every parameter of ``model`` in place: in fp32 on the CPU, then cast and copied.
 
-    Matrices, embeddings and routers: N(0, ``cfg.init_std``). Constant experts' vectors: N(0, 1). Norms: 1. Registered
-    parts may say otherwise. Buffers are filled as well, see :func:`reset_buffers`.
+    Matrices, embeddings and routers: N(0, ``cfg.init_std``). Constant experts' vectors: N(0,
+    ``cfg.constant_init_std``). Norms: 1. Registered parts may say otherwise. Buffers: see :func:`reset_buffers`.
 
     Args:
         model: any dtype and device; rank ``ep_rank`` of ``ep_size`` holds the FFN experts
@@ -39,7 +40,7 @@ def init_parameters(model: Transformer, seed: int, ep_rank: int = 0, ep_size: in
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ConfigError(f"parameter {name} is on the meta device and has no memory; call model.to_empty() first")
-        std, constant = _std(name, model.cfg.init_std), _constant(model, name)
+        std, constant = _std(name, model.cfg), _constant(model, name)
         if constant is not None:
             parameter.fill_(constant)
         elif name.endswith(_STACKED_EXPERTS):
@@ -84,9 +85,9 @@ def reset_buffers(model: nn.Module) -> None:
     list(persistent_buffers(model))  # of dtypes that a checkpoint can hold
 
 
-def _std(name: str, init_std: float) -> float:
+def _std(name: str, cfg: ModelConfig) -> float:
     """Return the standard deviation of a parameter."""
-    return 1.0 if name.endswith("zero_computation.value") else init_std
+    return cfg.constant_init_std if name.endswith("zero_computation.value") else cfg.init_std
 
 
 def random_stream(key: str) -> torch.Generator:

@@ -170,8 +170,13 @@ def _write_text(source: Source, path: str) -> str:
     count, characters, buffer = 0, 0, io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
         archive = _download(source, folder)
+        try:
+            documents = sorted(source.read(_members(archive)))
+        except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, ValueError, KeyError) as error:
+            broken = f"{os.path.basename(archive)} ({source.registry}) cannot be read: {error}"
+            raise DataError(f"package {broken}; download it again, or name other --sources") from error
         with gzip.GzipFile(filename="", fileobj=buffer, mode="wb", compresslevel=6, mtime=0) as stream:
-            for name, text in sorted(source.read(_members(archive))):
+            for name, text in documents:
                 if len(text := text.strip()) < SHORTEST_DOCUMENT:
                     continue
                 stream.write(json.dumps({"name": name, "text": text}, ensure_ascii=False).encode() + b"\n")

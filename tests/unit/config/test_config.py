@@ -200,7 +200,8 @@ def test_fixed_keys_exist():
     fixed = """
         run.name run.dir run.seed run.resume
         model.vocab_size model.hidden_size model.num_layers model.num_heads model.num_kv_heads model.max_seq_len
-        model.rope_theta model.norm_eps model.init_std model.tie_embeddings
+        model.rope_theta model.norm_eps model.init_std model.constant_init_std
+        model.tie_embeddings
         model.moe.num_ffn_experts model.moe.num_zero_experts model.moe.num_copy_experts model.moe.num_constant_experts
         model.moe.ffn_hidden_size model.moe.top_k model.moe.router model.moe.gating_residual model.moe.logits_norm_std
         model.moe.gate_normalization model.moe.scale_input_by_top_k model.moe.tau model.moe.capacity_factor

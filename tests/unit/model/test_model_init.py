@@ -70,6 +70,13 @@ def test_every_kind_has_its_distribution():
         assert abs(value.std().item() / std - 1) < margin, name
 
 
+def test_constant_vectors_start_at_the_size_asked_for_and_nothing_else_changes():
+    usual, small = initialised(), initialised(dataclasses.replace(CFG, constant_init_std=0.25))
+    for name, value in small.items():
+        factor = 0.25 if name.endswith("zero_computation.value") else 1.0
+        torch.testing.assert_close(value, factor * usual[name])
+
+
 def test_no_two_parameters_and_no_two_experts_share_their_numbers():
     seen: dict[float, str] = {}
     for name, value in initialised().items():

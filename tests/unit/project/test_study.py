@@ -1,0 +1,92 @@
+"""The small study: its pieces differ in what their names say, and its driver leaves and continues them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from moepp.config import Config, from_hydra, register_defaults, to_dict, validate
+from moepp.config.compare import differing_keys
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def study() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("study", ROOT / "launch/study.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def configurations(study) -> dict[str, Config]:
+    register_defaults()
+    with initialize_config_dir(config_dir=str(ROOT / "configs"), version_base=None):
+        return {name: from_hydra(compose("config", study.command_of(name, Path(name))[2:])) for name in study.PIECES}
+
+
+def test_pieces_train_as_many_tokens_on_the_same_data_and_differ_in_one_thing(study, configurations):
+    main = configurations["moepp-seed1"]
+    assert main.train.steps * main.train.global_batch_size * main.data.seq_len >= 8_000_000
+    for name, cfg in configurations.items():
+        validate(cfg, 1)
+        assert cfg.run.path == name and cfg.run.seed == int(name[-1])
+        optim = replace(cfg.optim, lr=main.optim.lr)
+        same = replace(
+            cfg, run=main.run, model=main.model, optim=optim, train=replace(cfg.train, micro_batch_size=None)
+        )
+        assert same == main, name
+        differing = differing_keys([to_dict(cfg.model), to_dict(main.model)])
+        kinds = {"moe.num_zero_experts", "moe.num_copy_experts", "moe.num_constant_experts"}
+        if name.startswith("vanilla"):
+            assert differing - {"moe.gating_residual"} == kinds, name
+        else:
+            assert len(differing) <= 1, name
+
+
+def test_no_piece_reads_a_source_twice_by_its_weight(configurations):
+    """Tokens of each source's training documents, in the order of data.paths, rounded down to 0.1 million."""
+    available = (3.0, 1.4, 1.7, 12.1, 9.3, 7.0, 3.3, 3.3, 3.3, 1.4)
+    cfg = configurations["moepp-seed1"]
+    assert cfg.data.weights is not None and sum(cfg.data.weights) == pytest.approx(1)
+    tokens = cfg.train.steps * cfg.train.global_batch_size * cfg.data.seq_len / 1e6
+    assert all(weight * tokens < have / 2 for weight, have in zip(cfg.data.weights, available, strict=True))
+
+
+TRAINING = """
+import json, pathlib, signal, sys, time
+folder, last = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+folder.mkdir(exist_ok=True)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+metrics = folder / "metrics.jsonl"
+step = metrics.read_text().count("\\n") if metrics.exists() else 0
+while step < last:
+    step += 1
+    with metrics.open("a") as stream:
+        stream.write(json.dumps({"step": step}) + "\\n")
+    time.sleep(0.01 if step % 5 else 0.2)
+sys.exit(3 if last == 4 else 0)
+"""
+
+
+def test_a_piece_is_left_continued_finished_and_then_let_be(study, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(study, "command_of", lambda name, folder: [sys.executable, "-c", TRAINING, str(folder), name])
+    lines = lambda: (tmp_path / "12/metrics.jsonl").read_text().splitlines()  # noqa: E731
+    assert study.run_piece("12", tmp_path, 3) and 3 <= len(lines()) < 12
+    left = lines()
+    assert study.run_piece("12", tmp_path, 3) and lines() == left
+    assert study.run_piece("12", tmp_path, None) and json.loads(lines()[-1]) == {"step": 12} and len(lines()) == 12
+    assert study.run_piece("12", tmp_path, None) and len(lines()) == 12
+    assert not study.run_piece("4", tmp_path, None) and not (tmp_path / "4.done").exists()
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[1].rstrip(",") for line in said] == ["left", "at", "finished", "at", "failed"]
