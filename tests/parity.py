@@ -24,6 +24,7 @@ from moepp.data import Corpora, Data, Vocabulary
 from moepp.distributed import comm
 from moepp.distributed.groups import ParallelGroups, build_groups
 from moepp.distributed.layout import Layout as RankLayout
+from moepp.distributed.stage_clock import StageClock
 from moepp.metrics.sinks import SinkGroup
 from moepp.metrics.throughput import Throughput
 from moepp.model.transformer import Transformer
@@ -278,7 +279,7 @@ def train(
     cfg, sizes = make_config(setting, layout), (layout.pipeline, layout.context, layout.tensor)
     groups = group_of(layout.ep, layout.device, *sizes)
     plan = make_plan(cfg, groups.world_size)
-    comm_stats = comm.CommStats()
+    comm_stats = comm.CommStats(clock=StageClock(groups.device))
     model = build_model(cfg, groups, comm_stats, setting.document_end)
     if setting.one_sided:
         make_one_sided(model)
@@ -291,7 +292,7 @@ def train(
             plan=plan,
             groups=groups,
             model=model,
-            engine=build_engine(cfg, plan, model, groups),
+            engine=build_engine(cfg, plan, model, groups, comm_stats.clock),
             corpora=Corpora((), Vocabulary(None, None, None)),  # the batches are those of make_data
             data=make_data(cfg, plan, groups.data_rank),
             comm_stats=comm_stats,

@@ -131,7 +131,7 @@ def _measure(options: Options, layout: dict[str, Any], rank: int, world_size: in
 
         runner = PipelineRunner(model, cast(Any, engine), groups, cfg, plan, comm_stats)
     moe = cfg.model.moe
-    stats = StepStats(cfg.model.moe_layers, moe.expert_counts, moe.top_k, model.moe_rows)
+    stats = StepStats(cfg.model.moe_layers, moe, model.moe_rows)
     generator = torch.Generator().manual_seed(groups.data_rank)
     shape = (plan.micro_batch_size, options.seq_len)
     batches = [

@@ -212,7 +212,8 @@ def _load_stats(reader: TensorReader, stats: Statistics, groups: ParallelGroups,
     for number, rank in enumerate(sorted(sources)):
         prefix = f"rank-{rank}/"
         saved = {key.removeprefix(prefix): shape for key, shape in reader.shapes.items() if _is_statistic(key, prefix)}
-        if saved and saved != stats.state_shapes():
+        # An older release kept fewer sums: the others begin at zero.
+        if saved and not saved.items() <= stats.state_shapes().items():
             raise CheckpointError(
                 f"{reader.path}: the statistics of rank {rank} are of another model; "
                 "use the configuration that it was saved with, or another checkpoint"

@@ -193,7 +193,7 @@ def _time_saves(config: Config, groups: ParallelGroups, checkpointer: Checkpoint
     engine = build_engine(config, plan, model, groups)
     num_parameters = sum(p.numel() for p in model.parameters())
     moe = config.model.moe
-    stats = StepStats(config.model.moe_layers, moe.expert_counts, moe.top_k)
+    stats = StepStats(config.model.moe_layers, moe)
     for number in range(2 * repeat):  # interleaved: a slow moment of the disk hits both
         info = CheckpointInfo(number, 0, SavedLayout.of(config, plan), {}, {}, RunState.fresh(config.run.seed))
         checkpointer.save(engine, stats, info, background=number % 2 == 1)

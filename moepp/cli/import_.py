@@ -188,7 +188,7 @@ def _save(
         eod_id=described.eod_id,
         tokenizer_sha256=described.tokenizer_sha256,
     )
-    stats = StepStats(cfg.model.moe_layers, moe.expert_counts, moe.top_k)
+    stats = StepStats(cfg.model.moe_layers, moe)
     checkpointer.save(_Untrained(model), stats, info, background=False)
     problems = checkpointer.reports[-1].problems
     if problems:

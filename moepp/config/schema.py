@@ -286,8 +286,15 @@ class LoggingConfig:
     """Where progress and metrics go, besides metrics.jsonl."""
 
     wandb: WandbConfig = WandbConfig()
+    routing: str = "detailed"  # keys of the routers: "detailed" has some for each of up to 32 layers, "brief" none
+    routing_interval: int = 100  # optimizer steps between the snapshots of all layers in routing.jsonl; 0: none
+    csv: bool = False  # the records also as a table, in <run.dir>/metrics.csv
     tensorboard: bool = False  # event files in <run.dir>/tensorboard; needs the package tensorboard
     progress: bool = True  # progress bar on rank 0
+
+    def __post_init__(self) -> None:
+        require_choice("logging.routing", self.routing, ("brief", "detailed"))
+        require_at_least("logging.routing_interval", self.routing_interval, 0)
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,10 @@ class Data:
         """
         return self._batch("valid", index, micro_step)
 
+    def epochs(self, batches: int) -> float:
+        """Return how often the training split was read after so many global batches, all paths together."""
+        return batches * self._cfg.train.global_batch_size / max(self.num_sequences["train"], 1)
+
     def _batch(self, split: str, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
         dataset = self._datasets[split]
         if dataset is None:

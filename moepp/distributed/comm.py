@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moepp.distributed.stage_clock import StageClock
 from moepp.errors import MoeppError
 
 PATIENCE_SECONDS = 24 * 3600.0
@@ -46,6 +47,7 @@ class CommStats:
     Attributes:
         sequence_bytes: of the collectives that split the sequence, by kind (:mod:`moepp.distributed.sequence`).
         sequence_calls: of the same.
+        clock: measures how long the exchange is waited for.
     """
 
     row_bytes: int = 0
@@ -57,6 +59,7 @@ class CommStats:
     sequence_bytes: Counter[str] = field(default_factory=Counter)
     sequence_calls: Counter[str] = field(default_factory=Counter)
     pipeline_bytes: int = 0  # hidden states, router logits and their gradients, sent to the stages beside this one
+    clock: StageClock = field(default_factory=StageClock)
 
     def by_kind(self) -> Counter[str]:
         """Return the bytes so far of what does not depend on the routing, by metric; rows are :attr:`row_bytes`."""
@@ -89,13 +92,17 @@ class PendingExchange:
         row_size = rows[:1].numel() if rows.dim() == 1 else rows.shape[1:].numel()
         self.comm_stats.row_bytes += (sum(send_splits) - send_splits[own]) * row_size * rows.element_size()
         self.comm_stats.row_exchanges += 1
-        self.work = dist.all_to_all_single(received, rows, receive_splits, send_splits, group=self.group, async_op=True)
+        with self.comm_stats.clock.stage("exchange"):
+            self.work = dist.all_to_all_single(
+                received, rows, receive_splits, send_splits, group=self.group, async_op=True
+            )
         self.keep_alive = [rows]
         return received
 
     def wait(self) -> None:
         """Block (or make the current stream wait) until the exchange under way has finished."""
-        self.work.wait()
+        with self.comm_stats.clock.stage("exchange"):
+            self.work.wait()
         self.work, self.keep_alive = None, []
 
 
@@ -165,6 +172,7 @@ class PendingCounts:
     sent_PL: Tensor
     received_PL: Tensor
     work: Any
+    clock: StageClock
     _values: list[list[list[int]]] | None = None
 
     def sent(self) -> list[list[int]]:
@@ -177,7 +185,8 @@ class PendingCounts:
 
     def _both(self) -> list[list[list[int]]]:
         if self._values is None:
-            self.work.wait()
+            with self.clock.stage("exchange"):
+                self.work.wait()
             self._values = torch.stack((self.sent_PL, self.received_PL)).tolist()
         return self._values
 
@@ -189,7 +198,7 @@ def start_count_exchange(counts_PL: Tensor, group: Group, comm_stats: CommStats)
     comm_stats.count_bytes += (counts_PL.shape[0] - 1) * counts_PL.shape[1] * counts_PL.element_size()
     comm_stats.count_exchanges += 1
     work = dist.all_to_all_single(received_PL, counts_PL, group=group, async_op=True)
-    return PendingCounts(counts_PL, received_PL, work)
+    return PendingCounts(counts_PL, received_PL, work, comm_stats.clock)
 
 
 def all_gather_equal(part: Tensor, group: Group) -> Tensor:

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from moepp.config import EngineConfig, OptimConfig
 from moepp.distributed.groups import ParallelGroups
 from moepp.distributed.parameters import group_parameters, is_expert_parameter, placement_of
-from moepp.engine.deepspeed_state import read_zero_state, write_zero_state
-from moepp.engine.engine import Fetch, StepResult, make_optimizer, read_plain_state, write_plain_state
+from moepp.distributed.stage_clock import StageClock
+from moepp.engine.deepspeed_state import own_zero_parts, read_zero_state, write_zero_state
+from moepp.engine.engine import Fetch, OwnPart, StepResult, Watch, make_optimizer, read_plain_state, write_plain_state
 from moepp.engine.norms import global_norm, squared_norm
 from moepp.errors import ConfigError
 
@@ -103,6 +104,7 @@ class DeepSpeedEngine:
         micro_batch_size: int,
         zero_stage: int,
         settings: EngineConfig | None = None,
+        clock: StageClock | None = None,
     ) -> None:
         if zero_stage not in (0, 1, 2):
             raise ConfigError(f"parallel.zero_stage={zero_stage} is not one of 0, 1, 2; choose one of them")
@@ -111,6 +113,7 @@ class DeepSpeedEngine:
         self._groups = groups
         self._optim = optim
         self._zero_stage = zero_stage
+        self._clock = clock if clock is not None else StageClock()
         is_bf16 = next(model.parameters()).dtype == torch.bfloat16
         parameter_groups = [
             {
@@ -136,18 +139,28 @@ class DeepSpeedEngine:
             self._engine, *_ = deepspeed.initialize(
                 model=model, optimizer=make_optimizer(parameter_groups, optim), config=config, dist_init_required=False
             )
+        # It sums gradients within its backward.
+        for owner, name in ((self._engine, "allreduce_gradients"), (self._engine.optimizer, "reduce_ipg_grads")):
+            if hasattr(owner, name):
+                setattr(owner, name, self._clock.timed("reduction", getattr(owner, name)))
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # counts the micro-batch; nothing is reduced or updated before the boundary
 
-    def step(self, lr: float, update: bool = True) -> StepResult:
+    def step(self, lr: float, update: bool = True, watch: Watch | None = None) -> StepResult:
+        with self._clock.stage("optimizer"):
+            return self._update(lr, update, watch)
+
+    def _update(self, lr: float, update: bool, watch: Watch | None) -> StepResult:
         optimizer = self._engine.optimizer
         for group in optimizer.param_groups:
             group["lr"] = lr
         if self._zero_stage == 0:
-            return self._step_without_zero(update)
+            return self._step_without_zero(update, watch)
+        if watch is not None:
+            watch(own_zero_parts(self.model))
         if not update:
             self._make_gradient_infinite()
         self._engine.step()
@@ -164,13 +177,16 @@ class DeepSpeedEngine:
             for partition in optimizer.averaged_gradients[0]:
                 partition.fill_(math.inf)
 
-    def _step_without_zero(self, update: bool) -> StepResult:
+    def _step_without_zero(self, update: bool, watch: Watch | None) -> StepResult:
         """ZeRO-0: the gradients are in ``.grad``, already averaged; norm and clipping over all experts are ours."""
-        squares = (
-            (squared_norm(parameter.grad), placement_of(name, tensor_parallel=False).copies(self._groups))
+        parts = [
+            OwnPart(name, parameter.grad, parameter, placement_of(name, tensor_parallel=False).copies(self._groups))
             for name, parameter in self.model.named_parameters()
             if parameter.grad is not None
-        )
+        ]
+        if watch is not None:
+            watch(parts)
+        squares = ((squared_norm(part.gradient), part.copies) for part in parts)
         norm = global_norm(squares, self._groups.world, self._groups.device)
         skipped = not update or not math.isfinite(norm)
         limit = self._optim.grad_clip

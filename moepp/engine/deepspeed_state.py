@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moepp.config import OptimConfig
-from moepp.engine.engine import Fetch, state_keys
+from moepp.engine.engine import Fetch, OwnPart, state_keys
 
 
 def read_zero_state(model: nn.Module, optimizer: Any, optim: OptimConfig) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -48,6 +48,19 @@ def write_zero_state(model: nn.Module, optimizer: Any, optim: OptimConfig, fetch
         if "step" in entry:
             entry["step"].copy_(step)
     optimizer.update_lp_params()
+
+
+def own_zero_parts(model: nn.Module) -> Iterator[OwnPart]:
+    """Yield this rank's partition of each parameter, after the gradients are summed and before the step."""
+    for name, parameter in model.named_parameters():
+        mapping: Any = getattr(parameter, "_hp_mapping", None)
+        if mapping is None:  # all of it lies in other ranks' partitions
+            continue
+        gradient = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
+        weight, place = mapping.get_hp_fragment(), mapping.lp_fragment_address
+        if gradient.numel() != weight.numel():  # the bf16 optimizer keeps whole gradients
+            gradient = gradient.narrow(0, place.start, place.numel)
+        yield OwnPart(name, gradient, weight, 1)
 
 
 def _found(name: str, key: str, value: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,6 +28,26 @@ class StepResult:
     skipped: bool
 
 
+@dataclass(frozen=True)
+class OwnPart:
+    """What this rank's optimizer updates of one parameter, with its gradient after the sum over ranks.
+
+    Attributes:
+        name: of the parameter.
+        gradient, weight: the same elements of both, before clipping and update; perhaps none.
+        copies: ranks that have the same part.
+    """
+
+    name: str
+    gradient: Tensor
+    weight: Tensor
+    copies: int
+
+
+Watch = Callable[[Iterable[OwnPart]], None]
+"""Looks at all that an optimizer is about to use; it may not keep it."""
+
+
 class StateSource(Protocol):
     """What a checkpoint is written from: an engine, or weights that were never trained on."""
 
@@ -49,8 +69,11 @@ class Engine(StateSource, Protocol):
         """Accumulate the gradient of one micro-batch's mean loss; micro-batches and ranks are averaged."""
         ...
 
-    def step(self, lr: float, update: bool = True) -> StepResult:
-        """Reduce, clip and update after the last micro-batch; ``update=False`` only measures and discards."""
+    def step(self, lr: float, update: bool = True, watch: Watch | None = None) -> StepResult:
+        """Reduce, clip and update after the last micro-batch; ``update=False`` only measures and discards.
+
+        ``watch`` gets this rank's parts between reduction and clipping.
+        """
         ...
 
     def write_state(self, fetch: Fetch) -> None:

@@ -27,7 +27,8 @@ from moepp.config import OptimConfig
 from moepp.distributed import comm
 from moepp.distributed.groups import ParallelGroups
 from moepp.distributed.parameters import decays, placement_of
-from moepp.engine.engine import Fetch, StepResult, make_optimizer, optimizer_entry
+from moepp.distributed.stage_clock import StageClock
+from moepp.engine.engine import Fetch, OwnPart, StepResult, Watch, make_optimizer, optimizer_entry
 from moepp.engine.norms import global_norm, squared_norm
 from moepp.errors import ConfigError
 
@@ -78,13 +79,22 @@ class FSDPEngine:
         groups: over which ranks.
         optim: of the optimizer.
         accumulation_steps: micro-batches for each :meth:`step`.
+        clock: measures the optimizer; gradients are summed within backward.
 
     Attributes:
         loss_scale: as of :class:`moepp.engine.native.NativeEngine`.
     """
 
-    def __init__(self, model: nn.Module, groups: ParallelGroups, optim: OptimConfig, accumulation_steps: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: ParallelGroups,
+        optim: OptimConfig,
+        accumulation_steps: int,
+        clock: StageClock | None = None,
+    ) -> None:
         self.model = model
+        self._clock = clock if clock is not None else StageClock()
         self.loss_scale = 1.0 / (accumulation_steps * groups.stage_size)
         self._groups = groups
         self._optim = optim
@@ -110,14 +120,20 @@ class FSDPEngine:
     def backward(self, loss: Tensor) -> None:
         (loss * self.loss_scale).backward()
 
-    def step(self, lr: float, update: bool = True) -> StepResult:
+    def step(self, lr: float, update: bool = True, watch: Watch | None = None) -> StepResult:
+        with self._clock.stage("optimizer"):
+            return self._update(lr, update, watch)
+
+    def _update(self, lr: float, update: bool, watch: Watch | None) -> StepResult:
         for share in self._shares:
             gradient = share.parameter.grad
             assert gradient is None or isinstance(gradient, DTensor)
             # Zeros where no loss reached a parameter: other engines decay it too.
             share.master.grad = torch.zeros_like(share.master) if gradient is None else gradient.to_local()
             share.parameter.grad = None
-        gradients = [share.master.grad for share in self._shares if share.master.grad is not None]
+        if watch is not None:
+            watch(OwnPart(share.name, _gradient(share.master), share.master, 1) for share in self._shares)
+        gradients = [_gradient(share.master) for share in self._shares]
         squares = ((squared_norm(gradient), 1) for gradient in gradients)
         grad_norm = global_norm(squares, self._groups.world, self._groups.device)
         skipped = not update or not math.isfinite(grad_norm)
@@ -157,6 +173,11 @@ class FSDPEngine:
             for key, target in own.items():
                 target.copy_(share.own(whole[key]))
         self._forget_gathered()
+
+
+def _gradient(master: nn.Parameter) -> Tensor:
+    assert master.grad is not None
+    return master.grad
 
 
 def _shard(model: nn.Module, groups: ParallelGroups) -> None:

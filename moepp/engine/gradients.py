@@ -18,7 +18,7 @@ from moepp.config import OptimConfig
 from moepp.distributed import comm
 from moepp.distributed.parameters import ParameterGroup
 from moepp.engine.buckets import Span, cut
-from moepp.engine.engine import Fetch, read_plain_state, write_plain_state
+from moepp.engine.engine import Fetch, OwnPart, read_plain_state, write_plain_state
 
 BUCKET_ELEMENTS = 2**23  # 32 MB: long enough for a network's full bandwidth
 
@@ -66,6 +66,11 @@ class FlatGroup:
     def gradients(self) -> list[Tensor]:
         """What this rank's optimizer uses of the flat gradient, once it is summed."""
         return [self.grad]
+
+    def own_parts(self) -> Iterator[OwnPart]:
+        """Yield what this rank's optimizer uses of each parameter."""
+        for name, gradient, master in zip(self.group.parameters, self.grad_views, self.masters, strict=True):
+            yield OwnPart(name, gradient, master, self.copies)
 
     def start_sum(self, span: Span) -> comm.Pending:
         """Sum a bucket over the ranks."""

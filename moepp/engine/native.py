@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from moepp.config import OptimConfig
 from moepp.distributed.groups import ParallelGroups
 from moepp.distributed.parameters import group_parameters
-from moepp.engine.engine import Fetch, StepResult, make_optimizer
+from moepp.distributed.stage_clock import StageClock
+from moepp.engine.engine import Fetch, StepResult, Watch, make_optimizer
 from moepp.engine.gradients import BUCKET_ELEMENTS, FlatGroup, GradientReduction
 from moepp.engine.norms import global_norm, squared_norm
 from moepp.engine.zero import ShardedGroup, WeightGather
@@ -27,6 +28,7 @@ class NativeEngine:
         accumulation_steps: micro-batches for each :meth:`step`; sums begin where the last one's gradients have come.
         zero_stage: 0: every rank updates all that it holds; 1: see :mod:`moepp.engine.zero`.
         bucket_elements: gradients that are summed at a time.
+        clock: measures reduction and optimizer.
 
     Attributes:
         loss_scale: what a micro-batch's mean loss is multiplied by before its backward; the same for every parameter:
@@ -41,8 +43,10 @@ class NativeEngine:
         accumulation_steps: int,
         zero_stage: int = 0,
         bucket_elements: int = BUCKET_ELEMENTS,
+        clock: StageClock | None = None,
     ) -> None:
         self.model = model
+        self._clock = clock if clock is not None else StageClock()
         self.loss_scale = 1.0 / (accumulation_steps * groups.stage_size)
         self._groups = groups
         self._optim = optim
@@ -62,9 +66,16 @@ class NativeEngine:
     def backward(self, loss: Tensor) -> None:
         (loss * self.loss_scale).backward()
 
-    def step(self, lr: float, update: bool = True) -> StepResult:
-        self._reduction.finish()
+    def step(self, lr: float, update: bool = True, watch: Watch | None = None) -> StepResult:
+        with self._clock.stage("reduction"):
+            self._reduction.finish()
+        with self._clock.stage("optimizer"):
+            return self._update(lr, update, watch)
+
+    def _update(self, lr: float, update: bool, watch: Watch | None) -> StepResult:
         self._gather.finish()  # what a forward did not come to
+        if watch is not None:
+            watch(part for flat in self._flat for part in flat.own_parts())
         grad_norm = self._grad_norm()
         skipped = not update or not math.isfinite(grad_norm)
         if not skipped:

@@ -20,7 +20,7 @@ from moepp.config import OptimConfig
 from moepp.distributed import comm
 from moepp.distributed.parameters import ParameterGroup
 from moepp.engine.buckets import Span
-from moepp.engine.engine import Fetch, optimizer_entry
+from moepp.engine.engine import Fetch, OwnPart, optimizer_entry
 from moepp.engine.gradients import FlatGroup
 
 
@@ -65,6 +65,16 @@ class ShardedGroup(FlatGroup):
     @property
     def gradients(self) -> list[Tensor]:
         return self._own_gradients
+
+    def own_parts(self) -> Iterator[OwnPart]:
+        """Yield the part of each parameter in this rank's shares of the buckets; padding belongs to none."""
+        names, rank = list(self.group.parameters), comm.rank(self.ranks)
+        for master, gradient, span in zip(self.masters, self._own_gradients, self.spans, strict=True):
+            first = rank * master.numel()
+            for name, (_, place) in zip(names[span.first :], self._places(span), strict=False):
+                start, stop = max(place.start - first, 0), min(place.stop - first, master.numel())
+                if start < stop:
+                    yield OwnPart(name, gradient[start:stop], master.detach()[start:stop], self.copies)
 
     def start_sum(self, span: Span) -> comm.Pending:
         return comm.start_reduce_scatter_sum(self.grad[span.start : span.stop], self.ranks)

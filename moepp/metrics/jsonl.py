@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object per record, always with ``step`` and ``tokens``."""
+"""Files of one JSON object per line, always with ``step`` and ``tokens``: metrics.jsonl, and others like it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 
 _MAX_BYTES = 8 << 30
 
+Parse = Callable[[bytes], "dict[str, Any] | None"]
+"""Returns what a line holds; None where it is not such a line."""
+
 
 class JsonlSink:
     """Appends records to a file, each at once, so that a killed run keeps all but the line in flight.
@@ -27,20 +30,23 @@ class JsonlSink:
     back with all that it held: the open one still has it.
     """
 
-    def __init__(self, path: Path, start_step: int = 0) -> None:
+    def __init__(self, path: Path, start_step: int = 0, parse: Parse | None = None) -> None:
         """Open ``path`` for appending, without its records of steps after ``start_step``.
+
+        ``parse``: of its lines; None: records of metrics.
 
         Raises:
             RunError: the file cannot be written, or holds something else than records.
         """
         self._path = path
+        self._parse = parse if parse is not None else _parse
         self._unwritten = b""
         self._lost = False
         self._open(start_step)
 
     def _open(self, start_step: int) -> None:
         try:
-            _drop_records_after(self._path, start_step)
+            _drop_records_after(self._path, start_step, self._parse)
             self._file = files.open_append(self._path)
             self._size = os.fstat(self._file.fileno()).st_size
         except WriteError as error:
@@ -53,7 +59,10 @@ class JsonlSink:
 
     def log(self, record: Mapping[str, float], step: int, tokens: int) -> None:
         """Append one line. JSON knows no NaN and no infinity: such values become null."""
-        line = {"step": step, "tokens": tokens} | {name: _finite(value) for name, value in record.items()}
+        self.write({"step": step, "tokens": tokens} | {name: _finite(value) for name, value in record.items()})
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append one line, which holds ``step`` and ``tokens`` and no NaN."""
         is_first_failure = not self._unwritten
         self._unwritten += (json.dumps(line, allow_nan=False) + "\n").encode()
         try:
@@ -116,8 +125,8 @@ class JsonlSink:
         self._file = file
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics.jsonl.
+def read_records(path: Path, parse: Parse | None = None) -> list[dict[str, Any]]:
+    """Return the records of a metrics.jsonl, or with ``parse`` the lines of another such file.
 
     Its end may be damaged: the unfinished last line of a killed run is left out, and so, with a warning, are lines
     that a power failure has left torn or zeroed after the last whole record.
@@ -126,7 +135,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         RunError: no such file, or a line that is not a record although a record follows, or no record at all.
     """
     *lines, unfinished = read_bytes(path, _MAX_BYTES, RunError, "name the directory of a run").split(b"\n")
-    found = [_parse(line) for line in lines]
+    parse = parse if parse is not None else _parse
+    found = [parse(line) for line in lines]
     whole = max((number for number, record in enumerate(found, start=1) if record is not None), default=0)
     records = [record for record in found[:whole] if record is not None]
     if len(records) < whole or (found and not records and not _is_zeroed(lines)):
@@ -135,18 +145,26 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     if whole < len(found):
         lost = sum(len(line) + 1 for line in lines[whole:])
         logger.warning("%s: its last %d bytes, from line %d on, are damaged and left out", path, lost, whole + 1)
-    elif (last := _parse(unfinished)) is not None:  # all of it but the end of the line
+    elif (last := parse(unfinished)) is not None:  # all of it but the end of the line
         records.append(last)
     return records
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """Return the record in a line; None if there is none."""
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """Return the object in a line; None if there is none with a step and tokens."""
     try:
-        record = load_json(line, "record", RunError)
+        found = load_json(line, "record", RunError)
     except RunError:
         return None
-    if not isinstance(record, dict) or any(type(record.get(name)) is not int for name in ("step", "tokens")):
+    if not isinstance(found, dict) or any(type(found.get(name)) is not int for name in ("step", "tokens")):
+        return None
+    return found
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Return the record in a line of metrics.jsonl; None if there is none."""
+    record = parse_line(line)
+    if record is None:
         return None
     return record if all(type(value) in (int, float, type(None)) for value in record.values()) else None
 
@@ -155,10 +173,10 @@ def _is_zeroed(lines: list[bytes]) -> bool:
     return all(b"\0" in line for line in lines)
 
 
-def _drop_records_after(path: Path, step: int) -> None:
+def _drop_records_after(path: Path, step: int, parse: Parse) -> None:
     if not path.exists():
         return
-    kept = [record for record in read_records(path) if record["step"] <= step]
+    kept = [record for record in read_records(path, parse) if record["step"] <= step]
     text = "".join(json.dumps(record) + "\n" for record in kept)
     if text.encode() != path.read_bytes():
         files.write_whole(path, text)

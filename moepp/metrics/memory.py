@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from moepp.metrics.values import Reduce
+from moepp.metrics.values import Value
 
 
-def memory_metrics(device: torch.device, max_reduce: Reduce) -> dict[str, float]:
-    """Return the memory of the fullest rank since the last call, in bytes; nothing on the CPU.
+def memory_values(device: torch.device) -> dict[str, Value]:
+    """Return the memory since the last call, in bytes, of which the fullest rank counts; nothing on the CPU.
 
-    Every rank calls it. No device is waited for: the numbers are the host's, and are reduced in host memory.
+    No device is waited for: the numbers are the host's.
 
     - ``memory/allocated_bytes``: held by tensors now.
     - ``memory/reserved_bytes``: held by the allocator now; what is above the allocated is cached or fragmented.
@@ -24,5 +24,4 @@ def memory_metrics(device: torch.device, max_reduce: Reduce) -> dict[str, float]
         "memory/peak_allocated_bytes": torch.accelerator.max_memory_allocated(device),
     }
     torch.accelerator.reset_peak_memory_stats(device)
-    largest = max_reduce(torch.tensor(list(counts.values()), dtype=torch.int64)).tolist()
-    return {name: float(value) for name, value in zip(counts, largest, strict=True)}
+    return {name: Value.max(torch.tensor(count, dtype=torch.float64)) for name, count in counts.items()}

@@ -12,9 +12,12 @@ from moepp.config.load import to_dict
 from moepp.config.schema import Config
 from moepp.errors import MoeppError
 from moepp.metrics.console import BarSink, LineSink
+from moepp.metrics.csv import CsvSink
 from moepp.metrics.jsonl import JsonlSink
+from moepp.metrics.routing import RoutingSnapshot
+from moepp.metrics.routing_file import RoutingSink
 from moepp.metrics.tensorboard import TensorBoardSink
-from moepp.metrics.wandb import WandbSink
+from moepp.metrics.wandb import Draw, WandbSink
 
 logger = logging.getLogger(__name__)
 
@@ -51,34 +54,49 @@ class SinkGroup:
         self._check = check
 
     def log(self, record: Record, step: int, tokens: int) -> None:
+        self._pass(step, lambda sink: sink.log(record, step, tokens))
+
+    def log_routing(self, snapshot: RoutingSnapshot) -> None:
+        """Pass it to the sinks that draw or keep what every router did."""
+        self._pass(
+            snapshot.step,
+            lambda sink: sink.log_routing(snapshot) if isinstance(sink, RoutingSink | WandbSink) else None,
+        )
+
+    def _pass(self, step: int, take: Callable[[Sink], None]) -> None:
         self._check()
         for sink in list(self._sinks):
             try:
-                sink.log(record, step, tokens)
-            except MoeppError:
-                raise
+                take(sink)
+            except MoeppError as error:
+                if not isinstance(sink, CsvSink):
+                    raise
+                self._drop(sink, step, error)
             except Exception as error:
-                self._sinks.remove(sink)
-                name = type(sink).__name__
-                logger.warning("%s failed at step %d and gets no more records: %s", name, step, _in_one_line(error))
+                self._drop(sink, step, error)
+
+    def _drop(self, sink: Sink, step: int, error: Exception) -> None:
+        self._sinks.remove(sink)
+        name = type(sink).__name__
+        logger.warning("%s failed at step %d and gets no more records: %s", name, step, _in_one_line(error))
 
     def rewind(self, step: int, offset: int) -> None:
-        """Drop the records of metrics.jsonl after ``step``, which will be written again.
+        """Drop the records of the run's files after ``step``, which will be written again.
 
         ``offset``: global batches left out by rewinds so far; with it, W&B's steps go on increasing.
         """
         self._check()
         for sink in self._sinks:
-            if isinstance(sink, JsonlSink | TensorBoardSink):
+            if isinstance(sink, JsonlSink | RoutingSink | CsvSink | TensorBoardSink):
                 sink.rewind(step)
             elif isinstance(sink, WandbSink):
                 sink.step_offset = offset
 
     def sync(self) -> None:
-        """Force what metrics.jsonl has to the disk."""
+        """Force what metrics.jsonl and routing.jsonl have to the disk."""
         self._check()
         for sink in self._sinks:
-            if isinstance(sink, JsonlSink):
+            if isinstance(sink, JsonlSink | RoutingSink):
                 sink.sync()
 
     @property
@@ -101,7 +119,9 @@ class SinkGroup:
                 failure = error
         for sink in reversed(sinks):
             try:
-                if failure is None or not isinstance(sink, JsonlSink):  # nothing more goes into another's directory
+                if failure is None or not isinstance(
+                    sink, JsonlSink | RoutingSink
+                ):  # nothing more goes into another's directory
                     sink.close()
             except MoeppError as error:
                 failure = failure or error
@@ -123,7 +143,12 @@ class SinkGroup:
 
 
 def open_sinks(
-    run_dir: Path, cfg: Config, start_step: int, step_offset: int = 0, check: Callable[[], None] = lambda: None
+    run_dir: Path,
+    cfg: Config,
+    start_step: int,
+    step_offset: int = 0,
+    check: Callable[[], None] = lambda: None,
+    draw: Draw | None = None,
 ) -> SinkGroup:
     """Return the sinks that ``cfg`` asks for, to be called on rank 0 of a run whose directory is claimed.
 
@@ -134,6 +159,7 @@ def open_sinks(
             because they will be computed again.
         step_offset: global batches left out by rewinds before this start.
         check: see :class:`SinkGroup`.
+        draw: makes the images that W&B gets of every snapshot of the routing; None: it gets none.
 
     Raises:
         RunError: metrics.jsonl cannot be written or is not a metrics file.
@@ -141,9 +167,12 @@ def open_sinks(
     """
     sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl", start_step)]
     try:
+        sinks.append(RoutingSink(run_dir, start_step))
+        if cfg.logging.csv:
+            sinks.append(CsvSink(run_dir))
         if cfg.logging.wandb.mode != "disabled":
             wandb = WandbSink(run_dir, cfg.logging.wandb, cfg.run.name, to_dict(cfg), is_resumed=start_step > 0)
-            wandb.step_offset = step_offset
+            wandb.step_offset, wandb.draw = step_offset, draw
             sinks.append(wandb)
         if cfg.logging.tensorboard:
             sinks.append(TensorBoardSink(run_dir, cfg.train.global_batch_size * cfg.data.seq_len, start_step))

@@ -1,6 +1,6 @@
 """Training statistics from the forward passes to one record per log interval.
 
-L MoE layers, E experts of all kinds (FFN first), C columns of layer statistics.
+L MoE layers, E experts of all kinds (FFN first), C columns of layer statistics, O columns of observations.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from moepp.metrics.values import Reduce, Value, reduce_values
+from moepp.config import MoEConfig
+from moepp.metrics.routing import COLUMNS, COUNTS, RoutingTable
+from moepp.metrics.values import Value
+from moepp.moe.observation import num_columns
 from moepp.moe.stats import MoEStats
-
-_MEANS = ("balance_loss", "drop_fraction")  # over this rank's tokens, as are the shares that follow them
-_COUNTS = ("num_tokens", "ffn_assignments", "remote_assignments")
-_COLUMNS = (*_COUNTS, *_MEANS)
 
 
 class StepStats:
@@ -26,28 +25,25 @@ class StepStats:
 
         stats.add_micro_batch(...)      # each micro-batch; no host synchronisation
         stats.commit(dispatch_bytes)    # each optimizer step
-        stats.reduce(...)               # each log interval; starts the next interval
+        stats.values()                  # each log interval; starts the next interval
     """
 
     def __init__(
         self,
         moe_layers: Sequence[int],
-        expert_counts: Mapping[str, int],
-        top_k: int,
+        moe: MoEConfig,
         rows: Sequence[int] | None = None,
     ) -> None:
         """Start the first interval.
 
         Args:
             moe_layers: transformer layer index of each MoE layer of the model.
-            expert_counts: experts of each kind, in the order of ``share_Z`` and ``load_E``; "ffn" comes first.
-            top_k: K.
+            moe: of the layers.
             rows: which of the MoE layers this rank holds, in the order of the stats passed later; other ranks of a
                 pipeline add those of the others. None: all.
         """
         self.moe_layers = tuple(moe_layers)
-        self.expert_counts = dict(expert_counts)
-        self.top_k = top_k
+        self.moe = moe
         self._rows = list(range(len(self.moe_layers)) if rows is None else rows)
         self._pending: dict[str, Tensor] = {}
         self._interval: dict[str, Tensor] = {}
@@ -74,9 +70,13 @@ class StepStats:
         if stats:
             columns_LC = torch.stack([_columns(layer) for layer in stats]).to(torch.float64)
             # Weighed by the tokens behind them, means add up over micro-batches and ranks of any size.
-            columns_LC[:, len(_COUNTS) :] *= columns_LC[:, :1]
+            columns_LC[:, len(COUNTS) :] *= columns_LC[:, :1]
             new["layers"][self._rows] = columns_LC
             new["load"][self._rows] = torch.stack([layer.load_E.detach() for layer in stats]).to(torch.float64)
+            seen = [layer.observation for layer in stats if layer.observation is not None]
+            if seen:
+                new["observed"] = loss_sum.new_zeros(self._observed_shape())
+                new["observed"][self._rows] = torch.stack(seen)
         _accumulate(self._pending, new)
 
     def step_load(self) -> Tensor:
@@ -90,6 +90,8 @@ class StepStats:
         zero = self._pending["loss_sum"].new_zeros(())
         self._pending["dispatch_bytes"] = zero + dispatch_bytes
         self._pending["steps"] = zero + 1
+        if self.moe_layers and "observed" not in self._pending and "observed" not in self._interval:
+            self._pending["observed"] = zero.new_zeros(self._observed_shape())
         _accumulate(self._interval, self._pending)
         self._pending = {}
 
@@ -98,91 +100,65 @@ class StepStats:
         self._pending = {}
 
     def clear(self) -> None:
-        """Forget everything since the last :meth:`reduce`."""
+        """Forget everything since the last :meth:`values`."""
         self._pending, self._interval = {}, {}
 
-    @property
-    def is_empty(self) -> bool:
-        """No step was committed since the last :meth:`reduce`."""
-        return not self._interval
-
     def state(self) -> dict[str, Tensor]:
-        """Return this rank's sums since the last :meth:`reduce`, by name; call it between steps."""
+        """Return this rank's sums since the last :meth:`values`, by name; call it between steps."""
         return {f"stats.{name}": tensor for name, tensor in self._interval.items()}
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the names and shapes of :meth:`state` after the first committed step."""
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("loss_sum", "loss_tokens", "dispatch_bytes", "steps"), ())
         if self.moe_layers:
-            shapes |= {"layers": self._layers_shape(), "load": self._load_shape()}
+            shapes |= {"layers": self._layers_shape(), "load": self._load_shape(), "observed": self._observed_shape()}
         return {f"stats.{name}": shape for name, shape in shapes.items()}
 
     def _layers_shape(self) -> tuple[int, int]:
-        return len(self.moe_layers), len(_COLUMNS) + len(self.expert_counts)
+        return len(self.moe_layers), len(COLUMNS) + len(self.moe.expert_counts)
 
     def _load_shape(self) -> tuple[int, int]:
-        return len(self.moe_layers), sum(self.expert_counts.values())
+        return len(self.moe_layers), self.moe.num_experts
+
+    def _observed_shape(self) -> tuple[int, int]:
+        return len(self.moe_layers), num_columns(self.moe)
 
     def add_state(self, state: Mapping[str, Tensor]) -> None:
         """Add sums that :meth:`state` returned, of this rank or, in another layout, of several."""
         _accumulate(self._interval, {name.removeprefix("stats."): tensor for name, tensor in state.items()})
 
-    def reduce(self, sum_reduce: Reduce, max_reduce: Reduce) -> dict[str, float]:
-        """Return metrics over all ranks and all steps committed since the last call; every rank calls it.
-
-        - ``train/loss``: mean over tokens, nats.
-        - ``train/balance_loss``: sum over layers of L_b (Eq. 7, without its weight), mean over tokens.
-        - ``routing/ffn_per_token``, ``routing/drop_fraction``: mean over MoE layers, each a mean over tokens.
-        - ``routing/layer_<i>/share_<kind>``: of the router's choices, before drops; they sum to 1.
-        - ``routing/layer_<i>/max_over_mean``: busiest FFN expert over the mean; absent if no FFN expert was chosen.
-        - ``comm/dispatch_bytes``: rows sent to other ranks, per step, over all ranks.
-        - ``comm/dispatch_bytes_vanilla``: the same if all K assignments of each token were FFN ones, with each layer's
-          observed remote share: ``bytes * sum_l(K T remote_l / ffn_l) / sum_l(remote_l)``.
-        """
-        if not self._interval:
-            raise ValueError("reduce() without a committed step since the last call")
-        sums, self._interval = self._interval, {}
-        values = {"train/loss": Value.mean(sums["loss_sum"], sums["loss_tokens"])}
-        values["comm/dispatch_bytes"] = Value.sum(sums["dispatch_bytes"])
-        # Every rank takes the same number of steps, so the maximum over ranks is that number.
-        values["steps"] = Value.max(sums["steps"])
+    def values(self) -> dict[str, Value]:
+        """Return the sums since the last call, for :func:`reduce_values`; zeros for what this rank has none of."""
+        names = {name.removeprefix("stats."): shape for name, shape in self.state_shapes().items()}
+        sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in names.items()} | self._interval
+        self._interval = {}
+        values = {
+            "train/loss": Value.mean(sums["loss_sum"], sums["loss_tokens"]),
+            "dispatch_bytes": Value.sum(sums["dispatch_bytes"]),
+            # Every rank takes the same number of steps, so the maximum over ranks is that number.
+            "steps": Value.max(sums["steps"]),
+        }
         if self.moe_layers:
-            columns_LC = sums["layers"]
-            balance_loss = columns_LC[:, _COLUMNS.index("balance_loss")].sum()
-            values["train/balance_loss"] = Value.mean(balance_loss, columns_LC[0, 0])
-            values["layers"] = Value.sum(columns_LC)
-            values["load"] = Value.sum(sums["load"])
-        reduced = reduce_values(values, sum_reduce, max_reduce)
+            values |= {name: Value.sum(sums[name]) for name in ("layers", "load", "observed")}
+        return values
 
-        metrics = {name: float(reduced[name]) for name in values if "/" in name and name in reduced}
-        metrics["comm/dispatch_bytes"] /= float(reduced["steps"])
-        metrics["comm/dispatch_bytes_vanilla"] = 0.0
-        if self.moe_layers:
-            self._add_routing(metrics, reduced["layers"], reduced["load"])
-        return metrics
-
-    def _add_routing(self, metrics: dict[str, float], layers_LC: Tensor, load_LE: Tensor) -> None:
-        column = {name: layers_LC[:, c] for c, name in enumerate(_COLUMNS)}
-        tokens_L, ffn_L, remote_L = (column[name] for name in _COUNTS)
-        per_token = tokens_L.clamp(min=1)  # a layer without tokens has zeros to divide
-        metrics["routing/ffn_per_token"] = float((ffn_L / per_token).mean())
-        metrics["routing/drop_fraction"] = float((column["drop_fraction"] / per_token).mean())
-        for row, index in enumerate(self.moe_layers):
-            prefix = f"routing/layer_{index}"
-            for kind, share in zip(self.expert_counts, layers_LC[row, len(_COLUMNS) :], strict=True):
-                metrics[f"{prefix}/share_{kind}"] = float(share / per_token[row])
-            load_E = load_LE[row, : self.expert_counts["ffn"]]
-            if load_E.sum() > 0:
-                metrics[f"{prefix}/max_over_mean"] = float(load_E.max() / load_E.mean())
-        if remote_L.sum() > 0:
-            vanilla_L = self.top_k * tokens_L * remote_L / ffn_L.clamp(min=1)
-            growth = float(vanilla_L.sum() / remote_L.sum())
-            metrics["comm/dispatch_bytes_vanilla"] = metrics["comm/dispatch_bytes"] * growth
+    def routing(self, reduced: Mapping[str, Tensor]) -> RoutingTable | None:
+        """Return what the reduced :meth:`values` say of the layers; None without MoE layers or steps."""
+        if not self.moe_layers or float(reduced["steps"]) == 0:
+            return None
+        return RoutingTable(
+            self.moe_layers,
+            self.moe,
+            reduced["layers"].numpy(),
+            reduced["load"].numpy(),
+            reduced["observed"].numpy(),
+            bytes_sent=float(reduced["dispatch_bytes"]) / float(reduced["steps"]),
+        )
 
 
 def _columns(layer: MoEStats) -> Tensor:
     """Return counts, means and shares of one layer, [C]."""
-    scalars = torch.stack([getattr(layer, name).detach() for name in _COLUMNS])
+    scalars = torch.stack([getattr(layer, name).detach() for name in COLUMNS])
     return torch.cat((scalars, layer.share_Z.detach().to(scalars.dtype)))
 
 

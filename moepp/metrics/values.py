@@ -1,7 +1,8 @@
 """Values that carry the way they are reduced over ranks, and the one place that reduces them.
 
-Whoever makes a value says how it adds up (a weighted mean, a sum, a maximum); :func:`reduce_values` packs all of
-them in one tensor, so a log interval costs one or two small collectives and one host synchronisation.
+Whoever makes a value says how it adds up (a weighted mean, a sum, a maximum, one entry for each rank);
+:func:`reduce_values` packs all of them in one tensor, so a log interval costs one small collective and one host
+synchronisation.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import torch
 from torch import Tensor
 
 Reduce = Callable[[Tensor], Tensor]
-"""Takes a tensor of this rank, returns it reduced over all ranks (for example a bound ``comm.all_reduce``)."""
+"""Takes a tensor of this rank, returns it summed over all ranks (for example a bound ``comm.all_reduce_sum``)."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """A scalar or a vector with its reduction; make it with :meth:`mean`, :meth:`sum` or :meth:`max`."""
+    """A scalar or a tensor with its reduction; make it with :meth:`mean`, :meth:`sum`, :meth:`max` or :meth:`ranks`."""
 
-    reduction: Literal["mean", "sum", "max"]
+    reduction: Literal["mean", "sum", "max", "ranks"]
     data: Tensor  # mean: the weighted sum
     weight: Tensor | None = None  # mean only: the sum of the weights, 0-dim
 
@@ -37,47 +38,69 @@ class Value:
 
     @classmethod
     def max(cls, data: Tensor) -> Value:
-        """Return the maximum over ranks, element by element."""
+        """Return the maximum over ranks, element by element; keep it small: it is sent for each rank."""
         return cls("max", data)
 
+    @classmethod
+    def ranks(cls, data: Tensor) -> Value:
+        """Return what each rank has, [P, ...]; keep it small: it is sent for each rank."""
+        return cls("ranks", data)
 
-def reduce_values(values: Mapping[str, Value], sum_reduce: Reduce, max_reduce: Reduce) -> dict[str, Tensor]:
-    """Reduce ``values`` over ranks: one ``sum_reduce`` call, and one ``max_reduce`` call if there is a maximum.
+
+def reduce_values(values: Mapping[str, Value], sum_reduce: Reduce, rank: int = 0, size: int = 1) -> dict[str, Tensor]:
+    """Reduce ``values`` over ranks with one call of ``sum_reduce``; none where there is nothing.
 
     Every rank passes the same names with the same shapes; their order does not matter. The sums are fp64, so that
-    byte and token counts stay exact.
+    byte and token counts stay exact. Where some values are on an accelerator, that is where they are summed.
+
+    Args:
+        values: of this rank.
+        sum_reduce: the collective.
+        rank: number of this rank.
+        size: P, how many there are.
 
     Returns:
-        name -> fp64 tensor on the CPU with the shape of ``Value.data``. A mean whose weight is 0 over all ranks is
-        undefined and left out.
+        name -> fp64 tensor on the CPU, with the shape of ``Value.data`` ([P, ...] for one entry for each rank). A mean
+        whose weight is 0 over all ranks is undefined and left out.
     """
+    if not values:
+        return {}
     names = sorted(values)
-    parts: dict[bool, list[Tensor]] = {False: [], True: []}
+    parts = [part for name in names for part in _parts(values[name], rank, size)]
+    summed = sum_reduce(_joined(parts)).cpu()
+    found, at = {}, 0
     for name in names:
         value = values[name]
-        parts[value.reduction == "max"].append(value.data.reshape(-1))
+        shape = value.data.shape if value.reduction in ("mean", "sum") else (size, *value.data.shape)
+        end = at + int(torch.Size(shape).numel())
+        data, at = summed[at:end].reshape(shape), end
         if value.weight is not None:
-            parts[False].append(value.weight.reshape(1))
-    flat = {is_max: _reduce_packed(parts[is_max], max_reduce if is_max else sum_reduce) for is_max in parts}
-
-    out, offset = {}, {False: 0, True: 0}
-    for name in names:
-        value = values[name]
-        is_max = value.reduction == "max"
-        end = offset[is_max] + value.data.numel()
-        data = flat[is_max][offset[is_max] : end].reshape(value.data.shape)
-        offset[is_max] = end
-        if value.weight is not None:
-            weight = flat[False][end]
-            offset[False] += 1
+            weight, at = summed[at], at + 1
             if weight == 0:
                 continue
             data = data / weight
-        out[name] = data
-    return out
+        found[name] = data.amax(dim=0) if value.reduction == "max" else data
+    return found
 
 
-def _reduce_packed(parts: list[Tensor], reduce: Reduce) -> Tensor:
-    if not parts:
-        return torch.zeros(0, dtype=torch.float64)
-    return reduce(torch.cat([part.detach().to(torch.float64) for part in parts])).cpu()
+def _parts(value: Value, rank: int, size: int) -> list[Tensor]:
+    """Return what is summed of a value, flat: for one entry for each rank zeros but for this one's."""
+    flat = value.data.detach().to(torch.float64).reshape(-1)
+    if value.weight is not None:
+        return [flat, value.weight.detach().to(torch.float64).reshape(1)]
+    if value.reduction == "sum" or size == 1:
+        return [flat]
+    slots = flat.new_zeros(size, flat.numel())
+    slots[rank] = flat
+    return [slots.reshape(-1)]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Put all parts into one tensor, on the accelerator if one of them is there: those of the host in one copy."""
+    device = next((part.device for part in parts if part.device.type != "cpu"), torch.device("cpu"))
+    own = [index for index, part in enumerate(parts) if part.device.type == "cpu"]
+    if device.type != "cpu" and own:
+        moved = torch.cat([parts[index] for index in own]).to(device, non_blocking=True)
+        for index, part in zip(own, moved.split([parts[index].numel() for index in own]), strict=True):
+            parts[index] = part
+    return torch.cat(parts)

@@ -10,15 +10,18 @@ import queue
 import re
 import secrets
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+import numpy as np
 
 from moepp.config.schema import WandbConfig
 from moepp.errors import ConfigError, RunError, WriteError
 from moepp.io import files
 from moepp.io.write_errors import user_name
+from moepp.metrics.routing import RoutingSnapshot
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +31,9 @@ _FINISH_SECONDS = {"offline": 30.0, "online": 600.0}  # to flush a file; to send
 _END_SECONDS = 10.0  # for the thread to notice that the service has ended
 _RUN_ID = re.compile(r"[\w-]{1,128}")
 _MAX_RUN_ID = 8192  # characters of the file: an id and a path
+
+Draw = Callable[[RoutingSnapshot], "Mapping[str, np.ndarray]"]
+"""Makes images of what the routers did, by name: uint8 [height, width, 3]."""
 
 
 def require_wandb_login(mode: str) -> None:
@@ -74,6 +80,7 @@ class WandbSink:
 
         self._wandb = wandb
         self._finish_seconds = _FINISH_SECONDS[cfg.mode]
+        self.draw: Draw | None = None
         self.step_offset: int | None = 0  # global batches left out by rewinds; None: W&B counts by itself
         try:
             run_id = _run_id(run_dir / "wandb" / "run-id", is_resumed)
@@ -102,7 +109,9 @@ class WandbSink:
                 f"W&B does not start with logging.wandb.mode={cfg.mode}: {_in_one_line(error)}; correct logging.wandb, "
                 "or train without W&B: logging.wandb.mode=disabled"
             ) from error
-        self._records: queue.SimpleQueue[tuple[dict[str, Any], int | None] | None] = queue.SimpleQueue()
+        self._records: queue.SimpleQueue[tuple[dict[str, Any] | RoutingSnapshot, int | None] | None] = (
+            queue.SimpleQueue()
+        )
         self._has_failed = False
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
@@ -117,13 +126,25 @@ class WandbSink:
         W&B's own step is the run's step plus the offset, the number of global batches: so it increases also after a
         rewind, and the parts of a run that was resumed are disjoint but for steps that are computed again.
         """
+        self._put({"step": step, "tokens": tokens, **record}, step)
+
+    def log_routing(self, snapshot: RoutingSnapshot) -> None:
+        """Hand over a snapshot, whose images are made in W&B's thread."""
+        if self.draw is not None:
+            self._put(snapshot, snapshot.step)
+
+    def _put(self, item: dict[str, Any] | RoutingSnapshot, step: int) -> None:
         if self._has_failed:
             return
         if self._records.qsize() >= _MAX_WAITING:
             self._fail(f"at step {step}, because it does not take records any more")
             return
-        own_step = None if self.step_offset is None else step + self.step_offset
-        self._records.put(({"step": step, "tokens": tokens, **record}, own_step))
+        self._records.put((item, None if self.step_offset is None else step + self.step_offset))
+
+    def _images(self, snapshot: RoutingSnapshot) -> dict[str, Any]:
+        assert self.draw is not None
+        images = {name: self._wandb.Image(image) for name, image in self.draw(snapshot).items()}
+        return {"step": snapshot.step, "tokens": snapshot.tokens, **images}
 
     def close(self) -> None:
         """Finish the run and wait until its file is complete, but not for ever."""
@@ -138,13 +159,15 @@ class WandbSink:
     def _work(self) -> None:
         """Log until None comes, then finish: the thread's work."""
         while (item := self._records.get()) is not None:
-            record, step = item
+            record, own_step = item
             if self._has_failed:
                 continue
             try:
-                self._run.log(record, step=step)
+                row = self._images(record) if isinstance(record, RoutingSnapshot) else record
+                self._run.log(row, step=own_step)
             except Exception as error:
-                self._fail(f"at step {record['step']}: {_in_one_line(error)}")
+                step = record.step if isinstance(record, RoutingSnapshot) else record["step"]
+                self._fail(f"at step {step}: {_in_one_line(error)}")
         # finish() alone returns before the file is flushed; teardown() also takes back what wandb does at exit.
         for end in (self._run.finish, self._wandb.teardown):
             try:

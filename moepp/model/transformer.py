@@ -186,6 +186,12 @@ class Transformer(nn.Module):
         """Store only each layer's input and run its forward again in backward (losses and gradients stay the same)."""
         self.recompute = enabled
 
+    def set_observed(self, enabled: bool) -> None:
+        """Look closely at the routers in the calls that follow (:mod:`moepp.moe.observation`)."""
+        for layer in self.layers:
+            if isinstance(layer, TransformerLayer) and layer.is_moe:
+                layer.moe.observes = enabled
+
     @property
     def routers(self) -> tuple[Router, ...]:
         """Of the MoE layers that this rank holds, first layer first."""

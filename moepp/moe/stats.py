@@ -24,7 +24,8 @@ class MoEStats:
     ffn_assignments: Tensor  # assignments to FFN experts computed for this rank's tokens
     remote_assignments: Tensor  # of those, the ones whose expert lives on another rank
     balance_loss: Tensor  # Eq. 7, not multiplied by its weight
-    z_loss: Tensor  # not multiplied by its weight
+    z_loss: Tensor  # not multiplied by its weight; 0 where that is 0
+    observation: Tensor | None = None  # see moepp.moe.observation; None: the layer was not asked for it
 
     def share(self, kind: str) -> Tensor:
         """Return the share of the choices that went to experts of this kind."""

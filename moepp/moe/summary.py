@@ -34,6 +34,7 @@ class RoutingRecord:
         ffn_counts_E: assignments that each FFN expert computes for this rank's tokens, int64.
         num_dropped: dropped assignments of any kind, scalar int64; None: capacity was not applied.
         remote_assignments: of the computed ones, those whose expert lives on another rank.
+        observation: see :mod:`moepp.moe.observation`; None: the layer was not asked for it.
     """
 
     probs_TE: Tensor
@@ -42,6 +43,7 @@ class RoutingRecord:
     ffn_counts_E: Tensor
     num_dropped: Tensor | None
     remote_assignments: int
+    observation: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class PendingSummary:
                 remote_assignments=load_LE.new_full((), count) if (count := record.remote_assignments) else zero,
                 balance_loss=balances[row],
                 z_loss=zero if record.z_loss is None else record.z_loss.detach(),
+                observation=record.observation,
             )
             for row, record in enumerate(records)
         ]

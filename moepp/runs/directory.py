@@ -3,6 +3,7 @@
 config.yaml            resolved configuration; config.<n>.yaml: those of earlier starts that differed
 environment.json       versions, commit, device (never the process environment); environment.<n>.json likewise
 metrics.jsonl          one record per line; metrics.jsonl.<n>: of earlier starts that left no checkpoint
+routing.jsonl          what the routers did, one snapshot per line; routing.jsonl.<n> likewise
 checkpoints/step-*/    written by moepp.checkpoint
 wandb/  log/           W&B's files; console output, one file per rank
 .lock                  held by the run that writes here
@@ -56,6 +57,10 @@ class RunDir:
     @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def routing_file(self) -> Path:
+        return self.path / "routing.jsonl"
 
     @property
     def checkpoints(self) -> Path:
@@ -317,8 +322,9 @@ def _write_files(
         _write_keeping_previous(path, text)
     for folder in (run_dir.checkpoints, run_dir.log, run_dir.wandb):
         files.make_own_folder(folder)
-    if not keep_metrics and run_dir.metrics_file.exists() and run_dir.metrics_file.stat().st_size > 0:
-        files.move(run_dir.metrics_file, _next_numbered(run_dir.metrics_file, "{name}.{n}"))
+    for file in (run_dir.metrics_file, run_dir.routing_file):
+        if not keep_metrics and file.exists() and file.stat().st_size > 0:
+            files.move(file, _next_numbered(file, "{name}.{n}"))
     files.open_append(run_dir.metrics_file).close()
     return texts
 

@@ -16,6 +16,7 @@ from moepp.data import Corpora, Tokenizer, build_data
 from moepp.distributed import comm
 from moepp.distributed.groups import Layout, ParallelGroups, new_cpu_group
 from moepp.distributed.sequence import SequenceParallel
+from moepp.distributed.stage_clock import StageClock
 from moepp.engine.engine import Engine
 from moepp.interop import hf, official, upcycle
 from moepp.metrics.sinks import SinkGroup, open_sinks
@@ -27,7 +28,7 @@ from moepp.model.precision import DTYPES
 from moepp.model.transformer import Transformer
 from moepp.moe import ExpertParallel
 from moepp.runs.directory import RunDir
-from moepp.training.trainer import Evaluation, Parts
+from moepp.training.parts import Evaluation, Parts
 
 logger = logging.getLogger(__name__)
 
@@ -96,20 +97,22 @@ def load_initial_weights(cfg: Config, model: Transformer, groups: ParallelGroups
         source.load_into(model, cfg.init.path, groups.ep_rank, groups.ep_size)
 
 
-def build_engine(cfg: Config, plan: RunPlan, model: Transformer, groups: ParallelGroups) -> Engine:
-    """Return the engine that ``engine.name`` asks for."""
+def build_engine(
+    cfg: Config, plan: RunPlan, model: Transformer, groups: ParallelGroups, clock: StageClock | None = None
+) -> Engine:
+    """Return the engine that ``engine.name`` asks for; ``clock`` measures what it does."""
     if cfg.engine.name == "native":
         from moepp.engine.native import NativeEngine
 
-        return NativeEngine(model, groups, cfg.optim, plan.accumulation_steps, plan.zero_stage)
+        return NativeEngine(model, groups, cfg.optim, plan.accumulation_steps, plan.zero_stage, clock=clock)
     if cfg.engine.name == "fsdp":
         from moepp.engine.fsdp import FSDPEngine
 
-        return FSDPEngine(model, groups, cfg.optim, plan.accumulation_steps)
+        return FSDPEngine(model, groups, cfg.optim, plan.accumulation_steps, clock)
     from moepp.engine.deepspeed import DeepSpeedEngine
 
     sizes = plan.accumulation_steps, plan.micro_batch_size, plan.zero_stage
-    return DeepSpeedEngine(model, groups, cfg.optim, *sizes, cfg.engine)
+    return DeepSpeedEngine(model, groups, cfg.optim, *sizes, cfg.engine, clock)
 
 
 def build_parts(
@@ -143,14 +146,14 @@ def build_parts(
         comm.run_together(lambda: check_initial_weights(cfg))
     cache_dir = cfg.data.cache_dir or str(run_dir.path / "data-cache")
     data = build_data(cfg, plan, corpora, groups.data_rank, cache_dir)
-    comm_stats = comm.CommStats()
+    comm_stats = comm.CommStats(clock=StageClock(groups.device))
     document_end = corpora.vocabulary.eod_id if cfg.data.document_attention else None
     model = build_model(cfg, groups, comm_stats, document_end)
     if starts_fresh:
         comm.run_together(lambda: load_initial_weights(cfg, model, groups))
     if cfg.runtime.compile:
         compile_dense_parts(model)
-    engine = build_engine(cfg, plan, model, groups)
+    engine = build_engine(cfg, plan, model, groups, comm_stats.clock)
     peak = peak_flops_per_second(device_name(groups.device), cfg.train.precision)
     throughput = Throughput(groups.world_size, peak)
     checkpointer = Checkpointer(cfg.checkpoint, groups, run_dir.checkpoints, new_cpu_group(), check_claim)

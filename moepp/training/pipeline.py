@@ -17,6 +17,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from moepp.config import Config, RunPlan
 from moepp.distributed.comm import CommStats
 from moepp.distributed.groups import ParallelGroups
+from moepp.distributed.stage_clock import StageClock
 from moepp.engine.engine import ScheduledEngine
 from moepp.metrics.step_stats import StepStats
 from moepp.model.stage import Stage, StageResult
@@ -25,6 +26,20 @@ from moepp.training.runner import Batch
 
 # It reports an error, with all arguments, which is then raised here.
 logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)
+
+
+class _TimedStage(PipelineStage):
+    """Says when it computes; the rest of the schedule's time it waits for others."""
+
+    clock = StageClock()
+
+    def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        with self.clock.stage("forward"):
+            return super().forward_one_chunk(*args, **kwargs)
+
+    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        with self.clock.stage("backward"):
+            return super().backward_one_chunk(*args, **kwargs)
 
 
 class PipelineRunner:
@@ -105,13 +120,14 @@ class PipelineRunner:
             stage.results, stage.selection_share_LE = [], selection_share_LE
         is_first, is_last = 0 in self._stages, self._num_stages - 1 in self._stages
         try:
-            schedule.step(
-                *([input_ids_NS] if is_first else []),
-                target=input_ids_NS if is_last else None,  # asked for, not used: stages compute the loss
-                input_ids_BS=input_ids_NS,
-                labels_BS=labels_NS,
-                return_outputs=False,
-            )
+            with self._comm_stats.clock.stage("pipeline"):
+                schedule.step(
+                    *([input_ids_NS] if is_first else []),
+                    target=input_ids_NS if is_last else None,  # asked for, not used: stages compute the loss
+                    input_ids_BS=input_ids_NS,
+                    labels_BS=labels_NS,
+                    return_outputs=False,
+                )
         except RuntimeError as error:
             cause = cause_of(error)
             if cause is error:
@@ -138,7 +154,7 @@ class PipelineRunner:
         takes = (ids,) if stage.is_first else self._crossing(stage.receives_logits)
         loss = (torch.empty((), requires_grad=True, device="meta"),)
         gives = loss if stage.is_last else self._crossing(stage.sends_logits)
-        return PipelineStage(
+        made = _TimedStage(
             stage,
             index,
             self._num_stages,
@@ -147,6 +163,8 @@ class PipelineRunner:
             output_args=gives,
             group=self._groups.pp,
         )
+        made.clock = self._comm_stats.clock
+        return made
 
     def _crossing(self, with_logits: bool) -> tuple[Tensor, ...]:
         """Shapes of what crosses a border of stages."""

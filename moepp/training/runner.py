@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from moepp.distributed.stage_clock import StageClock
 from moepp.engine.engine import Engine
 from moepp.metrics.step_stats import StepStats
 from moepp.model.transformer import Transformer
@@ -50,18 +51,22 @@ class Runner(Protocol):
 class WholeModelRunner:
     """One micro-batch after the other through a model that this rank holds from end to end."""
 
-    def __init__(self, model: Transformer, engine: Engine) -> None:
+    def __init__(self, model: Transformer, engine: Engine, clock: StageClock | None = None) -> None:
         self._model = model
         self._engine = engine
+        self._clock = clock if clock is not None else StageClock()
 
     def train(self, batches: Sequence[Batch], selection_share_LE: Tensor | None, stats: StepStats) -> Tensor:
         loss_sums = torch.zeros(2, dtype=torch.float64, device=batches[0][0].device)
         for input_ids_BS, labels_BS in batches:
-            out = self._model.loss(input_ids_BS, labels_BS, selection_share_LE)
-            stats.add_micro_batch(out.stats, out.ce_sum, out.num_tokens)
-            loss_sums += torch.stack((out.ce_sum.detach(), out.aux_loss.detach())).to(loss_sums)
-            # Every micro-batch of every rank has the same number of tokens, so a mean of means is the global mean.
-            self._engine.backward(out.ce_sum / out.num_tokens + out.aux_loss)
+            with self._clock.stage("forward"):
+                out = self._model.loss(input_ids_BS, labels_BS, selection_share_LE)
+                stats.add_micro_batch(out.stats, out.ce_sum, out.num_tokens)
+                loss_sums += torch.stack((out.ce_sum.detach(), out.aux_loss.detach())).to(loss_sums)
+                # Every micro-batch of every rank has the same number of tokens: a mean of means is the global mean.
+                loss = out.ce_sum / out.num_tokens + out.aux_loss
+            with self._clock.stage("backward"):
+                self._engine.backward(loss)
         return loss_sums
 
     @torch.no_grad()

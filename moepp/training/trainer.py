@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from moepp.checkpoint import (
-    Checkpointer,
     CheckpointInfo,
     RunState,
     SavedLayout,
@@ -26,59 +25,23 @@ from moepp.checkpoint import (
     newest_checkpoint,
     read_info,
 )
-from moepp.config import Config, RunPlan, to_dict
-from moepp.data import Corpora
+from moepp.config import to_dict
 from moepp.data.reader import BatchReader
 from moepp.distributed import comm
-from moepp.distributed.groups import ParallelGroups
-from moepp.engine.engine import Engine, ScheduledEngine, StepResult
+from moepp.engine.engine import ScheduledEngine, StepResult
 from moepp.errors import CheckpointError, Preempted, TrainingError
-from moepp.metrics.memory import memory_metrics
-from moepp.metrics.sinks import SinkGroup
-from moepp.metrics.step_stats import StepStats
-from moepp.metrics.throughput import Throughput
-from moepp.model.accounting import flops_per_token
-from moepp.model.transformer import Transformer
 from moepp.registry import ROUTERS
-from moepp.training.guards import LossWatch, SkippedSteps, SpikeGuard, StopRequest
+from moepp.training.guards import SkippedSteps, SpikeGuard, StopRequest
+from moepp.training.parts import Parts
 from moepp.training.profiling import StepProfiler
+from moepp.training.recorder import Recorder
 from moepp.training.runner import Runner, WholeModelRunner
 from moepp.training.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-class Data(Protocol):
-    """Batches of this rank as a pure function of seed and index."""
-
-    def train_batch(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]: ...
-
-    def eval_batch(self, index: int, micro_step: int) -> tuple[Tensor, Tensor]: ...
-
-
-Evaluation = Callable[[Transformer, int | None], Mapping[str, float]]
-"""Benchmarks of a model and the id that ends its documents (None: not known): values by metric; collective."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a run is made of; see :mod:`moepp.training.build`."""
-
-    cfg: Config
-    plan: RunPlan
-    groups: ParallelGroups
-    model: Transformer
-    engine: Engine
-    corpora: Corpora
-    data: Data
-    comm_stats: comm.CommStats
-    sinks: SinkGroup
-    throughput: Throughput
-    checkpointer: Checkpointer
-    versions: dict[str, Any]
-    evaluate_tasks: Evaluation | None = None  # of eval.tasks; None: there are none
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 class Trainer:
@@ -94,13 +57,11 @@ class Trainer:
         self.step = 0  # optimizer steps done
         self.skipped_batches = 0  # global batches left out by rewinds: step s trains on batch s + skipped_batches
         self.rewinds = 0
-        moe = parts.cfg.model.moe
-        self.stats = StepStats(parts.cfg.model.moe_layers, moe.expert_counts, moe.top_k, parts.model.moe_rows)
+        self.recorder = Recorder(parts)
+        self.stats = self.recorder.stats
         self.runner = make_runner(parts)
-        self._sent: Counter[str] = Counter()  # bytes by kind, and steps, since the last record
         self.skipped_steps = SkippedSteps(parts.cfg.guard)
         self.spikes = SpikeGuard(parts.cfg.guard)
-        self.loss_watch = LossWatch(parts.cfg.model.vocab_size, parts.cfg.optim.lr)
         self.vocabulary = parts.corpora.vocabulary
         self.batches = BatchReader(parts.data, parts.plan, parts.groups.device)
 
@@ -151,7 +112,7 @@ class Trainer:
                 if self.step <= step:
                     continue  # rewound to a step whose records and checkpoint exist already
                 is_last = self.step == train.steps
-                if is_last or _is_due(self.step, train.log_interval):
+                if self.recorder.is_logged(self.step):
                     self.log(result)
                 if is_last or _is_due(self.step, train.eval_interval):
                     self.evaluate_and_log()
@@ -173,29 +134,30 @@ class Trainer:
 
     def train_step(self) -> StepResult:
         """Take one optimizer step over the global batch; a rewind may follow and lower :attr:`step`."""
-        comm_stats = self.parts.comm_stats
-        rows_before, sent_before = comm_stats.row_bytes, comm_stats.by_kind()
+        recorder, clock = self.recorder, self.recorder.clock
         batch = self.step + self.skipped_batches
         has_next = self.step + 1 < self.cfg.train.steps
-        batches = [self._to_device(in_host_memory) for in_host_memory in self.batches.read(batch, has_next)]
-        share_LE = self._global_selection_share(batches)
-        ce_sum, aux_sum = self._sum(self.runner.train(batches, share_LE, self.stats)).tolist()
-        is_finite = math.isfinite(ce_sum + aux_sum)
-        is_spike = is_finite and self.spikes.is_on and self.spikes.is_spike(ce_sum / self.plan.tokens_per_step)
-        result = self.engine.step(self._learning_rate(self.step), update=is_finite and not is_spike)
+        with recorder.step(self.step + 1):
+            with clock.stage("data"):
+                batches = [self._to_device(in_host_memory) for in_host_memory in self.batches.read(batch, has_next)]
+            share_LE = self._global_selection_share(batches)
+            loss_sums = self.runner.train(batches, share_LE, self.stats)
+            with clock.stage("reduction"):
+                ce_sum, aux_sum = self._sum(loss_sums).tolist()
+            is_finite = math.isfinite(ce_sum + aux_sum)
+            is_spike = is_finite and self.spikes.is_on and self.spikes.is_spike(ce_sum / self.plan.tokens_per_step)
+            update = is_finite and not is_spike
+            result = self.engine.step(self._learning_rate(self.step), update, recorder.watch)
+            if not result.skipped:
+                self._update_routers()
         self.step += 1
-        self.parts.throughput.add(self.plan.tokens_per_step)
-        broken = "loss" if not is_finite else "gradient"
-        self._sent.update(comm_stats.by_kind() - sent_before)
-        self._sent["steps"] += 1
-        self._settle(result, is_spike, broken, comm_stats.row_bytes - rows_before)
+        self._settle(result, is_spike, "loss" if not is_finite else "gradient")
         return result
 
-    def _settle(self, result: StepResult, is_spike: bool, broken: str, sent_bytes: int) -> None:
+    def _settle(self, result: StepResult, is_spike: bool, broken: str) -> None:
         """Commit the step's statistics, or say why the step did not count."""
         if not result.skipped:
-            self._update_routers()
-            self.stats.commit(sent_bytes)
+            self.recorder.commit()
             self.skipped_steps.record(False, self.step)
             return
         self.stats.discard()
@@ -244,28 +206,15 @@ class Trainer:
 
     def log(self, result: StepResult) -> None:
         """Reduce the interval's statistics over ranks and write one record."""
-        record = {} if self.stats.is_empty else self.stats.reduce(self._sum, self._max)
-        record |= self._read_sent()
-        record["train/grad_norm"] = result.grad_norm
-        record["train/skipped_steps"] = self.skipped_steps.total
-        record["optim/lr"] = self._learning_rate(max(self.step - 1, 0))
-        flops = flops_per_token(self.cfg.model, self.cfg.data.seq_len, record.get("routing/ffn_per_token", 0.0))
-        record |= self.parts.throughput.read(flops.forward_backward)
-        record |= memory_metrics(self.groups.device, self._max)
-        self.parts.sinks.log(record, self.step, self.tokens)
-        if self.groups.rank == 0 and "train/loss" in record:
-            is_last = self.step == self.cfg.train.steps
-            if remark := self.loss_watch.remark(record["train/loss"], self.step, is_last):
-                logger.warning(remark)
-
-    def _read_sent(self) -> dict[str, float]:
-        """Return the bytes sent per step by kind, over all ranks, of the kinds that the layout has."""
-        sent, self._sent = self._sent, Counter()
-        kinds = sorted(self.parts.comm_stats.by_kind())
-        steps = max(sent["steps"], 1)
-        bytes_K = torch.tensor([sent[kind] / steps for kind in kinds], dtype=torch.float64)
-        totals = zip(kinds, self._sum(bytes_K).tolist(), strict=True)
-        return {kind: total for kind, total in totals if total}
+        batches = self.step + self.skipped_batches
+        measured = {
+            "train/grad_norm": result.grad_norm,
+            "train/skipped_steps": self.skipped_steps.total,
+            "optim/lr": self._learning_rate(max(self.step - 1, 0)),
+            "data/sequences": batches * self.cfg.train.global_batch_size,
+            "data/epoch": self.parts.data.epochs(batches),
+        }
+        self.recorder.log(measured, self.step, self.tokens)
 
     def save(self, background: bool | None = None) -> None:
         """Write a checkpoint of the present state."""
@@ -295,7 +244,8 @@ class Trainer:
     def evaluate_and_log(self) -> None:
         """Evaluate on held-out data if the configuration asks for it."""
         if self.cfg.train.eval_batches:
-            self.parts.sinks.log({"eval/loss": self.evaluate()}, self.step, self.tokens)
+            loss = self.evaluate()
+            self.parts.sinks.log({"eval/loss": loss, "eval/perplexity": _perplexity(loss)}, self.step, self.tokens)
 
     def evaluate(self) -> float:
         """Return the mean cross-entropy in nats per token over ``train.eval_batches`` held-out global batches."""
@@ -335,7 +285,8 @@ class Trainer:
         moe = self.cfg.model.moe
         if moe.balance_loss_scope != "global_batch" or not moe.balance_loss_weight or len(batches) == 1:
             return None
-        return (self._sum(self.runner.count_choices(batches)) / self.plan.tokens_per_step).float()
+        with self.recorder.clock.stage("forward"):
+            return (self._sum(self.runner.count_choices(batches)) / self.plan.tokens_per_step).float()
 
     def _anyone_must_stop(self, stop: StopRequest) -> bool:
         """Return whether any rank got a stop signal; the answer is the same on every rank."""
@@ -358,18 +309,20 @@ class Trainer:
     def _sum(self, tensor: Tensor) -> Tensor:
         return comm.all_reduce_sum(tensor, self.groups.world)
 
-    def _max(self, tensor: Tensor) -> Tensor:
-        return comm.all_reduce_max(tensor, self.groups.world)
-
 
 def make_runner(parts: Parts) -> Runner:
     """Return the way through the model that the layout asks for."""
     if parts.groups.pp_size == 1:
-        return WholeModelRunner(parts.model, parts.engine)
+        return WholeModelRunner(parts.model, parts.engine, parts.comm_stats.clock)
     from moepp.training.pipeline import PipelineRunner  # imports torch's pipelining
 
     engine = cast(ScheduledEngine, parts.engine)  # the rules of the configuration allow no other
     return PipelineRunner(parts.model, engine, parts.groups, parts.cfg, parts.plan, parts.comm_stats)
+
+
+def _perplexity(loss: float) -> float:
+    """Return e to the cross-entropy; infinite where no number is that large."""
+    return math.exp(loss) if loss < _LARGEST_EXPONENT else math.inf
 
 
 def _known(now: T | None, before: T | None) -> T | None:

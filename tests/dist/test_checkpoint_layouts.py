@@ -78,7 +78,7 @@ class Run:
         self.model = build_model(self.cfg, self.groups, comm.CommStats())
         self.engine: Engine = build_engine(self.cfg, self.plan, self.model, self.groups)
         model, moe = self.cfg.model, self.cfg.model.moe
-        self.stats = StepStats(model.moe_layers, moe.expert_counts, moe.top_k, self.model.moe_rows)
+        self.stats = StepStats(model.moe_layers, moe, self.model.moe_rows)
 
     def make_up(self) -> None:
         """Give the state its values."""

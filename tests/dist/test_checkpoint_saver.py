@@ -21,7 +21,7 @@ from moepp.checkpoint import Checkpointer, saver, storage, verify
 from moepp.checkpoint import format as fmt
 from moepp.checkpoint.index import read_index
 from moepp.checkpoint.storage import TensorReader
-from moepp.config import CheckpointConfig
+from moepp.config import CheckpointConfig, MoEConfig
 from moepp.distributed import comm
 from moepp.distributed.groups import Layout, ParallelGroups, build_groups, new_cpu_group
 from moepp.engine.engine import Engine
@@ -75,7 +75,7 @@ class Saving:
         self.groups = build_groups(Layout(comm.size(), expert=ep_size), torch.device("cpu"))
         self.folder = Path(folder)
         self.checkpointer = Checkpointer(CheckpointConfig(**cfg), self.groups, self.folder, new_cpu_group())
-        self.stats = StepStats((0,), {"ffn": 8, "zero": 1}, 2)
+        self.stats = StepStats((0,), MoEConfig(num_ffn_experts=8, ffn_hidden_size=4, num_zero_experts=1))
 
     def save(self, step: int, background: bool = False) -> list[str]:
         """The problems of one save, waited for."""

@@ -291,7 +291,7 @@ def _fail_inside(rank: int, where: str) -> None:
     else:
         model.embed_tokens.weight.register_hook(fail)
     data = make_data(cfg, plan, 0)
-    runner.train([data.train_batch(0, step) for step in range(2)], None, StepStats(cfg.model.moe_layers, {}, 2))
+    runner.train([data.train_batch(0, step) for step in range(2)], None, StepStats(cfg.model.moe_layers, cfg.model.moe))
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])

@@ -216,7 +216,7 @@ def test_fixed_keys_exist():
         train.eval_batches train.log_interval
         checkpoint.interval checkpoint.keep checkpoint.async
         logging.wandb.mode logging.wandb.project logging.wandb.group logging.wandb.tags
-        logging.tensorboard logging.progress
+        logging.tensorboard logging.progress logging.routing logging.routing_interval logging.csv
     """
     assert set(fixed.split()) <= set(known_keys())
 
@@ -227,6 +227,8 @@ def test_fixed_keys_exist():
         ({"model__num_heads": 3}, ["model.hidden_size=16", "not divisible by model.num_heads=3"]),
         ({"model__num_kv_heads": 3}, ["model.num_heads=4", "not divisible by model.num_kv_heads=3"]),
         ({"model__hidden_size": 12}, ["odd head size 3"]),
+        ({"logging__routing": "full"}, ["logging.routing='full' is not one of brief, detailed"]),
+        ({"logging__routing_interval": -1}, ["logging.routing_interval=-1 is below its minimum 0"]),
         ({"engine__reduce_bucket_size": 0}, ["engine.reduce_bucket_size=0 is below its minimum 1"]),
         ({"engine__allgather_bucket_size": 7}, ["engine.allgather_bucket_size=7 is not an even number"]),
         (

@@ -90,7 +90,7 @@ def write_run(path: Path, groups: ParallelGroups, tokenizer: Path, model: Transf
     info = make_info(5, 40, config=to_dict(cfg))
     saver = Checkpointer(CheckpointConfig(), groups, path / "checkpoints", new_cpu_group())
     moe = model.cfg.moe
-    saver.save(engine, StepStats(model.cfg.moe_layers, moe.expert_counts, moe.top_k), info, background=False)
+    saver.save(engine, StepStats(model.cfg.moe_layers, moe), info, background=False)
     assert saver.reports[0].problems == []
 
 

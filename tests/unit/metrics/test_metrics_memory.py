@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moepp.metrics.memory import memory_metrics
+from moepp.metrics.memory import memory_values
+from moepp.metrics.values import reduce_values
 
 GPU = torch.device("cuda", 3)
 
@@ -31,24 +32,23 @@ def accelerator(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_the_fullest_rank_counts_and_the_peak_starts_anew(accelerator: list[str]) -> None:
-    other_rank = torch.tensor([90, 500, 260])
-    reduced: list[torch.Tensor] = []
+    def add_other_rank(own: torch.Tensor) -> torch.Tensor:
+        assert own.is_cpu  # no device to wait for
+        slots = own.view(3, 2)  # in the order of names: allocated, peak, reserved; this rank is the first of two
+        slots[:, 1] += torch.tensor([90, 260, 500])
+        return own
 
-    def largest(own: torch.Tensor) -> torch.Tensor:
-        reduced.append(own.clone())
-        return torch.maximum(own, other_rank)
-
-    assert memory_metrics(GPU, largest) == {
+    values = memory_values(GPU)
+    assert {name: float(value) for name, value in reduce_values(values, add_other_rank, 0, 2).items()} == {
         "memory/allocated_bytes": 100,
         "memory/reserved_bytes": 500,
         "memory/peak_allocated_bytes": 260,
     }
-    assert [tensor.tolist() for tensor in reduced] == [[100, 400, 250]] and reduced[0].is_cpu  # no device to wait for
     assert accelerator[-1] == "reset_peak_memory_stats" and accelerator.index("max_memory_allocated") == 2
 
 
 def test_the_cpu_has_no_such_metrics(accelerator: list[str]) -> None:
-    assert memory_metrics(torch.device("cpu"), lambda tensor: pytest.fail("reduced")) == {}
+    assert memory_values(torch.device("cpu")) == {}
     assert accelerator == []
 
 
@@ -56,4 +56,4 @@ def test_large_memories_are_counted_exactly(monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("memory_allocated", "memory_reserved", "max_memory_allocated"):
         monkeypatch.setattr(torch.accelerator, name, lambda device: 2**38 + 1)
     monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", lambda device: None)
-    assert memory_metrics(GPU, lambda tensor: tensor)["memory/reserved_bytes"] == 2**38 + 1
+    assert float(memory_values(GPU)["memory/reserved_bytes"].data) == 2**38 + 1

@@ -5,47 +5,41 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from moepp.config import MoEConfig
 from moepp.metrics import StepStats, Value, reduce_values
 
 
 class Ranks:
-    """Threads that all-reduce with each other, one per rank; counts the calls per rank."""
+    """Threads that sum with each other, one per rank; counts the calls."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.calls: list[tuple[str, torch.dtype]] = []
+        self.calls: list[tuple[torch.dtype, int]] = []
         self._barrier = threading.Barrier(size, timeout=20)
         self._tensors: list[torch.Tensor] = [torch.empty(0)] * size
 
-    def _reduce(self, rank: int, operation: str, combine: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    def sum(self, rank: int) -> Callable[[torch.Tensor], torch.Tensor]:
         def reduce(tensor: torch.Tensor) -> torch.Tensor:
             self._tensors[rank] = tensor
             if rank == 0:
-                self.calls.append((operation, tensor.dtype))
+                self.calls.append((tensor.dtype, tensor.numel()))
             self._barrier.wait()
-            result = combine(torch.stack(self._tensors))
+            result = torch.stack(self._tensors).sum(0)
             self._barrier.wait()
             return result
 
         return reduce
 
-    def run(self, function: Callable[[int, Any, Any], Any]) -> list[Any]:
+    def run(self, function: Callable[[int, Any], Any]) -> list[Any]:
         with ThreadPoolExecutor(self.size) as executor:
-            futures = [
-                executor.submit(
-                    function,
-                    rank,
-                    self._reduce(rank, "sum", lambda x: x.sum(0)),
-                    self._reduce(rank, "max", lambda x: x.amax(0)),
-                )
-                for rank in range(self.size)
-            ]
+            futures = [executor.submit(function, rank, self.sum(rank)) for rank in range(self.size)]
             return [future.result() for future in futures]
 
 
@@ -53,33 +47,49 @@ def alone(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def test_each_value_is_reduced_as_it_declares_in_one_call_per_operation() -> None:
+def test_each_value_is_reduced_as_it_declares_in_one_collective() -> None:
     def rank_values(rank: int) -> dict[str, Value]:
         values = {
-            "loss": Value.mean(torch.tensor([30.0, 8.0][rank]), torch.tensor([10.0, 2.0][rank])),
-            "bytes": Value.sum(torch.tensor([[2**53, 1], [4, 5]][rank], dtype=torch.int64)),
-            "peak": Value.max(torch.tensor([3.0, 7.0][rank])),
-            "grid": Value.sum(torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[10.0, 20.0], [30.0, 40.0]]][rank])),
+            "loss": Value.mean(torch.tensor([30.0, 8.0, 0.0][rank]), torch.tensor([10.0, 2.0, 0.0][rank])),
+            "bytes": Value.sum(torch.tensor([[2**53, 1], [4, 5], [0, 0]][rank], dtype=torch.int64)),
+            "peak": Value.max(torch.tensor([-3.0, -7.0, -9.0][rank])),  # of negative numbers alone
+            "times": Value.ranks(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]][rank])),
+            "grid": Value.sum(torch.full((2, 2), 10.0**rank)),
         }
-        return values if rank == 0 else dict(reversed(values.items()))  # insertion order must not matter
+        return values if rank != 1 else dict(reversed(values.items()))  # insertion order must not matter
 
-    ranks = Ranks(2)
-    for result in ranks.run(lambda rank, s, m: reduce_values(rank_values(rank), s, m)):
-        assert float(result["loss"]) == pytest.approx(38 / 12)  # not the mean of 3 and 4
+    ranks = Ranks(3)
+    for result in ranks.run(lambda rank, s: reduce_values(rank_values(rank), s, rank, 3)):
+        assert float(result["loss"]) == pytest.approx(38 / 12)  # not the mean of means
         assert result["bytes"].tolist() == [2**53 + 4, 6]
-        assert float(result["peak"]) == 7
-        assert result["grid"].tolist() == [[11, 22], [33, 44]]
-    assert ranks.calls.count(("sum", torch.float64)) == 1
-    assert ranks.calls.count(("max", torch.float64)) == 1
-    assert len(ranks.calls) == 2
+        assert float(result["peak"]) == -3
+        assert result["times"].tolist() == [[1, 2], [3, 4], [5, 6]]
+        assert result["grid"].tolist() == [[111, 111], [111, 111]]
+    assert ranks.calls == [(torch.float64, 2 + 2 + 3 + 3 * 2 + 4)]
 
 
 def test_mean_without_weight_anywhere_is_left_out() -> None:
     empty = Value.mean(torch.tensor(0.0), torch.tensor(0.0))
-    assert reduce_values({"a": empty, "b": Value.sum(torch.tensor(2.0))}, alone, alone).keys() == {"b"}
+    assert reduce_values({"a": empty, "b": Value.sum(torch.tensor(2.0))}, alone).keys() == {"b"}
 
 
-KINDS = {"ffn": 2, "constant": 1, "copy": 1, "zero": 1}
+def test_what_the_host_counts_joins_what_the_device_sums() -> None:
+    parts = {"device": Value.sum(torch.ones(2, device="meta")), "host": Value.max(torch.tensor(3.0))}
+    sent: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        sent.append(tensor)
+        return torch.arange(3.0, dtype=torch.float64)  # the meta device has no numbers
+
+    reduced = reduce_values(parts, keep)
+    assert (sent[0].device.type, sent[0].numel()) == ("meta", 3)
+    assert (reduced["device"].tolist(), float(reduced["host"])) == ([0, 1], 2)
+
+
+MOE = MoEConfig(
+    num_ffn_experts=2, num_constant_experts=1, num_copy_experts=1, num_zero_experts=1, ffn_hidden_size=4, top_k=2
+)
+KINDS = MOE.expert_counts
 
 
 def layer_stats(
@@ -99,7 +109,8 @@ def layer_stats(
         "ffn_per_token": ffn_assignments / max(tokens, 1),
     }
     tensors = {name: torch.tensor(float(value)) for name, value in fields.items()}
-    return SimpleNamespace(**tensors, share_Z=torch.tensor(shares), load_E=torch.tensor(load, dtype=torch.float32))
+    more = {"share_Z": torch.tensor(shares), "load_E": torch.tensor(load, dtype=torch.float32), "observation": None}
+    return SimpleNamespace(**tensors, **more)
 
 
 # Two ranks, two steps, two micro-batches in the first step; experts: 2 FFN, 1 constant, 1 copy, 1 zero; K = 2.
@@ -134,10 +145,17 @@ def fill(stats: StepStats, rank: int) -> None:
             stats.commit(BYTES[rank][1])
 
 
-def reduced(rank: int, sum_reduce: Any, max_reduce: Any) -> dict[str, float]:
-    stats = StepStats(LAYERS, KINDS, top_k=2)
+def metrics_of(stats: StepStats, sum_reduce: Any = alone, rank: int = 0, size: int = 1) -> dict[str, float]:
+    reduced = reduce_values(stats.values(), sum_reduce, rank, size)
+    table = stats.routing(reduced)
+    losses = {name: float(value) for name, value in reduced.items() if "/" in name}
+    return losses if table is None else losses | table.summary() | table.keys_per_layer()
+
+
+def reduced(rank: int, sum_reduce: Any) -> dict[str, float]:
+    stats = StepStats(LAYERS, MOE)
     fill(stats, rank)
-    return stats.reduce(sum_reduce, max_reduce)
+    return metrics_of(stats, sum_reduce, rank, 2)
 
 
 def test_metrics_cover_all_tokens_of_all_ranks_and_steps() -> None:
@@ -148,7 +166,7 @@ def test_metrics_cover_all_tokens_of_all_ranks_and_steps() -> None:
         / sum(float(p[2][0].num_tokens) for p in passes),
         "comm/dispatch_bytes": (1000 + 300 + 5000 + 77) / 2,
     }
-    ffn_per_token, dropped, vanilla_assignments, remote_assignments = [], [], 0.0, 0.0
+    ffn_per_token, dropped, remote_of, vanilla_of = [], [], [], []
     for row, index in enumerate(LAYERS):
         layers = [p[2][row] for p in passes]
         tokens = sum(float(layer.num_tokens) for layer in layers)
@@ -156,16 +174,30 @@ def test_metrics_cover_all_tokens_of_all_ranks_and_steps() -> None:
         remote = sum(float(layer.remote_assignments) for layer in layers)
         ffn_per_token.append(ffn / tokens)
         dropped.append(sum(float(layer.drop_fraction * layer.num_tokens) for layer in layers) / tokens)
-        vanilla_assignments += 2 * tokens * remote / ffn
-        remote_assignments += remote
+        remote_of.append(remote)
+        vanilla_of.append(2 * tokens * remote / ffn)
+        for name in ("balance_loss", "drop_fraction"):
+            total = sum(float(getattr(layer, name) * layer.num_tokens) for layer in layers)
+            expected[f"routing/layer_{index}/{name}"] = total / tokens
         for number, kind in enumerate(KINDS):
             total = sum(float(layer.share_Z[number] * layer.num_tokens) for layer in layers)
             expected[f"routing/layer_{index}/share_{kind}"] = total / tokens
         loads = [sum(float(layer.load_E[e]) for layer in layers) for e in range(2)]
-        expected[f"routing/layer_{index}/max_over_mean"] = max(loads) / (sum(loads) / 2)
+        mean = sum(loads) / 2
+        expected[f"routing/layer_{index}/max_over_mean"] = max(loads) / mean
+        expected[f"routing/layer_{index}/load_cv"] = abs(loads[0] - mean) / mean  # of two, both are as far away
     expected["routing/ffn_per_token"] = sum(ffn_per_token) / 2
     expected["routing/drop_fraction"] = sum(dropped) / 2
-    expected["comm/dispatch_bytes_vanilla"] = expected["comm/dispatch_bytes"] * vanilla_assignments / remote_assignments
+    per_row = expected["comm/dispatch_bytes"] / sum(remote_of)
+    expected["comm/dispatch_bytes_vanilla"] = per_row * sum(vanilla_of)
+    for row, index in enumerate(LAYERS):
+        expected[f"comm/layer_{index}/dispatch_bytes"] = per_row * remote_of[row]
+        expected[f"comm/layer_{index}/dispatch_bytes_vanilla"] = per_row * vanilla_of[row]
+    for name in (*(f"share_{kind}" for kind in KINDS), "max_over_mean", "load_cv"):
+        both = [expected[f"routing/layer_{index}/{name}"] for index in LAYERS]
+        expected[f"routing/{name}"] = sum(both) / 2
+        if not name.startswith("share"):
+            expected[f"routing/{name}_worst"] = max(both)
 
     for metrics in Ranks(2).run(reduced):
         assert metrics == pytest.approx(expected, rel=1e-6)
@@ -173,33 +205,32 @@ def test_metrics_cover_all_tokens_of_all_ranks_and_steps() -> None:
 
 
 def test_reduce_starts_a_new_interval_and_discard_forgets_a_step() -> None:
-    stats = StepStats(LAYERS, KINDS, top_k=2)
+    stats = StepStats(LAYERS, MOE)
     fill(stats, 0)
-    stats.reduce(alone, alone)
+    metrics_of(stats)
     loss, tokens, layers = PASSES[1][0]
     stats.add_micro_batch(PASSES[0][0][2], torch.tensor(1e6), 1)
     stats.discard()
     stats.add_micro_batch(layers, torch.tensor(loss), tokens)
     stats.commit(8)
-    metrics = stats.reduce(alone, alone)
+    metrics = metrics_of(stats)
     assert metrics["train/loss"] == pytest.approx(3.0)
     assert metrics["routing/ffn_per_token"] == pytest.approx((40 / 32 + 30 / 32) / 2)
     assert metrics["comm/dispatch_bytes"] == 8
 
 
 def test_uncommitted_micro_batches_are_not_reported() -> None:
-    stats = StepStats(LAYERS, KINDS, top_k=2)
+    stats = StepStats(LAYERS, MOE)
     stats.add_micro_batch(PASSES[0][0][2], torch.tensor(30.0), 9)
-    with pytest.raises(ValueError, match="committed step"):
-        stats.reduce(alone, alone)
+    assert metrics_of(stats) == {}
 
 
 def test_nothing_remote_gives_zero_vanilla_bytes_and_no_ffn_choice_leaves_max_over_mean_out() -> None:
-    stats = StepStats([0], KINDS, top_k=1)
+    stats = StepStats([0], replace(MOE, top_k=1))
     only_copy = layer_stats(4, 0, 0, [0, 0, 0, 4, 0], (0, 0, 1, 0), 0, 0.5)
     stats.add_micro_batch([only_copy], torch.tensor(8.0), torch.tensor(4))
     stats.commit()
-    metrics = stats.reduce(alone, alone)
+    metrics = metrics_of(stats)
     assert metrics["comm/dispatch_bytes"] == metrics["comm/dispatch_bytes_vanilla"] == 0
     assert "routing/layer_0/max_over_mean" not in metrics
     assert metrics["routing/ffn_per_token"] == 0
@@ -207,22 +238,22 @@ def test_nothing_remote_gives_zero_vanilla_bytes_and_no_ffn_choice_leaves_max_ov
 
 
 def test_model_without_moe_layers_reports_the_loss_alone() -> None:
-    stats = StepStats([], KINDS, top_k=1)
+    stats = StepStats([], MOE)
     stats.add_micro_batch([], torch.tensor(8.0), 4)
     stats.commit()
-    metrics = stats.reduce(alone, alone)
-    assert metrics == {"train/loss": 2.0, "comm/dispatch_bytes": 0.0, "comm/dispatch_bytes_vanilla": 0.0}
+    metrics = metrics_of(stats)
+    assert metrics == {"train/loss": 2.0}
 
 
 def test_the_shapes_of_the_state_are_known_before_it_is_read() -> None:
     for layers in (LAYERS, ()):
-        stats = StepStats(layers, KINDS, top_k=2)
+        stats = StepStats(layers, MOE)
         stats.add_micro_batch(PASSES[0][0][2] if layers else [], torch.tensor(1.0), 1)
         stats.commit()
         assert {name: tuple(tensor.shape) for name, tensor in stats.state().items()} == stats.state_shapes()
 
 
 def test_statistics_of_the_wrong_number_of_layers_are_refused() -> None:
-    stats = StepStats(LAYERS, KINDS, top_k=2)
+    stats = StepStats(LAYERS, MOE)
     with pytest.raises(ValueError, match="1 MoE layers, expected 2"):
         stats.add_micro_batch(PASSES[0][0][2][:1], torch.tensor(1.0), 1)

@@ -11,9 +11,16 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
 
-from moepp.config import known_keys
+from moepp.config import MoEConfig, known_keys
+from moepp.distributed.stage_clock import STAGES
+from moepp.metrics.norms import MODULES, ModuleNorms
+from moepp.metrics.routing import COLUMNS, RoutingTable
+from moepp.metrics.stage_times import stage_metrics
+from moepp.moe.observation import num_columns
 from tests import docs_checks
 from tests.docs_checks import ROOT, blocks, broken_links, missing_files, wrong_commands, wrong_keys
 
@@ -21,7 +28,7 @@ PAGES = [*sorted((ROOT / "docs").glob("*.md")), *(ROOT / f"{n}.md" for n in ("RE
 # Names of the past, beside the numbers that were measured under them.
 HISTORY = ROOT / "docs/benchmarks.md"
 MAX_README_LINES = 180
-METRIC = re.compile(r"(?:train|optim|throughput|memory|routing|comm|eval)/[a-z_]+(?![\w/.-])")
+METRIC = re.compile(r"(?:train|optim|throughput|memory|routing|comm|eval|time|norm|data)/[a-z_]+(?![\w/.-])")
 NEEDED = ("mkdocs", "material", "mkdocstrings", "latex2mathml")
 
 page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -160,14 +167,25 @@ def test_configuration_page_takes_comments_of_several_lines():
 
 def test_metrics_page_lists_every_metric_and_no_other():
     text = (ROOT / "docs/metrics.md").read_text()
-    rows = "\n".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))
-    listed = set(METRIC.findall(rows)) - {"routing/layer_"}
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    listed = {name for row in rows for name in re.findall(r"`([a-z]+/[^`]+)`", row)}
     sources = [path.read_text() for path in sorted((ROOT / "moepp").rglob("*.py"))]
-    written = {name for source in sources for name in METRIC.findall("\n".join(re.findall(r'"[^"\n]*"', source)))}
-    assert {name for name in written if not name.endswith("_")} <= listed
-    assert listed <= written
-    for share in ("ffn", "constant", "copy", "zero"):
-        assert f"`routing/layer_<i>/share_{share}`" in text
+    strings = "\n".join(text for source in sources for text in re.findall(r'"[^"\n]*"', source))
+    written = {name for name in METRIC.findall(strings) if not name.endswith("_")} - {"data/demo"}  # a folder
+    assert {name for name in listed if not name.startswith("eval/<")} == written | metrics_with_composed_names()
+
+
+def metrics_with_composed_names() -> set[str]:
+    moe = MoEConfig(
+        num_ffn_experts=2, ffn_hidden_size=4, num_constant_experts=1, num_copy_experts=1, num_zero_experts=1
+    )
+    columns = len(COLUMNS) + len(moe.expert_counts)
+    observed_LO = np.ones((1, num_columns(moe)))
+    table = RoutingTable((0,), moe, np.ones((1, columns)), np.ones((1, moe.num_experts)), observed_LO, bytes_sent=1.0)
+    stages, norms = torch.ones(2, len(STAGES) + 1), torch.ones(2, len(MODULES), 2)
+    names = [*table.summary(), *table.keys_per_layer(), *stage_metrics({"stages": stages})]
+    names += ModuleNorms(1, torch.device("cpu")).metrics({"norms": norms}, by_layer=True)
+    return {name.replace("layer_0", "layer_<i>") for name in names}
 
 
 def test_messages_quoted_in_troubleshooting_are_those_of_the_program():

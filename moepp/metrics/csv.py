@@ -1,0 +1,58 @@
+"""metrics.csv: the records as a table, for spreadsheets. metrics.jsonl stays the source."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moepp.io import files
+from moepp.metrics.jsonl import read_records
+
+FILE = "metrics.csv"
+
+
+class CsvSink:
+    """Writes ``<run_dir>/metrics.csv``: a row per record, a column per metric, empty where a record has none.
+
+    It must take each record after metrics.jsonl has: from there the table is written anew when a metric appears that
+    has no column yet, and when a run starts or rewinds.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path, self._source = run_dir / FILE, run_dir / "metrics.jsonl"
+        self._columns: list[str] = []
+        self._write_anew()
+
+    def log(self, record: Mapping[str, float], step: int, tokens: int) -> None:
+        """Append a row."""
+        if not record.keys() <= set(self._columns):
+            self._write_anew(record)  # this record is among those of metrics.jsonl
+            return
+        with files.open_append(self._path) as stream:
+            stream.write(_rows(self._columns, [{"step": step, "tokens": tokens, **record}]))
+
+    def rewind(self, step: int) -> None:
+        """Write what metrics.jsonl, which was rewound before, still has."""
+        self._write_anew()
+
+    def close(self) -> None:
+        """Do nothing: nothing is held back."""
+
+    def _write_anew(self, record: Mapping[str, float] | None = None) -> None:
+        records = read_records(self._source) if self._source.exists() else []
+        columns = dict.fromkeys(("step", "tokens", *self._columns, *(record or ())))
+        for one in records:
+            columns |= dict.fromkeys(one)
+        self._columns = list(columns)
+        header = dict(zip(self._columns, self._columns, strict=True))
+        files.write_whole(self._path, _rows(self._columns, [header, *records]).decode())
+
+
+def _rows(columns: list[str], records: list[dict[str, Any]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writerows({name: "" if value is None else value for name, value in record.items()} for record in records)
+    return text.getvalue().encode()

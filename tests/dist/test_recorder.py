@@ -1,0 +1,71 @@
+"""What is measured of a run: the same in every layout and engine, and of all layers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tests.parity import REFERENCE, History, Layout, Setting, train
+
+# Nothing is dropped here, so that numbers do not depend on the ranks; layers 1 and 3 are MoE layers.
+SETTING = Setting(
+    "adamw",
+    steps=2,
+    model=(("num_layers", 4), ("num_kv_heads", 2), ("moe_layer_interval", 2), ("dense_ffn_hidden_size", 10)),
+)
+LAYOUTS = [
+    Layout(2, 2, micro_batch=2),
+    Layout(2, 1, zero=1),
+    Layout(2, 2, "deepspeed", 0),
+    Layout(2, 2, "deepspeed", 1, micro_batch=2),
+    Layout(2, 1, "deepspeed", 2),
+    Layout(2, 2, "fsdp", 3),
+    Layout(2, pipeline=2, micro_batch=2, recompute=True),
+    Layout(2, 2, tensor=2),
+    Layout(2, context=2),
+]
+OF_TIME_AND_PLACE = ("time/", "throughput/", "comm/", "memory/")
+
+
+def _train(rank: int, layout: Layout) -> History:
+    return train(rank, SETTING, layout)
+
+
+@pytest.fixture(scope="module")
+def reference(pool_1) -> History:
+    return pool_1.run(_train, REFERENCE)[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_metric_is_that_of_one_process(pool_2, reference, layout):
+    for history in pool_2.run(_train, layout):
+        for wanted, found in zip(reference.records, history.records, strict=True):
+            kept = {name: value for name, value in found.items() if not name.startswith(OF_TIME_AND_PLACE)}
+            wanted = {name: value for name, value in wanted.items() if not name.startswith(OF_TIME_AND_PLACE)}
+            assert kept == pytest.approx(wanted, rel=1e-4, abs=1e-9)
+            if "train/grad_norm" in found:
+                _check_norms(found)
+                _check_times(found, layout)
+
+
+def _check_norms(record: dict[str, float]) -> None:
+    by_module = [value for name, value in record.items() if name.startswith("norm/gradient/")]
+    assert len(by_module) == 8  # none of the kinds of module is missing
+    assert math.hypot(*by_module) == pytest.approx(record["train/grad_norm"], rel=1e-5)
+    in_layers = [record[f"norm/layer_{layer}/weight"] for layer in range(4)]
+    outside = [record[f"norm/weight/{module}"] for module in ("embedding", "lm_head")]
+    all_weights = [value for name, value in record.items() if name.startswith("norm/weight/")]
+    assert math.hypot(*in_layers, *outside) < math.hypot(*all_weights)  # the last norm's weight, 1 each, is left
+    assert math.hypot(*in_layers, *outside, 4.0) == pytest.approx(math.hypot(*all_weights), rel=1e-2)
+
+
+def _check_times(record: dict[str, float], layout: Layout) -> None:
+    stages = {name: value for name, value in record.items() if name.startswith("time/") and "_" not in name}
+    assert stages.pop("time/step") == pytest.approx(sum(stages.values()))
+    expected = {"data", "forward", "backward", "optimizer", "reduction", "other"}
+    expected |= {"exchange"} if layout.ep > 1 else set()
+    expected |= {"pipeline"} if layout.pipeline > 1 else set()
+    assert stages.keys() == {f"time/{name}" for name in expected}
+    assert all(1 <= record[f"{name}_max_over_mean"] <= 2 for name in stages)
+    assert record["time/slowest_rank"] in (0, 1)
