@@ -176,7 +176,8 @@ def run_layer(
     grads = {name: parameter.grad for name, parameter in layer.named_parameters()} | {"x": x_TD.grad}
     if prev_TN is not None:
         grads["prev"] = prev_TN.grad
-    stats = {f.name: getattr(out.stats, f.name) for f in dataclasses.fields(out.stats) if f.name != "kinds"}
+    names = {field.name for field in dataclasses.fields(out.stats)} - {"kinds", "observation"}
+    stats = {name: getattr(out.stats, name) for name in names}
     shares = stats.pop("share_Z")
     stats |= {f"share_{kind}": share for kind, share in zip(out.stats.kinds, shares, strict=True)}
     require_device(out.hidden, device, "the output")
