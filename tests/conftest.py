@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -65,6 +67,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The CPU, and in a run of its own the GPU where torch can use one."""
     return request.param
+
+
+@pytest.fixture
+def without_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine where Triton is not told to interpret its kernels.
+
+    Triton is imported before: what it decorates then stays as it was, for all later tests too.
+    """
+    if importlib.util.find_spec("triton") is not None:
+        importlib.import_module("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 @pytest.fixture(scope="module")

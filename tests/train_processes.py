@@ -11,6 +11,7 @@ Each rank runs ``train.py`` as ``__main__`` with the environment that torchrun w
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -62,6 +63,19 @@ TINY = (
 
 
 SEQUENCES_PER_EPOCH = 60  # about: 7.5 steps of 8 sequences
+
+# What a run imports, sooner or later: once in the server, not in each of its children.
+PRELOADED = (
+    "deepspeed",
+    "hydra._internal.core_plugins.basic_sweeper",
+    "hydra._internal.hydra",
+    "hydra.core.override_parser.overrides_parser",
+    "moepp.data.megatron",
+    "moepp.engine.deepspeed",
+    "moepp.engine.native",
+    "moepp.training.main",
+    "moepp.training.run",
+)
 
 
 def write_corpus(prefix: Path, seed: int = 0) -> str:
@@ -258,11 +272,9 @@ def _serve() -> None:
     """Fork a child per request; the only thread, so that forking is safe."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever the imports print is not an answer
-    import deepspeed  # noqa: F401
+    for module in PRELOADED:
+        importlib.import_module(module)
     import torch
-
-    import moepp.data.megatron
-    import moepp.training.run  # noqa: F401
 
     torch.set_num_threads(1)
     ended: dict[int, int] = {}

@@ -79,8 +79,9 @@ def _first_has_printed(launch: LaunchEnvironment, message: str) -> bool:
             else:
                 limit = MET_SECONDS
         if told and store.check([f"start/{told}/printed"]):
-            store.add(f"start/{told}/left", 1)
-            return meeting.refusal_of(store, told) in ("", message, f"rank 0 cannot start: {message}")
+            is_same = meeting.refusal_of(store, told) in ("", message, f"rank 0 cannot start: {message}")
+            store.add(f"start/{told}/left", 1)  # last of all: the first rank may then take the store with it
+            return is_same
         if time.monotonic() - start > limit:
             return False
         time.sleep(0.02)

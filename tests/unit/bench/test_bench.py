@@ -187,8 +187,7 @@ def test_wrong_arguments_give_one_line_before_any_work(arguments, message, capsy
     assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
 
 
-def test_kernels_are_those_that_can_run_and_that_were_asked_for(monkeypatch, tmp_path, capsys):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def test_kernels_are_those_that_can_run_and_that_were_asked_for(without_interpreter, monkeypatch, tmp_path, capsys):
     for benchmark in ("layer", "peers", "comm", "train"):
         assert main(["bench", benchmark, "--quick", "--device", "cpu", "--kernels", "triton"]) == 2
         error = capsys.readouterr().err

@@ -139,11 +139,11 @@ def test_the_grouped_products_take_them_too(monkeypatch):
 
 
 @on_cpu
-def test_where_they_cannot_run_an_error_says_so(monkeypatch):
+def test_where_they_cannot_run_an_error_says_so(monkeypatch, request):
     cpu, layer = torch.device("cpu"), MoELayer(MoEConfig(2, 8, 1, 1, 1), 16)
     with pytest.raises(ConfigError, match=r"float64.*convert"):
         layer.double()(draw(3, 16).double())
-    monkeypatch.delenv("TRITON_INTERPRET")
+    request.getfixturevalue("without_interpreter")
     with pytest.raises(ConfigError, match="no compiler for the CPU"):
         layer.float()(draw(3, 16))
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
