@@ -53,6 +53,18 @@ import torch
 import torch.distributed as dist
 
 THREAD_ENVIRONMENT: dict[str, str] = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+# What most tasks import: once in the server, for all workers of all modules.
+PRELOADED = (
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
+    "deepspeed",
+    "pytest",
+    "moepp.engine.deepspeed",
+    "moepp.engine.native",
+    "moepp.training.trainer",
+    "tests.dist",
+)
 START_LIMIT_SECONDS = 120.0  # four processes on a busy two-core machine
 GRACE_SECONDS = 3.0  # after one rank failed, for the others to report what they saw
 OUTPUT_TAIL_CHARACTERS = 4000
@@ -208,7 +220,7 @@ class WorkerPool:
         """Fork the workers from a server that imported torch once and has no threads."""
         self._folder = tempfile.mkdtemp(prefix="moepp-pool-")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "tests.dist", "moepp"])
+        context.set_forkserver_preload(list(PRELOADED))
         saved = {name: os.environ.get(name) for name in THREAD_ENVIRONMENT}
         os.environ.update(THREAD_ENVIRONMENT)  # read by the server when it starts
         try:

@@ -118,6 +118,26 @@ def scale_loss_of_batches(first: int, last: int, factor: float) -> None:
     Trainer.train_step = step  # type: ignore[method-assign]
 
 
+def scale_reported_loss_of_batches(first: int, last: int, factor: float) -> None:
+    """As the fault above, whatever computes the loss: a pipeline's stages, too."""
+    import torch
+
+    from moepp.training.trainer import Trainer
+
+    train_step = Trainer.train_step
+
+    def step(self: Any) -> Any:
+        train = self.runner.train
+        if first <= self.step + self.skipped_batches <= last:
+            self.runner.train = lambda *args: train(*args) * torch.tensor([factor, 1.0], dtype=torch.float64)
+        try:
+            return train_step(self)
+        finally:
+            self.runner.train = train
+
+    Trainer.train_step = step  # type: ignore[method-assign]
+
+
 def infinite_auxiliary_loss_of_batch(batch: int) -> None:
     """A loss that is not finite although its gradient is."""
     import dataclasses

@@ -1,6 +1,6 @@
 """Megatron-core's datasets with samples that do not depend on how many are asked for.
 
-Import this module only where datasets are built: megatron-core takes seconds to import.
+Import this module only where datasets are built: megatron-core takes its time to import.
 
 GPTDataset shuffles over all the epochs that the requested number of samples needs, so a longer run would see other
 batches from its first step on. :class:`EpochGPTDataset` instead shuffles each epoch by itself, from (seed, epoch):
@@ -26,9 +26,11 @@ import torch
 from moepp.config import DataConfig
 from moepp.data.cache import building, cache_folder, explained
 from moepp.data.indexed import SPLITS, IndexedFile
+from moepp.data.megatron_core import import_lazily
 
 with warnings.catch_warnings():  # it warns of CUDA-only extensions that datasets have no use for
     warnings.simplefilter("ignore")
+    import_lazily()
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset

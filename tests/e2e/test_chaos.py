@@ -21,7 +21,7 @@ from moepp.checkpoint.storage import TensorReader
 from tests.faults import ALL
 from tests.train_processes import TrainRun, TrainServer, records
 
-ROUNDS = int(os.environ.get("MOEPP_CHAOS_ROUNDS", 6))
+ROUNDS = int(os.environ.get("MOEPP_CHAOS_ROUNDS", 4))
 MAX_STEPS = 10  # before a kill
 STEPS_PER_ROUND = 20  # more than a round can do, so that the run is never done before its last round
 SLOW = [("slow_steps", ALL, 0.05), ("slow_writing", ALL, 0.05)]  # to spend more time in each place where one can die

@@ -14,6 +14,7 @@ import numpy as np
 from moepp.config.schema import DataConfig
 from moepp.data.indexed import IndexedFile, open_indexed
 from moepp.data.manifest import Manifest, sha256_of
+from moepp.data.megatron_core import import_lazily
 from moepp.data.prepare.encode import Batch, Encoded, encode_documents
 from moepp.data.prepare.inputs import InputFile, find_inputs
 from moepp.data.prepare.order import UNKNOWN_INPUT, one_sided_splits, reorder, shuffled
@@ -239,6 +240,7 @@ def _builder(bin_path: str, dtype: np.dtype) -> Any:
 
     with warnings.catch_warnings():  # of CUDA-only extensions that have no part in this
         warnings.simplefilter("ignore")
+        import_lazily()
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
     return IndexedDatasetBuilder(bin_path, dtype=dtype.type)
 
