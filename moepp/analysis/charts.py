@@ -1,268 +1,234 @@
 """The charts of a run, or of several beside each other: each with axes, units and what to conclude.
 
-Letters: L layers, P points in time.
+Captions say what the drawn numbers show and nothing else; runs that differ in their seed alone are one curve.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from moepp.analysis.figures import Figure, Palette, compact, draw_figure, format_counts, legend
+from moepp.analysis.curves import AXES, Curve, Group, curves_of, group_runs
+from moepp.analysis.figures import Figure, Palette, compact, format_counts, legend
 from moepp.analysis.runs import Run, Series
-from moepp.model.accounting import balanced_ffn_per_token
+from moepp.model.accounting import balanced_ffn_per_token, max_ffn_per_token
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_MAX_COLUMNS = 200  # of a heat map; more are thinner than a pixel
-_TOKENS, _FLOPS = "training tokens", "floating-point operations, forward and backward"
+TOKENS = AXES["tokens"]
+_SEEDS = " Lines of several seeds are means, bands one sample standard deviation."
 
 
-def charts(runs: Sequence[Run]) -> list[Figure]:
-    """Every chart for which these runs have numbers."""
-    drawn = [
-        _loss_chart(runs, over_flops=False),
-        _loss_chart(runs, over_flops=True),
-        _ffn_chart(runs),
-        _throughput_chart(runs),
-        _bytes_chart(runs),
-        _line_chart(runs, "train/grad_norm", "Gradient norm", "global gradient norm before clipping", _norm_caption),
-    ]
-    if len(runs) == 1:
-        run = runs[0]
-        drawn += [
-            _kinds_chart(run),
-            _heat_map(run, "share_ffn", "FFN share by layer", "share of choices that are FFN experts", _share_caption),
-            _heat_map(run, "max_over_mean", "FFN load by layer", "busiest FFN expert over the mean", _load_caption),
-        ]
+def curve_charts(runs: Sequence[Run]) -> list[Figure]:
+    """Return loss, throughput and norms over the training."""
+    groups = group_runs(runs)
+    drawn = [*(_loss_chart(groups, axis) for axis in AXES), _ffn_chart(groups), _throughput_chart(groups)]
+    drawn += [_norm_chart(groups), _validation_sets(runs), _benchmarks(runs)]
     return [figure for figure in drawn if figure is not None]
 
 
-def _plot(axes: Axes, palette: Palette, number: int, x: Sequence[float], y: Sequence[float], label: str) -> None:
-    marker = {"marker": "o", "markersize": 4} if len(x) < 30 else {}
-    axes.plot(x, y, label=label, linewidth=1.6, **palette.line(number), **marker)
+def plot(axes: Axes, palette: Palette, number: int, curve: Curve) -> None:
+    """Draw a curve as the n-th of its axes."""
+    marker = {"marker": "o", "markersize": 4} if len(curve.x) < 30 else {}
+    axes.plot(curve.x, curve.y, label=curve.label, linewidth=1.6, **palette.line(number), **marker)
+    if curve.spread is not None:
+        low, high = ([y + sign * s for y, s in zip(curve.y, curve.spread, strict=True)] for sign in (-1, 1))
+        axes.fill_between(curve.x, low, high, color=palette.series(number), alpha=0.2, linewidth=0)
 
 
-def _loss_chart(runs: Sequence[Run], over_flops: bool) -> Figure | None:
-    curves: list[tuple[Run, str, Sequence[float], Sequence[float]]] = []
-    for run in runs:
-        for metric, label in (("train/loss", "training"), ("eval/loss", "validation")):
-            if len(runs) > 1 and metric == "train/loss" and run.series("eval/loss"):
-                continue  # of several runs one curve each: the one that does not flatter
-            series = run.series(metric)
-            x, y = run.over_flops(metric) if over_flops else (series.tokens, series.values)
-            if len(y):
-                curves.append((run, label, x, y))
+def curve_figure(
+    name: str,
+    title: str,
+    caption: str,
+    curves: Sequence[Curve],
+    labels: tuple[str, str],
+    source: str,
+    bottom: float | None = None,
+) -> Figure:
+    """Draw curves; ``labels`` of x and y with their units, ``bottom`` of the y axis."""
+
+    def draw(axes: Axes, palette: Palette) -> None:
+        for number, curve in enumerate(curves):
+            plot(axes, palette, number, curve)
+        axes.set_xlabel(labels[0])
+        axes.set_ylabel(labels[1])
+        if bottom is not None:
+            axes.set_ylim(bottom=bottom)
+            format_counts(axes.yaxis)
+        format_counts(axes.xaxis)
+        legend(axes)
+
+    rows = []
+    for curve in curves:
+        spread = "-" if curve.spread is None else f"{curve.spread[-1]:.4g}"
+        numbers = (compact(curve.x[-1]), f"{curve.y[-1]:.6g}", spread, f"{min(curve.y):.6g}", f"{median(curve.y):.6g}")
+        rows.append((curve.label, *numbers))
+    header = ("curve", f"last {labels[0].split(',')[0]}", "last", "± at the last", "lowest", "median")
+    has_spread = any(curve.spread is not None for curve in curves)
+    return Figure(name, title, caption + (_SEEDS if has_spread else ""), draw, header, rows, source)
+
+
+def _loss_chart(groups: Sequence[Group], axis: str) -> Figure | None:
+    name, title = f"loss-over-{axis.replace(' ', '-')}", f"Loss over {axis}"
+    labels = (AXES[axis], "cross-entropy, nats per token")
+    if len(groups) == 1 and len(groups[0].runs) == 1:
+        run = groups[0].runs[0]
+        if axis == "expert operations":
+            return None  # the same picture as over operations: of one run there is nothing to compare
+        metrics = {"training": "train/loss", "validation": "eval/loss"}
+        curves = {
+            metric: Curve(what, x, y) for what, metric in metrics.items() for x, y in [run.over(metric, axis)] if y
+        }
+        if not curves:
+            return None
+        return curve_figure(name, title, _single_loss_caption(run), list(curves.values()), labels, ", ".join(curves))
+    metric = compared_loss([run for group in groups for run in group.runs])
+    curves = [curve for _, curve in curves_of(groups, metric, axis)]
     if not curves:
         return None
-
-    def draw(axes: Axes, palette: Palette) -> None:
-        for number, (run, label, x, y) in enumerate(curves):
-            _plot(axes, palette, number, x, y, label if len(runs) == 1 else run.name)
-        axes.set_xlabel(_FLOPS if over_flops else _TOKENS)
-        axes.set_ylabel("cross-entropy, nats per token")
-        format_counts(axes.xaxis)
-        legend(axes)
-
-    what = "operations" if over_flops else "tokens"
-    rows = [(run.name, label, compact(x[-1]), f"{y[-1]:.4f}", f"{min(y):.4f}") for run, label, x, y in curves]
-    header = ("run", "loss of", what, "last", "lowest")
-    name, title = f"loss-over-{what}", f"Loss over {what}"
-    return draw_figure(name, title, _loss_caption(runs, curves, what), draw, header, rows)
+    caption = _shared_x_caption(curves, axis) + _left_out(groups, curves, metric)
+    return curve_figure(name, title, caption, curves, labels, _with_axis(metric, axis))
 
 
-def _loss_caption(
-    runs: Sequence[Run], curves: Sequence[tuple[Run, str, Sequence[float], Sequence[float]]], what: str
-) -> str:
-    if len(runs) == 1:
-        ends = " and ".join(f"{label} {y[-1]:.3f}" for _, label, _, y in curves)
-        return f"Ends at {ends} nats per token. Validation far above training means that the model learns by heart."
-    ends = sorted((y[-1], run.name) for run, _, _, y in curves)
-    caveat = "Read it where the curves share an x: runs that end elsewhere are not compared by their last points."
-    return f"Lowest at its end: {ends[0][1]} ({ends[0][0]:.3f}); highest: {ends[-1][1]} ({ends[-1][0]:.3f}). {caveat}"
+def compared_loss(runs: Sequence[Run]) -> str:
+    """Return the metric that compares runs: validation, which does not flatter, where all of them have it."""
+    return "eval/loss" if all(run.series("eval/loss") for run in runs if run.series("train/loss")) else "train/loss"
 
 
-def _line_chart(runs: Sequence[Run], metric: str, title: str, unit: str, caption) -> Figure | None:
-    curves = [(run, series) for run in runs if (series := run.series(metric))]
-    if not curves:
+def _with_axis(metric: str, axis: str) -> str:
+    return metric if axis == "tokens" else f"{metric}, routing/ffn_per_token and config.yaml"
+
+
+def _single_loss_caption(run: Run) -> str:
+    train, held_out = run.series("train/loss"), run.series("eval/loss")
+    parts = []
+    if train:
+        parts.append(f"training ends at {train.values[-1]:.3f}")
+    if held_out:
+        parts.append(f"validation at {held_out.values[-1]:.3f}")
+    text = (" and ".join(parts) + " nats per token.").capitalize()
+    if held_out:
+        best = min(held_out.values)
+        at = held_out.tokens[held_out.values.index(best)]
+        if held_out.values[-1] > best:
+            text += f" The lowest validation was {best:.3f} at {compact(at)} tokens: it has risen since."
+        else:
+            text += " Validation was never lower than at the end."
+    return text
+
+
+def _shared_x_caption(curves: Sequence[Curve], axis: str) -> str:
+    """Say how curves compare at the largest x that all of them have."""
+    shared = min(curve.x[-1] for curve in curves)
+    if len(curves) == 1:
+        return f"Ends at {curves[0].y[-1]:.3f} nats per token."
+    if shared < max(curve.x[0] for curve in curves):
+        return "The curves share no x, so nothing is compared."
+    values = sorted((curve.at(shared), curve.label) for curve in curves)
+    (low, best), (high, worst) = values[0], values[-1]
+    what = f"At {compact(shared)} {axis}, the furthest that all reach, "
+    others = f"{best} is lowest ({low:.3f} nats), {worst} highest ({high:.3f}, {high - low:+.3f})."
+    return what + others
+
+
+def _left_out(groups: Sequence[Group], curves: Sequence[Curve], metric: str) -> str:
+    missing = len(groups) - len(curves)
+    return f" {missing} setting{'s' if missing > 1 else ''} without {metric} on this axis left out." if missing else ""
+
+
+def _ffn_chart(groups: Sequence[Group]) -> Figure | None:
+    found = curves_of(groups, metric := "routing/ffn_per_token")
+    if not found:
         return None
-
-    def draw(axes: Axes, palette: Palette) -> None:
-        for number, (run, series) in enumerate(curves):
-            _plot(axes, palette, number, series.tokens, series.values, run.name)
-        axes.set_xlabel(_TOKENS)
-        axes.set_ylabel(unit)
-        axes.set_ylim(bottom=0)
-        format_counts(axes.xaxis)
-        format_counts(axes.yaxis)
-        legend(axes)
-
-    rows = [(run.name, compact(series.values[-1]), compact(_median(series))) for run, series in curves]
-    name = metric.replace("/", "-").replace("_", "-")
-    return draw_figure(name, title, caption(curves), draw, ("run", "last", "median"), rows)
-
-
-def _norm_caption(curves: Sequence[tuple[Run, Series]]) -> str:
-    worst = max((max(series.values) / max(_median(series), 1e-30), run.name) for run, series in curves)
-    return f"The largest value is {worst[0]:.1f} times the median ({worst[1]}); peaks are what clipping catches."
+    parts = []
+    for group, curve in found:
+        config = group.runs[0].config
+        text = f"{curve.label} {curve.y[-1]:.2f}"
+        if config is not None:
+            moe = config.model.moe
+            text += f" of at most {max_ffn_per_token(moe)}"
+            if moe.num_zero_computation_experts:
+                text += f" (a perfect balance loss gives {balanced_ffn_per_token(moe):.2f})"
+        parts.append(text)
+    labels = (TOKENS, "FFN experts per token, mean over layers")
+    curves = [curve for _, curve in found]
+    caption = f"At the end: {', '.join(parts)}."
+    return curve_figure("ffn-per-token", "FFN experts per token", caption, curves, labels, metric, 0)
 
 
-def _throughput_chart(runs: Sequence[Run]) -> Figure | None:
-    def caption(curves: Sequence[tuple[Run, Series]]) -> str:
-        speeds = ", ".join(f"{run.name} {_median(series):,.0f}" for run, series in curves)
-        return f"Median tokens per second over all devices: {speeds}. Dips are evaluations, checkpoints or slow hosts."
-
-    return _line_chart(runs, "throughput/tokens_per_second", "Throughput", "tokens per second", caption)
-
-
-def _ffn_chart(runs: Sequence[Run]) -> Figure | None:
-    def caption(curves: Sequence[tuple[Run, Series]]) -> str:
-        parts = []
-        for run, series in curves:
-            target = ""
-            if run.config is not None and run.config.model.moe.num_zero_computation_experts:
-                target = f" (balance loss aims at {balanced_ffn_per_token(run.config.model.moe):.2f})"
-            parts.append(f"{run.name} {series.values[-1]:.2f}{target}")
-        return f"At the end: {', '.join(parts)}. What lies below top-k is work that zero-computation experts save."
-
-    title, unit = "FFN experts per token", "FFN experts per token, mean over layers"
-    return _line_chart(runs, "routing/ffn_per_token", title, unit, caption)
-
-
-def _bytes_chart(runs: Sequence[Run]) -> Figure | None:
-    bars = [(run, *run.bytes_sent) for run in runs if run.bytes_sent is not None and run.bytes_sent[1] > 0]
-    if not bars:
+def _throughput_chart(groups: Sequence[Group]) -> Figure | None:
+    found = curves_of(groups, metric := "throughput/tokens_per_second")
+    if not found:
         return None
-
-    def draw(axes: Axes, palette: Palette) -> None:
-        places = range(len(bars))
-        axes.barh([p + 0.2 for p in places], [sent for _, sent, _ in bars], 0.38, color=palette.series(0), label="sent")
-        vanilla = [vanilla for _, _, vanilla in bars]
-        axes.barh([p - 0.2 for p in places], vanilla, 0.38, color=palette.series(7), label="vanilla MoE")
-        axes.set_yticks(list(places), [run.name for run, _, _ in bars])
-        axes.set_xlabel("bytes of rows between ranks per step")
-        format_counts(axes.xaxis)
-        legend(axes)
-
-    saved = ", ".join(f"{run.name} {100 * (1 - sent / vanilla):.1f}%" for run, sent, vanilla in bars)
-    rows = [(run.name, f"{sent:,.0f}", f"{vanilla:,.0f}") for run, sent, vanilla in bars]
-    caption = f"Saved against a vanilla MoE with the same tokens, top-k and placement: {saved}."
-    return draw_figure("bytes", "Expert-parallel traffic", caption, draw, ("run", "bytes", "vanilla bytes"), rows)
-
-
-def _kinds_chart(run: Run) -> Figure | None:
-    shares = {kind: run.layers(f"share_{kind}") for kind in run.kinds}
-    layers = list(shares.get("ffn", {}))
-    if not layers:
-        return None
-
-    def draw(axes: Axes, palette: Palette) -> None:
-        left = [0.0] * len(layers)
-        for number, (kind, series) in enumerate(shares.items()):
-            values = [(series[layer].last or 0.0) if layer in series else 0.0 for layer in layers]
-            axes.barh(range(len(layers)), values, 0.8, left=left, color=palette.series(number), label=kind)
-            left = [sum(pair) for pair in zip(left, values, strict=True)]
-        step = max(1, len(layers) // 16)
-        axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
-        axes.invert_yaxis()
-        axes.set_xlim(0, 1)
-        axes.set_xlabel("share of the router's choices, before drops")
-        axes.set_ylabel("layer")
-        legend(axes)
-
-    rows = [(str(layer), *(f"{(shares[k][layer].last or 0):.3f}" for k in shares)) for layer in layers]
-    ffn = {layer: shares["ffn"][layer].last or 0 for layer in layers}
-    most, least = max(ffn, key=ffn.__getitem__), min(ffn, key=ffn.__getitem__)
+    curves = [curve for _, curve in found]
+    speeds = ", ".join(f"{curve.label} {median(curve.y):,.0f}" for curve in curves)
+    slow = min(min(curve.y) / median(curve.y) for curve in curves)
     caption = (
-        f"Layer {most} gives the largest share to FFN experts ({ffn[most]:.0%}), layer {least} the smallest "
-        f"({ffn[least]:.0%}); the rest costs almost nothing."
+        f"Median tokens per second over all devices: {speeds}. The slowest record is at {slow:.0%} of its curve's "
+        "median; evaluation and saving do not count."
     )
-    return draw_figure("kinds", "Expert kinds by layer", caption, draw, ("layer", *shares), rows)
+    return curve_figure("tokens-per-second", "Throughput", caption, curves, (TOKENS, "tokens per second"), metric, 0)
 
 
-def _heat_map(run: Run, metric: str, title: str, unit: str, caption) -> Figure | None:
-    layers = run.layers(metric)
-    if not layers:
+def _norm_chart(groups: Sequence[Group]) -> Figure | None:
+    found = curves_of(groups, metric := "train/grad_norm")
+    if not found:
         return None
-    tokens = sorted({token for series in layers.values() for token in series.tokens})
-    stride = -(-len(tokens) // _MAX_COLUMNS)
-    kept = tokens[stride - 1 :: stride]
-    by_layer = [dict(zip(series.tokens, series.values, strict=True)) for series in layers.values()]
-    values_LP = [[values.get(token, float("nan")) for token in kept] for values in by_layer]
-
-    def draw(axes: Axes, palette: Palette) -> None:
-        axes.grid(False)
-        span = (0, kept[-1], len(layers) - 0.5, -0.5)
-        image = axes.imshow(values_LP, aspect="auto", interpolation="nearest", extent=span, cmap="viridis")
-        step = max(1, len(layers) // 12)
-        axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in list(layers)[::step]])
-        axes.set_xlabel(_TOKENS)
-        axes.set_ylabel("layer")
-        format_counts(axes.xaxis)
-        bar = axes.figure.colorbar(image, ax=axes, label=unit)  # pyright: ignore[reportAttributeAccessIssue]
-        bar.outline.set_visible(False)
-
-    last = {layer: series.values[-1] for layer, series in layers.items()}
-    rows = [(str(layer), f"{series.values[0]:.3f}", f"{series.values[-1]:.3f}") for layer, series in layers.items()]
-    name = metric.replace("_", "-")
-    return draw_figure(name, title, caption(last), draw, ("layer", "first", "last"), rows)
+    parts = []
+    for group, curve in found:
+        values = [value for run in group.runs for value in run.series(metric).values]
+        text = f"{curve.label}: largest {max(values):.3g}, median {median(values):.3g}"
+        if (config := group.runs[0].config) is not None and config.optim.grad_clip:
+            above = sum(value > config.optim.grad_clip for value in values)
+            text += f", {above} of {len(values)} logged steps above optim.grad_clip={config.optim.grad_clip:g}"
+        parts.append(text)
+    caption = "; ".join(parts) + "."
+    labels = (TOKENS, "global gradient norm before clipping")
+    return curve_figure("grad-norm", "Gradient norm", caption, [curve for _, curve in found], labels, metric, 0)
 
 
-def _share_caption(last: dict[int, float]) -> str:
-    spread = max(last.values()) - min(last.values())
-    return (
-        f"At the end layers differ by up to {spread:.0%} of their choices; a layer at 0 or 1 routes nothing by content."
-    )
+def _validation_sets(runs: Sequence[Run]) -> Figure | None:
+    """Draw the named validation sets of a run."""
+    if len(runs) > 1:
+        return None
+    names = {name or "all": key for name, key in _validation_keys(runs[0]).items()}
+    curves = [Curve(name, *runs[0].over(key, "tokens")) for name, key in names.items() if runs[0].series(key)]
+    if len(curves) < 2:
+        return None
+    ends = sorted((curve.y[-1], curve.label) for curve in curves)
+    caption = f"Easiest at the end: {ends[0][1]} ({ends[0][0]:.3f} nats); hardest: {ends[-1][1]} ({ends[-1][0]:.3f})."
+    labels = (TOKENS, "cross-entropy, nats per token")
+    return curve_figure("validation-sets", "Loss by validation set", caption, curves, labels, ", ".join(names.values()))
 
 
-def _load_caption(last: dict[int, float]) -> str:
-    worst = max(last, key=last.__getitem__)
-    return f"1 is perfect balance. At the end layer {worst} is the most uneven ({last[worst]:.2f}): others wait for it."
+def _validation_keys(run: Run) -> dict[str, str]:
+    """Return the keys of validation losses by the name of their set."""
+    return run.names(r"eval/(?:(.+)/)?loss")
 
 
-def _median(series: Series) -> float:
-    values = sorted(series.values)
-    middle = len(values) // 2
-    return values[middle] if len(values) % 2 else sum(values[middle - 1 : middle + 1]) / 2
+def _benchmarks(runs: Sequence[Run]) -> Figure | None:
+    if len(runs) > 1:
+        return None
+    run = runs[0]
+    names = run.names(r"eval/(.+/(?!loss$|perplexity$)(?!\w*stderr)[^/]+)")
+    curves = [Curve(name, *run.over(key, "tokens")) for name, key in names.items() if run.series(key)]
+    if not curves:
+        return None
+    rises = [f"{curve.label} {curve.y[0]:.3f} to {curve.y[-1]:.3f}" for curve in curves]
+    caption = f"First to last: {'; '.join(rises)}."
+    labels = (TOKENS, "value of the benchmark's metric")
+    return curve_figure("benchmarks", "Benchmarks during training", caption, curves, labels, "eval/<task>/<metric>")
+
+
+def median(values: Sequence[float]) -> float:
+    """Return the median."""
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else sum(ordered[middle - 1 : middle + 1]) / 2
 
 
 def tokens_per_second(run: Run) -> float | None:
     """Median of the logged throughput."""
-    series = run.series("throughput/tokens_per_second")
-    return _median(series) if series else None
-
-
-def frontier(runs: Sequence[Run]) -> Figure | None:
-    """Draw the final loss against the operations that a token costs: what lies low and left wins."""
-    points = []
-    for run in runs:
-        loss = run.series("eval/loss").last or run.series("train/loss").last
-        if loss is not None and run.flops and run.flops.tokens[-1]:
-            points.append((run.flops.values[-1] / run.flops.tokens[-1], loss, run))
-    if len(points) < 2:
-        return None
-    points.sort(key=lambda point: point[:2])
-    best = [points[0]]
-    for point in points[1:]:
-        if point[1] < best[-1][1]:
-            best.append(point)
-
-    def draw(axes: Axes, palette: Palette) -> None:
-        axes.plot([x for x, _, _ in best], [y for _, y, _ in best], color=palette["muted"], linewidth=1)
-        for x, y, run in points:
-            axes.plot([x], [y], "o", color=palette.series(0 if (x, y, run) in best else 7))
-            axes.annotate(run.name, (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
-        axes.margins(0.15)
-        axes.set_xlabel("operations per training token")
-        axes.set_ylabel("final loss, nats per token")
-        format_counts(axes.xaxis)
-
-    rows = [(run.name, compact(x), f"{y:.4f}") for x, y, run in points]
-    gains = [
-        f"{a[2].name} to {b[2].name}: {a[1] - b[1]:.3f} nats for {b[0] / a[0]:.2f} times the cost"
-        for a, b in pairwise(best)
-    ]
-    caption = "No run is both cheaper and better than those on the line. " + ("; ".join(gains) + "." if gains else "")
-    return draw_figure("frontier", "Loss against cost", caption, draw, ("run", "operations per token", "loss"), rows)
+    series: Series = run.series("throughput/tokens_per_second")
+    return median(series.values) if series else None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moepp.analysis.charts import tokens_per_second
+from moepp.analysis.curves import group_runs, mean_and_spread
+from moepp.analysis.parquet import write_parquet
 from moepp.analysis.runs import Run, compared_keys, setting
 from moepp.errors import ConfigError
 from moepp.io import files
@@ -18,6 +19,7 @@ from moepp.io import files
 COLUMNS = {
     "tokens": ("tokens", "{:,.0f}", False),
     "flops": ("operations", "{:.3e}", True),
+    "expert_flops": ("operations of FFN experts", "{:.3e}", True),
     "train_loss": ("training loss, nats", "{:.4f}", True),
     "eval_loss": ("validation loss, nats", "{:.4f}", True),
     "best_eval_loss": ("lowest validation loss", "{:.4f}", True),
@@ -38,6 +40,7 @@ def row_of(run: Run, keys: Sequence[str]) -> dict[str, Any]:
         **dict(zip(keys, setting(run, keys), strict=True)),
         "tokens": run.tokens,
         "flops": run.flops.last,
+        "expert_flops": run.expert_flops.last,
         "train_loss": run.series("train/loss").last,
         "eval_loss": run.series("eval/loss").last,
         "best_eval_loss": min(best) if best else None,
@@ -70,21 +73,18 @@ def group_seeds(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
     The spread is the sample standard deviation over seeds.
     """
-    keys = compared_keys(runs)
-    groups: dict[tuple[str, ...], list[Run]] = {}
-    for run in runs:
-        groups.setdefault(setting(run, keys), []).append(run)
-    if all(len(members) == 1 for members in groups.values()):
+    keys, groups = compared_keys(runs), group_runs(runs)
+    if all(len(group.runs) == 1 for group in groups):
         return []
     found = []
-    for values, members in groups.items():
-        rows = [row_of(run, keys) for run in members]
-        row: dict[str, Any] = {"runs": ", ".join(run.name for run in members), "seeds": len(members)}
-        row |= dict(zip(keys, values, strict=True))
+    for group in groups:
+        rows = [row_of(run, keys) for run in group.runs]
+        row: dict[str, Any] = {"setting": group.label, "runs": len(rows)}
+        row |= dict(zip(keys, setting(group.runs[0], keys), strict=True))
         for column in ("eval_loss", "train_loss", "ffn_per_token", "tokens_per_second"):
             numbers = [r[column] for r in rows if r[column] is not None]
-            row[column] = statistics.fmean(numbers) if numbers else None
-            row[f"{column}_spread"] = statistics.stdev(numbers) if len(numbers) > 1 else None
+            mean, spread = mean_and_spread(numbers) if numbers else (None, None)
+            row |= {column: mean, f"{column}_spread": spread}
         found.append(row)
     return found
 
@@ -93,15 +93,31 @@ def text_of(column: str, value: Any) -> str:
     """Return a cell as people read it."""
     if value is None:
         return "-"
+    if column.startswith("loss_at_equal_"):
+        return f"{value:.4f}" if column.endswith("_error") else f"{value:+.4f}"
+    if column.startswith("ratio_"):
+        return f"{value:.3f}"
     name = column.removesuffix("_spread")
     return COLUMNS[name][1].format(value) if name in COLUMNS else str(value)
 
 
 def heading_of(column: str) -> str:
     """Return a column's heading, with its unit."""
+    if column.startswith("loss_at_equal_"):
+        what = column.removeprefix("loss_at_equal_").removesuffix("_error").replace("_", " ")
+        return f"± at equal {what}" if column.endswith("_error") else f"loss at equal {what}, nats"
+    if column.startswith("ratio_"):
+        return f"{column.removeprefix('ratio_').replace('_', ' ')}, times"
     name = column.removesuffix("_spread")
     text = COLUMNS[name][0] if name in COLUMNS else name
     return f"± {text}" if column.endswith("_spread") else text
+
+
+def is_number(column: str) -> bool:
+    """Whether a column holds numbers."""
+    return (
+        column.removesuffix("_spread") in COLUMNS or column.startswith(("loss_at_equal_", "ratio_")) or column == "runs"
+    )
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -118,11 +134,6 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
         files.write_whole(path, stream.getvalue())
     elif path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), buffer)
-        files.write_whole(path, buffer.getvalue())
+        write_parquet(path, rows)
     else:
         raise ConfigError(f"--table={path} ends in {path.suffix or 'nothing'}; end it in {' or '.join(FORMATS)}")

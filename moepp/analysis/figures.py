@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,30 +61,34 @@ Draw = Callable[["Axes", Palette], None]
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing with what is said about it.
+    """A drawing with what is said about it; it is drawn when it is first asked for.
 
     Attributes:
         name: of its file, and unique on a page.
         title: its heading.
         caption: what to conclude from it.
-        svg, png: the drawing.
+        draw: draws it into axes.
         header, rows: the same numbers as a table, for those who do not see the drawing.
+        source: where the numbers come from: keys of metrics.jsonl, or a file of the run.
     """
 
     name: str
     title: str
     caption: str
-    svg: str
-    png: bytes
+    draw: Draw
     header: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
+    source: str = ""
 
+    @cached_property
+    def svg(self) -> str:
+        """The drawing, in colours of the page."""
+        return _svg(self.name, self.title, self.caption, self.draw)
 
-def draw_figure(
-    name: str, title: str, caption: str, draw: Draw, header: Sequence[str] = (), rows: Sequence[Sequence[str]] = ()
-) -> Figure:
-    """Draw into axes, as SVG and as PNG."""
-    return Figure(name, title, caption, _svg(name, title, caption, draw), _png(draw), header, rows)
+    @cached_property
+    def png(self) -> bytes:
+        """The drawing, on white."""
+        return _png(self.draw)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ Letters: N sequences, S tokens of each, L MoE layers, T tokens of a batch, E exp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moepp.analysis.token_view import TokenView
 from moepp.config import MoEConfig
 from moepp.errors import ConfigError, DataError
 from moepp.evaluation.scoring import token_losses
@@ -49,11 +50,29 @@ class Observed:
         """FFN experts per token, mean over layers."""
         return (self.ids_LNSK < self.cfg.num_ffn_experts).sum(axis=-1).mean(axis=0)
 
+    @property
+    def view(self) -> TokenView:
+        """What tables are made of."""
+        shares = {kind: self.share(kind) for kind, count in self.cfg.expert_counts.items() if count}
+        return TokenView(self.input_ids_NS, self.losses_NS, self.ffn_NS, shares)
+
     def share(self, kind: str) -> np.ndarray:
         """Return the share of a layer's choices that are of this kind, [L]."""
         experts = self.cfg.kind_slices[kind]
         chosen = (self.ids_LNSK >= experts.start) & (self.ids_LNSK < experts.stop)
         return chosen.reshape(len(chosen), -1).mean(axis=1)
+
+
+def pool_observed(seen: Sequence[Observed]) -> Observed:
+    """Return several as one; sequences are equally long."""
+    if len(seen) == 1:
+        return seen[0]
+    return Observed(
+        *(np.concatenate([getattr(one, name) for one in seen]) for name in ("input_ids_NS", "losses_NS")),
+        *(np.concatenate([getattr(one, n) for one in seen], axis=1) for n in ("ids_LNSK", "weights_LNSK")),
+        np.concatenate([one.entropy_LNS for one in seen], axis=1),
+        seen[0].cfg,
+    )
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,9 @@ from dataclasses import dataclass, field
 from importlib.resources import files as package_files
 from typing import Any
 
-from moepp.analysis.comparison import COLUMNS, heading_of, text_of
+from moepp.analysis.comparison import heading_of, is_number, text_of
 from moepp.analysis.figures import Figure
 from moepp.io.untrusted import terminal_text
-
-_NUMERIC = {*COLUMNS, *(f"{name}_spread" for name in COLUMNS), "seeds"}
 
 
 @dataclass
@@ -28,9 +26,18 @@ class Page:
     lead: str
     _parts: list[str] = field(default_factory=list)
 
-    def cards(self, cards: Sequence[tuple[str, str]]) -> None:
-        """Add a row of numbers: (what, value)."""
-        items = "".join(f"<div><dt>{_text(what)}</dt><dd>{_text(value)}</dd></div>" for what, value in cards)
+    def notes(self, notes: Sequence[str]) -> None:
+        """Add remarks that a reader must not miss; nothing where there are none."""
+        if notes:
+            items = "".join(f"<li>{_text(note)}</li>" for note in notes)
+            self._parts.append(f'<ul class="notes">{items}</ul>')
+
+    def cards(self, cards: Sequence[tuple[str, str, str]]) -> None:
+        """Add a row of numbers: (what, value, where it comes from)."""
+        items = "".join(
+            f'<div><dt>{_text(what)}</dt><dd>{_text(value)}</dd><dd class="source">{_text(source)}</dd></div>'
+            for what, value, source in cards
+        )
         self._parts.append(f'<dl class="cards">{items}</dl>')
 
     def section(self, heading: str, note: str = "") -> None:
@@ -46,7 +53,7 @@ class Page:
         columns = list(rows[0])
         header = [heading_of(column) for column in columns]
         cells = [[text_of(column, row[column]) for column in columns] for row in rows]
-        numeric = {number for number, column in enumerate(columns) if column in _NUMERIC}
+        numeric = {number for number, column in enumerate(columns) if is_number(column)}
         self._parts.append(_table(header, cells, caption, numeric))
 
     def plain_table(
@@ -88,7 +95,8 @@ def _figure(figure: Figure) -> str:
         table = _table(figure.header, figure.rows, f"Numbers of: {figure.title}", set(range(1, len(figure.header))))
         numbers = f"<details><summary>Numbers</summary>{table}</details>"
     caption = f"<figcaption>{_text(figure.caption)}</figcaption>"
-    return f"<figure><h3>{_text(figure.title)}</h3>{figure.svg}{caption}{numbers}</figure>"
+    source = f'<p class="source">From {_text(figure.source)}</p>' if figure.source else ""
+    return f"<figure><h3>{_text(figure.title)}</h3>{figure.svg}{caption}{source}{numbers}</figure>"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str, numeric: set[int]) -> str:

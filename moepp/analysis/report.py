@@ -7,15 +7,19 @@ from pathlib import Path
 
 import yaml
 
-from moepp.analysis.charts import charts, frontier, tokens_per_second
+from moepp.analysis.charts import curve_charts, tokens_per_second
 from moepp.analysis.comparison import compare, group_seeds, write_table
+from moepp.analysis.cost_charts import cost_charts
+from moepp.analysis.differences import differences, frontier
 from moepp.analysis.figures import Figure, compact
 from moepp.analysis.page import Page
+from moepp.analysis.routing_charts import routing_charts
 from moepp.analysis.runs import Run, compared_keys
 from moepp.io import files
 from moepp.runs.report import ReportInputs
 
-PAGE, FIGURES, TABLE = "report.html", "figures", "comparison.csv"
+PAGE, FIGURES = "report.html", "figures"
+TABLE, SEEDS, DIFFERENCES = "comparison.csv", "seeds.csv", "differences.csv"
 
 
 def write_run_page(run: Run, inputs: ReportInputs, folder: Path) -> Path:
@@ -24,11 +28,19 @@ def write_run_page(run: Run, inputs: ReportInputs, folder: Path) -> Path:
     Raises:
         WriteError: the folder cannot be written.
     """
-    page = Page(run.name, f"{run.steps:,} optimizer steps. Every number comes from metrics.jsonl in {run.path}.")
+    page = Page(run.name, f"{run.steps:,} optimizer steps. Numbers come from metrics.jsonl in {run.path}.")
+    page.notes(run.notes)
     page.cards(_cards(run))
-    drawn = charts([run])
-    page.section("What happened")
-    page.figures(drawn)
+    drawn: list[Figure] = []
+    for heading, figures in (
+        ("Learning", curve_charts([run])),
+        ("Routing", routing_charts(run)),
+        ("Cost", cost_charts([run])),
+    ):
+        if figures:
+            page.section(heading)
+            page.figures(figures)
+            drawn += figures
     if inputs.samples:
         page.section("Samples", "Continuations by the trained model.")
         for number, sample in enumerate(inputs.samples, start=1):
@@ -37,55 +49,86 @@ def write_run_page(run: Run, inputs: ReportInputs, folder: Path) -> Path:
     if run.checkpoints:
         rows = [(name, f"{size / 1e6:,.1f}") for name, size in run.checkpoints]
         page.plain_table(("checkpoint", "MB"), rows, "Checkpoints of this run")
+    else:
+        page.markup("<p>There is no checkpoint.</p>")
     page.details("config.yaml", yaml.safe_dump(dict(run.tree), sort_keys=True))
     return _write(page, drawn, folder)
 
 
-def write_comparison(runs: Sequence[Run], folder: Path, sort: str = "eval_loss") -> Path:
-    """Write ``report.html``, ``figures/*.png`` and ``comparison.csv`` of several runs; the page's path.
+def write_comparison(runs: Sequence[Run], folder: Path, sort: str = "eval_loss", left_out: Sequence[str] = ()) -> Path:
+    """Write ``report.html``, ``figures/*.png`` and tables as CSV of several runs; the page's path.
+
+    Args:
+        runs: at least one.
+        folder: where to write.
+        sort: column of the table.
+        left_out: why some runs of a folder are not among them.
 
     Raises:
         ConfigError: ``sort`` is no column.
         WriteError: the folder cannot be written.
     """
-    rows, seeds = compare(runs, sort), group_seeds(runs)
+    rows, seeds, against = compare(runs, sort), group_seeds(runs), differences(runs)
     keys = compared_keys(runs)
     differ = (
         f"They differ in {', '.join(keys)}." if keys else "Their configurations differ in nothing but seeds and names."
     )
-    page = Page(f"{len(runs)} runs", f"{differ} Every number comes from the runs' metrics.jsonl.")
+    title = f"{len(runs)} runs" if len(runs) > 1 else f"One run: {runs[0].name}"
+    if len(runs) == 1:
+        differ = "There is no other run to compare it with."
+    page = Page(title, f"{differ} Numbers come from the runs' metrics.jsonl.")
+    page.notes([*left_out, *(f"{run.name}: {note}" for run in runs for note in run.notes)])
     page.table(rows, "One row per run, the best first")
-    if seeds:
-        page.section("By seed", "Runs that differ in their seed alone: mean and sample standard deviation.")
-        page.table(seeds, "One row per setting")
-    drawn = [figure for figure in (frontier(runs), *charts(runs)) if figure is not None]
-    page.section("Curves")
-    page.figures(drawn)
-    page.section("Each run")
-    page.plain_table(("run", "directory"), [(run.name, str(run.path)) for run in runs], "Where the runs lie", False)
     files.make_folder(folder)
     write_table(folder / TABLE, rows)
-    return _write(page, drawn, folder)
+    if seeds:
+        page.section("By setting", "Runs that differ in their seed alone: mean and sample standard deviation (±).")
+        page.table(seeds, "One row per setting")
+        write_table(folder / SEEDS, seeds)
+    if against is not None:
+        twin, table = against
+        note = (
+            "Losses minus those of the setting without zero-computation experts, at the furthest point that both reach "
+            "(below 0: better than it), ± their standard error over seeds; costs as multiples of its costs per token."
+        )
+        page.section(f"Against {twin.label}", note)
+        page.table(table, "One row per setting")
+        write_table(folder / DIFFERENCES, table)
+    curves, costs = [figure for figure in (frontier(runs), *curve_charts(runs)) if figure], cost_charts(runs)
+    for heading, figures in (("Learning", curves), ("Cost", costs)):
+        if figures:
+            page.section(heading)
+            page.figures(figures)
+    page.section("Each run")
+    page.plain_table(("run", "directory"), [(run.name, str(run.path)) for run in runs], "Where the runs lie", False)
+    return _write(page, [*curves, *costs], folder)
 
 
-def _cards(run: Run) -> list[tuple[str, str]]:
-    cards = [("tokens", f"{run.tokens:,}")]
+def _cards(run: Run) -> list[tuple[str, str, str]]:
+    cards = [("tokens", f"{run.tokens:,}", "tokens, last")]
     for what, metric, pattern in (
         ("validation loss, nats per token", "eval/loss", "{:.4f}"),
+        ("validation perplexity", "eval/perplexity", "{:.2f}"),
         ("training loss, nats per token", "train/loss", "{:.4f}"),
         ("FFN experts per token", "routing/ffn_per_token", "{:.3f}"),
         ("dropped assignments", "routing/drop_fraction", "{:.2%}"),
         ("model FLOPs utilisation", "throughput/mfu", "{:.1%}"),
+        ("passes over the data", "data/epoch", "{:.3g}"),
     ):
         if (last := run.series(metric).last) is not None:
-            cards.append((what, pattern.format(last)))
+            cards.append((what, pattern.format(last), f"{metric}, last"))
     if (speed := tokens_per_second(run)) is not None:
-        cards.append(("tokens per second, median", f"{speed:,.0f}"))
+        cards.append(("tokens per second", f"{speed:,.0f}", "throughput/tokens_per_second, median"))
+    if peak := run.series("memory/peak_allocated_bytes").values:
+        cards.append(("peak memory", f"{compact(max(peak))}B", "memory/peak_allocated_bytes, largest"))
     if run.flops:
-        cards.append(("operations, forward and backward", compact(run.flops.values[-1])))
+        cards.append(
+            ("operations, forward and backward", compact(run.flops.values[-1]), "routing/ffn_per_token and config.yaml")
+        )
     if run.bytes_sent is not None and run.bytes_sent[1]:
         sent, vanilla = run.bytes_sent
-        cards.append(("expert-parallel traffic saved", f"{1 - sent / vanilla:.1%}"))
+        source = "1 - comm/dispatch_bytes over comm/dispatch_bytes_vanilla, means over steps"
+        cards.append(("expert-parallel traffic saved", f"{1 - sent / vanilla:.1%}", source))
     return cards
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +12,12 @@ from typing import Any
 
 from moepp.checkpoint import list_checkpoints
 from moepp.checkpoint.format import total_size
-from moepp.config import Config, from_stored
+from moepp.config import Config, from_stored, to_dict
 from moepp.config.compare import differing_keys, flatten
 from moepp.errors import MoeppError, RunError
 from moepp.io.untrusted import printable, read_yaml
 from moepp.metrics.jsonl import read_records
-from moepp.model.accounting import flops_per_token
+from moepp.model.accounting import BACKWARD_FACTOR, FlopsPerToken, flops_per_token
 from moepp.runs.directory import RunDir
 from moepp.runs.report import mean_per_step
 
@@ -66,6 +66,11 @@ class Run:
         """Name of the directory."""
         return self.path.name
 
+    @cached_property
+    def settings(self) -> Mapping[str, Any]:
+        """Its configuration with every key of this version, so that runs of older versions compare; else as stored."""
+        return self.tree if self.config is None else to_dict(self.config)
+
     @property
     def tokens(self) -> int:
         """Training tokens done."""
@@ -94,40 +99,94 @@ class Run:
         found = dict.fromkeys(match[1] for r in self.records for key in r if (match := pattern.fullmatch(key)))
         return sorted(found, key=lambda kind: kind != "ffn")
 
+    def not_finite(self, metric: str) -> int:
+        """Return how many records hold no finite value of a metric that they name: NaN and infinity become null."""
+        return sum(metric in record and record[metric] is None for record in self.records)
+
+    def names(self, pattern: str) -> dict[str, str]:
+        """Return the metrics whose whole name a pattern matches, by the pattern's first group."""
+        compiled = re.compile(pattern)
+        names = dict.fromkeys(name for record in self.records for name in record)
+        return {match[1]: name for name in names if (match := compiled.fullmatch(name))}
+
     @cached_property
     def flops(self) -> Series:
         """Operations of forward and backward up to each training record, by the FFN experts really computed.
 
         See :func:`moepp.model.accounting.flops_per_token`; empty where the configuration cannot be read.
         """
-        ffn = self.series("routing/ffn_per_token")
+        return self._add_up(lambda cost: cost.forward_backward)
+
+    @cached_property
+    def expert_flops(self) -> Series:
+        """Operations of FFN experts alone, as :attr:`flops`; empty of a model without any."""
+        series = self._add_up(lambda cost: (1 + BACKWARD_FACTOR) * cost.ffn_experts)
+        return series if series.last else Series([], [])
+
+    def _add_up(self, part: Callable[[FlopsPerToken], float | None]) -> Series:
         if self.config is None:
+            return Series([], [])
+        model, seq_len = self.config.model, self.config.data.seq_len
+        ffn = self.series("routing/ffn_per_token" if model.moe_layers else "train/loss")
+        # Everything but the FFN experts costs the same at every record; experts cost in proportion.
+        none, one = (part(flops_per_token(model, seq_len, experts)) for experts in (0.0, 1.0))
+        if none is None or one is None:  # of an expert kind that does not tell its own
             return Series([], [])
         total, before, values = 0.0, 0, []
         for tokens, per_token in zip(ffn.tokens, ffn.values, strict=True):
-            cost = flops_per_token(self.config.model, self.config.data.seq_len, per_token).forward_backward
-            if cost is None:  # of an expert kind that does not tell its own
-                return Series([], [])
-            total, before = total + (tokens - before) * cost, tokens
+            experts = per_token if model.moe_layers else 0.0
+            total, before = total + (tokens - before) * (none + experts * (one - none)), tokens
             values.append(total)
         return Series(ffn.tokens, values)
 
-    def over_flops(self, metric: str) -> tuple[list[float], list[float]]:
-        """Return operations done and value, for every logged value of a metric (linear between records)."""
-        series, costs = self.series(metric), self.flops
+    def over(self, metric: str, axis: str) -> tuple[list[float], list[float]]:
+        """Return where each logged value of a metric lies on an axis, and the value; empty where that is not known.
+
+        Args:
+            metric: its name.
+            axis: "tokens", "operations" or "expert operations", which are linear between records.
+        """
+        series = self.series(metric)
+        if axis == "tokens":
+            return [float(tokens) for tokens in series.tokens], series.values
+        costs = self.flops if axis == "operations" else self.expert_flops
         if not costs or not series:
             return [], []
         import numpy as np
 
         known = [0, *costs.tokens]
-        return list(np.interp(series.tokens, known, [0.0, *costs.values])), series.values
+        return np.interp(series.tokens, known, [0.0, *costs.values]).tolist(), series.values
+
+    def per_step(self, metric: str) -> float | None:
+        """Return the mean of a per-step metric over the run; None where it was never logged."""
+        return mean_per_step(self.records, metric)
 
     @cached_property
     def bytes_sent(self) -> tuple[float, float] | None:
         """Rows sent per step, and what a vanilla MoE would have sent; means over the run."""
-        sent = mean_per_step(self.records, "comm/dispatch_bytes")
-        vanilla = mean_per_step(self.records, "comm/dispatch_bytes_vanilla")
+        sent, vanilla = self.per_step("comm/dispatch_bytes"), self.per_step("comm/dispatch_bytes_vanilla")
         return None if sent is None or vanilla is None else (sent, vanilla)
+
+    @cached_property
+    def routing(self) -> list[Any]:
+        """Choices of every expert and gate weights over the training; empty where none were kept."""
+        return []
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """What a reader of this run's numbers must know first: what is missing, not finite or not done."""
+        found = []
+        total = self.config.train.steps if self.config is not None else None
+        if total is not None and self.steps < total:
+            found.append(f"Not at its end: step {self.steps:,} of {total:,}.")
+        if self.config is None:
+            found.append("Its configuration is missing or cannot be read by this version: no operations are counted.")
+        for metric in ("train/loss", "eval/loss", "train/grad_norm"):
+            if count := self.not_finite(metric):
+                found.append(f"{metric} is not finite in {count} of {len(self.records)} records, which are left out.")
+        if skipped := self.series("train/skipped_steps").last:
+            found.append(f"{skipped:.0f} steps were skipped: not finite, or loss spikes.")
+        return found
 
     @cached_property
     def checkpoints(self) -> list[tuple[str, int]]:
@@ -135,30 +194,51 @@ class Run:
         return [(path.name, total_size(path)) for path in list_checkpoints(RunDir(self.path).checkpoints)]
 
 
-def find_runs(places: Sequence[str]) -> list[Run]:
+@dataclass(frozen=True)
+class FoundRuns:
+    """Runs, and why others of their folder are not among them."""
+
+    runs: list[Run]
+    left_out: list[str]
+
+
+def find_runs(places: Sequence[str]) -> FoundRuns:
     """Read run directories, and those in a folder of runs (a sweep's).
 
+    Of a folder, runs that cannot be read or have logged nothing yet are left out.
+
     Raises:
-        RunError: a place is no run and holds none, or a run's metrics cannot be read.
+        RunError: a place is no run and holds none that can be read, or the metrics of a run that is named itself
+            cannot be read.
     """
     found: dict[Path, Run] = {}
+    left_out: list[str] = []
     for place in places:
         path = Path(place).expanduser().resolve()
         if not path.is_dir():
             raise RunError(f"{printable(place)} is not a directory; name the directory of a run, or a folder of runs")
-        folders = [path] if RunDir(path).metrics_file.exists() else _runs_in(path)
+        if _is_run(path):
+            found.setdefault(path, read_run(path))
+            continue
+        folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and _is_run(folder)]
         if not folders:
             raise RunError(f"{printable(place)} holds no metrics.jsonl and no run; name the directory of a run")
-        found |= {folder: read_run(folder) for folder in folders if folder not in found}
-    return list(found.values())
+        reasons = []
+        for folder in folders:
+            try:
+                found.setdefault(folder, read_run(folder))
+            except RunError as error:
+                reasons.append(f"{folder.name} is left out: {error}")
+        if len(reasons) == len(folders):
+            raise RunError(f"{printable(place)} holds no run that can be read: {reasons[0]}")
+        left_out += reasons
+    for reason in left_out:
+        logger.warning("%s", printable(reason))
+    return FoundRuns(list(found.values()), left_out)
 
 
-def _runs_in(folder: Path) -> list[Path]:
-    runs = [path for path in sorted(folder.iterdir()) if path.is_dir() and RunDir(path).metrics_file.exists()]
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and RunDir(path).config_file.exists() and path not in runs:
-            logger.warning("%s has a configuration but no metrics yet; it is left out", printable(path))
-    return runs
+def _is_run(path: Path) -> bool:
+    return RunDir(path).metrics_file.exists() or RunDir(path).config_file.exists()
 
 
 def read_run(path: Path) -> Run:
@@ -167,7 +247,7 @@ def read_run(path: Path) -> Run:
     Raises:
         RunError: no record, or a damaged metrics.jsonl.
     """
-    records = read_records(RunDir(path).metrics_file)
+    records = read_records(RunDir(path).metrics_file) if RunDir(path).metrics_file.exists() else []
     if not records:
         raise RunError(
             f"{RunDir(path).metrics_file} holds no record yet; train at least train.log_interval steps first"
@@ -183,10 +263,14 @@ def read_run(path: Path) -> Run:
 
 def compared_keys(runs: Sequence[Run]) -> list[str]:
     """Return the keys in which runs differ, without those that say where a run lies or what its seed is."""
-    return sorted(key for key in differing_keys([run.tree for run in runs]) if not _NOT_COMPARED.fullmatch(key))
+    return sorted(
+        key
+        for key in differing_keys([run.settings for run in runs if run.settings])
+        if not _NOT_COMPARED.fullmatch(key)
+    )
 
 
 def setting(run: Run, keys: Sequence[str]) -> tuple[str, ...]:
     """Return the run's values of these keys, as text."""
-    flat = flatten(run.tree)
+    flat = flatten(run.settings)
     return tuple(printable(flat.get(key, "absent"), 60) for key in keys)

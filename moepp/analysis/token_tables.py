@@ -12,17 +12,36 @@ from typing import Any
 import numpy as np
 
 from moepp.analysis.observe import Observed
+from moepp.analysis.token_view import TokenView, pool
 
 Rows = list[dict[str, Any]]
+Decode = Callable[[Sequence[int]], str]
 _CONTEXT = 8  # tokens before an example
 _EXAMPLES = 3
 _BUCKETS = 10
 _BINS = 20
+_TEXT_TOKENS = 240
 
-Decode = Callable[[Sequence[int]], str]
+
+def token_tables(sources: Mapping[str, TokenView], decode: Decode | None = None) -> dict[str, Rows]:
+    """Return every table by its name: of all sources together, and the kinds of each.
+
+    Args:
+        sources: what was read, by the name of the data.
+        decode: text of token ids; None: ids are shown.
+    """
+    seen = pool(list(sources.values()))
+    return {
+        "types": by_type(seen, decode),
+        "positions": by_position(seen),
+        "frequencies": by_frequency(seen),
+        "losses": by_loss(seen),
+        "kinds": kinds_by_layer(sources),
+        "text": text_tokens(seen, decode) if decode is not None else [],
+    }
 
 
-def by_type(seen: Observed, decode: Decode | None = None, least: int = 5) -> Rows:
+def by_type(seen: TokenView, decode: Decode | None = None, least: int = 5) -> Rows:
     """Return one row per token type that occurs ``least`` times or more, the most FFN experts first.
 
     Columns: token, text, count, ffn_per_token (mean over layers and occurrences), ffn_std (over occurrences), loss (of
@@ -47,7 +66,22 @@ def by_type(seen: Observed, decode: Decode | None = None, least: int = 5) -> Row
     return sorted(rows, key=lambda row: (-row["ffn_per_token"], row["token"]))
 
 
-def by_position(seen: Observed) -> Rows:
+def explained_by_type(types: Rows) -> float | None:
+    """Return the share of the variance of FFN experts per token that the token's type explains, adjusted for chance.
+
+    That is 1 - (within types / (n - V)) / (all / (n - 1)), of the types in the table; 0 or less: nothing. None where
+    all tokens use equally many experts, or every type has a single token.
+    """
+    counts, means, stds = (np.array([row[name] for row in types]) for name in ("count", "ffn_per_token", "ffn_std"))
+    n = counts.sum()
+    within = float((counts * stds**2).sum())
+    total = within + float((counts * (means - np.average(means, weights=counts)) ** 2).sum()) if n else 0.0
+    if n <= len(types) or total <= 1e-12 * n:
+        return None
+    return 1 - within / (n - len(types)) * (n - 1) / total
+
+
+def by_position(seen: TokenView) -> Rows:
     """Return FFN experts and loss by the token's position in its sequence, in up to 16 buckets."""
     length = seen.input_ids_NS.shape[1]
     edges = np.unique(np.linspace(0, length, min(length, 16) + 1).astype(int))
@@ -58,19 +92,19 @@ def by_position(seen: Observed) -> Rows:
     return rows
 
 
-def by_frequency(seen: Observed) -> Rows:
+def by_frequency(seen: TokenView) -> Rows:
     """Return FFN experts and loss by how often the token occurs here, in tenths of all tokens from rare to frequent."""
     ids = seen.input_ids_NS
     counts = np.bincount(ids.ravel())[ids]
     return _by_rank(seen, counts, "count")
 
 
-def by_loss(seen: Observed) -> Rows:
+def by_loss(seen: TokenView) -> Rows:
     """Return FFN experts by the loss of the token that follows, in tenths of all tokens from easy to hard."""
     return _by_rank(seen, seen.losses_NS, "loss_of_next")
 
 
-def _by_rank(seen: Observed, values_NS: np.ndarray, name: str) -> Rows:
+def _by_rank(seen: TokenView, values_NS: np.ndarray, name: str) -> Rows:
     order = np.argsort(values_NS.ravel(), kind="stable")
     rows = []
     for number, places in enumerate(np.array_split(order, min(_BUCKETS, len(order)))):
@@ -81,19 +115,32 @@ def _by_rank(seen: Observed, values_NS: np.ndarray, name: str) -> Rows:
     return rows
 
 
-def _means(seen: Observed, part: Any) -> dict[str, Any]:
+def _means(seen: TokenView, part: Any) -> dict[str, Any]:
+    """Return means over tokens; ``ffn_error`` is the standard error, as if tokens were independent."""
     ffn = seen.ffn_NS[part]
-    return {"tokens": int(ffn.size), "ffn_per_token": float(ffn.mean()), "loss": float(seen.losses_NS[part].mean())}
+    return {
+        "tokens": int(ffn.size),
+        "ffn_per_token": float(ffn.mean()),
+        "ffn_error": float(ffn.std() / np.sqrt(ffn.size)),
+        "loss": float(seen.losses_NS[part].mean()),
+    }
 
 
-def kinds_by_layer(seen: Mapping[str, Observed]) -> Rows:
+def kinds_by_layer(sources: Mapping[str, TokenView]) -> Rows:
     """Return the share of each expert kind by data source and MoE layer; the shares of a row sum to 1."""
     rows = []
-    for source, one in seen.items():
-        shares = {kind: one.share(kind) for kind, count in one.cfg.expert_counts.items() if count}
-        for layer in range(len(one.ids_LNSK)):
-            rows.append({"source": source, "layer": layer} | {k: float(v[layer]) for k, v in shares.items()})
+    for source, seen in sources.items():
+        for layer in range(len(next(iter(seen.shares.values())))):
+            shares = {kind: float(share_L[layer]) for kind, share_L in seen.shares.items()}
+            rows.append({"source": source, "layer": layer, "tokens": int(seen.ffn_NS.size)} | shares)
     return rows
+
+
+def text_tokens(seen: TokenView, decode: Decode) -> Rows:
+    """Return the beginning of the first sequence, token by token."""
+    ids, ffn = seen.input_ids_NS[0][:_TEXT_TOKENS], seen.ffn_NS[0][:_TEXT_TOKENS]
+    pairs = zip(ids.tolist(), ffn.tolist(), strict=True)
+    return [{"position": n, "text": decode([i]), "ffn_per_token": value} for n, (i, value) in enumerate(pairs)]
 
 
 def gate_weights(with_residuals: Observed, without: Observed | None) -> Rows:

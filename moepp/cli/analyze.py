@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from moepp.arguments import add_device_option, add_plugin_option
 from moepp.distributed.groups import ParallelGroups, joined, read_launch_environment
-from moepp.errors import ConfigError, DataError
+from moepp.errors import ConfigError, DataError, RunError
 from moepp.evaluation.load import DTYPES, FoundModel, build_model, find_model, open_tokenizer
 from moepp.io.untrusted import printable
 from moepp.runs.environment import command_facts
@@ -43,7 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PREFIX",
         help="data written by moepp prepare; default: the run's, validation",
     )
-    parser.add_argument("--tokens", type=int, default=32768, metavar="N", help="tokens to read (default: 32768)")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=32768,
+        metavar="N",
+        help="tokens to read in all (default: 32768)",
+    )
     parser.add_argument("--seq-len", type=int, metavar="S", help="tokens per sequence (default: as trained)")
     parser.add_argument("--out", metavar="FOLDER", help="default: analysis/<what> in the run's directory")
     parser.add_argument("--precision", choices=tuple(DTYPES), help="default: as trained; fp32 for a folder")
@@ -73,6 +79,13 @@ class Subject:
     sources: dict[str, np.ndarray]
     seq_len: int
 
+    @property
+    def pooled(self) -> np.ndarray:
+        """Sequences of all sources."""
+        import numpy as np
+
+        return np.concatenate(list(self.sources.values()))
+
 
 def run(args: argparse.Namespace) -> int:
     """Write tables and a page, and print where they lie."""
@@ -85,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     if environment.world_size > 1:
         raise ConfigError(f"moepp analyze runs in one process, and {environment.world_size} were started; start one")
     with joined(environment, 1, TIMEOUT_SECONDS, command_facts(args.plugins), args.device) as groups:
-        findings = _QUESTIONS[args.what](args, [_open(args, one, groups) for one in found])
+        findings = _QUESTIONS[args.what](args, _distinct([_open(args, one, groups) for one in found]))
     page = write_findings(findings, folder)
     for figure in findings.figures:
         print(f"{figure.title}: {printable(figure.caption)}")
@@ -99,8 +112,8 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < minimum:
             raise ConfigError(f"--{name.replace('_', '-')}={value} is below its minimum {minimum}; raise it")
-    if args.what != "communication" and len(args.models) > 1:
-        raise ConfigError(f"moepp analyze {args.what} reads one model, and {len(args.models)} were named; name one")
+    if args.what == "tokens" and len(args.models) > 1:
+        raise ConfigError(f"moepp analyze tokens reads one model, and {len(args.models)} were named; name one")
 
 
 def _folder(args: argparse.Namespace, found: FoundModel) -> Path:
@@ -118,12 +131,23 @@ def _open(args: argparse.Namespace, found: FoundModel, groups: ParallelGroups) -
     prefixes = _prefixes(args, found)
     names = [Path(prefix).name for prefix in prefixes]
     names = names if len(set(names)) == len(names) else prefixes
-    read = [_sequences(prefix, found, length, args.tokens) for prefix in prefixes]
+    share = max(args.tokens // len(prefixes), length)  # at least a sequence of each
+    read = [_sequences(prefix, found, length, share) for prefix in prefixes]
     sources = dict(zip(names, read, strict=True))
     if length > found.cfg.max_seq_len:  # positions beyond it are what long-context is about
         found = replace(found, cfg=replace(found.cfg, max_seq_len=length))
     model = build_model(found, groups, args.precision)
     return Subject(Path(found.subject.source).name, found, model, sources, trained)
+
+
+def _distinct(subjects: list[Subject]) -> list[Subject]:
+    """Return them under their whole paths where names are the same, as of checkpoints of several runs."""
+    if len({one.name for one in subjects}) == len(subjects):
+        return subjects
+    named = [replace(one, name=str(one.found.subject.source)) for one in subjects]
+    if len({one.name for one in named}) < len(named):
+        raise ConfigError(f"{named[0].name} is named more than once, or lies below another name; name each model once")
+    return named
 
 
 def _prefixes(args: argparse.Namespace, found: FoundModel) -> list[str]:
@@ -173,78 +197,74 @@ def _lead(subjects: list[Subject]) -> str:
 
 
 def _tokens(args: argparse.Namespace, subjects: list[Subject]) -> Findings:
-    from moepp.analysis import model_pages as pages
-    from moepp.analysis import token_tables as tables
-    from moepp.analysis.observe import Change, observe
+    from moepp.analysis.model_pages import Findings
+    from moepp.analysis.observe import Change, observe, pool_observed
+    from moepp.analysis.token_pages import gate_figures, text_markup, token_figures
+    from moepp.analysis.token_tables import gate_weights, token_tables
 
     [one] = subjects
     decode = _decoder(args, one.found)
     seen = {source: observe(one.model, tokens) for source, tokens in one.sources.items()}
-    first = next(iter(seen.values()))
     without = None
     if one.found.cfg.moe.gating_residual:
-        without = observe(one.model, next(iter(one.sources.values())), Change(residuals=False))
-    rows: dict[str, Rows] = {
-        "types": tables.by_type(first, decode),
-        "positions": tables.by_position(first),
-        "frequencies": tables.by_frequency(first),
-        "losses": tables.by_loss(first),
-        "kinds": tables.kinds_by_layer(seen),
-        "gates": tables.gate_weights(first, without),
-    }
-    x, y = ([row[name] for row in rows["positions"]] for name in ("first", "ffn_per_token"))
-    caption = f"From {y[0]:.3f} at the start to {y[-1]:.3f} at the end of a sequence."
-    labels = ("position in the sequence", "FFN experts per token")
-    figures = [
-        pages.type_figure(rows["types"]),
-        pages.line_figure("positions", "By position", caption, {"FFN experts": (x, y)}, labels),
-        pages.rank_figure("frequencies", "By frequency", rows["frequencies"], "frequent tokens"),
-        pages.rank_figure("losses", "By loss of the next token", rows["losses"], "tokens before a hard one"),
-        *pages.gate_figures(rows["gates"]),
-        pages.source_figure(rows["kinds"]),
-    ]
-    markup = pages.text_sample(first, decode) if decode is not None else ""
-    title = f"How {one.name} routes tokens"
-    return pages.Findings(title, _lead(subjects), rows, [figure for figure in figures if figure is not None], markup)
+        without = observe(one.model, one.pooled, Change(residuals=False))
+    rows = token_tables({source: found.view for source, found in seen.items()}, decode)
+    figures, markup = token_figures(rows), text_markup(rows["text"])
+    rows["gates"] = gate_weights(pool_observed(list(seen.values())), without)
+    figures += gate_figures(rows["gates"])
+    rows = {name: table for name, table in rows.items() if table}  # no text without a tokenizer
+    return Findings(f"How {one.name} routes tokens", _lead(subjects), rows, figures, markup)
 
 
 def _communication(args: argparse.Namespace, subjects: list[Subject]) -> Findings:
-    from moepp.analysis import model_pages as pages
+    from moepp.analysis.model_pages import Findings
     from moepp.analysis.observe import observe
+    from moepp.analysis.question_pages import communication_figures
     from moepp.analysis.questions import communication
 
     rows: Rows = []
     for one in subjects:
-        precision = DTYPES[args.precision or one.found.precision]
+        element_bytes = DTYPES[args.precision or one.found.precision].itemsize
         sizes = [size for size in EP_SIZES if one.found.cfg.moe.num_ffn_experts % size == 0]
-        for tokens in one.sources.values():
-            rows += communication(one.name, observe(one.model, tokens), one.found.cfg, precision.itemsize, sizes)
+        seen, measured = observe(one.model, one.pooled), _measured_saving(one.found)
+        rows += communication(one.name, seen, one.found.cfg, element_bytes, sizes, measured)
     if not rows:
         raise ConfigError(
             "no number of ranks from 2 on divides the FFN experts, so nothing is sent; name another model"
         )
-    figures = pages.communication_figures(rows)
-    return pages.Findings("Expert-parallel traffic", _lead(subjects), {"communication": rows}, figures)
+    figures = communication_figures(rows)
+    return Findings("Expert-parallel traffic", _lead(subjects), {"communication": rows}, figures)
+
+
+def _measured_saving(found: FoundModel) -> float | None:
+    """Return the share of the traffic that a run's counters say it saved; None where it sent nothing or has none."""
+    from moepp.analysis.runs import read_run
+
+    if found.run_dir is None:
+        return None
+    try:
+        bytes_sent = read_run(found.run_dir.path).bytes_sent
+    except RunError:
+        return None
+    return 1 - bytes_sent[0] / bytes_sent[1] if bytes_sent is not None and bytes_sent[1] else None
 
 
 def _long_context(args: argparse.Namespace, subjects: list[Subject]) -> Findings:
-    from moepp.analysis import model_pages as pages
+    from moepp.analysis.model_pages import Findings
+    from moepp.analysis.question_pages import long_context_figures
     from moepp.analysis.questions import long_context
 
-    [one] = subjects
-    rows = long_context(one.model, next(iter(one.sources.values())), one.seq_len)
-    figures = pages.long_context_figures(rows)
-    return pages.Findings("Routing in long contexts", _lead(subjects), {"long-context": rows}, figures)
+    rows = [row for one in subjects for row in long_context(one.name, one.model, one.pooled, one.seq_len)]
+    return Findings("Routing in long contexts", _lead(subjects), {"long-context": rows}, long_context_figures(rows))
 
 
 def _robustness(args: argparse.Namespace, subjects: list[Subject]) -> Findings:
-    from moepp.analysis import model_pages as pages
+    from moepp.analysis.model_pages import Findings
+    from moepp.analysis.question_pages import robustness_figures
     from moepp.analysis.questions import robustness
 
-    [one] = subjects
-    rows = robustness(one.model, next(iter(one.sources.values())), seed=args.seed)
-    figures = pages.robustness_figures(rows)
-    return pages.Findings("Swapped routing", _lead(subjects), {"robustness": rows}, figures)
+    rows = [row for one in subjects for row in robustness(one.name, one.model, one.pooled, seed=args.seed)]
+    return Findings("Swapped routing", _lead(subjects), {"robustness": rows}, robustness_figures(rows))
 
 
 _QUESTIONS: dict[str, Callable[[argparse.Namespace, list[Subject]], Findings]] = {

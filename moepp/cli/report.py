@@ -86,14 +86,15 @@ def _report_several(places: Sequence[str], args: argparse.Namespace) -> int:
 
     if args.unigram_entropy is not None:
         raise ConfigError("--unigram-entropy is drawn for one run, and several were named; leave it out")
-    runs = find_runs(places)
+    found = find_runs(places)
+    runs = found.runs
     common = Path(os.path.commonpath([run.path.parent for run in runs]))
     folder = _own_folder(common / "comparison" if args.out is None else Path(args.out))
     sort = "eval_loss" if args.sort is None else args.sort
     rows = compare(runs, sort)
     if args.table is not None:
         write_table(Path(args.table), rows)
-    page = write_comparison(runs, folder, sort)
+    page = write_comparison(runs, folder, sort, found.left_out)
     columns = list(rows[0])
     cells = [[text_of(column, row[column]) for column in columns] for row in rows]
     print(terminal_text("\n".join(table_lines([heading_of(column) for column in columns], cells))))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from moepp.analysis import token_tables as tables
-from moepp.analysis.observe import Change, Observed, observe, swap_kinds
+from moepp.analysis.observe import Change, Observed, observe, pool_observed, swap_kinds
 from moepp.analysis.questions import communication, long_context, robustness
+from moepp.analysis.token_pages import token_figures
+from moepp.analysis.token_view import TokenView, pool, view_evaluation
 from moepp.config import ModelConfig, MoEConfig
 from moepp.errors import ConfigError, DataError
 from moepp.model import Transformer
@@ -86,7 +90,7 @@ def test_swapped_tokens_choose_the_best_of_the_other_family_and_others_do_not_ch
 
 
 def test_robustness_rows_start_at_zero_and_cover_every_token():
-    rows = robustness(make_model(), tokens(), (0.0, 0.5, 1.0), seed=1)
+    rows = robustness("m", make_model(), tokens(), (0.0, 0.5, 1.0), seed=1)
     assert all(row["increase"] == 0 for row in rows if row["share"] == 0)
     for share in (0.5, 1.0):
         part = {row["quarter"]: row for row in rows if row["share"] == share}
@@ -99,8 +103,8 @@ def test_robustness_rows_start_at_zero_and_cover_every_token():
 
 def test_long_context_agrees_with_itself_within_the_trained_length():
     model, data = make_model(), tokens(2, 32)
-    rows = long_context(model, data, 8)
-    assert [row["first"] for row in rows if row["residuals"] == "with"] == list(range(0, 32, 4))
+    rows = long_context("m", model, data, 8)
+    assert [row["first"] for row in rows if row["residuals"] == "with residuals"] == list(range(0, 32, 4))
     for row in rows:
         assert 0 <= row["agreement"] <= 1
         if row["last"] < 8:
@@ -108,7 +112,7 @@ def test_long_context_agrees_with_itself_within_the_trained_length():
     alone = observe(model, data[:, 12:21])  # the window of positions 12 to 19; its later half is what counts
     whole = observe(model, data)
     same = (whole.ids_LNSK[:, :, 16:20, :, None] == alone.ids_LNSK[:, :, 4:, None, :]).any(-1).mean()
-    [row] = [row for row in rows if row["residuals"] == "with" and row["first"] == 16]
+    [row] = [row for row in rows if row["residuals"] == "with residuals" and row["first"] == 16]
     assert row["agreement"] == pytest.approx(same)
 
 
@@ -121,7 +125,8 @@ def hand_made() -> Observed:
 
 
 def test_tables_hold_hand_counted_means():
-    seen = hand_made()  # FFN experts: 2 1 0 2 / 0 2 0 1
+    observed = hand_made()  # FFN experts: 2 1 0 2 / 0 2 0 1
+    seen = observed.view
     [seven, eight] = tables.by_type(seen, None, least=2)
     assert (seven["token"], seven["count"], seven["ffn_per_token"], seven["loss"]) == (7, 4, 1.0, 4.0)
     assert (eight["token"], eight["count"], eight["ffn_per_token"]) == (8, 3, pytest.approx(2 / 3))
@@ -138,9 +143,57 @@ def test_tables_hold_hand_counted_means():
         "copy": 0.25,
         "zero": 0.125,
     }
-    first, second = tables.gate_weights(seen, None)
+    first, second = tables.gate_weights(observed, None)
     assert first["mean"] == pytest.approx(np.linspace(0, 1, 16)[::2].mean()) and sum(first["histogram"]) == 1
     assert (first["choice"], second["choice"], second["residuals"]) == (1, 2, "with")
+
+
+def test_sources_are_pooled_by_their_tokens():
+    seen = hand_made()
+    half = replace(seen, **{n: getattr(seen, n)[:1] for n in ("input_ids_NS", "losses_NS")})
+    half = replace(half, **{n: getattr(seen, n)[:, :1] for n in ("ids_LNSK", "weights_LNSK", "entropy_LNS")})
+    both = pool([seen.view, half.view])
+    assert both.ffn_NS.tolist() == [[2, 1, 0, 2], [0, 2, 0, 1], [2, 1, 0, 2]]
+    assert both.shares["ffn"] == pytest.approx([(8 + 5) / 24])
+    again = pool_observed([seen, half]).view
+    assert again.shares["ffn"] == pytest.approx(both.shares["ffn"]) and np.array_equal(again.ffn_NS, both.ffn_NS)
+    rows = tables.kinds_by_layer({"a": seen.view, "b": half.view})
+    assert [(row["source"], row["ffn"], row["tokens"]) for row in rows] == [("a", 0.5, 8), ("b", 5 / 8, 4)]
+
+
+def test_what_a_tokens_type_explains_is_all_nothing_or_unknown():
+    ids = np.array([[1, 2] * 50])
+    shares = {"ffn": np.ones(1)}
+    by_token = TokenView(ids, np.zeros((1, 100)), (ids == 1).astype(float), shares)
+    assert tables.explained_by_type(tables.by_type(by_token)) == pytest.approx(1.0)
+    chance = TokenView(ids, np.zeros((1, 100)), np.random.default_rng(1).integers(0, 3, (1, 100)).astype(float), shares)
+    assert tables.explained_by_type(tables.by_type(chance)) == pytest.approx(0, abs=0.05)
+    same = TokenView(ids, np.zeros((1, 100)), np.full((1, 100), 2.0), shares)
+    assert tables.explained_by_type(tables.by_type(same)) is None
+    figures = {figure.name: figure for figure in token_figures(tables.token_tables({"a": same}))}
+    assert "All 2 token types use 2.00" in figures["token-types"].caption
+    assert "no difference beyond chance" in figures["losses"].caption
+
+
+def test_an_evaluation_that_is_watched_shows_what_reading_the_sequences_shows():
+    model, data = make_model(), tokens(4)
+    ids = torch.from_numpy(data)
+    batches = [(ids[n : n + 2, :-1], ids[n : n + 2, 1:]) for n in (0, 2)]
+    sums = []
+
+    def evaluate(batches):
+        sums.extend(float(model.loss(*batch).ce_sum) for batch in batches)
+
+    with torch.no_grad():
+        view = view_evaluation(model, batches, evaluate, (0, 1), lambda tensor: tensor)
+    seen = observe(model, data).view
+    np.testing.assert_array_equal(view.input_ids_NS, seen.input_ids_NS)
+    np.testing.assert_allclose(view.ffn_NS, seen.ffn_NS)
+    np.testing.assert_allclose(view.losses_NS, seen.losses_NS, rtol=1e-5)
+    assert view.losses_NS.sum() == pytest.approx(sum(sums), rel=1e-5)
+    for kind, share_L in seen.shares.items():
+        np.testing.assert_allclose(view.shares[kind], share_L)
+    assert "cross_entropy" not in vars(model) and not any(layer.moe._forward_hooks for layer in model.layers)
 
 
 def test_traffic_counts_ffn_assignments_alone():
@@ -151,6 +204,10 @@ def test_traffic_counts_ffn_assignments_alone():
     assert rows[1]["bytes_per_token"] == 1.0 * per_assignment * 3 / 4
     assert rows[0]["vanilla"] == rows[0]["everything_sharded"] == 2 * per_assignment / 2
     assert [row["saved"] for row in rows] == [0.5, 0.5]
+    # 4 FFN and 3 other experts at tau 0.75: 2 x 3 / (3 + 3) = 1 of 2 choices
+    assert [(row["tau"], row["balanced"], row["measured"]) for row in rows] == [(0.75, 0.5, None)] * 2
+    vanilla = make_model(num_constant_experts=0, num_copy_experts=0, num_zero_experts=0)
+    assert communication("v", observe(vanilla, tokens()), vanilla.cfg, 2, (2,), 0.25)[0]["tau"] is None
 
 
 def test_what_a_model_does_not_have_is_refused():
@@ -161,4 +218,4 @@ def test_what_a_model_does_not_have_is_refused():
         observe(vanilla, tokens(), Change(swap_share=0.5))
     with pytest.raises(DataError, match="at least one sequence"):
         observe(vanilla, tokens()[:0])
-    assert {row["residuals"] for row in long_context(vanilla, tokens(), 6)} == {"with"}
+    assert {row["residuals"] for row in long_context("v", vanilla, tokens(), 6)} == {"without residuals"}

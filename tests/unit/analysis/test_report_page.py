@@ -6,50 +6,31 @@ import argparse
 import csv
 import json
 import re
-from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from moepp.analysis.charts import charts, frontier
+from moepp.analysis import figures
+from moepp.analysis.charts import curve_charts
 from moepp.analysis.comparison import compare, group_seeds
-from moepp.analysis.figures import draw_figure
+from moepp.analysis.cost_charts import cost_charts
+from moepp.analysis.curves import curve_of, group_runs
+from moepp.analysis.differences import differences, frontier
+from moepp.analysis.figures import Figure
+from moepp.analysis.routing_charts import routing_charts
 from moepp.analysis.runs import find_runs, read_run
 from moepp.cli import report as command
-from moepp.config import to_dict
 from moepp.errors import ConfigError, RunError
 from moepp.model.accounting import flops_per_token
-from tests.data_files import make_config
+from tests.run_files import make_run
 
 
-def make_run(
-    folder: Path, name: str, *, tau: float = 0.75, seed: int = 0, shift: float = 0.0, ffn: float = 1.25
-) -> Path:
-    """A run directory as training leaves it, with 4 training records and 2 evaluations."""
-    path = folder / name
-    path.mkdir(parents=True)
-    cfg = make_config(["data/demo"])
-    moe = replace(cfg.model.moe, tau=tau)
-    cfg = replace(cfg, run=replace(cfg.run, name=name, seed=seed), model=replace(cfg.model, moe=moe))
-    (path / "config.yaml").write_text(yaml.safe_dump(to_dict(cfg)))
-    lines = []
-    for number in range(1, 5):
-        record: dict[str, Any] = {"step": number * 10, "tokens": number * 1000, "train/loss": 8.0 - number + shift}
-        record |= {"routing/ffn_per_token": ffn + 0.1 * number, "throughput/tokens_per_second": 100.0 * number}
-        record |= {"comm/dispatch_bytes": 300.0, "comm/dispatch_bytes_vanilla": 400.0, "train/grad_norm": 1.0}
-        for layer in (0, 1):
-            shares = {"ffn": 0.5 + 0.1 * layer, "constant": 0.2, "copy": 0.2, "zero": 0.1 - 0.1 * layer}
-            record |= {f"routing/layer_{layer}/share_{kind}": share for kind, share in shares.items()}
-            record[f"routing/layer_{layer}/max_over_mean"] = 1.5 + layer
-        lines.append(record)
-        if number % 2 == 0:
-            lines.append({"step": number * 10, "tokens": number * 1000, "eval/loss": 8.25 - number + shift})
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+@pytest.fixture(autouse=True)
+def quick_png(monkeypatch):
+    """PNGs cost as much time as everything else here; the test of the page draws them."""
+    monkeypatch.setattr(figures, "_png", lambda draw: b"png")
 
 
 def report(*arguments: str) -> int:
@@ -66,44 +47,117 @@ def test_operations_add_up_by_the_experts_that_each_interval_computed(tmp_path):
         for n in range(1, 5)
     )
     assert run.flops.last == pytest.approx(wanted, rel=1e-12)
-    x, y = run.over_flops("eval/loss")
+    x, y = run.over("eval/loss", "operations")
     assert y == [6.25, 4.25] and x[1] == pytest.approx(wanted) and x[0] == pytest.approx(run.flops.values[1])
+    model = run.config.model
+    per_expert = 3 * 2 * 3 * model.hidden_size * model.moe.ffn_hidden_size * len(model.moe_layers)
+    assert run.expert_flops.last == pytest.approx(1000 * per_expert * (4 * 1.25 + 1.0), rel=1e-12)
+    assert run.over("eval/loss", "expert operations")[0][1] == run.expert_flops.last
 
 
 def test_table_puts_the_best_first_and_names_only_what_differs(tmp_path):
     for name, tau, shift in (("worse", 0.25, 0.5), ("best", 0.75, 0.0), ("middle", 1.0, 0.25)):
         make_run(tmp_path, name, tau=tau, shift=shift)
-    rows = compare(find_runs([str(tmp_path)]))
+    rows = compare(find_runs([str(tmp_path)]).runs)
     assert [row["run"] for row in rows] == ["best", "middle", "worse"]
     assert [row["model.moe.tau"] for row in rows] == ["0.75", "1.0", "0.25"]
     assert set(rows[0]) - {"run", "model.moe.tau"} == {
-        *("tokens", "flops", "train_loss", "eval_loss", "best_eval_loss", "ffn_per_token"),
+        *("tokens", "flops", "expert_flops", "train_loss", "eval_loss", "best_eval_loss", "ffn_per_token"),
         *("tokens_per_second", "bytes_per_step", "bytes_saved"),
     }
     first = rows[0]
     assert (first["tokens"], first["eval_loss"], first["train_loss"]) == (4000, 4.25, 4.0)
     assert (first["tokens_per_second"], first["bytes_per_step"], first["bytes_saved"]) == (250.0, 300.0, 0.25)
-    assert [row["run"] for row in compare(find_runs([str(tmp_path)]), "model.moe.tau")] == ["worse", "best", "middle"]
+    assert [row["run"] for row in compare(find_runs([str(tmp_path)]).runs, "model.moe.tau")] == [
+        "worse",
+        "best",
+        "middle",
+    ]
 
 
 def test_seeds_of_one_setting_become_a_mean_and_a_spread(tmp_path):
     for seed, shift in enumerate((0.0, 0.1, 0.5)):
         make_run(tmp_path, f"a{seed}", seed=seed, shift=shift)
-    assert group_seeds(find_runs([str(tmp_path / "a0")])) == []
+    assert group_seeds(find_runs([str(tmp_path / "a0")]).runs) == []
     make_run(tmp_path, "b", tau=0.5)
-    [three, one] = group_seeds(find_runs([str(tmp_path)]))
-    assert (three["seeds"], one["seeds"]) == (3, 1)
+    [three, one] = group_seeds(find_runs([str(tmp_path)]).runs)
+    assert (three["runs"], one["runs"], three["setting"]) == (3, 1, "a")
     assert three["eval_loss"] == pytest.approx(4.45) and three["eval_loss_spread"] == pytest.approx(0.0700**0.5)
     assert one["eval_loss_spread"] is None
 
 
 def test_frontier_names_the_runs_that_nothing_beats(tmp_path):
-    make_run(tmp_path, "cheap", ffn=0.5, shift=0.4)
+    make_run(tmp_path, "cheap", ffn=0.5, shift=0.4, tau=0.25)
     make_run(tmp_path, "good", ffn=1.0, shift=0.0)
-    make_run(tmp_path, "beaten", ffn=1.5, shift=0.2)
-    figure = frontier(find_runs([str(tmp_path)]))
+    make_run(tmp_path, "beaten", ffn=1.5, shift=0.2, tau=1.0)
+    figure = frontier(find_runs([str(tmp_path)]).runs)
     assert figure is not None
-    assert "cheap to good: 0.400 nats" in figure.caption and "beaten" not in figure.caption
+    assert "cheap (tau=0.25) to good (tau=0.75): 0.400 nats" in figure.caption and "beaten" not in figure.caption
+    assert "At 4 k tokens" in figure.caption
+
+
+def test_settings_are_set_against_the_vanilla_twin_where_both_have_got(tmp_path):
+    make_run(tmp_path, "twin-1", ffn=1.9, vanilla=True, seed=1)
+    make_run(tmp_path, "twin-2", ffn=1.9, vanilla=True, seed=2, shift=0.2)
+    make_run(tmp_path, "moepp-1", ffn=0.9, shift=0.5, seed=1)
+    make_run(tmp_path, "moepp-2", ffn=0.9, shift=0.7, seed=2)
+    make_run(tmp_path, "short", tau=0.5, shift=0.25, seed=1, records=2)
+    found = differences(find_runs([str(tmp_path)]).runs)
+    assert found is not None
+    twin, rows = found
+    assert (twin.label, [row["setting"] for row in rows]) == ("twin", ["moepp", "short"])
+    [both, short] = rows
+    assert both["loss_at_equal_tokens"] == pytest.approx(0.5)
+    # Two seeds that are 0.2 apart on either side: sqrt(0.02 / 2 + 0.02 / 2)
+    assert both["loss_at_equal_tokens_error"] == pytest.approx(0.02**0.5)
+    assert short["loss_at_equal_tokens"] == pytest.approx(0.25 - 0.1) and short["loss_at_equal_tokens_error"] is None
+    # At the 4600 expert units where MoE++ ends, the twin is between 2,000 tokens (4100 units) and 4,000 (8600).
+    at = 6.35 - 2 * (4600 - 4100) / (8600 - 4100)
+    assert both["loss_at_equal_expert_operations"] == pytest.approx(4.25 + 0.6 - at)
+    assert both["ratio_expert_operations"] == pytest.approx(1.15 / 2.15)
+    assert both["ratio_tokens_per_second"] == 1.0
+
+
+def test_seeds_are_one_curve_with_a_band_as_far_as_all_of_them_have_got(tmp_path):
+    make_run(tmp_path, "a-seed-1", seed=1)
+    make_run(tmp_path, "a-seed-2", seed=2, shift=0.2, records=2)
+    make_run(tmp_path, "b", tau=0.5)
+    first, second = group_runs(find_runs([str(tmp_path)]).runs)
+    curve = curve_of(first, "train/loss")
+    assert curve is not None and curve.label == "a (2 seeds)" and second.label == "b"
+    assert list(curve.x) == [1000, 2000] and curve.y == pytest.approx([7.1, 6.1])
+    assert curve.spread == pytest.approx([0.02**0.5] * 2)
+    caption = curve_charts(find_runs([str(tmp_path)]).runs)[0].caption
+    assert "At 2 k tokens, the furthest that all reach, b is lowest (6.250 nats)" in caption
+    assert "bands one sample standard deviation" in caption
+
+
+def test_what_is_not_finite_or_not_done_is_said_and_the_rest_is_drawn(tmp_path):
+    path = make_run(tmp_path, "one", records=2)
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    lines[0]["train/loss"] = None
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (path / "metrics.jsonl").write_text(text + '{"step": 30, "tok')
+    assert report(str(path)) == 0
+    page = (path / "report.html").read_text()
+    assert "train/loss is not finite in 1 of 3 records" in page and "Not at its end: step 20 of 40." in page
+    for line in lines:  # nothing at all is finite
+        line |= {name: None for name in line if name not in ("step", "tokens")}
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert report(str(path)) == 0
+    assert "train/loss is not finite in 2 of 3 records" in (path / "report.html").read_text()
+
+
+def test_a_damaged_run_of_a_folder_is_left_out_with_a_word(tmp_path, caplog):
+    for name in ("good", "bad", "new"):
+        make_run(tmp_path / "runs", name)
+    (tmp_path / "runs/bad/metrics.jsonl").write_text('oops\n{"step": 1, "tokens": 2}\n')
+    (tmp_path / "runs/new/metrics.jsonl").unlink()
+    assert report(str(tmp_path / "runs")) == 0
+    page = (tmp_path / "runs/comparison/report.html").read_text()
+    assert "bad is left out" in page and "new is left out" in page and "1 runs" not in page
+    with pytest.raises(RunError, match="line 1 is not a JSON object"):
+        report(str(tmp_path / "runs/good"), str(tmp_path / "runs/bad"))
 
 
 class Markup(HTMLParser):
@@ -122,7 +176,8 @@ class Markup(HTMLParser):
         self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
 
 
-def test_page_of_a_run_is_one_file_with_distinct_ids_and_nothing_from_outside(tmp_path, capsys):
+def test_page_of_a_run_is_one_file_with_distinct_ids_and_nothing_from_outside(tmp_path, capsys, monkeypatch):
+    monkeypatch.undo()
     path = make_run(tmp_path, "one")
     assert report(str(path)) == 0
     page = (path / "report.html").read_text()
@@ -130,9 +185,10 @@ def test_page_of_a_run_is_one_file_with_distinct_ids_and_nothing_from_outside(tm
     assert not {"script", "link", "iframe", "img"} & set(markup.tags)
     assert len(markup.ids) == len(set(markup.ids))
     assert all(a.startswith(("#", "data:")) for a in markup.addresses), "nothing is fetched"
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in (path / "figures").iterdir())
     names = set(markup.ids)
     assert all(a[1:] in names for a in markup.addresses if a.startswith("#"))
-    assert markup.tags.count("svg") == 9 == markup.tags.count("figcaption")
+    assert markup.tags.count("svg") == 16 == markup.tags.count("figcaption")
     assert {file.name for file in (path / "figures").iterdir()} >= {
         "loss-over-tokens.png",
         "kinds.png",
@@ -144,20 +200,23 @@ def test_page_of_a_run_is_one_file_with_distinct_ids_and_nothing_from_outside(tm
 
 def test_every_chart_has_labelled_axes_and_a_conclusion_and_always_the_same_bytes(tmp_path):
     run = read_run(make_run(tmp_path, "one"))
-    for figure, again in zip(charts([run]), charts([run]), strict=True):
-        assert figure.svg == again.svg, figure.name
+
+    drawn = [*curve_charts([run]), *routing_charts(run), *cost_charts([run])]
+    assert drawn[0].svg == curve_charts([run])[0].svg
+    for figure in drawn:
         texts = re.findall(r"<text[^>]*>([^<]+)</text>", figure.svg)
-        assert any(re.search("tokens|operations|bytes|share", text) for text in texts), figure.name
-        assert figure.caption.endswith(".") and figure.rows and len(figure.png) > 1000
+        assert any(re.search("tokens|operations|bytes|share|milliseconds", text) for text in texts), figure.name
+        assert figure.caption.endswith(".") and figure.rows
+        assert re.search(r"\w/[\w<]", figure.source), "names the metrics that it draws"
 
 
 def test_colours_follow_the_page():
-    figure = draw_figure("x", "T", "C.", lambda axes, palette: axes.plot([1, 2], color=palette.series(2)))
+    figure = Figure("x", "T", "C.", lambda axes, palette: axes.plot([1, 2], color=palette.series(2)))
     assert "var(--series-3)" in figure.svg and "#0102" not in figure.svg
 
 
-@pytest.mark.parametrize("evil", ["</style><script>alert(1)</script>\x1b[31m", '" onload="x'])
-def test_text_of_a_run_is_never_markup(tmp_path, evil):
+def test_text_of_a_run_is_never_markup(tmp_path):
+    evil = '</style><script>alert(1)</script>\x1b[31m " onload="x'
     path = make_run(tmp_path, "one")
     (path / "samples.json").write_text(json.dumps([{"prompt": evil, "continuation": "y"}]))
     tree = yaml.safe_load((path / "config.yaml").read_text())

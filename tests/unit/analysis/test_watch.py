@@ -12,7 +12,7 @@ from rich.console import Console
 from moepp.analysis.runs import read_run
 from moepp.analysis.watch import duration, panel, remaining_seconds, sparkline, warnings_of
 from moepp.cli.main import main
-from tests.unit.analysis.test_report_page import make_run
+from tests.run_files import make_run
 
 
 def shown(path: Path, now: float | None = None) -> str:

@@ -1,0 +1,158 @@
+"""Figures of the token tables: FFN experts per token by type, position, frequency, loss and source."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from moepp.analysis.figures import Figure, Palette, legend
+from moepp.analysis.model_pages import bar_figure, line_figure
+from moepp.analysis.token_tables import Rows, explained_by_type
+from moepp.io.untrusted import terminal_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_SHOWN_TYPES = 12
+_SURE = 2.0  # standard errors that a difference must exceed to be called one
+
+
+def token_figures(tables: Mapping[str, Rows], place: str = "") -> list[Figure]:
+    """Return the figures of the tables; ``place`` is the folder where they lie, to be named as their source."""
+
+    def source(name: str) -> str:
+        return f"{place}{name}.parquet"
+
+    figures = [
+        _type_figure(tables["types"], source("types")),
+        _trend_figure("positions", "By position", tables["positions"], source("positions")),
+        _trend_figure("frequencies", "By frequency, rare to frequent", tables["frequencies"], source("frequencies")),
+        _trend_figure("losses", "By loss of the next token, easy to hard", tables["losses"], source("losses")),
+        _source_figure(tables["kinds"], source("kinds")),
+    ]
+    return [figure for figure in figures if figure is not None]
+
+
+def _type_figure(rows: Rows, source: str) -> Figure | None:
+    """Draw the token types with the most and the fewest FFN experts (Fig. 5 of the paper)."""
+    if len(rows) < 2:
+        return None
+    shown = rows if len(rows) <= 2 * _SHOWN_TYPES else [*rows[:_SHOWN_TYPES], *rows[-_SHOWN_TYPES:]]
+    bars = [(f"{plain_label(row['text'])} ({row['count']})", row["ffn_per_token"]) for row in shown]
+    most, least = rows[0], rows[-1]
+    share = explained_by_type(rows)
+    if share is None:
+        caption = f"All {len(rows)} token types use {most['ffn_per_token']:.2f} FFN experts."
+    else:
+        caption = (
+            f"The most and the fewest of {len(rows)} token types, with how often each was read: "
+            f"{plain_label(most['text'])} uses {most['ffn_per_token']:.2f}, {plain_label(least['text'])} "
+            f"{least['ffn_per_token']:.2f}. A token's type explains {max(share, 0):.0%} of the variance between "
+            "tokens, chance deducted."
+        )
+    label = "FFN experts per token, mean over layers"
+    header = ("token", "read", "FFN experts", "± over its tokens", "loss of the next", "in context")
+    table = [
+        (
+            *(plain_label(row["text"]), str(row["count"]), f"{row['ffn_per_token']:.3f}", f"{row['ffn_std']:.3f}"),
+            *(f"{row['loss']:.3f}", "  |  ".join(" ".join(str(text).split()) for text in row["examples"])),
+        )
+        for row in shown
+    ]
+    return bar_figure("token-types", "Which tokens use FFN experts", caption, bars, label, source, (header, table))
+
+
+def plain_label(text: str) -> str:
+    """Return a token as a label: blanks are seen, and nothing in it is mathematics to matplotlib."""
+    shown = terminal_text(text).replace(" ", "\N{OPEN BOX}").replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}")
+    return shown.replace("$", r"\$")[:24]
+
+
+def _trend_figure(name: str, title: str, rows: Rows, source: str) -> Figure | None:
+    if len(rows) < 2:
+        return None
+    has_tenths = "tenth" in rows[0]
+    x, y = [row["tenth" if has_tenths else "first"] for row in rows], [row["ffn_per_token"] for row in rows]
+    difference = y[-1] - y[0]
+    error = math.hypot(rows[0]["ffn_error"], rows[-1]["ffn_error"])
+    ends = "the first to the last tenth" if has_tenths else "the start to the end of a sequence"
+    verdict = "no difference beyond chance" if abs(difference) <= _SURE * error else f"{difference:+.3f}"
+    caption = (
+        f"From {ends}: {y[0]:.3f} to {y[-1]:.3f} FFN experts per token ({verdict}; standard error {error:.3f}, as if "
+        f"tokens were independent). Lowest {min(y):.3f}, highest {max(y):.3f}."
+    )
+    labels = ("tenth of the tokens" if has_tenths else "position in the sequence", "FFN experts per token")
+    return line_figure(name, title, caption, {"FFN experts": (x, y)}, labels, source)
+
+
+def _source_figure(rows: Rows, source: str) -> Figure | None:
+    """Draw the shares of expert kinds by data source, mean over layers (Fig. 8 of the paper)."""
+    if not rows:
+        return None
+    sources = list(dict.fromkeys(row["source"] for row in rows))
+    kinds = [name for name in rows[0] if name not in ("source", "layer", "tokens")]
+    shares = {kind: [_mean([r[kind] for r in rows if r["source"] == name]) for name in sources] for kind in kinds}
+
+    def draw(axes: Axes, palette: Palette) -> None:
+        left = [0.0] * len(sources)
+        for number, (kind, values) in enumerate(shares.items()):
+            axes.barh(range(len(sources)), values, 0.6, left=left, color=palette.series(number), label=kind)
+            left = [sum(pair) for pair in zip(left, values, strict=True)]
+        axes.set_yticks(range(len(sources)), [plain_label(name) for name in sources])
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("share of the router's choices, mean over layers")
+        legend(axes)
+
+    ffn = dict(zip(sources, shares["ffn"], strict=True))
+    most, least = max(ffn, key=ffn.__getitem__), min(ffn, key=ffn.__getitem__)
+    caption = f"Share of FFN experts: {ffn[most]:.1%} ({plain_label(most)})"
+    caption += f" to {ffn[least]:.1%} ({plain_label(least)})." if len(sources) > 1 else "; one source was read."
+    table = [(name, *(f"{shares[kind][n]:.3f}" for kind in kinds)) for n, name in enumerate(sources)]
+    return Figure("sources", "Expert kinds by data source", caption, draw, ("source", *kinds), table, source)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def gate_figures(rows: Rows) -> list[Figure]:
+    """Draw the first and second choice's mean gate weight by layer (Fig. 6 of the paper)."""
+    lines = {}
+    for residuals in dict.fromkeys(row["residuals"] for row in rows):
+        for choice in (1, 2):
+            part = [row for row in rows if row["residuals"] == residuals and row["choice"] == choice]
+            if part:
+                lines[f"choice {choice}, {residuals}"] = ([r["layer"] for r in part], [r["mean"] for r in part])
+    pairs = zip(lines["choice 1, with"][1], lines.get("choice 1, without", ([], []))[1], strict=False)
+    shifts = [abs(a - b) for a, b in pairs]
+    caption = ""
+    if shifts:
+        caption = f"Cutting the gating residuals moves the first choice's mean weight by up to {max(shifts):.3f}. "
+    if second := lines.get("choice 2, with"):
+        caption += f"The second choice weighs {min(second[1]):.3f} to {max(second[1]):.3f} of 1, by layer."
+    else:
+        caption += "Each token chooses one expert."
+    labels = ("MoE layer", "mean gate weight")
+    return [line_figure("gate-weights", "Gate weights", caption, lines, labels, "gates.parquet")]
+
+
+def text_markup(rows: Rows) -> str:
+    """Return the text, each token underlined by its number of FFN experts; safe markup, "" without text."""
+    if not rows:
+        return ""
+    values = [row["ffn_per_token"] for row in rows]
+    low, high = min(values), max(values)
+    spans = []
+    for row, value in zip(rows, values, strict=True):
+        percent = round(100 * (value - low) / (high - low)) if high > low else 0
+        colour = f"color-mix(in srgb, var(--series-2) {percent}%, transparent)"
+        text = html.escape(terminal_text(str(row["text"])), quote=True)
+        shade = f"border-color:{colour};background:color-mix(in srgb, var(--series-2) {percent // 6}%, transparent)"
+        spans.append(f'<span style="{shade}" title="{value:.2f} FFN experts">{text}</span>')
+    note = f"The more FFN experts a token uses, the stronger its shade and line: from {low:.2f} to {high:.2f}."
+    if high <= low:
+        note = f"Every token uses {low:.2f} FFN experts, so none is shaded."
+    return f'<h2>Text</h2><p>{note}</p><p class="text-sample">{"".join(spans)}</p>'
