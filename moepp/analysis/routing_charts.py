@@ -30,6 +30,7 @@ def routing_charts(run: Run) -> list[Figure]:
         _layer_map(run, "share_ffn", "FFN share by layer", "share of choices that are FFN experts", _share_caption),
         _layer_map(run, "max_over_mean", "FFN load by layer", "busiest FFN expert over the mean", _load_caption),
         _layer_map(run, "entropy", "Router entropy by layer", "entropy of the router, nats", _entropy_caption),
+        _layer_map(run, "gradient", "Gradient norm by layer", "gradient norm before clipping", _norm_caption, "norm"),
     ]
     if run.routing:
         drawn += [_expert_map(run.routing[-1]), _experts_over_time(run.routing), _gate_chart(run.routing[-1])]
@@ -37,15 +38,13 @@ def routing_charts(run: Run) -> list[Figure]:
 
 
 def _kinds_chart(run: Run) -> Figure | None:
-    shares = {kind: run.layers(f"share_{kind}") for kind in run.kinds}
-    layers = list(shares.get("ffn", {}))
+    layers, shares, source = _last_shares(run)
     if not layers:
         return None
 
     def draw(axes: Axes, palette: Palette) -> None:
         left = [0.0] * len(layers)
-        for number, (kind, series) in enumerate(shares.items()):
-            values = [(series[layer].last or 0.0) if layer in series else 0.0 for layer in layers]
+        for number, (kind, values) in enumerate(shares.items()):
             axes.barh(range(len(layers)), values, 0.8, left=left, color=palette.series(number), label=kind)
             left = [sum(pair) for pair in zip(left, values, strict=True)]
         _layer_ticks(axes, layers)
@@ -55,15 +54,32 @@ def _kinds_chart(run: Run) -> Figure | None:
         axes.set_ylabel("layer")
         legend(axes)
 
-    rows = [(str(n), *(f"{(shares[k][n].last or 0) if n in shares[k] else 0:.3f}" for k in shares)) for n in layers]
-    ffn = {layer: shares["ffn"][layer].last or 0 for layer in layers}
+    rows = [(str(layer), *(f"{values[n]:.3f}" for values in shares.values())) for n, layer in enumerate(layers)]
+    ffn = dict(zip(layers, shares["ffn"], strict=True))
     most, least = max(ffn, key=ffn.__getitem__), min(ffn, key=ffn.__getitem__)
     if len(shares) == 1:
         caption = "Every choice is an FFN expert: the model has no other kind."
     else:
         caption = f"Share of FFN experts at the end: from {ffn[least]:.0%} (layer {least}) to {ffn[most]:.0%} ({most})."
-    source = "routing/layer_<i>/share_<kind>, last record"
     return Figure("kinds", "Expert kinds by layer", caption, draw, ("layer", *shares), rows, source)
+
+
+def _last_shares(run: Run) -> tuple[list[int], dict[str, list[float]], str]:
+    """Return layers, the last share of each kind in them, and where that is from: all layers where they were kept."""
+    if run.routing:
+        last = run.routing[-1]
+        shares, first = {}, 0
+        for kind, count in last.kinds.items():
+            if count:
+                shares[kind] = last.share_LE[:, first : first + count].sum(axis=1).tolist()
+            first += count
+        return list(last.layers), shares, f"{_HISTORY}, last line"
+    series = {kind: run.layers(f"share_{kind}") for kind in run.kinds}
+    layers = list(series.get("ffn", {}))
+    last_of = {
+        kind: [(by[layer].last or 0.0) if layer in by else 0.0 for layer in layers] for kind, by in series.items()
+    }
+    return layers, last_of, "routing/layer_<i>/share_<kind>, last record"
 
 
 def _layer_ticks(axes: Axes, layers: Sequence[int]) -> None:
@@ -72,9 +88,14 @@ def _layer_ticks(axes: Axes, layers: Sequence[int]) -> None:
 
 
 def _layer_map(
-    run: Run, metric: str, title: str, unit: str, caption: Callable[[Mapping[int, float]], str]
+    run: Run,
+    metric: str,
+    title: str,
+    unit: str,
+    caption: Callable[[Mapping[int, float]], str],
+    family: str = "routing",
 ) -> Figure | None:
-    layers = {layer: series for layer, series in run.layers(metric).items() if series}
+    layers = {layer: series for layer, series in run.layers(metric, family).items() if series}
     if not layers:
         return None
     tokens = sorted({token for series in layers.values() for token in series.tokens})
@@ -93,7 +114,7 @@ def _layer_map(
     last = {layer: series.values[-1] for layer, series in layers.items()}
     rows = [(str(layer), f"{series.values[0]:.3f}", f"{series.values[-1]:.3f}") for layer, series in layers.items()]
     name = metric.replace("_", "-")
-    source = f"routing/layer_<i>/{metric}"
+    source = f"{family}/layer_<i>/{metric}"
     return Figure(name, title, caption(last), draw, ("layer", "first", "last"), rows, source)
 
 
@@ -121,6 +142,11 @@ def _entropy_caption(last: Mapping[int, float]) -> str:
         f"At the end from {last[least]:.2f} (layer {least}, the most decided) to {last[most]:.2f} nats (layer {most}). "
         "A uniform router has the logarithm of its number of experts."
     )
+
+
+def _norm_caption(last: Mapping[int, float]) -> str:
+    most, least = max(last, key=last.__getitem__), min(last, key=last.__getitem__)
+    return f"At the end from {last[least]:.3g} (layer {least}) to {last[most]:.3g} (layer {most})."
 
 
 def _expert_names(snapshot: RoutingSnapshot) -> list[str]:

@@ -17,6 +17,8 @@ from moepp.config.compare import differing_keys, flatten
 from moepp.errors import MoeppError, RunError
 from moepp.io.untrusted import printable, read_yaml
 from moepp.metrics.jsonl import read_records
+from moepp.metrics.routing import RoutingSnapshot
+from moepp.metrics.routing_file import read_routing
 from moepp.model.accounting import BACKWARD_FACTOR, FlopsPerToken, flops_per_token
 from moepp.runs.directory import RunDir
 from moepp.runs.report import mean_per_step
@@ -86,18 +88,15 @@ class Run:
         points = [(r["tokens"], float(r[metric])) for r in self.records if r.get(metric) is not None]
         return Series([tokens for tokens, _ in points], [value for _, value in points])
 
-    def layers(self, metric: str) -> dict[int, Series]:
-        """Return a metric of every layer, ``routing/layer_<i>/<metric>``."""
-        pattern = re.compile(rf"routing/layer_([0-9]{{1,9}})/{re.escape(metric)}")
-        found = {int(match[1]) for record in self.records for key in record if (match := pattern.fullmatch(key))}
-        return {layer: self.series(f"routing/layer_{layer}/{metric}") for layer in sorted(found)}
+    def layers(self, metric: str, family: str = "routing") -> dict[int, Series]:
+        """Return a metric of every layer, ``<family>/layer_<i>/<metric>``."""
+        found = self.names(rf"{family}/layer_([0-9]{{1,9}})/{re.escape(metric)}")
+        return {int(layer): self.series(found[layer]) for layer in sorted(found, key=int)}
 
     @cached_property
     def kinds(self) -> list[str]:
         """Expert kinds that were logged, FFN first."""
-        pattern = re.compile(r"routing/layer_[0-9]{1,9}/share_(\w{1,60})")
-        found = dict.fromkeys(match[1] for r in self.records for key in r if (match := pattern.fullmatch(key)))
-        return sorted(found, key=lambda kind: kind != "ffn")
+        return sorted(self.names(r"routing/layer_[0-9]{1,9}/share_(\w{1,60})"), key=lambda kind: kind != "ffn")
 
     def not_finite(self, metric: str) -> int:
         """Return how many records hold no finite value of a metric that they name: NaN and infinity become null."""
@@ -106,8 +105,11 @@ class Run:
     def names(self, pattern: str) -> dict[str, str]:
         """Return the metrics whose whole name a pattern matches, by the pattern's first group."""
         compiled = re.compile(pattern)
-        names = dict.fromkeys(name for record in self.records for name in record)
-        return {match[1]: name for name in names if (match := compiled.fullmatch(name))}
+        return {match[1]: name for name in self._names if (match := compiled.fullmatch(name))}
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return list(dict.fromkeys(name for record in self.records for name in record))
 
     @cached_property
     def flops(self) -> Series:
@@ -168,9 +170,13 @@ class Run:
         return None if sent is None or vanilla is None else (sent, vanilla)
 
     @cached_property
-    def routing(self) -> list[Any]:
+    def routing(self) -> list[RoutingSnapshot]:
         """Choices of every expert and gate weights over the training; empty where none were kept."""
-        return []
+        try:
+            return read_routing(self.path)
+        except RunError as error:
+            logger.warning("%s: no history of its routing is drawn: %s", self.name, error)
+            return []
 
     @cached_property
     def notes(self) -> list[str]:
