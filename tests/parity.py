@@ -57,6 +57,7 @@ class Setting:
     seq_len: int = SEQ_LEN
     precision: str = "fp32"
     document_end: int | None = None  # attention stays within documents that this token ends
+    validation: tuple[str, ...] = ()  # more validation data, by name
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,11 @@ def make_config(setting: Setting, layout: Layout) -> Config:
     tree = {section: {} for section in SECTIONS} | {
         "run": {"seed": SEED},
         "model": model | dict(setting.model) | {"moe": moe | dict(setting.moe)},
-        "data": {"paths": ["made-in-memory"], "seq_len": setting.seq_len},
+        "data": {
+            "paths": ["made-in-memory"],
+            "seq_len": setting.seq_len,
+            "validation": {name: ["made-in-memory"] for name in setting.validation},
+        },
         "optim": {
             "name": setting.optimizer,
             "lr": 0.5 if is_sgd else 0.01,
@@ -238,7 +243,7 @@ def make_data(cfg: Config, plan: RunPlan, data_rank: int) -> Data:
         "train": make_sequences(training, 1, *shape),
         "valid": make_sequences(evaluation, 2, *shape),
         "test": None,
-    }
+    } | {f"valid {name}": make_sequences(evaluation, 3 + i, *shape) for i, name in enumerate(cfg.data.validation)}
     sizes = {"train": training, "valid": evaluation, "test": 0}
     return Data(datasets, cfg, plan, data_rank, num_sequences=sizes, vocab_size=shape[0], eod=None)
 

@@ -79,10 +79,10 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], wanted: set[str
 
 
 def _must_agree(key: str, untrained: bool, same_data: bool) -> bool:
-    """Model, data, seed and batch decide what the run computes; a place such as the data cache does not."""
+    """Model, data, seed and batch decide what the run computes; the data cache and what is evaluated do not."""
     if untrained:
         return key.startswith("model.") and key not in TRAINING_ONLY
-    if key == "data.cache_dir" or (same_data and key in PLACES_OF_DATA):
+    if key == "data.cache_dir" or key.startswith("data.validation.") or (same_data and key in PLACES_OF_DATA):
         return False
     return key.startswith(("model.", "data.")) or key in ("run.seed", "optim.name", "train.global_batch_size")
 

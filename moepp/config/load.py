@@ -168,6 +168,8 @@ def to_dict(config: Any) -> dict[str, Any]:
             value = to_dict(value)
         elif isinstance(value, tuple):
             value = list(value)
+        elif isinstance(value, Mapping):
+            value = {name: list(item) if isinstance(item, tuple) else item for name, item in value.items()}
         out[f.metadata.get("key", f.name)] = value
     return out
 

@@ -7,6 +7,8 @@ checked in ``__post_init__``; rules between sections are in :mod:`moepp.config.v
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from moepp.arguments import DEVICES
@@ -19,6 +21,8 @@ _NOT_IN_WANDB_PROJECTS = "/\\#?%:"
 _WANDB_PROJECT_LENGTH = 128
 _WANDB_NAME_LENGTH = 64  # of a tag, says wandb; longer groups and entities are refused by its server
 _FOLDER_NAME_BYTES = 255  # of every common file system
+_VALIDATION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # part of a metric's name
+_MAX_VALIDATION_SETS = 64
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class DataConfig:
     seq_len: int  # tokens per training sequence
     weights: tuple[float, ...] | None = None  # share of each path in a batch; None: by number of tokens
     split: str = "96,3,1"  # train, validation, test shares of the documents
+    validation: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)  # more validation data, whole
+    # files: prefixes by name, each with its own eval/<name>/loss, as in data.validation={wiki: [data/wiki/text]}
     tokenizer: str | None = None  # tokenizer.json; needed for samples and for the check of the vocabulary
     document_attention: bool = False  # attention stays within documents; the paper's crosses their borders
     cache_dir: str | None = None  # where dataset indices are kept; None: <run.dir>/data-cache
@@ -75,6 +81,22 @@ class DataConfig:
             len(shares) == 3 and all(s >= 0 for s in shares) and shares[0] > 0,
             f"data.split={self.split!r} is not three shares of train, validation and test; write for example '96,3,1'",
         )
+        require(
+            len(self.validation) <= _MAX_VALIDATION_SETS,
+            f"data.validation has {len(self.validation)} sets; name at most {_MAX_VALIDATION_SETS}",
+        )
+        for name, paths in self.validation.items():
+            require(
+                bool(_VALIDATION_NAME.fullmatch(name)),
+                f"data.validation names {show(name)}, which becomes part of a metric's name; give up to 64 letters, "
+                "digits, _ and -",
+            )
+            require(len(paths) > 0, f"data.validation.{name} is empty; name at least one prefix, or leave the set out")
+
+    @property
+    def evaluates_split(self) -> bool:
+        """Whether the validation part of ``paths`` is evaluated: with sets of their own its share may be 0."""
+        return float(self.split.split(",")[1]) > 0 or not self.validation
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,12 @@ def validate(cfg: Config, world_size: int) -> RunPlan:
         not cfg.eval.tasks or cfg.data.tokenizer is not None,
         f"eval.tasks={list(cfg.eval.tasks)} needs a tokenizer and data.tokenizer is null; set data.tokenizer",
     )
+    both = sorted(cfg.data.validation.keys() & set(cfg.eval.tasks))
+    require(
+        not both,
+        f"data.validation and eval.tasks both name {', '.join(both)}, and their metrics would be mixed up; "
+        "rename the set of data.validation",
+    )
     require(
         cfg.data.seq_len <= cfg.model.max_seq_len,
         f"data.seq_len={cfg.data.seq_len} is longer than model.max_seq_len={cfg.model.max_seq_len}; "

@@ -27,18 +27,33 @@ def check_data(cfg: Config) -> Corpora:
     for file in files:
         _check_size(file, cfg)
     _check_evaluation(files, cfg)
-    for file in files:
+    validation = {name: _open_validation(name, cfg) for name in cfg.data.validation}
+    all_files = (*files, *(file for of_set in validation.values() for file in of_set))
+    for file in all_files:
         _check_token_ids(file, cfg)
-    _check_tokenizers(files, cfg)
-    _check_document_ends(files, cfg)
-    _check_documents_are_known(files, cfg)
+    _check_tokenizers(all_files, cfg)
+    _check_document_ends(all_files, cfg)
+    _check_documents_are_known(all_files, cfg)
     _check_cache_dir(cfg.data.cache_dir)
-    return Corpora(files, read_vocabulary(cfg, files), cfg.data.tokenizer)
+    return Corpora(files, read_vocabulary(cfg, files), cfg.data.tokenizer, validation)
 
 
 def held_out_batches(cfg: Config) -> int:
     """Return the validation split's global batches that a run reads: for evaluations, and one per sample."""
-    return max(cfg.train.eval_batches, cfg.train.samples if cfg.data.tokenizer is not None else 0)
+    evaluated = cfg.train.eval_batches if cfg.data.evaluates_split else 0
+    return max(evaluated, cfg.train.samples if cfg.data.tokenizer is not None else 0)
+
+
+def _open_validation(name: str, cfg: Config) -> tuple[IndexedFile, ...]:
+    """Open one set of ``data.validation``, all of whose documents are evaluated."""
+    files, needed = tuple(open_indexed(prefix) for prefix in cfg.data.validation[name]), cfg.data.seq_len + 1
+    for file in files:
+        if file.num_tokens < needed:
+            raise DataError(
+                f"{file.prefix} (data.validation.{name}) has {file.num_tokens} tokens, fewer than one sequence of "
+                f"data.seq_len + 1 = {needed}; lower data.seq_len, add documents, or leave it out"
+            )
+    return files
 
 
 def _check_size(file: IndexedFile, cfg: Config) -> None:
@@ -85,7 +100,7 @@ def _check_tokenizers(files: Sequence[IndexedFile], cfg: Config) -> None:
     made_with = {f.manifest.tokenizer_sha256: f.prefix for f in files if f.manifest is not None}
     if len(made_with) > 1:
         raise DataError(
-            f"data.paths {' and '.join(made_with.values())} were prepared with different tokenizers; "
+            f"{_sections(cfg)} {' and '.join(made_with.values())} were prepared with different tokenizers; "
             "prepare all of them with the same tokenizer.json"
         )
     path = cfg.data.tokenizer
@@ -104,13 +119,17 @@ def _check_tokenizers(files: Sequence[IndexedFile], cfg: Config) -> None:
         )
 
 
+def _sections(cfg: Config) -> str:
+    return "data.paths and data.validation" if cfg.data.validation else "data.paths"
+
+
 def _check_document_ends(files: Sequence[IndexedFile], cfg: Config) -> None:
     """Check that one token ends all documents, and that the tokenizer has it."""
     ends = {f.manifest.eod_id: f.prefix for f in files if f.manifest is not None}
     if len(ends) > 1:
         told = " and ".join(f"{prefix} (id {eod_id})" for eod_id, prefix in ends.items())
         raise DataError(
-            f"data.paths {told} end their documents with different tokens; prepare all of them "
+            f"{_sections(cfg)} {told} end their documents with different tokens; prepare all of them "
             "with the same --eod-token"
         )
     if cfg.data.tokenizer is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -41,11 +41,13 @@ class Corpora:
         files: opened and whole.
         vocabulary: of all of them.
         tokenizer: ``data.tokenizer``.
+        validation: the files of each set of ``data.validation``; they are evaluated alone, and a run may change them.
     """
 
     files: tuple[IndexedFile, ...]
     vocabulary: Vocabulary
     tokenizer: str | None = None
+    validation: Mapping[str, tuple[IndexedFile, ...]] = field(default_factory=dict)
 
     @cached_property
     def identity(self) -> dict[str, dict[str, Any]]:
@@ -82,11 +84,12 @@ class Corpora:
 
 
 def open_corpora(cfg: Config) -> Corpora:
-    """Open ``data.paths``; :func:`moepp.data.check_data` also sees to it that they can be trained on.
+    """Open ``data.paths`` and ``data.validation``; :func:`moepp.data.check_data` also sees whether they can be used.
 
     Raises:
         DataError: missing or corrupt files.
     """
     allow_open_files()
     files = tuple(open_indexed(prefix) for prefix in cfg.data.paths)
-    return Corpora(files, read_vocabulary(cfg, files), cfg.data.tokenizer)
+    validation = {name: tuple(map(open_indexed, paths)) for name, paths in cfg.data.validation.items()}
+    return Corpora(files, read_vocabulary(cfg, files), cfg.data.tokenizer, validation)

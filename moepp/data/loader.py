@@ -6,6 +6,7 @@ Shape suffixes: B sequences of one micro-batch of one replica, S sequence (token
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -55,16 +56,16 @@ class Data:
         """Return inputs and labels of this replica, int64 [B, S] on the CPU; labels are inputs one position ahead."""
         return self._batch("train", step, micro_step)
 
-    def eval_batch(self, index: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def eval_batch(self, index: int, micro_step: int, name: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """As :meth:`train_batch`, for global batch ``index`` below :func:`held_out_batches` of the validation split.
 
-        The same for every evaluation. Where the split has fewer sequences than these global batches, it starts over in
-        another order.
+        With ``name`` it is one of ``train.eval_batches`` of that set of ``data.validation``. The same for every
+        evaluation. Where there are fewer sequences than these global batches have, they start over in another order.
 
         Raises:
             DataError: the split has no whole sequence.
         """
-        return self._batch("valid", index, micro_step)
+        return self._batch("valid" if name is None else _key(name), index, micro_step)
 
     def epochs(self, batches: int) -> float:
         """Return how often the training split was read after so many global batches, all paths together."""
@@ -84,6 +85,11 @@ class Data:
         first += (micro_step * plan.data_size + self._data_rank) * plan.micro_batch_size
         samples = [dataset[first + i] for i in range(plan.micro_batch_size)]
         return _stack([sample["tokens"] for sample in samples]), _stack([sample["labels"] for sample in samples])
+
+
+def _key(name: str) -> str:
+    """Return how a set of ``data.validation`` is called among the splits."""
+    return f"valid {name}"
 
 
 def _stack(rows: list[torch.Tensor]) -> torch.Tensor:
@@ -116,9 +122,21 @@ def build_data(cfg: Config, plan: RunPlan, corpora: Corpora, data_rank: int, cac
         tokenizer=TokenizerIdentity(vocab_size, eod if eod is not None else vocab_size - 1),
         cache_dir=cache_dir,
     )
+    # Whole files are the training part of data without another part.
+    parts = {
+        name: build_datasets(
+            of_set,
+            replace(cfg.data, paths=cfg.data.validation[name], weights=None, split="1,0,0", validation={}),
+            seed=cfg.run.seed,
+            num_sequences=(cfg.train.eval_batches * batch, 0),
+            tokenizer=TokenizerIdentity(vocab_size, eod if eod is not None else vocab_size - 1),
+            cache_dir=cache_dir,
+        )[0]
+        for name, of_set in (corpora.validation.items() if cfg.train.eval_batches else ())
+    }
     tokens = [file.split_tokens(cfg.data.split) for file in files]
     return Data(
-        dict(zip(("train", "valid"), datasets, strict=True)),
+        dict(zip(("train", "valid"), datasets, strict=True)) | {_key(name): part for name, part in parts.items()},
         cfg,
         plan,
         data_rank,

@@ -244,19 +244,28 @@ class Trainer:
     def evaluate_and_log(self) -> None:
         """Evaluate on held-out data if the configuration asks for it."""
         if self.cfg.train.eval_batches:
-            loss = self.evaluate()
-            self.parts.sinks.log({"eval/loss": loss, "eval/perplexity": _perplexity(loss)}, self.step, self.tokens)
+            record: dict[str, float] = {}
+            for name, loss in self.evaluate().items():
+                prefix = "eval" if name is None else f"eval/{name}"
+                record |= {f"{prefix}/loss": loss, f"{prefix}/perplexity": _perplexity(loss)}
+            self.parts.sinks.log(record, self.step, self.tokens)
 
-    def evaluate(self) -> float:
-        """Return the mean cross-entropy in nats per token over ``train.eval_batches`` held-out global batches."""
-        ce_and_tokens = torch.zeros(2, dtype=torch.float64, device=self.groups.device)
+    def evaluate(self) -> dict[str | None, float]:
+        """Return the mean cross-entropy in nats per token over ``train.eval_batches`` held-out global batches.
+
+        By name of the sets of ``data.validation``; None is the validation part of ``data.paths``.
+        """
+        names: list[str | None] = [None] if self.cfg.data.evaluates_split else []
+        names += list(self.cfg.data.validation)
+        sums_N2 = torch.zeros(len(names), 2, dtype=torch.float64, device=self.groups.device)  # loss, tokens
         with self._evaluation():
-            for index in range(self.cfg.train.eval_batches):
-                micro_steps = range(self.plan.accumulation_steps)
-                batches = [self._to_device(self.parts.data.eval_batch(index, step)) for step in micro_steps]
-                ce_and_tokens += self.runner.evaluate(batches)
-        ce_sum, num_tokens = self._sum(ce_and_tokens).tolist()
-        return ce_sum / num_tokens if num_tokens else math.nan
+            for row, name in enumerate(names):
+                for index in range(self.cfg.train.eval_batches):
+                    micro_steps = range(self.plan.accumulation_steps)
+                    batches = [self._to_device(self.parts.data.eval_batch(index, step, name)) for step in micro_steps]
+                    sums_N2[row] += self.runner.evaluate(batches)
+        sums = zip(names, self._sum(sums_N2).tolist(), strict=True)
+        return {name: ce_sum / num_tokens if num_tokens else math.nan for name, (ce_sum, num_tokens) in sums}
 
     def evaluate_tasks_and_log(self) -> None:
         """Run the benchmarks of ``eval.tasks``, if there are any, on the sharded model."""

@@ -12,6 +12,7 @@ from tests.parity import REFERENCE, History, Layout, Setting, train
 SETTING = Setting(
     "adamw",
     steps=2,
+    validation=("wiki", "code"),
     model=(("num_layers", 4), ("num_kv_heads", 2), ("moe_layer_interval", 2), ("dense_ffn_hidden_size", 10)),
 )
 LAYOUTS = [
@@ -47,6 +48,15 @@ def test_every_metric_is_that_of_one_process(pool_2, reference, layout):
             if "train/grad_norm" in found:
                 _check_norms(found)
                 _check_times(found, layout)
+
+
+def test_each_validation_set_has_its_own_loss(reference):
+    [record] = [record for record in reference.records if "eval/loss" in record]
+    names = ["eval", "eval/wiki", "eval/code"]
+    assert record.keys() == {f"{name}/{metric}" for name in names for metric in ("loss", "perplexity")}
+    assert len({record[f"{name}/loss"] for name in names}) == 3
+    for name in names:
+        assert record[f"{name}/perplexity"] == pytest.approx(math.exp(record[f"{name}/loss"]))
 
 
 def _check_norms(record: dict[str, float]) -> None:

@@ -206,7 +206,7 @@ def test_fixed_keys_exist():
         model.moe.ffn_hidden_size model.moe.top_k model.moe.router model.moe.gating_residual model.moe.logits_norm_std
         model.moe.gate_normalization model.moe.scale_input_by_top_k model.moe.tau model.moe.capacity_factor
         model.moe.balance_loss_weight model.moe.z_loss_weight
-        data.paths data.weights data.seq_len data.split data.tokenizer data.document_attention
+        data.paths data.weights data.seq_len data.split data.validation data.tokenizer data.document_attention
         optim.lr optim.min_lr optim.warmup_steps optim.schedule optim.betas optim.weight_decay optim.grad_clip
         parallel.expert parallel.zero_stage parallel.exchange_chunks parallel.timeout_seconds parallel.heartbeat_seconds
         runtime.device runtime.backend runtime.kernels runtime.compile
@@ -229,6 +229,13 @@ def test_fixed_keys_exist():
         ({"model__hidden_size": 12}, ["odd head size 3"]),
         ({"logging__routing": "full"}, ["logging.routing='full' is not one of brief, detailed"]),
         ({"logging__routing_interval": -1}, ["logging.routing_interval=-1 is below its minimum 0"]),
+        ({"data__validation": {"a/b": ["x"]}}, ["data.validation names 'a/b'", "letters, digits, _ and -"]),
+        ({"data__validation": {"wiki": []}}, ["data.validation.wiki is empty"]),
+        ({"data__validation": {"wiki": "x"}}, ["data.validation.wiki", "a list", "data.validation.wiki=[x]"]),
+        (
+            {"data__validation": {"piqa": ["x"]}, "eval__tasks": ["piqa"], "data__tokenizer": "t"},
+            ["data.validation and eval.tasks both name piqa"],
+        ),
         ({"engine__reduce_bucket_size": 0}, ["engine.reduce_bucket_size=0 is below its minimum 1"]),
         ({"engine__allgather_bucket_size": 7}, ["engine.allgather_bucket_size=7 is not an even number"]),
         (

@@ -175,3 +175,27 @@ def test_checking_does_not_import_megatron(prefix: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_validation_sets_are_checked_like_training_data(prefix: str, tmp_path: Path) -> None:
+    def refused(path: str, **changes: Any) -> str:
+        return _refusal({"data__validation": {"wiki": [path]}} | changes, [prefix])
+
+    short = write_indexed(tmp_path / "short", [[1, 2, 3]])
+    assert f"{short} (data.validation.wiki) has 3 tokens, fewer than one sequence" in refused(short)
+    large = write_indexed(tmp_path / "large", [[500] * 40])
+    assert f"{large} has token ids up to 500" in refused(large, model__vocab_size=180)
+    assert "nowhere" in refused(str(tmp_path / "nowhere"))
+    ours, _ = _prepared(tmp_path, "ours")
+    theirs, _ = _prepared(tmp_path, "theirs", num_words=19)
+    message = _refusal({"data__validation": {"wiki": [theirs]}, "model__vocab_size": 22}, [ours])
+    assert message.startswith(f"data.paths and data.validation {ours} and {theirs} were prepared with different")
+
+
+def test_with_sets_of_its_own_data_need_no_validation_part(prefix: str, tmp_path: Path) -> None:
+    other = write_indexed(tmp_path / "other", [[1] * 40])
+    changes = {"model__vocab_size": 180, "train__eval_batches": 2, "data__split": "1,0,0"}
+    assert "0 validation tokens" in _refusal(changes, [prefix])
+    corpora = check_data(make_config([prefix], **changes, data__validation={"wiki": [other]}))
+    assert [file.prefix for file in corpora.validation["wiki"]] == [other]
+    assert corpora.identity.keys() == {prefix}  # a run may be evaluated on other data later

@@ -131,6 +131,29 @@ def test_evaluation_batches_are_always_the_same(paths: tuple[str, str]) -> None:
     assert torch.equal(rows, one.eval_batch(2, 0)[1])
 
 
+def test_a_validation_set_is_read_whole_in_the_same_order_by_any_ranks(paths: tuple[str, str], tmp_path: Path) -> None:
+    sets = [write_indexed(tmp_path / name, numbered_documents([9] * 20, start)) for name, start in
+            (("c", 30_000), ("d", 40_000))]  # fmt: skip
+    changes = {"data__validation": {"both": sets, "second": sets[1:]}, "train__eval_batches": 5}
+    cfg = make_config(paths, **changes)
+
+    data = open_data(cfg)
+    batches = {name: [data.eval_batch(i, 0, name)[0] for i in range(5)] for name in ("both", "second")}
+    second = {token for batch in batches["second"] for token in batch.flatten().tolist()}
+    assert second <= set(range(40_000, 40_180)) and len(second) >= 22 * 8  # 22 sequences of 8 tokens, all of them
+    both = {token // 10_000 for batch in batches["both"] for token in batch.flatten().tolist()}
+    assert both == {3, 4}
+    ranks = torch.cat([open_data(cfg, 2, rank).eval_batch(4, 0, "both")[0] for rank in range(2)])
+    assert torch.equal(ranks, batches["both"][4])
+    assert torch.equal(data.eval_batch(1, 0)[0], _build(paths, train__eval_batches=5).eval_batch(1, 0)[0])
+
+
+def test_epochs_are_passes_over_the_training_part(paths: tuple[str, str]) -> None:
+    data = _build(paths[:1])
+    assert data.epochs(0) == 0
+    assert data.epochs(3) == 3 * 8 / data.num_sequences["train"]
+
+
 def test_seeds_give_other_batches(paths: tuple[str, str]) -> None:
     streams = [_stream(_build(paths[:1], run__seed=seed, train__steps=14), 14) for seed in (1, 2, 1)]
     assert streams[0] == streams[2] != streams[1]
