@@ -89,7 +89,7 @@ def records(run_dir: Path, after: int = 0) -> list[dict[str, Any]]:
     """metrics.jsonl of a run from the step after ``after``, without what depends on the clock."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [
-        {name: value for name, value in line.items() if not name.startswith("throughput/")}
+        {name: value for name, value in line.items() if not name.startswith(("throughput/", "time/"))}
         for line in lines
         if line["step"] > after
     ]
