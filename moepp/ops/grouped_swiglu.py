@@ -1,10 +1,10 @@
 """SwiGLU experts over rows sorted by expert: ``down(silu(gate(x)) * up(x))`` with weights stacked over experts.
 
-Where the accelerator has a native grouped matmul these are torch's grouped products, elsewhere a loop over experts; on
-the CPU kernels for AMX or AVX2 do the same (:mod:`moepp.ops.expert_products`). An expert without rows gets zero
-gradients, never None.
+Where the accelerator has a native grouped matmul these are torch's grouped products, elsewhere a loop over experts
+(:mod:`moepp.ops.expert_loop`) with torch's products, or on the CPU with kernels for AMX or AVX2.
+:mod:`moepp.ops.expert_products` says which. An expert without rows gets zero gradients, never None.
 
-Shapes: R rows sorted by expert, D width, F expert width, G = 2F, E local experts, C rows of one chunk.
+Shapes: R rows sorted by expert, D width, F expert width, G = 2F, E local experts.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moepp.ops.chunks import WeightGradients, chunks, largest_chunk
-from moepp.ops.cpu.amx_experts import AMXSwiGLU, supports_amx
-from moepp.ops.cpu.avx2_experts import AVX2SwiGLU, supports_avx2
+from moepp.ops.cpu.amx_experts import AMXProducts, supports_amx
+from moepp.ops.cpu.avx2_experts import AVX2Products, supports_avx2
+from moepp.ops.expert_loop import ChunkProducts, LoopSwiGLU, TorchProducts
 from moepp.ops.expert_products import GROUPED_BYTES, takes_device_counts
-from moepp.ops.matmul import dense_transpose, mm
 from moepp.ops.swiglu import swiglu, swiglu_backward
 
 
@@ -48,12 +47,16 @@ def grouped_swiglu(
         return _GroupedSwiGLU.apply(rows_RD, counts_E, gate_up_EGD, down_EDF)
     stores = torch.is_grad_enabled() and chunk_rows is None
     host_counts = counts_E.tolist() if host_counts is None else host_counts
-    arguments = (rows_RD, gate_up_EGD, down_EDF, host_counts, chunk_rows, stores)
-    if supports_amx(rows_RD, down_EDF.shape[2]):
-        return AMXSwiGLU.apply(*arguments)
-    if supports_avx2(rows_RD):
-        return AVX2SwiGLU.apply(*arguments)
-    return _LoopSwiGLU.apply(*arguments)
+    return LoopSwiGLU.apply(
+        rows_RD, gate_up_EGD, down_EDF, host_counts, chunk_rows, stores, _backend(rows_RD, down_EDF.shape[2])
+    )
+
+
+def _backend(rows_RD: Tensor, expert_width: int) -> type[ChunkProducts]:
+    """Return the products of the loop over experts for this processor, dtype and width."""
+    if supports_amx(rows_RD, expert_width):
+        return AMXProducts
+    return AVX2Products if supports_avx2(rows_RD) else TorchProducts
 
 
 def grouped_mm(left: Tensor, right: Tensor, ends_E: Tensor) -> Tensor:
@@ -131,58 +134,3 @@ def _weight_gradient(grad_RM: Tensor, rows_RN: Tensor, ends_E: Tensor, no_rows_E
     On Blackwell torch's kernel leaves the memory of such an expert's result as it was (pytorch/pytorch#172439).
     """
     return grouped_mm(grad_RM.t(), rows_RN, ends_E).masked_fill_(no_rows_E11, 0)
-
-
-class _LoopSwiGLU(torch.autograd.Function):
-    """One expert, or chunk of its rows, after the other.
-
-    Stores gate_up [R, 2F] where ``stores``, else computes it again in backward. The activation is always computed
-    again. Temporary memory is allocated once for the largest chunk.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows_RD: Tensor,
-        gate_up_EGD: Tensor,
-        down_EDF: Tensor,
-        counts: list[int],
-        chunk_rows: int | None,
-        stores: bool,
-    ) -> Tensor:
-        width, largest = down_EDF.shape[2], largest_chunk(counts, chunk_rows)
-        hidden_RG = rows_RD.new_empty(len(rows_RD) if stores else largest, 2 * width)
-        act_CF = rows_RD.new_empty(largest, width) if stores else hidden_RG[:, :width]  # else it takes gate's place
-        out_RD = torch.empty_like(rows_RD)
-        for chunk in chunks(counts, chunk_rows):
-            gate_up_CG = hidden_RG[chunk.rows] if stores else hidden_RG[: chunk.num_rows]
-            mm(rows_RD[chunk.rows], gate_up_EGD[chunk.expert].t(), gate_up_CG)
-            swiglu(gate_up_CG[:, :width], gate_up_CG[:, width:], act_CF[: chunk.num_rows])
-            mm(act_CF[: chunk.num_rows], down_EDF[chunk.expert].t(), out_RD[chunk.rows])
-        ctx.save_for_backward(rows_RD, gate_up_EGD, down_EDF, hidden_RG if stores else None)
-        ctx.counts, ctx.chunk_rows = counts, chunk_rows
-        return out_RD
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out_RD: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows_RD, gate_up_EGD, down_EDF, stored_RG = ctx.saved_tensors
-        grad_out_RD, width = grad_out_RD.contiguous(), down_EDF.shape[2]
-        largest = largest_chunk(ctx.counts, ctx.chunk_rows)
-        grad_rows_RD = torch.empty_like(rows_RD)
-        grad_gate_up, grad_down = WeightGradients(gate_up_EGD, ctx.counts), WeightGradients(down_EDF, ctx.counts)
-        hidden_CG = rows_RD.new_empty(largest if stored_RG is None else 0, 2 * width)
-        grad_act_CF, act_CF = rows_RD.new_empty(2, largest, width)
-        grad_gate_up_CG = rows_RD.new_empty(largest, 2 * width)
-        for chunk in chunks(ctx.counts, ctx.chunk_rows):
-            gate_up_GD, down_DF = gate_up_EGD[chunk.expert], down_EDF[chunk.expert]
-            x_CD, grad_CD, part = rows_RD[chunk.rows], grad_out_RD[chunk.rows], slice(chunk.num_rows)
-            gate_up_CG = hidden_CG[part] if stored_RG is None else stored_RG[chunk.rows]
-            if stored_RG is None:
-                mm(x_CD, gate_up_GD.t(), gate_up_CG)
-            mm(grad_CD, down_DF, grad_act_CF[part])
-            swiglu_backward(gate_up_CG, grad_act_CF[part], grad_gate_up_CG[part], act_CF[part])
-            grad_down.add(chunk, dense_transpose(grad_CD), act_CF[part])
-            grad_gate_up.add(chunk, dense_transpose(grad_gate_up_CG[part]), x_CD)
-            mm(grad_gate_up_CG[part], gate_up_GD, grad_rows_RD[chunk.rows])
-        return grad_rows_RD, grad_gate_up.value_EMN, grad_down.value_EMN, None, None, None
