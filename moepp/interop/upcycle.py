@@ -21,10 +21,11 @@ from torch import Tensor
 
 from moepp.config import InitConfig, ModelConfig, RopeScalingConfig
 from moepp.errors import CheckpointError, ConfigError
-from moepp.interop.weights import Piece, TensorFolder, check_keys, copy_pieces, whole_parameters
+from moepp.interop.weights import Piece, TensorFolder, check_keys, copy_pieces
 from moepp.interop.weights.agree import require_none
 from moepp.interop.weights.features import refuse_foreign
 from moepp.interop.weights.files import read_json
+from moepp.interop.weights.folder_format import EMBEDDING, LM_HEAD, all_pieces, require_one_embedding
 from moepp.io.untrusted import show
 from moepp.model import Transformer
 from moepp.model.init import random_stream
@@ -43,7 +44,6 @@ _KEYS = (
         "max_position_embeddings",
     ),
 )
-_EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _NEVER_NULL = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("rope_theta", "rms_norm_eps"),
@@ -62,16 +62,16 @@ def check_folder(folder: str | Path, cfg: ModelConfig) -> TensorFolder:
     """
     _require_fit(folder, cfg)
     tensors = TensorFolder(folder)
-    pieces = [piece for name, shape in whole_parameters(cfg).items() for piece in _pieces_of(name, shape)]
+    pieces = all_pieces(cfg, _pieces_of)
     for layer in cfg.moe_layers:
         shapes = _ffn_shapes(cfg)
         pieces += [Piece(_ffn_key(layer, matrix), shapes[matrix]) for matrix in _MATRICES]
     check_keys(tensors, pieces, _is_unused if not cfg.tie_embeddings else _is_unused_when_tied)
-    is_stored_twice = cfg.tie_embeddings and _LM_HEAD in tensors.shapes
-    if is_stored_twice and not torch.equal(tensors.read(_LM_HEAD), tensors.read(_EMBEDDING)):
-        raise CheckpointError(
-            f"{folder}: config.json ties the embeddings but {_LM_HEAD} differs from {_EMBEDDING}; "
-            "set tie_word_embeddings and model.tie_embeddings to false"
+    if cfg.tie_embeddings:
+        require_one_embedding(
+            tensors,
+            f"config.json ties the embeddings but {LM_HEAD} differs from {EMBEDDING}; "
+            "set tie_word_embeddings and model.tie_embeddings to false",
         )
     return tensors
 
@@ -140,7 +140,7 @@ def _is_unused(key: str) -> bool:
 
 
 def _is_unused_when_tied(key: str) -> bool:
-    return _is_unused(key) or key == "lm_head.weight"
+    return _is_unused(key) or key == LM_HEAD
 
 
 def _require_fit(folder: str | Path, cfg: ModelConfig) -> None:

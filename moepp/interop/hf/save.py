@@ -50,7 +50,7 @@ def write_hf(
     ``folder`` is made if missing, and otherwise empty: see :func:`moepp.interop.weights.write.export_folder`.
     """
     parameters = whole_parameters(cfg)
-    names = {piece.key: name for name, shape in parameters.items() for piece in pieces_of(name, shape)}
+    names = {piece.key: name for name, shape in parameters.items() for piece in pieces_of(name, shape, cfg)}
 
     def read_key(key: str) -> Tensor:
         name = names[key]
