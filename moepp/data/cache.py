@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import glob
 import hashlib
 import os
@@ -16,6 +15,7 @@ import numpy as np
 
 from moepp.data.indexed import IndexedFile
 from moepp.errors import DataError, MoeppError
+from moepp.io.locks import NoLocksError, try_lock
 from moepp.io.untrusted import printable
 from moepp.io.write_errors import write_error
 
@@ -69,23 +69,19 @@ def building(folder: str, wait_seconds: float = LOCK_SECONDS) -> Iterator[None]:
 
 
 def _wait_for_lock(descriptor: int, folder: str, deadline: float) -> None:
-    while True:
-        try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    try:
+        while not try_lock(descriptor):
             if time.monotonic() >= deadline:
                 raise DataError(
                     f"another run has been building the dataset indices in {folder} for long; wait for it, or set "
                     "data.cache_dir elsewhere"
-                ) from None
+                )
             time.sleep(RETRY_SECONDS)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            raise DataError(
-                f"{folder} lies on a file system without file locks ({error.strerror}); mount it with flock, or set "
-                "data.cache_dir elsewhere"
-            ) from error
+    except NoLocksError as error:
+        raise DataError(
+            f"{folder} lies on a file system without file locks ({error}); mount it with flock, or set "
+            "data.cache_dir elsewhere"
+        ) from error
 
 
 def _remove_damaged(folder: str) -> None:

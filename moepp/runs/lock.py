@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import secrets
 import socket
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from moepp.errors import RunError
 from moepp.io import files
+from moepp.io.locks import NoLocksError, try_lock
 
 _RETRY_SECONDS = 0.2
 
@@ -125,17 +125,12 @@ def _require_single_name(fd: int, path: Path) -> None:
 
 def _try_lock(fd: int, path: Path) -> bool:
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
+        return try_lock(fd)
+    except NoLocksError as error:
         raise RunError(
-            f"run.dir={path.parent} lies on a file system without file locks ({error.strerror}); "
+            f"run.dir={path.parent} lies on a file system without file locks ({error}); "
             "mount it with flock, or set run.dir elsewhere"
         ) from error
-    return True
 
 
 def _sign(fd: int) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 
 from moepp.errors import DataError
 from moepp.io.files import is_at, sync_folder, write_whole
+from moepp.io.locks import NoLocksError, try_lock
 from moepp.io.owners import require_own
 
 NOTE = "publishing.json"
@@ -53,11 +53,13 @@ def _locked(folder: str, prefix: str) -> int:
             raise DataError(f"cannot write {prefix}: {error.strerror}; choose a folder you may write to") from error
         try:
             require_own(folder, os.fstat(lock).st_uid)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            if not try_lock(lock):
+                raise DataError(f"another process is preparing {prefix}; wait for it, or choose another --output")
+        except NoLocksError as error:
             os.close(lock)
             raise DataError(
-                f"another process is preparing {prefix}; wait for it, or choose another --output"
+                f"{folder} lies on a file system without file locks ({error}); mount it with flock, or choose another "
+                "--output"
             ) from error
         except BaseException:
             os.close(lock)

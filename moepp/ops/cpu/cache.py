@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import hashlib
 import logging
 import os
@@ -27,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moepp.io.files import open_own, write_whole
+from moepp.io.locks import NoLocksError, try_lock
 
 logger = logging.getLogger("moepp")
 
@@ -185,12 +185,11 @@ def _wait_for_lock(descriptor: int) -> bool:
     deadline = time.monotonic() + _LOCK_SECONDS
     while time.monotonic() < deadline:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            time.sleep(_POLL_SECONDS)
-        except OSError:  # a file system without locks
+            if try_lock(descriptor):
+                return True
+        except (NoLocksError, OSError):
             return False
+        time.sleep(_POLL_SECONDS)
     return False
 
 

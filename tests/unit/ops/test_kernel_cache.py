@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import logging
 import multiprocessing
 import os
@@ -394,7 +395,7 @@ def test_without_locks_every_process_builds_for_itself(sources, tmp_path, monkey
     def no_locks(*_: object) -> None:
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(cache.fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     (tmp_path / "cache" / "moepp").mkdir(parents=True, mode=0o700)
     (tmp_path / "cache" / "moepp" / f"build-{cache.socket.gethostname()}-x").mkdir()  # perhaps in use
     assert build_now().has_avx2_experts
