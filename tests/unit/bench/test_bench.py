@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from moepp.bench import comm
+from moepp.bench import comm, custom_op
 from moepp.bench.cases import CASES, Case, ForcedRouting, balanced_logits, learn_balance, make_layer, random_tokens
 from moepp.bench.layer import bare_forward, bare_forward_backward
 from moepp.bench.memory import measure_memory
@@ -25,6 +25,7 @@ from moepp.bench.train import OURS, Options, Step
 from moepp.cli.main import main
 from moepp.errors import ConfigError, RunError
 from moepp.ops import use_kernels
+from moepp.ops.backend import cpu_kernels
 
 CPU = torch.device("cpu")
 
@@ -289,3 +290,17 @@ def test_quick_layouts_send_what_the_formulas_say(tmp_path):
     assert fsdp["parameters held M"] == pytest.approx(elements / 4, rel=0.02)
     assert rows["PP 4"]["send MB"] > 0 == rows["EP 4"]["send MB"]
     assert rows["EP 4"]["all-to-all MB"] > 0 == plain["all-to-all MB"]
+
+
+def test_kernel_as_a_custom_operation_is_the_same_operation():
+    if cpu_kernels(torch.empty(0)) is None:
+        pytest.skip("no compiled kernels")
+    found = {}
+    for way, call in custom_op.WAYS.items():
+        logits = torch.randn(33, custom_op.EXPERTS, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        results = call(logits)
+        custom_op.run_gates(way, logits)
+        assert logits.grad is not None and logits.grad.abs().mean() > 1e-3
+        found[way] = (*results, logits.grad)
+    for ours, other in zip(*found.values(), strict=True):
+        assert torch.equal(ours, other)
