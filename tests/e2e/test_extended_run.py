@@ -23,6 +23,7 @@ from moepp.errors import CheckpointError
 from moepp.evaluation.load import build_model, find_model
 from moepp.model.transformer import Transformer
 from tests.dist import WorkerPool
+from tests.faults import ALL
 from tests.parity import group_of
 from tests.train_processes import ROOT, TrainServer, records
 
@@ -83,7 +84,7 @@ def test_every_kind_is_logged_and_every_buffer_saved(run: Path) -> None:
     assert saved["layers.0.moe.zero_computation.scale.factor/fp32"].shape == (1, 16)
 
 
-@pytest.mark.parametrize("engine", ["native", "deepspeed"])
+@pytest.mark.parametrize("engine", ["native", "deepspeed", "fsdp"])
 def test_continued_run_is_bitwise_the_uninterrupted_one(
     server: TrainServer, corpus: str, tmp_path: Path, run: Path, engine: str
 ) -> None:
@@ -98,6 +99,27 @@ def test_continued_run_is_bitwise_the_uninterrupted_one(
     server.train(continued, 2, options)
     assert records(continued, after=2) == records(whole, after=2)
     assert_same_bits(continued / "checkpoints/step-00000004", whole / "checkpoints/step-00000004")
+
+
+@pytest.mark.parametrize("engine", ["native", "deepspeed"])
+def test_rewind_brings_the_buffers_of_the_checkpoint_back(
+    server: TrainServer, corpus: str, tmp_path: Path, engine: str
+) -> None:
+    options = [corpus, *PARTS, "parallel.expert=2", f"engine={engine}", "optim.schedule=constant", "train.steps=8"]
+    guard = ["guard.spike_sigma=6", "guard.spike_window=4", "guard.spike_action=rewind", "checkpoint.interval=3"]
+    # Steps 1 to 6 train on batches 0 to 5; the loss of batch 7 sends step 8 back to step 6.
+    run = server.train(tmp_path / "run", 2, [*options, *guard], [("scale_loss_of_batches", ALL, 7, 7, 1.5)])
+    assert "rewound to step 6; batches up to 7 are left out" in run.output(0)
+    server.train(tmp_path / "without", 2, [*options, *guard], [("leave_out_batch", ALL, 6, 8)])
+    found, wanted = records(tmp_path / "run"), records(tmp_path / "without")
+    assert [line | {"train/skipped_steps": 0} for line in found if "train/loss" in line] == [
+        line for line in wanted if "train/loss" in line
+    ]
+    assert_same_bits(tmp_path / "run/checkpoints/step-00000008", tmp_path / "without/checkpoints/step-00000008")
+    assert not torch.equal(
+        tensors(tmp_path / "run/checkpoints/step-00000008")[BUFFERS[0]],
+        tensors(tmp_path / "run/checkpoints/step-00000006")[BUFFERS[0]],
+    )
 
 
 def _read(rank: int, run: str, precision: str) -> list[torch.Tensor]:
