@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,23 @@ import torch
 from moepp.config import ModelConfig, MoEConfig
 from moepp.data.tokenizer import Tokenizer
 from moepp.distributed import comm
+from moepp.distributed.groups import LaunchEnvironment, Layout, ParallelGroups, build_groups, init_process_group
 from moepp.model.init import init_parameters
 from moepp.model.transformer import Transformer
 from moepp.moe import ExpertParallel
 
+CPU = torch.device("cpu")
 WORDS = ("red", "blue", "old", "new", "cat", "dog", "sun", "sea", "tree", "stone", "bird", "rain")
+
+
+@contextmanager
+def one_process() -> Iterator[ParallelGroups]:
+    """Yield the groups of a job of one process."""
+    init_process_group(LaunchEnvironment(0, 1, 0), CPU, 60.0)
+    try:
+        yield build_groups(Layout(1), CPU)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def write_byte_tokenizer(path: Path) -> Tokenizer:

@@ -5,8 +5,10 @@ Shapes: R rows ordered by expert, D width, F expert width, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -92,3 +94,11 @@ def assert_same(observed: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert observed.keys() == wanted.keys()
     for name, values in wanted.items():
         assert torch.equal(observed[name], values), name
+
+
+@pytest.fixture
+def nan_in_new_memory() -> Iterator[None]:
+    """torch fills what torch.empty() gives with NaN, so that nothing can be used unset."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moepp.config import MoEConfig
+from moepp.config import ModelConfig, MoEConfig
 from moepp.moe import MoELayer
 from moepp.moe.gates import compute_gates
 from moepp.moe.losses import balance_loss
@@ -50,6 +50,42 @@ class Case:
     def expert_flops(self, ffn_assignments: float) -> float:
         """Return the FLOPs of an expert's three matrix products, forward, for ``ffn_assignments`` assignments."""
         return 6.0 * ffn_assignments * self.hidden_size * self.ffn_hidden_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSize:
+    """A whole model: ``num_ffn`` FFN experts and 4 zero-computation experts a layer, top-2, dropless."""
+
+    num_layers: int = 4
+    hidden_size: int = 768
+    ffn_hidden_size: int = 2048
+    num_ffn: int = 8
+    num_heads: int = 12
+    vocab_size: int = 16384
+    seq_len: int = 512
+    tau: float = 0.75
+
+    def model_config(self, vanilla: bool = False) -> ModelConfig:
+        """Return the MoE++ model, or the vanilla MoE of the same FFN experts; both compute every assignment."""
+        few = 0 if vanilla else 1
+        return ModelConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_heads,
+            max_seq_len=self.seq_len,
+            moe=MoEConfig(
+                num_ffn_experts=self.num_ffn,
+                ffn_hidden_size=self.ffn_hidden_size,
+                num_zero_experts=few,
+                num_copy_experts=few,
+                num_constant_experts=2 * few,
+                gating_residual=not vanilla,
+                tau=1.0 if vanilla else self.tau,
+                capacity_factor=None,
+            ),
+        )
 
 
 # MoE++ (arXiv 2410.07348), Table 2.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moepp.bench.cases import ModelSize
 from moepp.bench.processes import run_processes
 from moepp.bench.tables import Record
 from moepp.bench.timing import measure
@@ -54,13 +55,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 NUM_RANKS = 4
 
 
-@dataclass(frozen=True)
-class Options:
-    """What is trained: MoE++ with 8 FFN and 4 zero-computation experts, top-2, fp32 or bf16."""
+@dataclass(frozen=True, kw_only=True)
+class Options(ModelSize):
+    """What is trained, in fp32 or bf16."""
 
-    num_layers: int = 4
     hidden_size: int = 256
     ffn_hidden_size: int = 512
+    num_heads: int = 4
     vocab_size: int = 8192
     seq_len: int = 256
     global_batch_size: int = 8
@@ -70,16 +71,6 @@ class Options:
     def config(self, layout: dict[str, Any]) -> Config:
         """Return the run's configuration in a layout; sequences go through the model one at a time."""
         parallel = {key: value for key, value in layout.items() if key != "engine"}
-        moe = {"num_ffn_experts": 8, "num_constant_experts": 2, "num_copy_experts": 1, "num_zero_experts": 1}
-        model = {
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "num_layers": self.num_layers,
-            "num_heads": 4,
-            "num_kv_heads": 4,
-            "max_seq_len": self.seq_len,
-            "moe": moe | {"ffn_hidden_size": self.ffn_hidden_size, "top_k": 2, "tau": 0.75, "capacity_factor": None},
-        }
         train = {
             "steps": 1,
             "global_batch_size": self.global_batch_size,
@@ -89,7 +80,11 @@ class Options:
         empty = {section: {} for section in ("run", "optim", "guard", "checkpoint", "logging")}
         return from_dict(
             empty
-            | {"model": model, "data": {"paths": ["random"], "seq_len": self.seq_len}, "parallel": parallel}
+            | {
+                "model": asdict(self.model_config()),
+                "data": {"paths": ["random"], "seq_len": self.seq_len},
+                "parallel": parallel,
+            }
             | {"engine": {"name": layout.get("engine", "native")}, "train": train}
         )
 

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moepp.bench.cases import ForcedRouting
+from moepp.bench.cases import ForcedRouting, ModelSize
 from moepp.bench.host_memory import keep_freed_memory
 from moepp.bench.processes import run_processes
 from moepp.bench.tables import Record
 from moepp.bench.timing import clock_for, summarize, threads
-from moepp.config import ModelConfig, MoEConfig, OptimConfig
+from moepp.config import OptimConfig
 from moepp.distributed import comm
 from moepp.distributed.groups import Layout, build_groups
 from moepp.engine.gradients import BUCKET_ELEMENTS
@@ -42,49 +42,19 @@ OURS, VANILLA = "moepp MoE++", "moepp vanilla"
 TRANSFORMERS = ("transformers eager", "transformers grouped_mm")
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(ModelSize):
     """Shape of the model and of the batch; ``tau`` is the MoE++ model's."""
 
     dtype: torch.dtype
     device: torch.device
-    num_layers: int = 4
-    hidden_size: int = 768
-    ffn_hidden_size: int = 2048
-    num_ffn: int = 8
-    num_heads: int = 12
-    vocab_size: int = 16384
-    seq_len: int = 512
     batch_size: int = 8
-    tau: float = 0.75
     rounds: int = 5
     kernels: str = "auto"
 
     @property
     def num_tokens(self) -> int:
         return self.batch_size * self.seq_len
-
-    def model_config(self, vanilla: bool) -> ModelConfig:
-        """Return a dropless model, so that all contestants compute every assignment."""
-        few = 0 if vanilla else 1
-        return ModelConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_heads,
-            max_seq_len=self.seq_len,
-            moe=MoEConfig(
-                num_ffn_experts=self.num_ffn,
-                ffn_hidden_size=self.ffn_hidden_size,
-                num_zero_experts=few,
-                num_copy_experts=few,
-                num_constant_experts=2 * few,
-                gating_residual=not vanilla,
-                tau=1.0 if vanilla else self.tau,
-                capacity_factor=None,
-            ),
-        )
 
 
 class Step:

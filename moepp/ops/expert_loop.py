@@ -19,6 +19,9 @@ from moepp.ops.chunks import Chunk, WeightGradients, chunks, largest_chunk
 from moepp.ops.matmul import dense_transpose, mm
 from moepp.ops.swiglu import swiglu, swiglu_backward
 
+Grads = tuple[WeightGradients, WeightGradients]
+"""Of gate_up and down."""
+
 
 class ChunkProducts(ABC):
     """The products of one chunk of one expert's rows; an object serves one forward or one backward pass.
@@ -68,13 +71,7 @@ class ChunkProducts(ABC):
 
     @abstractmethod
     def backward(
-        self,
-        chunk: Chunk,
-        x_CD: Tensor,
-        hidden_CG: Tensor,
-        grad_out_CD: Tensor,
-        grad_x_CD: Tensor,
-        grads: tuple[WeightGradients, WeightGradients],
+        self, chunk: Chunk, x_CD: Tensor, hidden_CG: Tensor, grad_out_CD: Tensor, grad_x_CD: Tensor, grads: Grads
     ) -> None:
         """Write the gradient of x to ``grad_x_CD`` and add the chunk's share to those of gate_up and down."""
 
@@ -160,13 +157,7 @@ class TorchProducts(ChunkProducts):
         mm(self._act_CF[part], down_DF.t(), out_CD)
 
     def backward(
-        self,
-        chunk: Chunk,
-        x_CD: Tensor,
-        hidden_CG: Tensor,
-        grad_out_CD: Tensor,
-        grad_x_CD: Tensor,
-        grads: tuple[WeightGradients, WeightGradients],
+        self, chunk: Chunk, x_CD: Tensor, hidden_CG: Tensor, grad_out_CD: Tensor, grad_x_CD: Tensor, grads: Grads
     ) -> None:
         (gate_up_GD, down_DF), (grad_gate_up, grad_down), part = self.weights(chunk), grads, slice(chunk.num_rows)
         act_CF, grad_act_CF, grad_hidden_CG = self._act_CF[part], self._grad_act_CF[part], self._grad_hidden_CG[part]

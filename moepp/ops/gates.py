@@ -67,10 +67,7 @@ class _GatesByTorch(torch.autograd.Function):
             # Only a token that chose zero experts alone sums to 0; dividing by 1 keeps its weights at 0 instead of NaN.
             total_T1 += total_T1 == 0
             weights_TK = weights_TK / total_T1
-        ctx.save_for_backward(probs_TE, ids_TK, weights_TK, is_zero_TK, total_T1)
-        ctx.mark_non_differentiable(ids_TK)
-        ctx.set_materialize_grads(False)
-        return probs_TE, ids_TK, weights_TK
+        return _kept(ctx, probs_TE, ids_TK, weights_TK, is_zero_TK, total_T1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -93,6 +90,16 @@ class _GatesByTorch(torch.autograd.Function):
         if grad_probs_TE is None:
             return None, None, None, None
         return _softmax_backward(grad_probs_TE, probs_TE), None, None, None
+
+
+def _kept(
+    ctx: Any, probs_TE: Tensor, ids_TK: Tensor, weights_TK: Tensor, *more: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a forward gives, after keeping it and ``more`` for its backward; a missing gradient stays None."""
+    ctx.save_for_backward(probs_TE, ids_TK, weights_TK, *more)
+    ctx.mark_non_differentiable(ids_TK)
+    ctx.set_materialize_grads(False)
+    return probs_TE, ids_TK, weights_TK
 
 
 def _softmax_backward(grad: Tensor, probs: Tensor) -> Tensor:
@@ -121,10 +128,7 @@ class _Gates(torch.autograd.Function):
             (num_tokens, num_experts, top_k, first_zero, normalization),
         )
         ctx.kernels.call("gates", logits_TE, probs_TE, ids_TK, weights_TK, *ctx.sizes)
-        ctx.save_for_backward(probs_TE, ids_TK, weights_TK)
-        ctx.mark_non_differentiable(ids_TK)
-        ctx.set_materialize_grads(False)
-        return probs_TE, ids_TK, weights_TK
+        return _kept(ctx, probs_TE, ids_TK, weights_TK)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

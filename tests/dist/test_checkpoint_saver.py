@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +28,7 @@ from moepp.errors import CheckpointError
 from moepp.metrics.step_stats import StepStats
 from tests.checkpoint_cases import make_info
 from tests.dist import WorkerPool
+from tests.small_disk import small_disk
 
 Tensor = torch.Tensor
 DENSE = {"embed": (64, 8), "norm": (8,), "layers.0.router.weight": (5, 8), "head": (64, 8)}
@@ -253,16 +253,11 @@ def test_failure_on_any_rank_is_known_to_all_and_leaves_earlier_checkpoints(
     check_content(tmp_path / "step-00000003", 3)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+@pytest.fixture(name="small_disk")
+def mounted_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", "1m") as folder:
+        yield folder
 
 
 def _fill_disk(rank: int, folder: str, background: bool) -> list[list[str]]:

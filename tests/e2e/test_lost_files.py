@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 from moepp.checkpoint import verify
 from tests.data_files import write_word_tokenizer
 from tests.faults import ALL
+from tests.small_disk import small_disk
 from tests.train_processes import TrainRun, TrainServer, checkpoint_names, records
 
 ENGINES = {
@@ -98,16 +98,11 @@ def test_metrics_and_checkpoints_that_were_taken_are_made_again(
     assert "step-00000040" in checkpoint_names(tmp_path / "run")
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+@pytest.fixture(name="small_disk")
+def mounted_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", "2m") as folder:
+        yield folder
 
 
 def fill(folder: Path) -> Path:

@@ -11,8 +11,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from moepp.ops.backend import cpu_kernels
-from moepp.ops.chunks import Chunk, WeightGradients
-from moepp.ops.expert_loop import ChunkProducts
+from moepp.ops.chunks import Chunk
+from moepp.ops.cpu.compiled_products import CompiledProducts
+from moepp.ops.expert_loop import Grads
 from moepp.ops.matmul import dense_transpose
 
 _BLOCK = 32  # rows that the kernels handle at a time; widths must be multiples of it
@@ -37,16 +38,10 @@ def _leading_dimension(rows: int) -> int:
     return padded + _BLOCK if padded % (2 * _BLOCK) == 0 else padded
 
 
-class AMXProducts(ChunkProducts):
-    """Products on tile registers; gate and up are stored in the kernels' own order."""
+class AMXProducts(CompiledProducts):
+    """Products on tile registers."""
 
     block = _BLOCK
-
-    def __init__(self, gate_up_EGD: Tensor, down_EDF: Tensor) -> None:
-        super().__init__(gate_up_EGD, down_EDF)
-        kernels = cpu_kernels(down_EDF)
-        assert kernels is not None
-        self._kernels, (_, self._width_D, self._width_F) = kernels, down_EDF.shape
 
     def allocate_forward(self, longest: int, stores: bool) -> None:
         pass  # the kernel allocates what it needs for as many rows as the cache holds
@@ -61,13 +56,7 @@ class AMXProducts(ChunkProducts):
         self._kernels.call("amx_expert_forward", x_CD, *self.weights(chunk), hidden_CG, out_CD, *sizes)
 
     def backward(
-        self,
-        chunk: Chunk,
-        x_CD: Tensor,
-        hidden_CG: Tensor,
-        grad_out_CD: Tensor,
-        grad_x_CD: Tensor,
-        grads: tuple[WeightGradients, WeightGradients],
+        self, chunk: Chunk, x_CD: Tensor, hidden_CG: Tensor, grad_out_CD: Tensor, grad_x_CD: Tensor, grads: Grads
     ) -> None:
         rows, width_F, stride = chunk.num_rows, self._width_F, _leading_dimension(chunk.num_rows)
         grad_hidden_GC = self._grad_hidden[: 2 * width_F * stride].view(2 * width_F, stride)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from moepp.ops.backend import cpu_kernels
-from moepp.ops.chunks import Chunk, WeightGradients
-from moepp.ops.expert_loop import ChunkProducts
+from moepp.ops.chunks import Chunk
+from moepp.ops.cpu.compiled_products import CompiledProducts
+from moepp.ops.expert_loop import Grads
 
 _BLOCK = 16  # rows that the kernels handle at a time
 _FORWARD_BYTES = 12_000_000  # of the last-level cache, for the rows that forward computes at a time
@@ -31,16 +32,10 @@ def backward_scratch_bytes(width_D: int, width_F: int, rows: int) -> int:
     return 4 * padded(rows) * (padded(width_D) + 2 * width_F + padded(width_F))
 
 
-class AVX2Products(ChunkProducts):
-    """Products on vector registers; gate and up are stored in the kernels' own order."""
+class AVX2Products(CompiledProducts):
+    """Products on vector registers."""
 
     block = _BLOCK
-
-    def __init__(self, gate_up_EGD: Tensor, down_EDF: Tensor) -> None:
-        super().__init__(gate_up_EGD, down_EDF)
-        kernels = cpu_kernels(down_EDF)
-        assert kernels is not None
-        self._kernels, (_, self._width_D, self._width_F) = kernels, down_EDF.shape
 
     def allocate_forward(self, longest: int, stores: bool) -> None:
         elements = self._width_D + self._width_F
@@ -56,13 +51,7 @@ class AVX2Products(ChunkProducts):
         self._kernels.call("avx2_expert_forward", x_CD, *self.weights(chunk), hidden_CG, out_CD, self._scratch, *sizes)
 
     def backward(
-        self,
-        chunk: Chunk,
-        x_CD: Tensor,
-        hidden_CG: Tensor,
-        grad_out_CD: Tensor,
-        grad_x_CD: Tensor,
-        grads: tuple[WeightGradients, WeightGradients],
+        self, chunk: Chunk, x_CD: Tensor, hidden_CG: Tensor, grad_out_CD: Tensor, grad_x_CD: Tensor, grads: Grads
     ) -> None:
         grad_gate_up, grad_down = grads
         with grad_gate_up.open(chunk) as gate_up_results, grad_down.open(chunk) as down_results:

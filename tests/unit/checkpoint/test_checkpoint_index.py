@@ -399,33 +399,32 @@ def test_a_key_twice_in_a_dictionary_is_refused(checkpoint: Path) -> None:
     refused(checkpoint, whole[:entry] + b"\x8c\x06w/fp32" + whole[entry + 8 :])
 
 
-@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "huge"])
+SPECIAL: dict[str, Callable[[Path], object]] = {
+    "pipe": os.mkfifo,
+    "folder": Path.mkdir,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("kind", [*SPECIAL, "huge"])
 def test_index_that_is_no_small_regular_file_is_refused(checkpoint: Path, kind: str) -> None:
     path = checkpoint / ".metadata"
     path.unlink()
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "device":
-        path.symlink_to("/dev/zero")
+    if kind in SPECIAL:
+        SPECIAL[kind](path)
     else:
         with path.open("wb") as stream:
             stream.truncate(1 << 40)
     refused(checkpoint, None, "cannot read .*metadata")
 
 
-@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "missing", "truncated"])
+@pytest.mark.parametrize("kind", [*SPECIAL, "missing", "truncated"])
 def test_tensors_that_are_no_regular_file_are_refused(checkpoint: Path, kind: str) -> None:
     path = checkpoint / "__0_0.distcp"
     data = path.read_bytes()
     path.unlink()
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "device":
-        path.symlink_to("/dev/zero")
+    if kind in SPECIAL:
+        SPECIAL[kind](path)
     elif kind == "truncated":
         path.write_bytes(data[:-1])
     refused(checkpoint)

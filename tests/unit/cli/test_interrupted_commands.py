@@ -22,6 +22,7 @@ from moepp.interop.weights import write as weights_write
 from moepp.runs.directory import RunDir
 from tests.data_files import write_word_tokenizer
 from tests.official_cases import GOLDEN
+from tests.small_disk import small_disk
 
 RELEASED = GOLDEN / "published_flags"
 
@@ -116,16 +117,11 @@ def test_export_over_a_link_or_the_working_directory_is_refused(
     assert content(tmp_path) == {}
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+@pytest.fixture(name="small_disk")
+def mounted_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB: less than the weights."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", "256k") as folder:
+        yield folder
 
 
 def test_full_disk_is_named_by_export_and_import_and_both_can_be_repeated(

@@ -9,30 +9,28 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 
 from lm_eval.api.instance import Instance
 
 from moepp.data.tokenizer import Tokenizer
-from moepp.distributed.groups import LaunchEnvironment, Layout, ParallelGroups, build_groups, init_process_group
+from moepp.distributed.groups import ParallelGroups
 from moepp.errors import ConfigError, DataError
 from moepp.evaluation import backend as backend_module
 from moepp.evaluation.backend import HarnessModel, build_rows
 from moepp.evaluation.scoring import cut_at_stop
 from moepp.evaluation.sharing import SharedModel
 from moepp.model.transformer import Transformer
-from tests.evaluation_cases import slow_loglikelihood, tiny_config, tiny_model, write_byte_tokenizer
+from tests.evaluation_cases import one_process, slow_loglikelihood, tiny_config, tiny_model, write_byte_tokenizer
 
 MAX_SEQ_LEN = 48
 
 
 @pytest.fixture(scope="module")
 def groups() -> Iterator[ParallelGroups]:
-    init_process_group(LaunchEnvironment(0, 1, 0), torch.device("cpu"), 60.0)
-    yield build_groups(Layout(1), torch.device("cpu"))
-    dist.destroy_process_group()
+    with one_process() as groups:
+        yield groups
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 
 from lm_eval.api.metrics import mean_stderr, pooled_sample_stderr
 
 from moepp.data.tokenizer import Tokenizer
-from moepp.distributed.groups import LaunchEnvironment, Layout, ParallelGroups, build_groups, init_process_group
+from moepp.distributed.groups import ParallelGroups
 from moepp.errors import MoeppError, WriteError
 from moepp.evaluation.data import open_source
 from moepp.evaluation.evaluate import check_tasks, evaluate_all, evaluate_tasks
@@ -32,14 +31,20 @@ from moepp.evaluation.results import (
 from moepp.evaluation.sharing import SharedModel
 from moepp.evaluation.tasks import load_benchmarks
 from moepp.model.transformer import Transformer
-from tests.evaluation_cases import slow_loglikelihood, tiny_config, tiny_model, write_benchmarks, write_byte_tokenizer
+from tests.evaluation_cases import (
+    one_process,
+    slow_loglikelihood,
+    tiny_config,
+    tiny_model,
+    write_benchmarks,
+    write_byte_tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
 def groups() -> Iterator[ParallelGroups]:
-    init_process_group(LaunchEnvironment(0, 1, 0), torch.device("cpu"), 60.0)
-    yield build_groups(Layout(1), torch.device("cpu"))
-    dist.destroy_process_group()
+    with one_process() as groups:
+        yield groups
 
 
 @pytest.fixture(scope="module")

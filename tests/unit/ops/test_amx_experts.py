@@ -6,7 +6,6 @@ Shapes: R rows ordered by expert, D width, F expert width, E experts, T tokens, 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -27,10 +26,13 @@ from tests.expert_cases import (
     draw,
     inputs,
     make_experts,
+    nan_in_new_memory,  # noqa: F401  (a fixture)
     oracle,
     relative,
     run,
 )
+
+pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
 
 
 @pytest.fixture
@@ -45,14 +47,6 @@ def tiles() -> Library:
 
 
 on_tiles = pytest.mark.usefixtures("tiles")
-
-
-@pytest.fixture(autouse=True)
-def nan_in_new_memory() -> Iterator[None]:
-    """torch fills what torch.empty() gives with NaN, so that nothing can be used unset."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 # ---- experts ----

@@ -5,8 +5,6 @@ Shapes: R rows ordered by expert, D width, F expert width, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -24,11 +22,15 @@ from tests.expert_cases import (
     draw,
     inputs,
     make_experts,
+    nan_in_new_memory,  # noqa: F401  (a fixture)
     oracle,
     run,
 )
 
 DTYPES = [FP32, BF16]
+
+
+pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
 
 
 @pytest.fixture(autouse=True)
@@ -38,14 +40,6 @@ def vectors() -> Library:
     if library is None or not library.has_avx2_experts:
         pytest.skip("no compiled kernels, or not for AVX2 (processors with AVX-512 multiply by other means)")
     return library
-
-
-@pytest.fixture(autouse=True)
-def nan_in_new_memory() -> Iterator[None]:
-    """torch fills what torch.empty() gives with NaN, so that nothing can be used unset."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
