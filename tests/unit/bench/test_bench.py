@@ -201,7 +201,7 @@ def test_kernels_are_those_that_can_run_and_that_were_asked_for(without_interpre
     monkeypatch.setattr("moepp.bench.train.choose_kernels", lambda *choice: chosen.append(choice))
     monkeypatch.setattr("moepp.bench.train.build_groups", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        Step(OURS, Options(torch.float32, CPU, 1, 16, 16, 2, 2, 16, 4, 1, kernels="torch"))
+        Step(OURS, Options(dtype=torch.float32, device=CPU, num_layers=1, hidden_size=16, num_heads=2, kernels="torch"))
     assert chosen == [("torch", CPU)], "a started process chooses anew"
 
 
