@@ -90,9 +90,9 @@ def _parts(value: Value, rank: int, size: int) -> list[Tensor]:
         return [flat, value.weight.detach().to(torch.float64).reshape(1)]
     if value.reduction == "sum" or size == 1:
         return [flat]
-    slots = flat.new_zeros(size, flat.numel())
-    slots[rank] = flat
-    return [slots.reshape(-1)]
+    by_rank = flat.new_zeros(size, flat.numel())
+    by_rank[rank] = flat
+    return [by_rank.reshape(-1)]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

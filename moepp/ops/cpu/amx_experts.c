@@ -12,31 +12,32 @@
 #include "tiles.h"
 
 #if HAS_TILES
-/* Of the second-level cache, for the rows of a chunk. */
+/* Bytes of the second-level cache that the rows of one chunk may take. */
 #define FORWARD_BYTES 1500000
 #define BACKWARD_BYTES 800000
-#define PIECES 16 /* of the work on a finished block */
+#define PIECES 16 /* steps that the work on a finished block is cut into */
 
-/* What later blocks will read: `lines` cache lines are fetched at each step, and as many `twin` bytes further on. */
+/* Memory that later blocks read: each step prefetches `each` cache lines at `at`, and the same number `twin` bytes behind. */
 typedef struct {
     const char *at;
     i64 stride, twin, each;
 } stream;
 
-/* A finished block of C and where its values go. C's tiles: (rows 0-15, columns 0-15), (0-15, 16-31), (16-31, 0-15), ... */
+/* A finished block of C and the places its values are written to.
+ * C's tiles: (rows 0-15, columns 0-15), (0-15, 16-31), (16-31, 0-15), ... */
 typedef struct {
     const float *c;
-    element *out; /* its first row, and how far apart rows are */
+    element *out; /* its first row, and the stride of its rows */
     i64 rows, stride;
-    char *panel;  /* of the activation, its half step */
-    char *hidden; /* gate and up: for 16 f by 32 r, pairs of f, 2 KB on end */
-    element *grad, *grad_t; /* gradients of gate and up in rows, and transposed; those of up come so much later: */
+    char *panel;  /* of the activation: half a step of it */
+    char *hidden; /* gate and up: pairs of f for 16 f by 32 r, 2 KB without a gap */
+    element *grad, *grad_t; /* gradients of gate and up, in rows and transposed; the offset of up's: */
     i64 grad_stride, grad_up, grad_t_stride, grad_t_up;
     __m512i (*scratch)[16];
 } block;
 typedef void finish(const block *, int piece);
 
-/* c = A B, plus `sum` where that is not null; meanwhile all pieces of the block before. */
+/* Compute c = A B, plus `sum` if it is not null, and meanwhile all pieces of the block before. */
 INLINE void product(const element *a, const element *a_low, i64 a_stride, const char *b, i64 K, const float *sum, float *c,
                     stream *next, finish *piece_of, const block *before) {
     if (sum) {
@@ -73,9 +74,9 @@ INLINE void product(const element *a, const element *a_low, i64 a_stride, const 
     _tile_stored(3, c + 768, 64);
 }
 
-/* ---- what happens to a block of C ---- */
+/* ---- work on a finished block of C ---- */
 
-/* From gate[16 f, 32 r] and up[16 f, 32 r]: the activation as half a step of a panel. */
+/* Compute the activation from gate[16 f, 32 r] and up[16 f, 32 r], as half a step of a panel. */
 INLINE void finish_activation(const block *b, int piece) {
     int half = piece / 8, f = piece % 8 * 2;
     const float *gate = b->c + half * 256 + f * 16, *up = gate + 512;
@@ -84,7 +85,7 @@ INLINE void finish_activation(const block *b, int piece) {
     _mm512_store_si512(b->panel + half * 1024 + f * 32, rounded_pairs(act0, act1));
 }
 
-/* Also keeps gate and up, in the order in which backward wants them; nobody reads them before, so past the caches. */
+/* Also store gate and up in the order that backward reads, past the caches: nothing reads them before. */
 INLINE void finish_activation_and_hidden(const block *b, int piece) {
     int half = piece / 8, f = piece % 8 * 2;
     const float *gate = b->c + half * 256 + f * 16, *up = gate + 512;
@@ -94,7 +95,7 @@ INLINE void finish_activation_and_hidden(const block *b, int piece) {
     finish_activation(b, piece);
 }
 
-/* C[32 d, 32 r] to rows of `out`. */
+/* Write C[32 d, 32 r] to rows of `out`. */
 INLINE void finish_transposed(const block *b, int piece) {
     if (piece % 8) return;
     int half = piece / 8;
@@ -108,7 +109,7 @@ INLINE void finish_transposed(const block *b, int piece) {
         _mm512_storeu_si512(b->out + (half * 16 + i) * b->stride, rounded((vf)low[i], (vf)high[i]));
 }
 
-/* C[32 r, 32 d] to rows of `out`. */
+/* Write C[32 r, 32 d] to rows of `out`. */
 INLINE void finish_rows(const block *b, int piece) {
     for (int row = 2 * piece; row < 2 * piece + 2 && row < b->rows; row++) {
         const float *c = b->c + row / 16 * 512 + row % 16 * 16;
@@ -116,7 +117,7 @@ INLINE void finish_rows(const block *b, int piece) {
     }
 }
 
-/* From C[32 r, 32 f], the activation's gradient, and gate and up: their gradients, and the activation in `out`. */
+/* Compute the gradients of gate and up from C[32 r, 32 f], the activation's gradient; write the activation to `out`. */
 INLINE void swiglu_backward_row(const block *b, int row) {
     const float *c = b->c + row / 16 * 512 + row % 16 * 16;
     vf act[2], grad_gate[2], grad_up[2];
@@ -134,7 +135,7 @@ INLINE void swiglu_backward_row(const block *b, int row) {
     _mm512_storeu_si512(grad + b->grad_up, rounded(grad_up[0], grad_up[1]));
 }
 
-/* 16 columns of 32 rows to 16 rows of 32. */
+/* Transpose 16 columns of 32 rows to 16 rows of 32. */
 INLINE void transpose_columns(const element *in, i64 stride, element *out, i64 out_stride) {
     __m512i r[16];
     for (int i = 0; i < 16; i++) {
@@ -168,7 +169,7 @@ INLINE void finish_all(finish *piece_of, const block *b) {
 
 /* ---- forward ---- */
 
-/* Lines of the next weights to fetch at each step, so that they are there when all blocks are done. */
+/* Return the cache lines of the next weights to prefetch at each step, so that all are there after the last block. */
 INLINE i64 lines_a_step(i64 elements, i64 steps) { return (elements / 32 + steps - 1) / steps; }
 
 INLINE void activations(const element *gate_up, const char *x, char *act, char *hidden, i64 rows, i64 D, i64 F,
@@ -210,8 +211,8 @@ static void outputs(const element *down, const char *act, element *out, i64 rows
     finish_all(finish_transposed, &done);
 }
 
-/* Chunks of nearly equal length near that size, the same number for each thread; up to half as much again spares a pass
- * over the weights. */
+/* Return the number of chunks: nearly equal, about `rows` long, the same number for each thread. One chunk may be half as
+ * long again, which saves a pass over the weights. */
 static i64 number_of_chunks(i64 R, i64 rows) {
     rows = rows < BLOCK ? BLOCK : rows / BLOCK * BLOCK;
     i64 chunks = R <= rows + rows / 2 ? 1 : (R + rows - 1) / rows, threads = omp_get_max_threads();
@@ -225,8 +226,8 @@ INLINE i64 chunk_start(i64 R, i64 chunks, i64 chunk) {
     return start < R ? start : R;
 }
 
-/* For x[R, D] through one expert's gate_up[2F, D] and down[D, F]: out[R, D], and the products of gate_up in `hidden` for
- * amx_expert_backward(), 2F elements for each of R rows rounded up to 32. Either may be null. */
+/* Compute out[R, D] = x[R, D] through one expert's gate_up[2F, D] and down[D, F]. Store gate_up's products in `hidden` for
+ * amx_expert_backward(): 2F elements for each of R rows, rounded up to 32. `hidden` or `out` may be null: not wanted. */
 void amx_expert_forward(const element *x, const element *gate_up, const element *down, char *hidden, element *out, i64 R, i64 D,
                     i64 F) {
     i64 chunks = number_of_chunks(R, FORWARD_BYTES / ((D + F) * sizeof *x)), most = longest_chunk(R, chunks);
@@ -253,7 +254,7 @@ void amx_expert_forward(const element *x, const element *gate_up, const element 
 
 /* ---- backward ---- */
 
-/* What one thread needs: panels of weights, 32 rows, gradients of some columns of gate and up, sums of grad_x. */
+/* A thread's memory: panels of weights, 32 rows, gradients of some columns of gate and up, sums of grad_x. */
 typedef struct {
     char *panel;
     element *copy, *grad;
@@ -274,7 +275,8 @@ static workspace new_workspace(i64 rows, i64 D, i64 columns) {
     return w;
 }
 
-/* Gradients of `columns` columns of gate and up, from f on, for some rows. `first` describes the block of row 0, f = 0. */
+/* Compute the gradients of `columns` columns of gate and up, from column f, for some rows. `first` describes the block of
+ * row 0, f = 0. */
 static void hidden_gradients(const element *grad_out, i64 rows, const element *down, i64 D, i64 F, i64 f, i64 columns,
                              workspace w, block first) {
     i64 blocks = (rows + BLOCK - 1) / BLOCK;
@@ -301,7 +303,7 @@ static void hidden_gradients(const element *grad_out, i64 rows, const element *d
     finish_all(finish_swiglu_backward, &done);
 }
 
-/* Adds the share of those columns to grad_x; `last` are the sums whole. */
+/* Add the share of these columns to grad_x; after the `last` ones the sums are complete. */
 static void input_gradients(const element *gate_up, element *grad_x, i64 rows, i64 D, i64 F, i64 f, i64 columns, int last,
                             workspace w) {
     i64 blocks = (rows + BLOCK - 1) / BLOCK, K = 2 * columns;
@@ -326,9 +328,9 @@ static void input_gradients(const element *gate_up, element *grad_x, i64 rows, i
     if (last) finish_all(finish_rows, &done);
 }
 
-/* From grad_out[R, D] and what amx_expert_forward() kept in `hidden`: grad_x[R, D]; the gradient of gate_up's products,
- * transposed, grad_hidden_t[2F, t_stride]; and once more the activation act[., act_stride]. The latter two have room for R
- * rounded up to 32. */
+/* Compute, from grad_out[R, D] and what amx_expert_forward() stored in `hidden`: grad_x[R, D]; the gradient of gate_up's
+ * products, transposed, grad_hidden_t[2F, t_stride]; and again the activation act[., act_stride]. The latter two have room
+ * for R rounded up to 32. */
 void amx_expert_backward(const element *grad_out, char *hidden, const element *gate_up, const element *down,
                      element *grad_hidden_t, element *act, element *grad_x, i64 R, i64 D, i64 F, i64 t_stride,
                      i64 act_stride) {

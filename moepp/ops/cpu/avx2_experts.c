@@ -1,7 +1,7 @@
 /* The FFN experts on processors with AVX2 and FMA, in float whatever the element type: see products.h.
  *
- * All products are arranged so that weights are A, read in rows or in columns, and what belongs to the tokens is B. C is then
- * transposed, [hidden, rows of tokens], which is how the next product wants its panels; the last one's is transposed back
+ * All products are arranged so that weights are A, read in rows or in columns, and rows of tokens are B. C is then
+ * transposed, [hidden, rows of tokens], as the next product reads its panels; the last one's is transposed back
  * while it is in the cache.
  *
  * Letters as in moe.c: R rows, D width, F expert width. Panels have 16 columns (rows of tokens).
@@ -9,9 +9,9 @@
 #include "products.h"
 
 #if HAS_PRODUCTS
-/* ---- what happens to a block of C, of one panel ---- */
+/* ---- work on a finished block of C, of one panel ---- */
 
-/* From gate[m, 16] and up[m, 16]: the activation; also keeps both where wanted. */
+/* Compute the activation from gate[m, 16] and up[m, 16]; store both if wanted. */
 static void finish_swiglu(const product *p, i64 m, i64 rows, i64 up_offset, i64 panel, const float *c) {
     float *act = p->act ? p->act + (panel * p->M + m) * PANEL : 0;
     element *hidden = p->hidden ? p->hidden + (panel * 2 * p->M + m) * PANEL : 0;
@@ -24,7 +24,7 @@ static void finish_swiglu(const product *p, i64 m, i64 rows, i64 up_offset, i64 
     }
 }
 
-/* 16 rows of C transposed. */
+/* Transpose 16 rows of C. */
 INLINE void transpose_block(const float *c, i64 rows, float (*columns)[PANEL]) {
     for (i64 i = 0; i < PANEL; i += 8)
         for (int j = 0; j < PANEL; j += 8) {
@@ -35,14 +35,14 @@ INLINE void transpose_block(const float *c, i64 rows, float (*columns)[PANEL]) {
         }
 }
 
-/* The activation's rows m to m + n of 16 tokens into panels whose columns are these rows. */
+/* Write the activation's rows m to m + n of 16 tokens to panels whose columns are these rows. */
 INLINE void put_act(const product *p, i64 m, i64 n, i64 panel, const float (*act)[PANEL]) {
     float block[PANEL][PANEL] __attribute__((aligned(64)));
     transpose_block(act[0], n, block);
     i64 tokens = smaller_of(PANEL, p->N - panel * PANEL), column = m % PANEL, here = smaller_of(n, PANEL - column);
     for (i64 j = 0; j < tokens; j++) {
         float *to = p->act + (m / PANEL * p->N + panel * PANEL + j) * PANEL, *next = to + p->N * PANEL;
-        if (n == PANEL && column % 8 == 0) { /* as a rule */
+        if (n == PANEL && column % 8 == 0) { /* the usual case */
             memcpy(to + column, block[j], 8 * sizeof(float));
             memcpy(column ? next : to + 8, block[j] + 8, 8 * sizeof(float));
         } else {
@@ -52,7 +52,7 @@ INLINE void put_act(const product *p, i64 m, i64 n, i64 panel, const float (*act
     }
 }
 
-/* From the activation's gradient[m, 16], and gate and up: their gradients, and the activation. */
+/* Compute the gradients of gate and up from the activation's gradient[m, 16], and the activation again. */
 static void finish_swiglu_backward(const product *p, i64 m, i64 rows, i64 part_offset, i64 panel, const float *c) {
     const element *gate = p->hidden + (panel * 2 * p->M + m) * PANEL, *up = gate + p->M * PANEL;
     float *grad_gate = p->grad + (panel * 2 * p->M + m) * PANEL, *grad_up = grad_gate + p->M * PANEL;
@@ -70,7 +70,7 @@ static void finish_swiglu_backward(const product *p, i64 m, i64 rows, i64 part_o
     }
 }
 
-/* n values on end in the result, from p->out or p->sum on. */
+/* Write n consecutive values to p->out, or add them to p->sum. */
 INLINE void put(const product *p, i64 at, const float *values, i64 n) {
     if (p->sum)
         FOR_COLUMNS(i, k, n, { store_float(p->sum + at + i, load_float(p->sum + at + i, k) + load_float(values + i, k), k); })
@@ -78,7 +78,7 @@ INLINE void put(const product *p, i64 at, const float *values, i64 n) {
         FOR_COLUMNS(i, k, n, { store(p->out + at + i, load_float(values + i, k), k); })
 }
 
-/* C to its rows. */
+/* Write C to rows of the result. */
 static void finish_rows(const product *p, i64 m, i64 rows, i64 part_offset, i64 panel, const float *c) {
     i64 n = smaller_of(PANEL, p->N - panel * PANEL);
     for (i64 i = 0; i < rows; i++) put(p, (m + i) * p->out_stride + panel * PANEL, c + i * PANEL, n);
@@ -88,7 +88,7 @@ static void prepare_rows(const product *p, i64 m, i64 panel) {
     for (i64 i = m; i < m + STRIP && i < p->M; i++) __builtin_prefetch(p->out + i * p->out_stride + panel * PANEL, 1, 2);
 }
 
-/* C to the columns of the result. */
+/* Write C to columns of the result. */
 static void finish_columns(const product *p, i64 m, i64 rows, i64 part_offset, i64 panel, const float *c) {
     i64 columns = smaller_of(PANEL, p->N - panel * PANEL);
     for (i64 i = 0; i < rows; i += PANEL) {
@@ -99,7 +99,7 @@ static void finish_columns(const product *p, i64 m, i64 rows, i64 part_offset, i
     }
 }
 
-/* A line of the result holds several strips. */
+/* Prefetch columns of the result; one cache line of it holds several strips. */
 static void prepare_columns(const product *p, i64 m, i64 panel) {
     if (m % (64 / (i64)sizeof(element)) >= STRIP) return;
     for (i64 j = panel * PANEL; j < (panel + 1) * PANEL && j < p->N; j++)
@@ -108,8 +108,8 @@ static void prepare_columns(const product *p, i64 m, i64 panel) {
 
 /* ---- forward ---- */
 
-/* For x[R, D] through one expert's gate_up[2F, D] and down[D, F]: out[R, D], and gate and up for avx2_expert_backward() in
- * `hidden`: 2F elements for each of R rows rounded up to 16. Either may be null. `scratch`: (D + F) floats for each of
+/* Compute out[R, D] = x[R, D] through one expert's gate_up[2F, D] and down[D, F]. Store gate and up in `hidden` for
+ * avx2_expert_backward(): 2F elements for each of R rows, rounded up to 16. Either may be null: not wanted. `scratch`: (D + F) floats for each of
  * `most` rows, a multiple of 16, that are computed at a time. */
 void avx2_expert_forward(const element *x, const element *gate_up, const element *down, element *hidden, element *out,
                            float *scratch, i64 R, i64 D, i64 F, i64 most) {
@@ -136,8 +136,8 @@ void avx2_expert_forward(const element *x, const element *gate_up, const element
 
 /* ---- backward ---- */
 
-/* From grad_out[R, D], x[R, D] and what avx2_expert_forward() kept in `hidden`: grad_x[R, D] and the weights' gradients,
- * which are added to sum_gate_up and sum_down where these are not null. `scratch`: (D + 2F + F) floats for each of R rows,
+/* Compute, from grad_out[R, D], x[R, D] and what avx2_expert_forward() stored in `hidden`: grad_x[R, D] and the weights'
+ * gradients, which are added to sum_gate_up and sum_down where these are not null. `scratch`: (D + 2F + F) floats for each of R rows,
  * with R, D and the second F rounded up to 16. */
 void avx2_expert_backward(const element *grad_out, const element *x, element *hidden, const element *gate_up,
                             const element *down, element *grad_x, element *grad_gate_up, element *grad_down,

@@ -19,7 +19,7 @@ INLINE float largest(const element *row, i64 V) {
     return result;
 }
 
-/* sum(exp(row - top)), compensated (Kahan 1965): in a plain float sum the many small terms after a large one are lost. */
+/* Return sum(exp(row - top)), compensated (Kahan 1965): in a plain float sum the many small terms after a large one are lost. */
 INLINE double sum_of_exponentials(const element *row, float top, i64 V) {
     vf total = {0}, lost = {0};
     FOR_COLUMNS(v, n, V, {
@@ -35,8 +35,8 @@ INLINE double sum_of_exponentials(const element *row, float top, i64 V) {
     return result;
 }
 
-/* losses[C] = -log softmax(logits)[label], in place of the logits[C, V] its gradient softmax - one_hot(label) where
- * with_gradient. A token whose label is ignore has no loss, and a gradient of zeros. */
+/* Compute losses[C] = -log softmax(logits)[label]; if with_gradient, replace logits[C, V] by the loss's gradient, softmax -
+ * one_hot(label). A token with the label `ignore` has a loss and a gradient of zero. */
 void cross_entropy(element *logits, const i64 *labels, float *losses, i64 ignore, i64 with_gradient, i64 C, i64 V) {
     OMP(omp parallel for schedule(static) if(WORTH_THREADS(C * V)))
     for (i64 c = 0; c < C; c++) {

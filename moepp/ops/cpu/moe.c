@@ -1,4 +1,4 @@
-/* What stands between the MoE layer's matrix products, each in one pass over memory. See vector.h for conventions.
+/* The operations between the MoE layer's matrix products, each in one pass over memory. See vector.h for conventions.
  *
  * Letters: T tokens, D width, K experts of a token, R rows (routed tokens), F expert width, C constant experts. A position
  * is the row of an assignment, or -1 where it has none.
@@ -7,8 +7,8 @@
 
 /* ---- SwiGLU ---- */
 
-/* act[R, F] = silu(gate) * up, rows lying so far apart. act may take the place of gate: that spares fetching the memory
- * it is written to. */
+/* Compute act[R, F] = silu(gate) * up; strides are those of rows. act may be gate's memory: then no other memory has to be
+ * fetched to be written. */
 void swiglu(const element *gate, i64 gate_stride, const element *up, i64 up_stride, element *act, i64 act_stride, i64 R,
             i64 F) {
     OMP(omp parallel for schedule(static) if(WORTH_THREADS(R * F)))
@@ -23,7 +23,7 @@ void swiglu(const element *gate, i64 gate_stride, const element *up, i64 up_stri
     }
 }
 
-/* From gate_up[R, 2F] and grad_act[R, F]: grad_gate_up[R, 2F], and act[R, F] again. */
+/* Compute grad_gate_up[R, 2F] from gate_up[R, 2F] and grad_act[R, F], and act[R, F] again. */
 void swiglu_backward(const element *gate_up, const element *grad_act, element *grad_gate_up, element *act, i64 R,
                      i64 F) {
     OMP(omp parallel for schedule(static) if(WORTH_THREADS(R * F)))
@@ -42,8 +42,8 @@ void swiglu_backward(const element *gate_up, const element *grad_act, element *g
 
 /* ---- sums of rows by token ---- */
 
-/* out[t] = start[t] + sum_k weights[t, k] rows[positions[t, k]]. Null weights are ones, a null start is zeros. The
- * start may lie where out does. */
+/* Compute out[t] = start[t] + sum_k weights[t, k] rows[positions[t, k]]. Null weights are ones, a null start is zeros.
+ * start and out may be the same memory. */
 void combine(const element *rows, const i64 *positions, const float *weights, const element *start, element *out, i64 T,
              i64 D, i64 K) {
     OMP(omp parallel if(WORTH_THREADS(T * D)))
@@ -75,7 +75,7 @@ void combine(const element *rows, const i64 *positions, const float *weights, co
     }
 }
 
-/* out = factor * grad and the product sum of grad with row. */
+/* Compute out = factor * grad and return the dot product of grad and row. */
 INLINE float scaled_and_dot(const element *grad, const element *row, float factor, element *out, i64 D) {
     vf dot = {0};
     FOR_COLUMNS(d, n, D, {
@@ -86,7 +86,7 @@ INLINE float scaled_and_dot(const element *grad, const element *row, float facto
     return sum(dot);
 }
 
-/* The gradients of combine() with weights; start's is grad itself. */
+/* Compute the gradients of combine() with weights; start's is grad itself. */
 void combine_backward(const element *grad, const element *rows, const i64 *positions, const float *weights,
                       element *grad_rows, float *grad_weights, i64 T, i64 D, i64 K) {
     OMP(omp parallel for schedule(static) if(WORTH_THREADS(T * D)))
@@ -105,9 +105,9 @@ INLINE float dot_product(const element *a, const element *b, i64 D) {
     return sum(total);
 }
 
-/* out[t] = (sum_copy w + sum_c w alpha) x[t] + sum_c w (1 - alpha) values[c] over the chosen experts of [first, stop), of
+/* Compute out[t] = (sum_copy w + sum_c w alpha) x[t] + sum_c w (1 - alpha) values[c] over the chosen experts of [first, stop), of
  * which the first C are constant: alpha = 1 / (1 + exp(-difference[c] x[t])). Zeros where none is chosen. alphas[T, K] are
- * kept for backward, where there is one; a weight of 0 adds nothing. */
+ * stored for backward if not null; a weight of 0 adds nothing. */
 void affine_experts(const element *x, const i64 *ids, const float *weights, const float *difference, const element *values,
                     element *out, float *alphas, i64 T, i64 D, i64 K, i64 C, i64 first, i64 stop) {
     OMP(omp parallel if(WORTH_THREADS(T * D)))
@@ -148,8 +148,8 @@ void affine_experts(const element *x, const i64 *ids, const float *weights, cons
     }
 }
 
-/* The gradients of affine_experts(); x's is added to sum_x (null for zeros), which may be grad_x itself.
- * grad_difference[C, D] and grad_values[C, D] are added to. */
+/* Compute the gradients of affine_experts(); x's is added to sum_x (null: zeros), which may be grad_x itself.
+ * Add to grad_difference[C, D] and grad_values[C, D]. */
 void affine_experts_backward(const element *grad, const element *x, const i64 *ids, const float *weights,
                              const float *difference, const element *values, const float *alphas, const element *sum_x,
                              element *grad_x,
@@ -160,7 +160,7 @@ void affine_experts_backward(const element *grad, const element *x, const i64 *i
     OMP(omp parallel if(WORTH_THREADS(T * D)))
     {
         float *my_difference = partial + (i64)omp_get_thread_num() * 2 * C * D, *my_values = my_difference + C * D;
-        float *slope = malloc(K * sizeof *slope); /* of the chosen constant experts, and where their rows begin */
+        float *slope = malloc(K * sizeof *slope); /* of the chosen constant experts, and the starts of their rows */
         i64 *at = malloc(K * sizeof *at);
         OMP(omp for schedule(static))
         for (i64 t = 0; t < T; t++) {

@@ -1,7 +1,7 @@
 /* Matrix products in float for processors without tile registers (AVX2 with FMA): C[M, N] = A[M, K] B[K, N].
  *
- * B comes in panels of 16 columns: for each k the 16 floats of that row, on end. A is brought to strips of 6 rows as it is
- * needed, so that weights are read where they lie and in their own type, once per product. 6 x 16 of C stay in registers
+ * B comes in panels of 16 columns: for each k the 16 floats of that row, one after the other. A is brought to strips of 6 rows as
+ * it is needed, so that weights are read in place and in their own type, once per product. 6 x 16 of C stay in registers
  * while K goes by in blocks: a block of B's panel stays in the first-level cache, the strips of a block of A in the second.
  * Each sum runs over k in one order, whatever the other rows and columns and the number of threads.
  */
@@ -17,7 +17,7 @@
 #define STRIP_SIZE (STRIP * K_BLOCK + 8) /* floats, with room for writing 8 where 6 count */
 #define BLOCK_SIZE (M_BLOCK * PANEL)     /* floats of a block's C for one panel */
 
-/* How a strip lies: the k of a row on end, or the 6 rows of a k. */
+/* Order of a strip: all k of a row together, or all 6 rows of a k. */
 enum order { BY_ROW, BY_K };
 
 typedef struct product product;
@@ -28,12 +28,12 @@ struct product {
     enum order order;
     void (*pack)(const product *, i64 m, i64 rows, i64 k, i64 depth, float *strips);
     void (*finish)(const product *, i64 m, i64 rows, i64 part_offset, i64 panel, const float *c);
-    void (*prepare)(const product *, i64 m, i64 panel); /* null, or fetches where finish will write the 6 rows from m on */
-    const void *a; /* what pack reads: its first row, and how far apart rows are */
+    void (*prepare)(const product *, i64 m, i64 panel); /* null, or prefetches what finish writes for 6 rows from m */
+    const void *a; /* the matrix that pack reads: its first row, and the stride of its rows */
     i64 a_stride;
     const float *panels;
-    /* What finish writes. */
-    element *out;  /* C, or C transposed, its rows so far apart; or, not null, added to: */
+    /* The memory that finish writes. */
+    element *out;  /* C, or C transposed, with the stride below; or, if not null, the sum to add to: */
     float *sum;
     i64 out_stride;
     float *act, *grad; /* panels of the activation, and of the gradients of gate and up */
@@ -55,7 +55,7 @@ INLINE __m256 load_8(const element *p) {
 
 /* ---- strips of A ---- */
 
-/* Rows to fetch ahead: short pieces that lie far apart are not fetched by themselves. */
+/* Rows to prefetch: the hardware does not fetch short pieces that lie far apart. */
 #define ROWS_AHEAD 8
 #define COLUMNS_AHEAD 4 /* more would push one another out of the first-level cache where rows are 4 KB apart */
 
@@ -63,7 +63,7 @@ INLINE void fetch(const element *from, i64 count) {
     for (i64 i = 0; i < count; i += 64 / (i64)sizeof *from) __builtin_prefetch(from + i);
 }
 
-/* Rows of elements, k on end. */
+/* Pack rows of elements: all k of a row together. */
 static void pack_rows(const product *p, i64 m, i64 rows, i64 k, i64 depth, float *strips) {
     for (i64 i = 0; i < rows; i++) {
         const element *from = (const element *)p->a + (m + i) * p->a_stride + k;
@@ -73,7 +73,7 @@ static void pack_rows(const product *p, i64 m, i64 rows, i64 k, i64 depth, float
     }
 }
 
-/* Columns of elements: those of a k on end. */
+/* Pack columns of elements: all columns of a k together. */
 static void pack_columns(const product *p, i64 m, i64 rows, i64 k, i64 depth, float *strips) {
     i64 beyond = p->a_stride - m, eights = smaller_of(rows, beyond - 7); /* columns that may be read; as many at a time */
     for (i64 j = 0; j < depth; j++) {
@@ -87,7 +87,7 @@ static void pack_columns(const product *p, i64 m, i64 rows, i64 k, i64 depth, fl
     }
 }
 
-/* Columns of panels (k = the panels' columns), of which there are a_stride; k must be a multiple of 16. */
+/* Pack columns of panels (k = the panels' columns), each of a_stride rows; k must be a multiple of 16. */
 static void pack_panels(const product *p, i64 m, i64 rows, i64 k, i64 depth, float *strips) {
     for (i64 j = 0; j < depth; j += PANEL) {
         const float *from = (const float *)p->a + ((k + j) / PANEL * p->a_stride + m) * PANEL;
@@ -112,7 +112,7 @@ INLINE void transpose_8(__m256 *r) {
     }
 }
 
-/* The panels whose columns are the R rows of x[R, K]; columns beyond R are zeros. */
+/* Fill the panels whose columns are the R rows of x[R, K]; columns beyond R are zeros. */
 static void panels_of_rows(const element *x, i64 R, i64 K, float *panels) {
     OMP(omp for schedule(static))
     for (i64 panel = 0; panel < panels_of(R); panel++)
@@ -131,7 +131,7 @@ static void panels_of_rows(const element *x, i64 R, i64 K, float *panels) {
         }
 }
 
-/* The panels whose columns are those of x[R, N] (k = its rows); columns beyond N are zeros. */
+/* Fill the panels whose columns are those of x[R, N] (k = its rows); columns beyond N are zeros. */
 static void panels_of_columns(const element *x, i64 R, i64 N, float *panels) {
     OMP(omp for schedule(static))
     for (i64 r = 0; r < R; r++) {
@@ -142,7 +142,7 @@ static void panels_of_columns(const element *x, i64 R, i64 N, float *panels) {
 
 /* ---- 6 x 16 of C ---- */
 
-/* c = A B, or c += A B where it is not the first block of k, for a number of strips and of eights of columns. */
+/* Compute c = A B, or c += A B after the first block of k, for some strips and some eights of columns. */
 INLINE void tile(const float *a, const i64 row_step, const i64 k_step, const float *b, i64 depth, float *c, int first,
                  const int strips, const int eights) {
     __m256 sum[2 * STRIP][2];
@@ -165,8 +165,8 @@ INLINE void tile(const float *a, const i64 row_step, const i64 k_step, const flo
         }
 }
 
-/* All strips of the block from row m on and one panel, of which the first columns count: a narrow one takes two strips at a
- * time. */
+/* Multiply all strips of the block at row m by one panel, whose last columns may be padding; a narrow panel takes two strips
+ * at a time. */
 INLINE void tiles(const product *p, const float *strips, i64 count, const i64 row_step, const i64 k_step, i64 m, i64 k,
                   i64 depth, i64 panel, float *c) {
     const float *b = p->panels + (panel * p->K + k) * PANEL;
@@ -194,7 +194,7 @@ static void tiles_by_k(const product *p, const float *strips, i64 count, i64 m, 
 
 /* ---- a product ---- */
 
-/* What one thread needs for products of at most N columns. */
+/* A thread's memory for products of at most N columns. */
 typedef struct {
     float *strips, *c;
 } workspace;
@@ -210,7 +210,7 @@ static void free_workspace(workspace w) { free(w.strips); }
 
 #define UNIT (4 * STRIP) /* rows: whole strips and half panels */
 
-/* Called by all threads of a parallel region, each of which takes a part of the rows; ends with all of them. */
+/* Multiply; all threads of a parallel region call this, each takes a part of the rows, and all leave together. */
 static void multiply(const product *p, workspace w) {
     i64 units = (p->M + UNIT - 1) / UNIT, threads = omp_get_num_threads(), thread = omp_get_thread_num();
     i64 start = units * thread / threads * UNIT, stop = smaller_of(units * (thread + 1) / threads * UNIT, p->M);

@@ -16,7 +16,7 @@
 #define TOKENS 2
 #endif
 #define OUTPUTS 6
-#define AT_A_TIME 32 /* tokens in backward, whose rows stay in the caches while all columns go by */
+#define AT_A_TIME 32 /* tokens at a time in backward: their rows stay in the caches over all columns */
 
 INLINE void project_step(const element *x, const float *weight, float *out, i64 D, i64 P, int tokens, int outputs) {
     vf total[TOKENS][OUTPUTS] = {0};
@@ -51,7 +51,7 @@ static void project_by_vectors(const element *x, const float *weight, float *out
 }
 
 /* Weights[P, D] and sums of their gradients lie as [D / LANES, P, LANES] in backward, so that those of a few columns stay
- * in the first-level cache. Here: LANES columns of some tokens, with n < LANES the last ones. */
+ * in the first-level cache. One step: LANES columns of some tokens, or the last n < LANES. */
 INLINE void project_backward_step(const element *x, const float *weight, const float *grad, const element *base,
                                   element *grad_x, float *sums, i64 D, i64 P, i64 n, int tokens) {
     vf row[2 * TOKENS];
@@ -109,12 +109,12 @@ static void project_backward_by_vectors(const element *x, const float *weight, c
 /* ---- on tile registers ---- */
 
 #if HAS_TILES
-/* Whether the operating system lets this process use the tile registers. */
+/* Return whether the operating system lets this process use the tile registers. */
 static int tiles_granted(void) { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0; }
 
-#define PARTS 3 /* of a float: three bfloat16 hold all of its digits */
+#define PARTS 3 /* parts of a float: three bfloat16 hold all of its digits */
 
-/* The next part of a float, which is left with the rest. */
+/* Return the next part of a float and leave the rest in it. */
 INLINE uint16_t take_part(float *rest) {
     uint32_t bits;
     memcpy(&bits, rest, 4);
@@ -125,14 +125,14 @@ INLINE uint16_t take_part(float *rest) {
     return bits >> 16;
 }
 
-/* One part of 16 values, and the rest. */
+/* Return one part of 16 values and leave the rest. */
 INLINE vf part_of(vf v, vf *rest) {
     vf part = (vf)((vu)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v)) << 16);
     *rest = v - part;
     return part;
 }
 
-/* How many parts the weights need; all `parts` of them in tiles. By rows of k in forward (k = d, column p), so that tile
+/* Return how many parts the weights need; below, tiles of all parts. By rows of k in forward (k = d, column p), so that tile
  * (step, p / 16, part) is B; by columns in backward (k = p twice over, column d): (d / 32, p / 16, part, d / 16 % 2). */
 static int weight_parts(const float *weight, i64 count) {
     int parts = 1;
@@ -213,7 +213,7 @@ static void project_by_tiles(const element *x, const float *weight, float *out, 
     free(tiles);
 }
 
-/* A block of 32 tokens in backward: the gradient's first two parts side by side in rows of t, and each in rows of p. */
+/* Fill the tiles of 32 tokens in backward: the gradient's first two parts side by side in rows of t, and each in rows of p. */
 INLINE void gradient_tiles(const float *grad, i64 left, i64 P, i64 group, char *by_token, char *by_output) {
     i64 n = smaller(16, P - group * 16);
     __m512i high[16], low[16];
@@ -235,7 +235,7 @@ INLINE void gradient_tiles(const float *grad, i64 left, i64 P, i64 group, char *
     }
 }
 
-/* 32 columns of 32 rows of x as two tiles of B: k = t. */
+/* Fill two tiles of B with 32 columns of 32 rows of x: k = t. */
 INLINE void tiles_of_tokens(const element *x, i64 D, char *tiles) {
     for (int i = 0; i < 16; i++) {
         __m512i even = _mm512_loadu_si512(x + 2 * i * D), odd = _mm512_loadu_si512(x + (2 * i + 1) * D);
@@ -247,7 +247,7 @@ INLINE void tiles_of_tokens(const element *x, i64 D, char *tiles) {
     }
 }
 
-/* Adds grad^T x to the sums of one group and 32 columns. */
+/* Add grad^T x to the sums of one group and 32 columns. */
 INLINE void add_weight_gradient(const char *by_output, const char *x_tiles, float *sums) {
     _tile_loadd(0, sums, 64);
     _tile_loadd(1, sums + 256, 64);
@@ -263,7 +263,7 @@ INLINE void add_weight_gradient(const char *by_output, const char *x_tiles, floa
     _tile_stored(1, sums + 256, 64);
 }
 
-/* grad_x of 32 tokens and 32 columns. */
+/* Compute grad_x of 32 tokens and 32 columns. */
 INLINE void input_gradient(const char *by_token, const uint16_t *tiles, i64 groups, int parts, float *c) {
     _tile_zero(0);
     _tile_zero(1);
@@ -339,17 +339,17 @@ static void project_backward_by_tiles(const element *x, const float *weight, con
 static int tiles_granted(void) { return 0; }
 #endif
 
-/* out[T, P] = x[T, D] weight[P, D]^T. */
+/* Compute out[T, P] = x[T, D] weight[P, D]^T. */
 void project(const element *x, const float *weight, float *out, i64 T, i64 D, i64 P) {
     (D % 32 == 0 && tiles_granted() ? project_by_tiles : project_by_vectors)(x, weight, out, T, D, P);
 }
 
-/* From grad[T, P] and base[T, D] (or null): grad_x[T, D] = base + grad weight, and grad_weight[P, D] that is added to. */
+/* Compute grad_x[T, D] = base + grad weight from grad[T, P] and base[T, D] (or null); add to grad_weight[P, D]. */
 void project_backward(const element *x, const float *weight, const float *grad, const element *base, element *grad_x,
                       float *grad_weight, i64 T, i64 D, i64 P) {
     (D % 32 == 0 && tiles_granted() ? project_backward_by_tiles : project_backward_by_vectors)(x, weight, grad, base, grad_x,
                                                                                               grad_weight, T, D, P);
 }
 
-/* Whether this process can use tile registers. */
+/* Return whether this process can use tile registers. */
 i64 has_amx(void) { return tiles_granted(); }

@@ -6,12 +6,13 @@
 
 #include "vector.h"
 
-#define MAX_TOP_K 8 /* moepp/ops/gates.py knows it too */
+#define MAX_TOP_K 8 /* the same number as in moepp/ops/gates.py */
 
-/* How a token's gate weights come from its probabilities; moepp/ops/gates.py numbers them alike. */
+/* Gate normalisations, with the numbers of moepp/ops/gates.py. */
 enum normalization { NONE, ZERO_MASKED, TOPK_SOFTMAX };
 
-/* taken[K]: of LANES tokens the K experts with the highest scores[E][LANES], best first; among equals the lower number. A
+/* Fill taken[K] with the K experts of highest scores[E][LANES] for each of LANES tokens, best first; among
+ * equals the lower number. A
  * score of -inf or NaN is chosen after all others. */
 INLINE void choose_experts(const vf *scores, vi *taken, i64 E, i64 K) {
     for (i64 k = 0; k < K; k++) {
@@ -29,7 +30,7 @@ INLINE void choose_experts(const vf *scores, vi *taken, i64 E, i64 K) {
 
 INLINE vf exponential(vf x) { return exp2_of(x * 1.44269504f, EXACT); }
 
-/* exps[E] = exp(logits - highest), and their sum. */
+/* Compute exps[E] = exp(logits - highest) and return their sum. */
 INLINE vf exponentials(const vf *logits, vf *exps, i64 E) {
     vf highest = logits[0], total = {0};
     for (i64 e = 1; e < E; e++) highest = choose(logits[e] > highest, logits[e], highest);
@@ -37,7 +38,7 @@ INLINE vf exponentials(const vf *logits, vf *exps, i64 E) {
     return total;
 }
 
-/* weights[K] of one token from all its exponentials or probabilities; assignments to experts from first_zero on get 0 where they
+/* Compute the weights[K] of one token from all its exponentials or probabilities; assignments to experts from first_zero on get 0 where they
  * are masked. */
 INLINE void gate_weights(const float *scores, const i64 *ids, float *weights, i64 K, i64 first_zero, i64 normalization) {
     float total = 0;
@@ -49,7 +50,7 @@ INLINE void gate_weights(const float *scores, const i64 *ids, float *weights, i6
     for (i64 k = 0; k < K; k++) weights[k] /= total > 0 || total != total ? total : 1.f;
 }
 
-/* From logits[T, E]: probs[T, E], the chosen ids[T, K] and their weights[T, K]. */
+/* Compute probs[T, E], the chosen ids[T, K] and their weights[T, K] from logits[T, E]. */
 void gates(const float *logits, float *probs, i64 *ids, float *weights, i64 T, i64 E, i64 K, i64 first_zero,
            i64 normalization) {
     OMP(omp parallel if(WORTH_THREADS(T * E)))
@@ -83,7 +84,7 @@ void gates(const float *logits, float *probs, i64 *ids, float *weights, i64 T, i
     }
 }
 
-/* grad_logits[T, E] of gates(), from grad_probs[T, E] (or null) and grad_weights[T, K]. */
+/* Compute grad_logits[T, E] of gates() from grad_probs[T, E] (or null) and grad_weights[T, K]. */
 void gates_backward(const float *probs, const i64 *ids, const float *weights, const float *grad_probs,
                     const float *grad_weights, float *grad_logits, i64 T, i64 E, i64 K, i64 first_zero, i64 normalization) {
     OMP(omp parallel for schedule(static) if(WORTH_THREADS(T * E)))
@@ -109,15 +110,15 @@ void gates_backward(const float *probs, const i64 *ids, const float *weights, co
     }
 }
 
-/* How often each of E experts occurs among S ids. */
+/* Count how often each of E experts occurs among S ids. */
 void count_experts(const i64 *ids, i64 *counts, i64 S, i64 E) {
     memset(counts, 0, E * sizeof *counts);
     for (i64 s = 0; s < S; s++)
         if (ids[s] < E) counts[ids[s]]++;
 }
 
-/* Stable counting sort of A assignments by expert: order[0 .. N) are the assignments of experts 0 .. E-1, counts[E] how many each
- * has, positions[S] where an assignment went, or -1 where its expert is beyond and it is left out. */
+/* Sort A assignments by expert, stably: order[0 .. N) are the assignments of experts 0 .. E-1, counts[E] how many each
+ * has, positions[S] where an assignment went, or -1 if its expert is E or above and it is left out. */
 void sort_assignments(const i64 *experts, i64 *order, i64 *counts, i64 *positions, i64 S, i64 E) {
     count_experts(experts, counts, S, E);
     i64 *next = malloc((E + 1) * sizeof *next), start = 0;

@@ -1,4 +1,4 @@
-/* The processor's tile registers (Intel AMX, bfloat16), and shuffles that bring values into the order they want.
+/* The processor's tile registers (Intel AMX, bfloat16), and shuffles that bring values into their order.
  *
  * A tile has 16 rows of 64 bytes. One instruction adds A B to C: A[16, 32] in rows of bfloat16, C[16, 16] in rows of float,
  * B[32, 16] in 16 rows of pairs: columns' values at k and k + 1 next to each other.
@@ -23,7 +23,7 @@ static void configure_tiles(void) {
     _tile_loadconfig(&all);
 }
 
-/* 16 rows of 16 pairs: what was pair j of row i becomes pair i of row j. */
+/* Transpose 16 rows of 16 pairs: pair j of row i becomes pair i of row j. */
 INLINE void transpose_pairs(__m512i *r) {
     __m512i t[16];
     for (int i = 0; i < 8; i++) {
@@ -47,19 +47,19 @@ INLINE void transpose_pairs(__m512i *r) {
 static const uint16_t PAIRS[32] __attribute__((aligned(64))) = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
 
-/* Both vectors rounded, the second behind the first. */
+/* Return both vectors rounded, the second behind the first. */
 INLINE __m512i rounded(vf first, vf second) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
 
-/* Both rounded: first[0], second[0], first[1], second[1], ... */
+/* Return both rounded and interleaved: first[0], second[0], first[1], second[1], ... */
 INLINE __m512i rounded_pairs(vf first, vf second) {
     return _mm512_permutexvar_epi16(_mm512_load_si512(PAIRS), rounded(first, second));
 }
 
 INLINE i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
 
-/* ---- panels: B for 32 columns, for every 32 of K two tiles on end ---- */
+/* ---- panels: B for 32 columns, two consecutive tiles for every 32 of K ---- */
 
-/* The panel of n <= 32 rows of x[., K]; the rest of its columns are zeros. */
+/* Fill the panel of n <= 32 rows of x[., K]; the rest of its columns are zeros. */
 static inline void panel_of_rows(const element *x, i64 n, i64 K, char *panel) {
     for (i64 k = 0; k < K; k += 32, panel += STEP_BYTES)
         for (int half = 0; half < 2; half++) {
@@ -73,8 +73,8 @@ static inline void panel_of_rows(const element *x, i64 n, i64 K, char *panel) {
         }
 }
 
-/* The panels of `columns` columns of w[K, .], panel_bytes apart; several at a time, or too little of a page is read at a
- * time. */
+/* Fill the panels of `columns` columns of w[K, .], panel_bytes apart; several at a time, so that enough of each memory page
+ * is read at once. */
 #define COLUMNS 128
 static inline void panels_of_columns(const element *w, i64 stride, i64 K, i64 columns, char *panel, i64 panel_bytes) {
     uint16_t from[BLOCK]; /* of columns 0-15; 32 and above: of the other row */
@@ -91,7 +91,7 @@ static inline void panels_of_columns(const element *w, i64 stride, i64 K, i64 co
         }
 }
 
-/* The last n < 32 rows of A, copied with zeros behind them. */
+/* Copy the last n < 32 rows of A, with zeros behind them. */
 INLINE const element *last_rows(const element *rows, i64 n, i64 K, element *copy) {
     memcpy(copy, rows, n * K * sizeof *rows);
     memset(copy + n * K, 0, (BLOCK - n) * K * sizeof *rows);

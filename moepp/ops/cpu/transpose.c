@@ -1,4 +1,4 @@
-/* Transposing: a matrix product wants its left factor dense. See vector.h for conventions. */
+/* Transpose matrices: torch's product is fast only with a dense left factor. See vector.h for conventions. */
 #include "vector.h"
 
 #define TILE 32 /* whole cache lines of bfloat16, reading and writing */
@@ -29,7 +29,7 @@ INLINE void transpose_tile(const element *in, element *out, i64 in_stride, i64 o
 }
 #endif
 
-/* out[columns, rows] = in[rows, columns] transposed, rows lying so far apart. */
+/* Compute out[columns, rows] = in[rows, columns] transposed; strides are those of rows. */
 void transpose(const element *in, i64 in_stride, element *out, i64 out_stride, i64 rows, i64 columns) {
     OMP(omp parallel for schedule(static) if(WORTH_THREADS(rows * columns)))
     for (i64 band = 0; band < rows; band += BAND)

@@ -20,14 +20,14 @@ static int omp_get_thread_num(void) { return 0; }
 #include <immintrin.h>
 #endif
 
-/* As many as the machine's vectors hold: what the compiler has to split it compares and converts one by one. */
+/* Floats of one hardware vector: longer ones the compiler splits, and then compares and converts one value at a time. */
 #ifdef __AVX512F__
 #define LANES 16
 #else
 #define LANES 8
 #endif
 #define INLINE static inline __attribute__((always_inline))
-/* A parallel region costs more than it saves below some ten thousand elements. */
+/* Below some ten thousand elements a parallel region costs more than it saves. */
 #define WORTH_THREADS(elements) ((elements) > 65536)
 #define OMP(text) _Pragma(#text)
 
@@ -53,7 +53,7 @@ typedef uint16_t element;
 INLINE vf load(const element *p, i64 n) {
     vh h = {0};
     memcpy(&h, p, n * sizeof(element));
-#if defined(__AVX512F__) /* which the compiler does in three steps */
+#if defined(__AVX512F__) /* the compiler needs three steps for this */
     vu wide = (vu)_mm512_cvtepu16_epi32((__m256i)h);
 #elif defined(__AVX2__)
     vu wide = (vu)_mm256_cvtepu16_epi32((__m128i)h);
@@ -68,7 +68,7 @@ INLINE void store(element *p, vf v, i64 n) {
     vh h = (vh)_mm512_cvtneps_pbh((__m512)v);
 #else
     vu bits = (vu)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-#if defined(__AVX2__) && LANES == 8 /* which the compiler does in more steps */
+#if defined(__AVX2__) && LANES == 8 /* the compiler needs more steps for this */
     __m256i is_nan = (__m256i)_mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q);
     __m256i wide = _mm256_blendv_epi8((__m256i)rounded, _mm256_set1_epi32(0x7fc0), is_nan);
     vh h = (vh)_mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
@@ -97,7 +97,7 @@ INLINE float sum(vf v) {
     return (b[0] + b[2]) + (b[1] + b[3]);
 }
 
-/* a b + c, rounded once where the machine can: a compiler does so in one place and not in another. */
+/* Return a b + c, rounded once if the processor can; left to itself a compiler does so in some places only. */
 INLINE vf multiply_add(vf a, vf b, vf c) {
 #ifdef __AVX512F__
     return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -150,7 +150,7 @@ INLINE vf sigmoid(vf x) {
 #endif
 }
 
-/* Runs a block for every LANES columns of a row, with n the number of columns in it. */
+/* Run a block for every LANES columns of a row; n is the number of columns in it. */
 #define FOR_COLUMNS(column, n, width, ...)                   \
     {                                                        \
         i64 column = 0;                                      \

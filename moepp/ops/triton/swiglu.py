@@ -24,7 +24,7 @@ def _swiglu(gate, gate_stride, up, up_stride, act, act_stride, F, BLOCK: tl.cons
 def swiglu(
     gate: Tensor, gate_stride: int, up: Tensor, up_stride: int, act: Tensor, act_stride: int, R: int, F: int
 ) -> None:
-    """act[R, F] = silu(gate) * up, rows lying so far apart; act may take the place of gate."""
+    """Compute act[R, F] = silu(gate) * up; strides are those of rows; act may be gate's memory."""
     if R and F:
         size = block(F)
         operands = (gate, gate_stride, up, up_stride, act, act_stride, F)

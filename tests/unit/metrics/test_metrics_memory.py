@@ -34,8 +34,8 @@ def accelerator(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_fullest_rank_counts_and_the_peak_starts_anew(accelerator: list[str]) -> None:
     def add_other_rank(own: torch.Tensor) -> torch.Tensor:
         assert own.is_cpu  # no device to wait for
-        slots = own.view(3, 2)  # in the order of names: allocated, peak, reserved; this rank is the first of two
-        slots[:, 1] += torch.tensor([90, 260, 500])
+        by_rank = own.view(3, 2)  # in the order of names: allocated, peak, reserved; this rank is the first of two
+        by_rank[:, 1] += torch.tensor([90, 260, 500])
         return own
 
     values = memory_values(GPU)

@@ -22,6 +22,9 @@ INSTEAD = {
     r"\btraining stood still\b": "was blocked",
     r"'s affair\b|\bare hardly\b|\bis hardly\b": "plainer words",
     r"\bcan(not)? be had\b": "is available",
+    r"\b(lies?|lying|rows|columns) so far apart\b": "with a stride",
+    r"\b(k|pairs|tiles|floats|values|bytes) on end\b": "consecutive",
+    r"\bissues? (no\. ?|number )?#?\d+\b|\b(this|another) session\b": "nothing of how it was made",
 }
 # Where old names have to be known, or are shown as what not to write.
 EXCEPTIONS = {
@@ -72,6 +75,10 @@ def test_words_of_other_days_stay_out():
         "later ones are set aside",
         "in chunks of so many rows",
         "tokens that travel",
+        "/* transposed, rows lying so far apart */",
+        "two tiles on end",
+        "see issue 14",
+        "measured in this session",
     ],
 )
 def test_each_of_them_is_seen(text):
@@ -87,6 +94,8 @@ def test_each_of_them_is_seen(text):
         "hardly any",
         "a vector of experts",
         "a travelling rank",
+        "pytorch issue, see pytorch/pytorch#172439",
+        "the session of a process group",
     ],
 )
 def test_other_words_pass(text):
