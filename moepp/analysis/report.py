@@ -15,6 +15,8 @@ from moepp.analysis.figures import Figure, compact
 from moepp.analysis.page import Page
 from moepp.analysis.routing_charts import routing_charts
 from moepp.analysis.runs import Run, compared_keys
+from moepp.analysis.token_pages import read_tables, text_markup, token_figures
+from moepp.errors import RunError
 from moepp.io import files
 from moepp.runs.report import ReportInputs
 
@@ -29,18 +31,21 @@ def write_run_page(run: Run, inputs: ReportInputs, folder: Path) -> Path:
         WriteError: the folder cannot be written.
     """
     page = Page(run.name, f"{run.steps:,} optimizer steps. Numbers come from metrics.jsonl in {run.path}.")
-    page.notes(run.notes)
+    tokens, text, problem = _tokens(run)
+    page.notes([*run.notes, *problem])
     page.cards(_cards(run))
     drawn: list[Figure] = []
     for heading, figures in (
         ("Learning", curve_charts([run])),
         ("Routing", routing_charts(run)),
+        ("Tokens", tokens),
         ("Cost", cost_charts([run])),
     ):
         if figures:
             page.section(heading)
             page.figures(figures)
             drawn += figures
+    page.markup(text)
     if inputs.samples:
         page.section("Samples", "Continuations by the trained model.")
         for number, sample in enumerate(inputs.samples, start=1):
@@ -53,6 +58,15 @@ def write_run_page(run: Run, inputs: ReportInputs, folder: Path) -> Path:
         page.markup("<p>There is no checkpoint.</p>")
     page.details("config.yaml", yaml.safe_dump(dict(run.tree), sort_keys=True))
     return _write(page, drawn, folder)
+
+
+def _tokens(run: Run) -> tuple[list[Figure], str, list[str]]:
+    """Return figures and a text sample of the run's tables of tokens, and what is wrong with them."""
+    try:
+        tables, place = read_tables(run.path)
+    except RunError as error:
+        return [], "", [f"The tables of tokens are left out: {error}"]
+    return (token_figures(tables, place), text_markup(tables["text"]), []) if tables else ([], "", [])
 
 
 def write_comparison(runs: Sequence[Run], folder: Path, sort: str = "eval_loss", left_out: Sequence[str] = ()) -> Path:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moepp.analysis.figures import Figure, Palette, legend
 from moepp.analysis.model_pages import bar_figure, line_figure
-from moepp.analysis.token_tables import Rows, explained_by_type
+from moepp.analysis.parquet import read_parquet
+from moepp.analysis.token_tables import FOLDER, Rows, explained_by_type
 from moepp.io.untrusted import terminal_text
 
 if TYPE_CHECKING:
@@ -17,6 +19,33 @@ if TYPE_CHECKING:
 
 _SHOWN_TYPES = 12
 _SURE = 2.0  # standard errors that a difference must exceed to be called one
+
+
+_COLUMNS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "types": {"text": str, "count": int, "ffn_per_token": float, "ffn_std": float, "loss": float, "examples": list},
+    "positions": {"first": int, "ffn_per_token": float, "ffn_error": float},
+    "frequencies": {"tenth": int, "ffn_per_token": float, "ffn_error": float},
+    "losses": {"tenth": int, "ffn_per_token": float, "ffn_error": float},
+    "kinds": {"source": str, "layer": int, "ffn": float},
+    "text": {"text": str, "ffn_per_token": float},
+}
+
+
+def read_tables(run_path: Path) -> tuple[dict[str, Rows], str]:
+    """Return the tables of a run and their folder in it: what training left, else what moepp analyze wrote; else none.
+
+    Raises:
+        RunError: a table is damaged, or of another version.
+    """
+    for folder in (FOLDER, f"analysis/{FOLDER}"):
+        if not (run_path / folder / "kinds.parquet").exists():
+            continue
+        tables = {}
+        for name, columns in _COLUMNS.items():
+            path = run_path / folder / f"{name}.parquet"
+            tables[name] = read_parquet(path, columns) if path.exists() else []
+        return tables, f"{folder}/"
+    return {}, ""
 
 
 def token_figures(tables: Mapping[str, Rows], place: str = "") -> list[Figure]:

@@ -16,6 +16,7 @@ from moepp.analysis.token_view import TokenView, pool
 
 Rows = list[dict[str, Any]]
 Decode = Callable[[Sequence[int]], str]
+FOLDER = "tokens"  # of a run: where training leaves the tables
 _CONTEXT = 8  # tokens before an example
 _EXAMPLES = 3
 _BUCKETS = 10

@@ -310,6 +310,7 @@ class LoggingConfig:
     wandb: WandbConfig = WandbConfig()
     routing: str = "detailed"  # keys of the routers: "detailed" has some for each of up to 32 layers, "brief" none
     routing_interval: int = 100  # optimizer steps between the snapshots of all layers in routing.jsonl; 0: none
+    token_tables: bool = True  # FFN experts by token, of held-out batches at the end: <run.dir>/tokens and W&B
     csv: bool = False  # the records also as a table, in <run.dir>/metrics.csv
     tensorboard: bool = False  # event files in <run.dir>/tensorboard; needs the package tensorboard
     progress: bool = True  # progress bar on rank 0

@@ -17,7 +17,7 @@ from moepp.metrics.jsonl import JsonlSink
 from moepp.metrics.routing import RoutingSnapshot
 from moepp.metrics.routing_file import RoutingSink
 from moepp.metrics.tensorboard import TensorBoardSink
-from moepp.metrics.wandb import Draw, WandbSink
+from moepp.metrics.wandb import Draw, Table, WandbSink
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,10 @@ class SinkGroup:
             snapshot.step,
             lambda sink: sink.log_routing(snapshot) if isinstance(sink, RoutingSink | WandbSink) else None,
         )
+
+    def log_tables(self, tables: Mapping[str, Table], step: int, tokens: int) -> None:
+        """Pass tables by name, such as "tokens/types", to the sinks that show some."""
+        self._pass(step, lambda sink: sink.log_tables(tables, step, tokens) if isinstance(sink, WandbSink) else None)
 
     def _pass(self, step: int, take: Callable[[Sink], None]) -> None:
         self._check()

@@ -10,7 +10,7 @@ import queue
 import re
 import secrets
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,6 +34,9 @@ _MAX_RUN_ID = 8192  # characters of the file: an id and a path
 
 Draw = Callable[[RoutingSnapshot], "Mapping[str, np.ndarray]"]
 """Makes images of what the routers did, by name: uint8 [height, width, 3]."""
+Table = Sequence[Mapping[str, Any]]
+"""Rows of the same columns, at least one."""
+_MakeRow = Callable[[], dict[str, Any]]
 
 
 def require_wandb_login(mode: str) -> None:
@@ -109,9 +112,7 @@ class WandbSink:
                 f"W&B does not start with logging.wandb.mode={cfg.mode}: {_in_one_line(error)}; correct logging.wandb, "
                 "or train without W&B: logging.wandb.mode=disabled"
             ) from error
-        self._records: queue.SimpleQueue[tuple[dict[str, Any] | RoutingSnapshot, int | None] | None] = (
-            queue.SimpleQueue()
-        )
+        self._rows: queue.SimpleQueue[tuple[_MakeRow, int, int | None] | None] = queue.SimpleQueue()
         self._has_failed = False
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
@@ -126,29 +127,41 @@ class WandbSink:
         W&B's own step is the run's step plus the offset, the number of global batches: so it increases also after a
         rewind, and the parts of a run that was resumed are disjoint but for steps that are computed again.
         """
-        self._put({"step": step, "tokens": tokens, **record}, step)
+        row = {"step": step, "tokens": tokens, **record}
+        self._put(lambda: row, step)
 
     def log_routing(self, snapshot: RoutingSnapshot) -> None:
         """Hand over a snapshot, whose images are made in W&B's thread."""
         if self.draw is not None:
-            self._put(snapshot, snapshot.step)
+            self._put(lambda: self._images(snapshot), snapshot.step)
 
-    def _put(self, item: dict[str, Any] | RoutingSnapshot, step: int) -> None:
+    def log_tables(self, tables: Mapping[str, Table], step: int, tokens: int) -> None:
+        """Hand over tables by name, which are made in W&B's thread."""
+        self._put(lambda: {"step": step, "tokens": tokens} | self._tables(tables), step)
+
+    def _put(self, make: _MakeRow, step: int) -> None:
         if self._has_failed:
             return
-        if self._records.qsize() >= _MAX_WAITING:
+        if self._rows.qsize() >= _MAX_WAITING:
             self._fail(f"at step {step}, because it does not take records any more")
             return
-        self._records.put((item, None if self.step_offset is None else step + self.step_offset))
+        self._rows.put((make, step, None if self.step_offset is None else step + self.step_offset))
 
     def _images(self, snapshot: RoutingSnapshot) -> dict[str, Any]:
         assert self.draw is not None
         images = {name: self._wandb.Image(image) for name, image in self.draw(snapshot).items()}
         return {"step": snapshot.step, "tokens": snapshot.tokens, **images}
 
+    def _tables(self, tables: Mapping[str, Table]) -> dict[str, Any]:
+        columns = {name: list(rows[0]) for name, rows in tables.items()}
+        return {
+            name: self._wandb.Table(columns[name], [[row[column] for column in columns[name]] for row in rows])
+            for name, rows in tables.items()
+        }
+
     def close(self) -> None:
         """Finish the run and wait until its file is complete, but not for ever."""
-        self._records.put(None)
+        self._rows.put(None)
         self._thread.join(self._finish_seconds)
         if not self._thread.is_alive():
             return
@@ -158,15 +171,13 @@ class WandbSink:
 
     def _work(self) -> None:
         """Log until None comes, then finish: the thread's work."""
-        while (item := self._records.get()) is not None:
-            record, own_step = item
+        while (item := self._rows.get()) is not None:
+            make, step, own_step = item
             if self._has_failed:
                 continue
             try:
-                row = self._images(record) if isinstance(record, RoutingSnapshot) else record
-                self._run.log(row, step=own_step)
+                self._run.log(make(), step=own_step)
             except Exception as error:
-                step = record.step if isinstance(record, RoutingSnapshot) else record["step"]
                 self._fail(f"at step {step}: {_in_one_line(error)}")
         # finish() alone returns before the file is flushed; teardown() also takes back what wandb does at exit.
         for end in (self._run.finish, self._wandb.teardown):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from moepp import ops
+from moepp.analysis.images import routing_images
 from moepp.checkpoint import Checkpointer, CheckpointInfo
 from moepp.config import Config, RunPlan, split_layers
 from moepp.data import Corpora, Tokenizer, build_data
@@ -157,8 +158,9 @@ def build_parts(
     peak = peak_flops_per_second(device_name(groups.device), cfg.train.precision)
     throughput = Throughput(groups.world_size, peak)
     checkpointer = Checkpointer(cfg.checkpoint, groups, run_dir.checkpoints, new_cpu_group(), check_claim)
+    draw = routing_images if cfg.logging.routing_interval else None
     offset = start.run_state.skipped_batches if start is not None else 0
-    sinks = comm.on_first_rank(lambda: open_sinks(run_dir.path, cfg, start_step, offset, check_claim))
+    sinks = comm.on_first_rank(lambda: open_sinks(run_dir.path, cfg, start_step, offset, check_claim, draw))
     return Parts(
         cfg=cfg,
         plan=plan,

@@ -37,6 +37,7 @@ from moepp.training.build import build_parts, device_name
 from moepp.training.guards import StopRequest
 from moepp.training.rank_facts import file_facts, processor_facts, start_facts
 from moepp.training.samples import lacks_samples, write_samples
+from moepp.training.token_tables import write_token_tables
 from moepp.training.trainer import Trainer
 
 logger = logging.getLogger("moepp.training.run")
@@ -202,6 +203,7 @@ def _train(
             trainer.resume(checkpoint)
         if not is_done:
             _fit(trainer, stop)
+            write_token_tables(trainer, run_dir.path)
         comm.run_together(parts.sinks.close)
     if cfg.train.samples:
         write_samples(parts, run_dir.path, trainer.vocabulary.eod_id)

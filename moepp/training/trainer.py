@@ -139,11 +139,11 @@ class Trainer:
         has_next = self.step + 1 < self.cfg.train.steps
         with recorder.step(self.step + 1):
             with clock.stage("data"):
-                batches = [self._to_device(in_host_memory) for in_host_memory in self.batches.read(batch, has_next)]
+                batches = [self.to_device(in_host_memory) for in_host_memory in self.batches.read(batch, has_next)]
             share_LE = self._global_selection_share(batches)
             loss_sums = self.runner.train(batches, share_LE, self.stats)
             with clock.stage("reduction"):
-                ce_sum, aux_sum = self._sum(loss_sums).tolist()
+                ce_sum, aux_sum = self.sum_over_ranks(loss_sums).tolist()
             is_finite = math.isfinite(ce_sum + aux_sum)
             is_spike = is_finite and self.spikes.is_on and self.spikes.is_spike(ce_sum / self.plan.tokens_per_step)
             update = is_finite and not is_spike
@@ -177,7 +177,7 @@ class Trainer:
         # A stage without MoE layers takes part in the sum that the others need.
         if not routers and not ROUTERS.get(self.cfg.model.moe.router).updates_after_step:
             return
-        load_LE = self._sum(self.stats.step_load())
+        load_LE = self.sum_over_ranks(self.stats.step_load())
         with torch.no_grad():
             for row, router in routers:
                 router.after_optimizer_step(load_LE[row])
@@ -258,25 +258,25 @@ class Trainer:
         names: list[str | None] = [None] if self.cfg.data.evaluates_split else []
         names += list(self.cfg.data.validation)
         sums_N2 = torch.zeros(len(names), 2, dtype=torch.float64, device=self.groups.device)  # loss, tokens
-        with self._evaluation():
+        with self.evaluation():
             for row, name in enumerate(names):
                 for index in range(self.cfg.train.eval_batches):
                     micro_steps = range(self.plan.accumulation_steps)
-                    batches = [self._to_device(self.parts.data.eval_batch(index, step, name)) for step in micro_steps]
+                    batches = [self.to_device(self.parts.data.eval_batch(index, step, name)) for step in micro_steps]
                     sums_N2[row] += self.runner.evaluate(batches)
-        sums = zip(names, self._sum(sums_N2).tolist(), strict=True)
+        sums = zip(names, self.sum_over_ranks(sums_N2).tolist(), strict=True)
         return {name: ce_sum / num_tokens if num_tokens else math.nan for name, (ce_sum, num_tokens) in sums}
 
     def evaluate_tasks_and_log(self) -> None:
         """Run the benchmarks of ``eval.tasks``, if there are any, on the sharded model."""
         if self.parts.evaluate_tasks is None:
             return
-        with self._evaluation():
+        with self.evaluation():
             record = self.parts.evaluate_tasks(self.model, self.vocabulary.eod_id)
         self.parts.sinks.log(record, self.step, self.tokens)
 
     @contextmanager
-    def _evaluation(self) -> Iterator[None]:
+    def evaluation(self) -> Iterator[None]:
         """Eval mode (dropless routing), outside the measured training time."""
         self.model.eval()
         try:
@@ -295,7 +295,7 @@ class Trainer:
         if moe.balance_loss_scope != "global_batch" or not moe.balance_loss_weight or len(batches) == 1:
             return None
         with self.recorder.clock.stage("forward"):
-            return (self._sum(self.runner.count_choices(batches)) / self.plan.tokens_per_step).float()
+            return (self.sum_over_ranks(self.runner.count_choices(batches)) / self.plan.tokens_per_step).float()
 
     def _anyone_must_stop(self, stop: StopRequest) -> bool:
         """Return whether any rank got a stop signal; the answer is the same on every rank."""
@@ -311,11 +311,11 @@ class Trainer:
     def _learning_rate(self, step: int) -> float:
         return learning_rate(step, self.cfg.train.steps, self.cfg.optim)
 
-    def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         device = self.groups.device
         return batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
 
-    def _sum(self, tensor: Tensor) -> Tensor:
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         return comm.all_reduce_sum(tensor, self.groups.world)
 
 

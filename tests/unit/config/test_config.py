@@ -217,6 +217,7 @@ def test_fixed_keys_exist():
         checkpoint.interval checkpoint.keep checkpoint.async
         logging.wandb.mode logging.wandb.project logging.wandb.group logging.wandb.tags
         logging.tensorboard logging.progress logging.routing logging.routing_interval logging.csv
+        logging.token_tables
     """
     assert set(fixed.split()) <= set(known_keys())
 
