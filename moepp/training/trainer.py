@@ -250,13 +250,17 @@ class Trainer:
                 record |= {f"{prefix}/loss": loss, f"{prefix}/perplexity": _perplexity(loss)}
             self.parts.sinks.log(record, self.step, self.tokens)
 
+    @property
+    def validation_sets(self) -> list[str | None]:
+        """Names of the sets of ``data.validation``; None is the validation part of ``data.paths``."""
+        return [*([None] if self.cfg.data.evaluates_split else []), *self.cfg.data.validation]
+
     def evaluate(self) -> dict[str | None, float]:
         """Return the mean cross-entropy in nats per token over ``train.eval_batches`` held-out global batches.
 
-        By name of the sets of ``data.validation``; None is the validation part of ``data.paths``.
+        By name, as :attr:`validation_sets`.
         """
-        names: list[str | None] = [None] if self.cfg.data.evaluates_split else []
-        names += list(self.cfg.data.validation)
+        names = self.validation_sets
         sums_N2 = torch.zeros(len(names), 2, dtype=torch.float64, device=self.groups.device)  # loss, tokens
         with self.evaluation():
             for row, name in enumerate(names):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
+from moepp.analysis.token_view import TokenView
+from moepp.training.token_tables import view_tokens
 from tests.parity import REFERENCE, History, Layout, Setting, train
 
 # Nothing is dropped here, so that numbers do not depend on the ranks; layers 1 and 3 are MoE layers.
@@ -29,19 +32,23 @@ LAYOUTS = [
 OF_TIME_AND_PLACE = ("time/", "throughput/", "comm/", "memory/")
 
 
-def _train(rank: int, layout: Layout) -> History:
-    return train(rank, SETTING, layout)
+def _train(rank: int, layout: Layout) -> tuple[History, TokenView]:
+    views: list[TokenView] = []
+    history = train(rank, SETTING, layout, inspect=lambda trainer: views.append(view_tokens(trainer)))
+    return history, views[0]
 
 
 @pytest.fixture(scope="module")
-def reference(pool_1) -> History:
+def reference(pool_1) -> tuple[History, TokenView]:
     return pool_1.run(_train, REFERENCE)[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_metric_is_that_of_one_process(pool_2, reference, layout):
-    for history in pool_2.run(_train, layout):
-        for wanted, found in zip(reference.records, history.records, strict=True):
+    expected, tokens = reference
+    for history, view in pool_2.run(_train, layout):
+        _check_tokens(view, tokens)
+        for wanted, found in zip(expected.records, history.records, strict=True):
             kept = {name: value for name, value in found.items() if not name.startswith(OF_TIME_AND_PLACE)}
             wanted = {name: value for name, value in wanted.items() if not name.startswith(OF_TIME_AND_PLACE)}
             assert kept == pytest.approx(wanted, rel=1e-4, abs=1e-9)
@@ -51,12 +58,23 @@ def test_every_metric_is_that_of_one_process(pool_2, reference, layout):
 
 
 def test_each_validation_set_has_its_own_loss(reference):
-    [record] = [record for record in reference.records if "eval/loss" in record]
+    [record] = [record for record in reference[0].records if "eval/loss" in record]
     names = ["eval", "eval/wiki", "eval/code"]
     assert record.keys() == {f"{name}/{metric}" for name in names for metric in ("loss", "perplexity")}
     assert len({record[f"{name}/loss"] for name in names}) == 3
     for name in names:
         assert record[f"{name}/perplexity"] == pytest.approx(math.exp(record[f"{name}/loss"]))
+
+
+def _check_tokens(view: TokenView, wanted: TokenView) -> None:
+    """Every rank has every token, in whatever order sequences went to replicas."""
+    order, other = (np.lexsort(one.input_ids_NS.T) for one in (view, wanted))
+    np.testing.assert_array_equal(view.input_ids_NS[order], wanted.input_ids_NS[other])
+    np.testing.assert_allclose(view.losses_NS[order], wanted.losses_NS[other], rtol=1e-4)
+    np.testing.assert_allclose(view.ffn_NS[order], wanted.ffn_NS[other])
+    assert len(np.unique(wanted.ffn_NS)) > 1 and wanted.losses_NS.min() > 0
+    for kind, share_L in wanted.shares.items():
+        np.testing.assert_allclose(view.shares[kind], share_L)
 
 
 def _check_norms(record: dict[str, float]) -> None:
