@@ -1,0 +1,300 @@
+"""The tables and plots of docs/study.md from docs/study/*.csv: ``python launch/study_page.py``.
+
+Fills in what stands on the page between ``<!-- NAME -->`` and ``<!-- /NAME -->``, and draws docs/study/*.svg.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE, FOLDER = DOCS / "study.md", DOCS / "study"
+Rows = list[dict[str, Any]]
+
+
+def read(name: str) -> Rows:
+    with open(FOLDER / f"{name}.csv", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Evaluations of one run."""
+
+    name: str
+    steps: list[int]
+    tokens: list[int]
+    losses: list[float]
+    ffn_rows: list[float]
+    ffn_per_token: list[float]
+    max_over_mean: list[float]
+
+    @property
+    def twin(self) -> str:
+        setting, seed = self.name.rsplit("-", 1)
+        return f"{setting.replace('moepp', 'vanilla') if setting.startswith('moepp_') else 'vanilla'}-{seed}"
+
+    def loss_at(self, tokens: int) -> float | None:
+        """Return the validation loss after exactly so many tokens; None if the run has not got there."""
+        return self.losses[self.tokens.index(tokens)] if tokens in self.tokens else None
+
+    def loss_at_rows(self, ffn_rows: float) -> float | None:
+        """Return the validation loss once so many FFN rows were computed, on a line between evaluations."""
+        at = bisect_left(self.ffn_rows, ffn_rows)
+        if at == 0 or at == len(self.ffn_rows):
+            return None
+        share = (ffn_rows - self.ffn_rows[at - 1]) / (self.ffn_rows[at] - self.ffn_rows[at - 1])
+        return self.losses[at - 1] + share * (self.losses[at] - self.losses[at - 1])
+
+
+def curves() -> dict[str, Curve]:
+    found: dict[str, Curve] = {}
+    for row in read("curves"):
+        one = found.setdefault(row["run"], Curve(row["run"], [], [], [], [], [], []))
+        one.steps.append(int(row["step"]))
+        one.tokens.append(int(row["tokens"]))
+        one.losses.append(float(row["eval_loss"]))
+        one.ffn_rows.append(float(row["ffn_rows"]))
+        one.ffn_per_token.append(float(row["ffn_per_token"]))
+        one.max_over_mean.append(float(row["max_over_mean"]))
+    return found
+
+
+def mixture(rows: Rows) -> float:
+    """Return the loss over the sources by their weights in training."""
+    return sum(float(row["weight"]) * float(row["loss"]) for row in rows) / sum(float(row["weight"]) for row in rows)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+EARLY, LAST = 2_457_600, 8_192_000  # tokens at which runs are compared
+OTHER_PAIRS = [f"{model}_{how}-seed1" for how in ("lr_0.001", "init_0.1") for model in ("moepp", "vanilla")]
+MAIN, VANILLA = "moepp-seed1", "vanilla-seed1"
+TITLES = {
+    "moepp": "MoE++, τ = 0.75",
+    "vanilla": "vanilla twin",
+    "tau_0.25": "MoE++, τ = 0.25",
+    "tau_0.5": "MoE++, τ = 0.5",
+    "tau_1": "MoE++, τ = 1",
+    "no_gating_residual": "no gating residual",
+    "constant_init_0.02": "constant vectors start at N(0, 0.02)",
+    "no_constant": "no constant experts",
+    "no_copy": "no copy expert",
+    "no_zero": "no zero expert",
+    "beta_0.001": "β = 0.001",
+    "vanilla_beta_0.001": "vanilla twin, β = 0.001",
+    "vanilla_gating_residual": "vanilla twin with gating residual",
+    "moepp_lr_0.001": "MoE++, learning rate 1e-3",
+    "vanilla_lr_0.001": "vanilla twin, learning rate 1e-3",
+    "moepp_init_0.1": "MoE++, initial weights N(0, 0.1)",
+    "vanilla_init_0.1": "vanilla twin, initial weights N(0, 0.1)",
+    "balance_micro_batch": "balance over micro-batches of 1,024 tokens",
+}
+
+
+def title(name: str) -> str:
+    """Return what a run is called on the page."""
+    setting, seed = name.rsplit("-", 1)
+    return TITLES[setting] + ("" if seed == "seed1" else f", seed {seed[-1]}")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n"
+
+
+def number(value: float | None, pattern: str = "{:.3f}") -> str:
+    return "–" if value is None else pattern.format(value).replace("-", "−")
+
+
+def equal_tokens(tokens: int, names: Sequence[str]) -> str:
+    """Compare the runs that got to ``tokens``: loss, cost, and the twin's loss at equal tokens and expert FLOPs."""
+    found, rows = curves(), []
+    for name in names:
+        one = found.get(name)
+        if one is None or (loss := one.loss_at(tokens)) is None:
+            continue
+        at = one.tokens.index(tokens)
+        twin = found.get(one.twin)
+        same_tokens = twin.loss_at(tokens) if twin else None
+        same_flops = twin.loss_at_rows(one.ffn_rows[at]) if twin else None
+        is_twin = name.startswith("vanilla")
+        rows.append(
+            [
+                title(name),
+                number(loss),
+                "" if is_twin or same_tokens is None else number(loss - same_tokens, "{:+.3f}"),
+                number(one.ffn_rows[at] / one.tokens[at], "{:.2f}"),
+                "" if is_twin else number(same_flops),
+                "" if is_twin or same_flops is None else number(loss - same_flops, "{:+.3f}"),
+                number(one.max_over_mean[at], "{:.2f}"),
+            ]
+        )
+    header = ["run", "loss, nats", "minus twin, equal tokens", "FFN experts per token"]
+    header += ["twin's loss at equal expert FLOPs", "minus twin, equal expert FLOPs", "FFN load, max/mean"]
+    return table(header, rows)
+
+
+def ablations() -> str:
+    """Compare every run at the first common point with MoE++ of the same seed."""
+    found, rows = curves(), []
+    for name, one in found.items():
+        setting, seed = name.rsplit("-", 1)
+        base = found.get(f"moepp-{seed}")
+        loss, reference = one.loss_at(EARLY), base.loss_at(EARLY) if base else None
+        if setting == "moepp" or loss is None or reference is None:
+            continue
+        at = one.tokens.index(EARLY)
+        ffn, load = one.ffn_rows[at] / EARLY, one.max_over_mean[at]
+        rows.append((loss - reference, [title(name), number(loss), number(loss - reference, "{:+.3f}")]))
+        rows[-1][1].extend([number(ffn, "{:.2f}"), number(load, "{:.2f}")])
+    header = ["run", "loss, nats", "minus MoE++ of the same seed", "FFN experts per token", "FFN load, max/mean"]
+    return table(header, [row for _, row in sorted(rows, key=lambda row: row[0])])
+
+
+def progress() -> str:
+    """Tell which runs are how far."""
+    rows = [[f"`{one.name}`", f"{one.steps[-1]:,}", f"{one.tokens[-1] / 1e6:.2f}"] for one in curves().values()]
+    return table(["run", "steps of 1,000", "million tokens"], rows)
+
+
+def larger_set() -> str:
+    """Tabulate the loss of the checkpoints at the last step on every source's validation documents."""
+    by_run: dict[str, Rows] = {}
+    for row in read("sources"):
+        by_run.setdefault(row["run"], []).append(row)
+    done = {name: rows for name, rows in by_run.items() if rows[0]["step"] == "1000"}
+    if VANILLA not in done:
+        return "\n"
+    names = [row["source"] for row in done[VANILLA]]
+    rows = []
+    for name, own in sorted(done.items(), key=lambda item: mixture(item[1])):
+        losses = [number(float(row["loss"]), "{:.2f}") for row in own]
+        rows.append([title(name), number(mixture(own)), *losses])
+    return table(["run", "mixture", *names], rows)
+
+
+def layers() -> str:
+    """Tabulate how each layer of some runs routes at the end of what was trained."""
+    rows = []
+    for row in read("layers"):
+        if row["run"] in (MAIN, VANILLA, "tau_0.25-seed1", "no_gating_residual-seed1"):
+            shares = [number(float(row[f"share_{kind}"]), "{:.2f}") for kind in ("ffn", "constant", "copy", "zero")]
+            load = number(float(row["max_over_mean"]), "{:.2f}")
+            rows.append([title(row["run"]), f"{int(row['step']):,}", row["layer"], *shares, load])
+    header = ["run", "step", "layer", "FFN", "constant", "copy", "zero", "FFN load, max/mean"]
+    return table(header, rows)
+
+
+def questions() -> dict[str, str]:
+    """Tabulate the three open questions."""
+    found = {}
+    rows = [r for r in _read_if_there("long-context") if r["residuals"] == "with"]
+    cut = {(r["run"], r["first"]): r for r in _read_if_there("long-context") if r["residuals"] == "without"}
+    cells = []
+    for row in rows:
+        other = cut.get((row["run"], row["first"]))
+        line = [title(row["run"]), f"{row['first']}–{row['last']}", number(float(row["agreement"]))]
+        line += [
+            number(float(row["entropy"]), "{:.2f}"),
+            number(float(row["loss"])),
+            number(float(row["loss_in_windows"])),
+        ]
+        cells.append([*line, number(float(other["agreement"])) if other else "–"])
+    header = ["run", "position", "agreement", "router entropy, nats", "loss", "loss in windows of 256"]
+    found["long-context"] = table([*header, "agreement, residuals cut"], cells)
+    cells = []
+    for row in _read_if_there("robustness"):
+        if row["quarter"] == "0":
+            parts = [r for r in _read_if_there("robustness") if r["run"] == row["run"] and r["share"] == row["share"]]
+            increase = [number(float(r["increase"]), "{:+.3f}") for r in parts]
+            cells.append([title(row["run"]), f"{float(row['share']):.0%}", *increase])
+    header = ["run", "tokens swapped", "all", "easiest quarter", "2nd", "3rd", "hardest quarter"]
+    found["robustness"] = table(header, cells)
+    cells = []
+    runs = dict.fromkeys(r["run"] for r in _read_if_there("communication"))
+    for run in runs:
+        rows = [r for r in _read_if_there("communication") if r["run"] == run and r["ranks"] == "8"]
+        sent, vanilla, sharded = (
+            fmean(float(r[key]) for r in rows) for key in ("bytes_per_token", "vanilla", "everything_sharded")
+        )
+        cells.append([title(run), f"{sent:,.0f}", f"{vanilla:,.0f}", f"{sharded:,.0f}", f"{1 - sent / vanilla:.1%}"])
+    header = ["run", "bytes per token", "vanilla MoE", "all experts sharded", "saved"]
+    found["communication"] = table(header, cells)
+    return found
+
+
+def _read_if_there(name: str) -> Rows:
+    return read(name) if (FOLDER / f"{name}.csv").exists() else []
+
+
+def filled(page: str) -> str:
+    """Return the page with every table between its marks made anew.
+
+    Raises:
+        KeyError: a mark that names no table.
+    """
+    seeds = [f"{setting}-seed{n}" for n in (1, 2, 3) for setting in ("moepp", "vanilla")]
+    main = [*seeds, "tau_0.25-seed1", "tau_0.5-seed1", "tau_1-seed1", "no_gating_residual-seed1"]
+    parts: dict[str, str] = {
+        "main": equal_tokens(LAST, main),
+        "early": equal_tokens(EARLY, [*main, *OTHER_PAIRS]),
+        "layers": layers(),
+        "ablations": ablations(),
+        "progress": progress(),
+        "larger-set": larger_set(),
+        **questions(),
+    }
+    return re.sub(
+        r"<!-- (\S+) -->.*?<!-- /\1 -->", lambda m: f"<!-- {m[1]} -->{parts[m[1]]}<!-- /{m[1]} -->", page, flags=re.S
+    )
+
+
+def draw_plots() -> None:
+    """Write the page's figures as SVG on white."""
+    found = curves()
+    main = [n for n in (MAIN, VANILLA, "tau_0.25-seed1", "tau_0.5-seed1", "tau_1-seed1") if n in found]
+    lines = {title(n): ([t / 1e6 for t in found[n].tokens], found[n].losses) for n in main}
+    _plot("loss-tokens", lines, "training tokens, millions", "validation loss, nats per token")
+    lines = {title(n): ([r / 1e6 for r in found[n].ffn_rows], found[n].losses) for n in main}
+    _plot("loss-flops", lines, "tokens × FFN experts per token, millions", "validation loss, nats per token")
+    base, lines = found[MAIN], {}
+    for name, one in found.items():
+        if name.endswith("-seed1") and name != MAIN and "_lr_" not in name and not name.startswith("tau"):
+            both = [t for t in one.tokens if t in base.tokens and t >= 400_000]
+            gaps = [(one.loss_at(t) or 0) - (base.loss_at(t) or 0) for t in both]
+            lines[title(name)] = ([t / 1e6 for t in both], gaps)
+    _plot("ablations", lines, "training tokens, millions", "loss minus MoE++'s, nats per token")
+
+
+def _plot(name: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str) -> None:
+    from moepp.analysis import figures
+
+    def draw(axes: Any, palette: Any) -> None:
+        for number_, (label, (xs, ys)) in enumerate(lines.items()):
+            axes.plot(xs, ys, label=label, linewidth=1.6, **palette.line(number_))
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        figures.legend(axes)
+
+    svg = figures.draw_figure(name, name, y, draw).svg
+    for variable, (_, colour) in figures._COLOURS.items():
+        svg = svg.replace(f"var(--{variable})", colour)
+    start = svg.index(">") + 1
+    (FOLDER / f"{name}.svg").write_text(f'{svg[:start]}<rect width="100%" height="100%" fill="#fff"/>{svg[start:]}')
+
+
+def main() -> None:
+    draw_plots()
+    PAGE.write_text(filled(PAGE.read_text()))
+
+
+if __name__ == "__main__":
+    main()
