@@ -1,7 +1,7 @@
 """The metrics of the small study as small files: ``python launch/study_collect.py [FOLDER]`` writes docs/study/*.csv.
 
-FOLDER holds the runs of ``launch/study.py`` (default: runs/study), and in them what ``moepp analyze`` has written. The
-losses by source need the corpus, data/mixed. ``python launch/study_page.py`` makes the page from these files.
+FOLDER holds the runs of ``launch/study.py`` (default: runs/study), FOLDER-analysis what ``moepp analyze`` has written
+about them. The losses by source need the corpus, data/mixed. ``launch/study_page.py`` makes the page from these files.
 """
 
 from __future__ import annotations
@@ -20,17 +20,21 @@ LAST_RECORDS = 10  # of 10 steps each
 
 def collect(folder: Path) -> None:
     """Write curves.csv, layers.csv, sources.csv and the tables of the analyses."""
+    import pyarrow.parquet as pq
+
     from moepp.analysis.runs import find_runs
 
-    runs = sorted(find_runs([str(folder)]), key=lambda run: run.name)
+    runs = sorted(find_runs([str(folder)]).runs, key=lambda run: run.name)
     write("curves", [row for run in runs for row in _curve(run)])
     write("layers", [row for run in runs for row in _layers(run)])
     known = {(row["run"], row["step"]) for row in read("sources")} if (FOLDER / "sources.csv").exists() else set()
     write("sources", [row for run in runs for row in _by_source(run, known)])
     for name in ("long-context", "robustness", "communication"):
-        found = [row for run in runs for row in _analysis(run, name)]
-        if found:
-            write(name, found)
+        table = folder.with_name(f"{folder.name}-analysis") / name / f"{name}.parquet"
+        if table.is_file():
+            write(
+                name, [{key: _short(value) for key, value in row.items()} for row in pq.read_table(table).to_pylist()]
+            )
 
 
 def _curve(run: Any) -> Rows:
@@ -94,15 +98,6 @@ def _by_source(run: Any, known: set[tuple[str, str]]) -> Rows:
             rows.append(row | {"ffn_per_token": round(float(seen.ffn_NS.mean()), 4)})
     print(f"{run.name}: step {step}, loss {mixture(rows):.4f}", flush=True)
     return rows
-
-
-def _analysis(run: Any, name: str) -> Rows:
-    import pyarrow.parquet as pq
-
-    path = run.path / "analysis" / name / f"{name}.parquet"
-    rows = pq.read_table(path).to_pylist() if path.is_file() else []
-    step = max(int(folder.removeprefix("step-")) for folder, _ in run.checkpoints) if rows else 0
-    return [{"run": run.name, "step": step} | {k: _short(v) for k, v in row.items() if k != "model"} for row in rows]
 
 
 def _short(value: Any) -> Any:

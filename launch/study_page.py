@@ -1,6 +1,6 @@
 """The tables and plots of docs/study.md from docs/study/*.csv: ``python launch/study_page.py``.
 
-Fills in what stands on the page between ``<!-- NAME -->`` and ``<!-- /NAME -->``, and draws docs/study/*.svg.
+Fills in what stands on the page between ``<!-- NAME -->`` and ``<!-- /NAME -->``, and draws docs/study/*.png.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -193,42 +192,45 @@ def layers() -> str:
     return table(header, rows)
 
 
-def questions() -> dict[str, str]:
-    """Tabulate the three open questions."""
-    found = {}
-    rows = [r for r in _read_if_there("long-context") if r["residuals"] == "with"]
-    cut = {(r["run"], r["first"]): r for r in _read_if_there("long-context") if r["residuals"] == "without"}
-    cells = []
-    for row in rows:
-        other = cut.get((row["run"], row["first"]))
-        line = [title(row["run"]), f"{row['first']}–{row['last']}", number(float(row["agreement"]))]
-        line += [
-            number(float(row["entropy"]), "{:.2f}"),
-            number(float(row["loss"])),
-            number(float(row["loss_in_windows"])),
-        ]
-        cells.append([*line, number(float(other["agreement"])) if other else "–"])
-    header = ["run", "position", "agreement", "router entropy, nats", "loss", "loss in windows of 256"]
-    found["long-context"] = table([*header, "agreement, residuals cut"], cells)
-    cells = []
+def long_context() -> str:
+    """Tabulate routing within and beyond the 256 tokens of training, by position."""
+    rows = []
+    for row in _read_if_there("long-context"):
+        if row["first"] in ("128", "256", "896"):
+            position = f"{row['first']}–{row['last']}"
+            numbers = [number(float(row[key])) for key in ("agreement", "entropy", "loss", "loss_in_windows")]
+            rows.append([title(row["model"]), row["residuals"], position, *numbers])
+    header = [
+        "run",
+        "gating residuals",
+        "position",
+        "agreement",
+        "router entropy, nats",
+        "loss",
+        "loss in windows of 256",
+    ]
+    return table(header, rows)
+
+
+def robustness() -> str:
+    """Tabulate the rise of the loss when a share of the tokens is swapped, by the token's loss without."""
+    rows: dict[tuple[str, str], list[str]] = {}
     for row in _read_if_there("robustness"):
-        if row["quarter"] == "0":
-            parts = [r for r in _read_if_there("robustness") if r["run"] == row["run"] and r["share"] == row["share"]]
-            increase = [number(float(r["increase"]), "{:+.3f}") for r in parts]
-            cells.append([title(row["run"]), f"{float(row['share']):.0%}", *increase])
-    header = ["run", "tokens swapped", "all", "easiest quarter", "2nd", "3rd", "hardest quarter"]
-    found["robustness"] = table(header, cells)
-    cells = []
-    runs = dict.fromkeys(r["run"] for r in _read_if_there("communication"))
-    for run in runs:
-        rows = [r for r in _read_if_there("communication") if r["run"] == run and r["ranks"] == "8"]
-        sent, vanilla, sharded = (
-            fmean(float(r[key]) for r in rows) for key in ("bytes_per_token", "vanilla", "everything_sharded")
-        )
-        cells.append([title(run), f"{sent:,.0f}", f"{vanilla:,.0f}", f"{sharded:,.0f}", f"{1 - sent / vanilla:.1%}"])
-    header = ["run", "bytes per token", "vanilla MoE", "all experts sharded", "saved"]
-    found["communication"] = table(header, cells)
-    return found
+        start = [title(row["model"]), f"{float(row['share']):.0%}"]
+        rows.setdefault((row["model"], row["share"]), start).append(number(float(row["increase"]), "{:+.3f}"))
+    header = ["run", "tokens swapped", "all tokens", "easiest quarter", "second", "third", "hardest quarter"]
+    return table(header, [row for (_, share), row in rows.items() if float(share) > 0])
+
+
+def communication() -> str:
+    """Tabulate bytes between 8 expert-parallel ranks."""
+    rows = []
+    for row in _read_if_there("communication"):
+        if row["ranks"] == "8":
+            sent = [f"{float(row[key]):,.0f}" for key in ("bytes_per_token", "vanilla", "everything_sharded")]
+            rows.append([title(row["model"]), *sent, *(f"{float(row[key]):.1%}" for key in ("saved", "balanced"))])
+    header = ["run", "bytes per token", "vanilla MoE", "all experts sharded", "saved", "saved at perfect balance"]
+    return table(header, rows)
 
 
 def _read_if_there(name: str) -> Rows:
@@ -250,7 +252,9 @@ def filled(page: str) -> str:
         "ablations": ablations(),
         "progress": progress(),
         "larger-set": larger_set(),
-        **questions(),
+        "long-context": long_context(),
+        "robustness": robustness(),
+        "communication": communication(),
     }
     return re.sub(
         r"<!-- (\S+) -->.*?<!-- /\1 -->", lambda m: f"<!-- {m[1]} -->{parts[m[1]]}<!-- /{m[1]} -->", page, flags=re.S
@@ -258,12 +262,12 @@ def filled(page: str) -> str:
 
 
 def draw_plots() -> None:
-    """Write the page's figures as SVG on white."""
+    """Write the page's figures, on white."""
     found = curves()
     main = [n for n in (MAIN, VANILLA, "tau_0.25-seed1", "tau_0.5-seed1", "tau_1-seed1") if n in found]
-    lines = {title(n): ([t / 1e6 for t in found[n].tokens], found[n].losses) for n in main}
+    lines = {title(n): ([t / 1e6 for t in found[n].tokens[1:]], found[n].losses[1:]) for n in main}
     _plot("loss-tokens", lines, "training tokens, millions", "validation loss, nats per token")
-    lines = {title(n): ([r / 1e6 for r in found[n].ffn_rows], found[n].losses) for n in main}
+    lines = {title(n): ([r / 1e6 for r in found[n].ffn_rows[1:]], found[n].losses[1:]) for n in main}
     _plot("loss-flops", lines, "tokens × FFN experts per token, millions", "validation loss, nats per token")
     base, lines = found[MAIN], {}
     for name, one in found.items():
@@ -284,11 +288,7 @@ def _plot(name: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]
         axes.set_ylabel(y)
         figures.legend(axes)
 
-    svg = figures.draw_figure(name, name, y, draw).svg
-    for variable, (_, colour) in figures._COLOURS.items():
-        svg = svg.replace(f"var(--{variable})", colour)
-    start = svg.index(">") + 1
-    (FOLDER / f"{name}.svg").write_text(f'{svg[:start]}<rect width="100%" height="100%" fill="#fff"/>{svg[start:]}')
+    (FOLDER / f"{name}.png").write_bytes(figures.Figure(name, name, y, draw).png)
 
 
 def main() -> None:

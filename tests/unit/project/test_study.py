@@ -114,7 +114,7 @@ def test_every_number_on_the_page_is_that_of_the_committed_metrics(page, monkeyp
 
 def test_every_piece_has_a_title_and_every_figure_is_there(study, page):
     assert all(page.title(name) for name in study.PIECES)
-    figures = re.findall(r"\]\((study/[^)]+\.svg)\)", page.PAGE.read_text())
+    figures = re.findall(r"\]\((study/[^)]+\.png)\)", page.PAGE.read_text())
     assert figures and all((page.DOCS / figure).is_file() for figure in figures)
 
 
