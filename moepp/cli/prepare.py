@@ -84,8 +84,9 @@ def _run_demo(args: argparse.Namespace) -> int:
         raise ConfigError(f"--demo always makes {DEMO_FOLDER} and takes no {what}; leave it out")
     start = time.perf_counter()
     manifest, written = build_demo(workers=args.workers, progress=not args.no_progress)
-    verb = f"wrote in {time.perf_counter() - start:.0f} s" if written else "is whole already"
-    print(f"{DEMO_FOLDER} {verb}: {_counts(manifest)}")
+    seconds = time.perf_counter() - start
+    what = f"wrote {DEMO_FOLDER} in {seconds:.0f} s" if written else f"{DEMO_FOLDER} is complete already"
+    print(f"{what}: {_counts(manifest)}")
     return 0
 
 

@@ -98,7 +98,7 @@ def test_demo_is_made_once_and_repaired(fake_sotu: Path, capsys: pytest.CaptureF
     stamps = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert set(first) == names
     assert main(command) == 0
-    assert "is whole already" in capsys.readouterr().out
+    assert "is complete already" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == stamps
     for name in ("text.bin", "tokenizer.json", "text.idx", "text.json"):
         damaged = folder / name
