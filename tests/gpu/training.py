@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moepp.bench.peers import one_process_group
 from moepp.checkpoint import Checkpointer, load_training_state
-from moepp.config import CheckpointConfig, OptimConfig
+from moepp.config import CheckpointConfig, MoEConfig, OptimConfig
 from moepp.distributed.groups import ParallelGroups, build_groups, new_cpu_group
 from moepp.distributed.layout import Layout as RankLayout
 from moepp.engine.native import NativeEngine
@@ -142,7 +142,7 @@ def _numbers(engine: NativeEngine) -> Numbers:
 
 
 def _statistics() -> StepStats:
-    return StepStats((0, 1), {"ffn": 8, "constant": 2, "copy": 1, "zero": 1}, 2)
+    return StepStats((0, 1), MoEConfig(8, 4, num_constant_experts=2, num_copy_experts=1, num_zero_experts=1))
 
 
 def _save(report: Report, folder: Path, engine: NativeEngine, groups: ParallelGroups, run: ModelRun | None) -> None:

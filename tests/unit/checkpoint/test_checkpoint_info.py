@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from moepp import MoEConfig
 from moepp.checkpoint import format as fmt
 from moepp.checkpoint.state import _load_stats, _ranks_with_statistics, _set_rng_state
 from moepp.checkpoint.storage import TensorReader, write_tensors
@@ -184,8 +185,8 @@ class OneRank:
 
 
 def test_statistics_are_those_of_the_model(tmp_path: Path) -> None:
-    counts = {"ffn": 4, "constant": 2, "zero": 2}
-    good = {name: torch.ones(shape) for name, shape in StepStats((0, 1), counts, 2).state_shapes().items()}
+    moe = MoEConfig(num_ffn_experts=4, ffn_hidden_size=8, num_constant_experts=2, num_zero_experts=2)
+    good = {name: torch.ones(shape) for name, shape in StepStats((0, 1), moe).state_shapes().items()}
     cases = {"good": good, "unknown": good | {"stats.x": torch.ones(1)}, "lost": {"stats.steps": torch.ones(())}}
     cases["shape"] = good | {"stats.load": torch.ones(1000, 1000)}
     cases["one expert more"] = good | {"stats.load": torch.ones(2, 9)}
@@ -197,7 +198,7 @@ def test_statistics_are_those_of_the_model(tmp_path: Path) -> None:
         folder = tmp_path / name
         folder.mkdir()
         write_tensors(folder, {f"rank-{rank}/{key}": value for key, value in state.items() for rank in (0, 7)}, None)
-        reader, stats = TensorReader(folder), StepStats((0, 1), counts, 2)
+        reader, stats = TensorReader(folder), StepStats((0, 1), moe)
         assert _ranks_with_statistics(reader) == {0, 7}
         for saved_ranks, loss in ((1, 1.0), (10**6, 2.0)):  # as many ranks as now, or others
             stats.clear()
