@@ -5,11 +5,13 @@ class MoeppError(Exception):
     """Base of every error that a user can cause; printed as one line, without a traceback.
 
     ``exit_code`` is what train.py exits with. All ranks end with the same error, and the first one prints it;
-    ``said_here`` is set where this rank prints it as well, because its own log must not be empty.
+    ``said_here`` is set where this rank prints it as well, because its own log must not be empty, and ``cannot_meet``
+    where it is the place of meeting that is wrong, so that no rank waits for another before it leaves.
     """
 
     exit_code = 2
     said_here = False
+    cannot_meet = False
 
 
 class ConfigError(MoeppError, ValueError):

@@ -24,6 +24,7 @@ import numpy as np
 from moepp.data.manifest import Manifest, read_manifest
 from moepp.data.remedies import read_remedy
 from moepp.errors import DataError
+from moepp.io.untrusted import why_no_file
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -158,9 +159,10 @@ def _require_both(prefix: str) -> None:
         return
     if present:
         missing = ".idx" if present == [".bin"] else ".bin"
+        why = why_no_file(prefix + missing)
         raise DataError(
-            f"{prefix}{present[0]} exists and {prefix}{missing} does not; an interrupted copy or preparation: "
-            "copy both, or prepare it again with --overwrite"
+            f"{prefix}{present[0]} exists and {prefix}{missing} {'does not' if why == 'does not exist' else why}; an "
+            "interrupted copy or preparation: copy both, or prepare it again with --overwrite"
         )
     folder = os.path.dirname(prefix) or "."
     if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):

@@ -10,7 +10,7 @@ from typing import Any
 
 from moepp.data.tokenizer_guard import no_panic, require_safe
 from moepp.errors import DataError
-from moepp.io.untrusted import load_json, printable, read_text
+from moepp.io.untrusted import load_json, printable, read_text, why_no_file
 
 MAX_FILE_BYTES = 256 << 20  # a vocabulary of 262,144 tokens takes 33 MB
 MAX_VOCAB_SIZE = 1 << 31  # token ids are kept as int32
@@ -173,8 +173,9 @@ def _load(path: str, named_by: str) -> Any:
     import tokenizers
 
     if not os.path.isfile(path):
+        below = "" if os.path.isabs(path) else f" below {os.getcwd()}"
         raise DataError(
-            f"tokenizer {printable(path)} does not exist below {os.getcwd()}; check {named_by}, or write it with "
+            f"tokenizer {printable(path) or repr(path)} {why_no_file(path)}{below}; check {named_by}, or write it with "
             "`moepp prepare --train-tokenizer` (demo data: `moepp prepare --demo`)"
         )
     remedy = "give a tokenizer.json of the tokenizers library"

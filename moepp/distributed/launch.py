@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -46,6 +47,7 @@ def read_launch_environment(environ: Mapping[str, str] = os.environ) -> LaunchEn
         LaunchError: variables are missing, no numbers, or contradictory. A lone process under a Slurm step (or mpirun)
             of several tasks is refused too: silently becoming one of many one-process worlds would train nothing.
     """
+    _require_interfaces(environ)
     if "RANK" in environ or "WORLD_SIZE" in environ:
         return _from_variables(environ)
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
@@ -131,6 +133,17 @@ def _refuse_foreign(environ: Mapping[str, str]) -> None:
                 f"{size}={environ[size]} but RANK and WORLD_SIZE are not set, so each process would train alone; "
                 f"export RANK=${rank}, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or start with torchrun"
             )
+
+
+def _require_interfaces(environ: Mapping[str, str]) -> None:
+    """Refuse names of network interfaces that this host lacks: gloo would fail when all ranks have met."""
+    given, there = environ.get("GLOO_SOCKET_IFNAME", ""), [name for _, name in socket.if_nameindex()]
+    missing = [name for name in given.split(",") if name not in there] if given else []
+    if missing:
+        raise LaunchError(
+            f"GLOO_SOCKET_IFNAME={_show(given)} names an interface that {socket.gethostname()} does not have; name one "
+            f"of {', '.join(there)}, or unset it"
+        )
 
 
 def _require_place(name: str, value: int, size_name: str, size: int) -> None:

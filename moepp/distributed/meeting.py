@@ -20,8 +20,10 @@ import contextlib
 import functools
 import json
 import os
+import queue
 import socket
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -58,20 +60,53 @@ def join_store(launch: LaunchEnvironment, timeout_seconds: float) -> Store:
         _wait_for_server(launch, timeout_seconds)
     limit = timedelta(seconds=min(timeout_seconds, CONNECT_SECONDS))
     try:
-        store = TCPStore(host, port, is_master=keeps, timeout=limit, wait_for_workers=False, multi_tenant=True)
+        store = _in_time(
+            lambda: TCPStore(host, port, is_master=keeps, timeout=limit, wait_for_workers=False, multi_tenant=True),
+            limit.total_seconds(),
+        )
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:120]
         if "EADDRINUSE" in reason or "address already in use" in str(error).lower():
-            raise LaunchError(
+            raise _misplaced(
                 f"MASTER_PORT={port} is in use on {socket.gethostname()}; choose another port, or end the process that "
                 "has it"
             ) from error
-        raise LaunchError(
+        raise _misplaced(
             f"rank {launch.rank} on {socket.gethostname()} finds no store of a run at MASTER_ADDR:MASTER_PORT="
             f"{place(launch)} ({reason}); MASTER_ADDR must be rank 0's host, and the port free there"
         ) from error
     store.set_timeout(timedelta(seconds=timeout_seconds))
     return store
+
+
+def _misplaced(message: str) -> LaunchError:
+    error = LaunchError(message)
+    error.cannot_meet = True
+    return error
+
+
+def _in_time(connect: Callable[[], Store], seconds: float) -> Store:
+    """Return what ``connect`` does. torch's own limit does not hold where something takes connections and is silent.
+
+    Raises:
+        RuntimeError: as ``connect``; or it has not returned in twice the time, and waits on in its thread.
+    """
+    outcome: queue.SimpleQueue[Store | RuntimeError] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            outcome.put(connect())
+        except RuntimeError as error:
+            outcome.put(error)
+
+    threading.Thread(target=run, name="connect", daemon=True).start()
+    try:
+        found = outcome.get(timeout=2 * seconds)
+    except queue.Empty:
+        raise RuntimeError("what listens there does not answer") from None
+    if isinstance(found, RuntimeError):
+        raise found
+    return found
 
 
 def meet(store: Store, launch: LaunchEnvironment, facts: Facts, timeout_seconds: float) -> Store:
@@ -178,7 +213,7 @@ def _require_name(host: str, launch: LaunchEnvironment) -> None:
             return False
 
     if not _wait_until(resolves, NAME_SECONDS):
-        raise LaunchError(
+        raise _misplaced(
             f"MASTER_ADDR={host} is not known to rank {launch.rank} on {socket.gethostname()} "
             f"({problem[0].strerror}); name rank 0's host"
         )

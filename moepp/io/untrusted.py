@@ -69,6 +69,17 @@ def _short_repr(limit: int) -> reprlib.Repr:
     return short
 
 
+def why_no_file(path: str | Path) -> str:
+    """Say what keeps a path from being a file that can be read, as the end of a sentence: "does not exist"."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return "is a symbolic link that leads nowhere" if os.path.islink(path) else "does not exist"
+    except (OSError, ValueError) as problem:  # links that lead to themselves, folders that may not be entered, a NUL
+        return f"cannot be reached ({printable(getattr(problem, 'strerror', None) or problem)})"
+    return "is a folder" if stat.S_ISDIR(mode) else "is no file, but a pipe or a device"
+
+
 def read_bytes(
     path: Path, limit_bytes: int, error: type[MoeppError] = DataError, remedy: str = "give another file"
 ) -> bytes:

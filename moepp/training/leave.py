@@ -25,7 +25,9 @@ def leave(error: Exception) -> NoReturn:
     from moepp.distributed.refusal import print_once
 
     message = terminal_text(str(error) if isinstance(error, MoeppError) else explain_hydra_error(error))
-    if isinstance(error, PeerError):  # every rank has seen another thing, and the first may be the one that failed
+    if isinstance(error, PeerError) or getattr(
+        error, "cannot_meet", False
+    ):  # every rank has seen another thing, and the first may be the one that failed
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:
         print_once(message, here=getattr(error, "said_here", False))

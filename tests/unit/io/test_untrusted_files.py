@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from moepp.cli import generate, model_card
 from moepp.cli import main as cli
 from moepp.config import from_dict, to_dict
 from moepp.config.compare import breaking_differences
+from moepp.data.indexed import open_indexed
+from moepp.data.tokenizer import Tokenizer
 from moepp.errors import CheckpointError, ConfigError, DataError, RunError
 from moepp.evaluation import data as evaluation_data
 from moepp.evaluation.results import BenchmarkResult, Subject, read_results, table_text, write_results
@@ -24,7 +27,7 @@ from moepp.metrics.jsonl import read_records
 from moepp.metrics.logs import close_logging, setup_logging
 from moepp.runs.directory import RunDir, _read_config
 from moepp.runs.report import read_inputs
-from tests.data_files import make_config
+from tests.data_files import make_config, write_indexed
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\u202e"
 NO_JSON = ["", "{", "[" * 10**5 + "]" * 10**5, '{"a": ' + "9" * 5000 + "}", "[NaN]", '["\\ud800"]']
@@ -32,6 +35,35 @@ NO_JSON = ["", "{", "[" * 10**5 + "]" * 10**5, '{"a": ' + "9" * 5000 + "}", "[Na
 
 def harmless(text: str) -> None:
     assert not set(text) & set("\x1b\x07\u202e\x9b\r"), ascii(text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("nothing", "does not exist"),
+        ("folder", "is a folder"),
+        ("pipe", "is no file, but a pipe or a device"),
+        ("loop", "cannot be reached (Too many levels of symbolic links)"),
+        ("dangling", "is a symbolic link that leads nowhere"),
+        ("below", "cannot be reached (Not a directory)"),
+    ],
+)
+def test_what_lies_where_a_file_should_is_said(tmp_path, kind, why):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nothing")
+    (tmp_path / "file").touch()
+    path = tmp_path / ("file/below" if kind == "below" else kind)
+    with pytest.raises(DataError, match=re.escape(f"tokenizer {path} {why}; check data.tokenizer")):
+        Tokenizer(str(path))
+    write_indexed(tmp_path / "text", [[1, 2]])
+    (tmp_path / "text.idx").unlink()
+    if kind != "below":
+        (tmp_path / "text.idx").symlink_to(path)
+        said = "is a symbolic link that leads nowhere" if kind == "nothing" else why
+        with pytest.raises(DataError, match=re.escape(f"text.bin exists and {tmp_path}/text.idx {said}; an")):
+            open_indexed(str(tmp_path / "text"))
 
 
 # --- configuration

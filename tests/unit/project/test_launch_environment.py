@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from moepp.distributed.launch import LaunchEnvironment, read_launch_environment
@@ -83,6 +85,9 @@ def test_names_and_addresses_of_every_kind(host):
         ({**TWO, "MASTER_PORT": "65536"}, "MASTER_PORT=65536 is not a port"),
         ({**TWO, "MASTER_ADDR": ""}, "MASTER_ADDR='' is not a host name"),
         ({**TWO, "MASTER_ADDR": "two words"}, "MASTER_ADDR='two words' is not a host name"),
+        ({**TWO, "GLOO_SOCKET_IFNAME": "eth99"}, "GLOO_SOCKET_IFNAME='eth99' names an interface that"),
+        ({**TWO, "GLOO_SOCKET_IFNAME": "lo,"}, "GLOO_SOCKET_IFNAME='lo,' names an interface that"),
+        ({"GLOO_SOCKET_IFNAME": "l\no"}, "'l\\no' names an interface that"),
         ({"LOCAL_RANK": "1"}, "LOCAL_RANK='1' is set but RANK and WORLD_SIZE are not"),
         ({"LOCAL_WORLD_SIZE": "2"}, "LOCAL_WORLD_SIZE='2' is set but RANK and WORLD_SIZE are not"),
         ({"OMPI_COMM_WORLD_SIZE": "2", **MASTER}, "each process would train alone"),
@@ -125,3 +130,9 @@ def test_each_rank_speaks_where_the_ranks_cannot_meet(monkeypatch, capsys, envir
         monkeypatch.setenv(name, value)
     print_once("all wrong")
     assert capsys.readouterr().err == "error: all wrong\n"
+
+
+def test_interfaces_of_this_host_are_taken():
+    names = ",".join(name for _, name in socket.if_nameindex())
+    for given in (names, ""):
+        assert read_launch_environment({**TWO, "GLOO_SOCKET_IFNAME": given}).world_size == 2
