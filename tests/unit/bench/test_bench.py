@@ -236,6 +236,7 @@ def test_quick_layer_benchmark(tmp_path, capsys):
     assert "share of limit" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_quick_exchange_benchmark_sends_exactly_the_formula(tmp_path):
     tables = run_quick("comm", tmp_path, "--ep", "2")["tables"]
     rows = {row["experts"]: row for row in tables["exchange"]}

@@ -88,6 +88,7 @@ def _stream(prefix: str, cache_dir: str, steps: int, half: Any = None, is_first:
     return [row for step in range(steps) for row in data.train_batch(step, 0)[0].tolist()]
 
 
+@pytest.mark.slow
 def test_runs_that_start_together_share_one_folder(prefix: str, tmp_path: Path) -> None:
     steps = (20, 30, 40)
     half = SERVER.Event()
@@ -152,6 +153,7 @@ def _build_with_a_low_soft_limit(prefix: str, cache_dir: str) -> list[int]:
     return open_data(make_config([prefix]), 1, 0, cache_dir).train_batch(0, 0)[0].flatten().tolist()
 
 
+@pytest.mark.slow
 def test_full_disk_and_the_limit_of_open_files_are_one_line_and_the_next_start_works(
     prefix: str, tmp_path: Path
 ) -> None:

@@ -111,6 +111,7 @@ def test_the_model_card_tells_data_configuration_and_evaluation(imported, tmp_pa
     assert "1.0000 nats" not in card and str(tmp_path) not in card
 
 
+@pytest.mark.slow
 def test_a_run_continues_from_the_import_with_other_data(imported, tmp_path):
     """The README's commands, as processes."""
     run = tmp_path / "run"
@@ -205,6 +206,7 @@ def test_a_model_that_the_released_code_cannot_express_is_refused_with_a_hint(tm
     assert "names no tokenizer" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_model_cards_snippet_runs_without_a_question(imported, tmp_path):
     pytest.importorskip("transformers", reason="transformers is not installed")
     folder = tmp_path / "x"

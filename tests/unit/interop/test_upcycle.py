@@ -243,6 +243,7 @@ def test_noise_without_a_dense_source_is_refused():
         InitConfig(format="dense", reinit_fraction=1.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_sharded_run_starts_from_the_dense_model(tmp_path, wrong):
     """Two processes; with noise and without training drops, the first loss is near the dense model's."""
