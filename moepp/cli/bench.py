@@ -30,6 +30,7 @@ _QUICK_TRAIN = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_
     "batch_size": 4,
     "rounds": 2,
 }
+_QUICK_LAYOUT = {"hidden_size": 32, "ffn_hidden_size": 48, "vocab_size": 128, "seq_len": 16}
 EXAMPLE = "moepp bench layer --quick"
 
 
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     exchange.add_argument("--ep", nargs="+", type=int, metavar="P", default=[2, 4], help="ranks (default: 2 4)")
     _add(benchmarks, "layouts", "the step in every kind of layout on 4 processes: time, and bytes of each collective")
+    _add(benchmarks, "metrics", "what measuring a step costs: with nothing measured, between records, with a record")
     train = _add(benchmarks, "train", "the whole step: ours, our vanilla twin, the same model in transformers")
     for name, what in _TRAIN_SHAPES.items():
         train.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=what)
@@ -62,12 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add(benchmarks: Any, name: str, summary: str) -> argparse.ArgumentParser:
     parser = benchmarks.add_parser(name, help=summary, description=summary, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="tiny shapes and few rounds: does it run?")
-    if name not in ("train", "layouts"):
+    if name not in ("train", "layouts", "metrics"):
         parser.add_argument("--tokens", type=int, metavar="T", help="tokens per rank (default: 8192)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: bf16")
     add_device_option(parser)
     parser.add_argument("--kernels", choices=KERNELS, default="auto", help="as runtime.kernels (default: auto)")
-    if name not in ("comm", "layouts"):
+    if name not in ("comm", "layouts", "metrics"):
         parser.add_argument("--threads", nargs="+", type=int, metavar="N", help="threads (default: 1, then all cores)")
     parser.add_argument("--rounds", type=int, metavar="N", help="timed rounds (default: 15)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
@@ -87,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         "comm": _comm,
         "train": _train,
         "layouts": _layouts,
+        "metrics": _metrics,
     }
     settings, tables = runners[args.benchmark](args)
     settings |= {"host_memory": "kept" if kept else "returned", "command": "moepp " + " ".join(sys.argv[1:])}
@@ -263,9 +266,20 @@ def _layouts(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     device, _, settings = _machine(args)
     if device.type != "cpu":
         raise ConfigError(f"--device {args.device} cannot be shared by {layouts.NUM_RANKS} processes; use --device cpu")
-    small = {"hidden_size": 32, "ffn_hidden_size": 48, "vocab_size": 128, "seq_len": 16} if args.quick else {}
+    small = _QUICK_LAYOUT if args.quick else {}
     rounds = args.rounds or (1 if args.quick else 5)
     options = layouts.Options(dtype=args.dtype, rounds=rounds, **small)
     settings |= {"processes": layouts.NUM_RANKS, "threads": "1 per process", "rounds": rounds}
     shapes = ("num_layers", "hidden_size", "ffn_hidden_size", "vocab_size", "seq_len", "global_batch_size")
     return settings | {name: getattr(options, name) for name in shapes}, {"layouts": layouts.run(options)}
+
+
+def _metrics(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    from moepp.bench import layouts, metrics
+
+    device, _, settings = _machine(args)
+    shape = layouts.Options(dtype=args.dtype, **(_QUICK_LAYOUT if args.quick else {}))
+    options = metrics.Options(shape, device, rounds=args.rounds or (2 if args.quick else 20))
+    settings |= {"threads": 1, "rounds": options.rounds}
+    shapes = ("num_layers", "hidden_size", "ffn_hidden_size", "vocab_size", "seq_len", "global_batch_size")
+    return settings | {name: getattr(shape, name) for name in shapes}, {"metrics": metrics.run(options)}

@@ -124,12 +124,16 @@ class StageClock:
     Args:
         device: that computes; None: measure nothing.
         marks: for tests: where the instants come from.
+
+    Attributes:
+        is_on: False measures nothing, from the next step on.
     """
 
     def __init__(self, device: torch.device | None = None, marks: _Marks | None = None) -> None:
         if marks is None and device is not None:
             marks = _HostMarks() if device.type == "cpu" else _DeviceMarks(lambda: _event(device))
         self._marks = marks
+        self.is_on = True
         self._is_running = False
         self._stages = [_OTHER]
         self._contexts = {name: _Within(self, name) for name in STAGES}
@@ -160,12 +164,12 @@ class StageClock:
         return self._marks.take() if self._marks is not None else ({}, 0)
 
     def _begin(self) -> None:
-        if self._marks is not None:
+        if self._marks is not None and self.is_on:
             self._is_running, self._stages = True, [_OTHER]
             self._marks.begin()
 
     def _end(self, is_whole: bool) -> None:
-        if self._marks is not None:
+        if self._marks is not None and self._is_running:
             self._marks.mark(self._stages[-1])
             self._is_running = False
             if is_whole:

@@ -250,6 +250,16 @@ def test_quick_exchange_benchmark_sends_exactly_the_formula(tmp_path):
 
 
 @pytest.mark.slow
+def test_quick_metrics_benchmark_measures_what_it_names(tmp_path):
+    rows = {row["measured"]: row for row in run_quick("metrics", tmp_path)["tables"]["metrics"]}
+    assert list(rows) == ["nothing", "between records", "record, brief", "record, detailed"]
+    assert rows["nothing"]["x nothing"] == 1 and all(row["step ms"] > 0 for row in rows.values())
+    for name in ("record, brief", "record, detailed"):
+        expected = 100 * (0.9 * rows["between records"]["x nothing"] + 0.1 * rows[name]["x nothing"] - 1)
+        assert rows[name]["overhead, a record every 10 steps, %"] == pytest.approx(expected)
+
+
+@pytest.mark.slow
 def test_quick_peers_benchmark_agrees_with_every_peer_that_runs(tmp_path):
     pytest.importorskip("transformers")
     rows = run_quick("peers", tmp_path, "--threads", "1")["tables"]["peers"]
