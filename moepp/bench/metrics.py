@@ -29,6 +29,7 @@ from moepp.distributed.groups import Layout, build_groups
 from moepp.distributed.stage_clock import StageClock
 from moepp.metrics.sinks import open_sinks
 from moepp.metrics.throughput import Throughput
+from moepp.ops import choose_kernels
 from moepp.training.build import build_engine, build_model
 from moepp.training.parts import Parts
 from moepp.training.trainer import Trainer
@@ -49,6 +50,7 @@ class Options:
     shape: layouts.Options
     device: torch.device
     rounds: int = 20
+    kernels: str = "auto"
     log_interval: int = 10
 
     def config(self, routing: str, log_interval: int) -> Config:
@@ -80,11 +82,12 @@ class _RandomData:
 
 def run(options: Options) -> list[Record]:
     """Return a row for each way of measuring, compared within every round."""
-    [records] = run_processes(_compare, 1, options)
+    [records] = run_processes(_compare, 1, options, device_type=options.device.type)
     return records
 
 
 def _compare(_rank: int, _world_size: int, options: Options) -> list[Record]:
+    choose_kernels(options.kernels, options.device)  # a process that was started for it has chosen none
     with tempfile.TemporaryDirectory(prefix="moepp-bench-") as folder:
         steps = _make_steps(options, Path(folder))
         times: dict[str, list[float]] = {name: [] for name in steps}
