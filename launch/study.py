@@ -31,6 +31,7 @@ PIECES: dict[str, list[str]] = {
     "constant_init_0.02-seed1": ["model.constant_init_std=0.02"],
     "no_copy-seed1": ["model.moe.num_copy_experts=0"],
     "no_zero-seed1": ["model.moe.num_zero_experts=0"],
+    "only_zero-seed1": ["model.moe.num_constant_experts=0", "model.moe.num_copy_experts=0"],
     "beta_0.001-seed1": ["model.moe.balance_loss_weight=0.001"],
     "vanilla_gating_residual-seed1": [*VANILLA, "model.moe.gating_residual=true"],
     "moepp-seed2": ["run.seed=2"],

@@ -87,6 +87,7 @@ TITLES = {
     "no_constant": "no constant experts",
     "no_copy": "no copy expert",
     "no_zero": "no zero expert",
+    "only_zero": "zero expert alone",
     "beta_0.001": "β = 0.001",
     "vanilla_beta_0.001": "vanilla twin, β = 0.001",
     "vanilla_gating_residual": "vanilla twin with gating residual",
