@@ -74,7 +74,7 @@ def mixture(rows: Rows) -> float:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 EARLY, LAST = 2_457_600, 8_192_000  # tokens at which runs are compared
-OTHER_PAIRS = [f"{model}_{how}-seed1" for how in ("lr_0.001", "init_0.1") for model in ("moepp", "vanilla")]
+OTHER_PAIRS = [f"{model}_{how}-seed1" for how in ("lr_0.001", "lr_0.008", "init_0.1") for model in ("moepp", "vanilla")]
 MAIN, VANILLA = "moepp-seed1", "vanilla-seed1"
 TITLES = {
     "moepp": "MoE++, τ = 0.75",
@@ -95,6 +95,8 @@ TITLES = {
     "vanilla_lr_0.001": "vanilla twin, learning rate 1e-3",
     "moepp_init_0.1": "MoE++, initial weights N(0, 0.1)",
     "vanilla_init_0.1": "vanilla twin, initial weights N(0, 0.1)",
+    "moepp_lr_0.008": "MoE++, learning rate 8e-3",
+    "vanilla_lr_0.008": "vanilla twin, learning rate 8e-3",
     "balance_micro_batch": "balance over micro-batches of 1,024 tokens",
 }
 
