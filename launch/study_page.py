@@ -269,16 +269,16 @@ def draw_plots() -> None:
     found = curves()
     main = [n for n in (MAIN, VANILLA, "tau_0.25-seed1", "tau_0.5-seed1", "tau_1-seed1") if n in found]
     lines = {title(n): ([t / 1e6 for t in found[n].tokens[1:]], found[n].losses[1:]) for n in main}
-    _plot("loss-tokens", lines, "training tokens, millions", "validation loss, nats per token")
+    _plot("loss-tokens", lines, "training tokens, millions", "validation loss, nats")
     lines = {title(n): ([r / 1e6 for r in found[n].ffn_rows[1:]], found[n].losses[1:]) for n in main}
-    _plot("loss-flops", lines, "tokens × FFN experts per token, millions", "validation loss, nats per token")
+    _plot("loss-flops", lines, "tokens × FFN experts per token, millions", "validation loss, nats")
     base, lines = found[MAIN], {}
-    for name, one in found.items():
-        if name.endswith("-seed1") and name != MAIN and "_lr_" not in name and not name.startswith("tau"):
-            both = [t for t in one.tokens if t in base.tokens and t >= 400_000]
-            gaps = [(one.loss_at(t) or 0) - (base.loss_at(t) or 0) for t in both]
-            lines[title(name)] = ([t / 1e6 for t in both], gaps)
-    _plot("ablations", lines, "training tokens, millions", "loss minus MoE++'s, nats per token")
+    drawn = ("vanilla", "no_constant", "no_copy", "no_zero", "no_gating_residual", "beta_0.001")
+    for one in (found[name] for setting in drawn if (name := f"{setting}-seed1") in found):
+        both = [(t, loss, base.loss_at(t)) for t, loss in zip(one.tokens, one.losses, strict=True)]
+        gaps = [(t / 1e6, loss - reference) for t, loss, reference in both if reference is not None]
+        lines[title(one.name)] = ([t for t, _ in gaps], [gap for _, gap in gaps])
+    _plot("ablations", lines, "training tokens, millions", "loss minus MoE++'s, nats")
 
 
 def _plot(name: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str) -> None:
