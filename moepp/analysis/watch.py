@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import socket
 import time
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moepp.analysis.runs import Run, Series
-from moepp.io.untrusted import printable
+from moepp.errors import MoeppError, RunError
+from moepp.io.untrusted import printable, read_json
 from moepp.runs.directory import RunDir
 
 if TYPE_CHECKING:
@@ -22,6 +25,12 @@ _LAYERS = 16
 _WARNINGS = 4
 _TAIL_BYTES = 200_000
 _SERIOUS = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b")
+_ERROR = re.compile(r"\b(ERROR|CRITICAL)\b")
+_RANK = re.compile(r"rank-([0-9]{1,9})")
+_HOLDER = re.compile(r"process ([0-9]{1,10}) on (\S{1,253})")  # what moepp.runs.lock writes
+_SHOWN_RANKS = 5
+_RECENT = 20
+_NARROW = 80  # columns of a terminal below which the extremes are left out
 
 
 def sparkline(values: Sequence[float], width: int = _WIDTH) -> str:
@@ -53,25 +62,35 @@ def remaining_seconds(run: Run) -> float | None:
 
 def warnings_of(run: Run) -> list[str]:
     """Return the newest warnings and errors of all ranks' logs, oldest first."""
+    return [f"{rank}: {printable(line, 160)}" for _, rank, line in sorted(_tails(run))[-_WARNINGS:]]
+
+
+def _tails(run: Run) -> list[tuple[str, str, str]]:
+    """Return (time, name of the log, line) of the newest warnings and errors; a log that vanishes has none."""
     found = []
     for path in sorted(RunDir(run.path).log.glob("rank-*.txt")):
-        with path.open("rb") as stream:
-            stream.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            lines = stream.read().decode("utf-8", "replace").splitlines()
-        found += [(line[:19], path.stem, printable(line, 160)) for line in lines if _SERIOUS.search(line)]
-    return [f"{rank}: {line}" for _, rank, line in sorted(found)[-_WARNINGS:]]
+        try:
+            with path.open("rb") as stream:
+                stream.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+                lines = stream.read().decode("utf-8", "replace").splitlines()
+        except OSError:
+            continue
+        if not _RANK.fullmatch(path.stem):
+            continue
+        found += [(line[:19], path.stem, line) for line in lines if _SERIOUS.search(line)]
+    return found
 
 
-def panel(run: Run, now: float | None = None) -> RenderableType:
-    """Return everything that :func:`moepp.cli.watch.run` shows."""
+def panel(run: Run, now: float | None = None, width: int = 100) -> RenderableType:
+    """Return everything that :func:`moepp.cli.watch.run` shows, for a terminal of so many columns."""
     from rich.console import Group
     from rich.text import Text
 
     now = time.time() if now is None else now
-    parts: list[Any] = [Text(_headline(run, now), style="bold"), _curves(run)]
-    if (layers := _layers(run)) is not None:
+    parts: list[Any] = [Text(_headline(run, now), style="bold"), _curves(run, width)]
+    if (layers := _layers(run, width)) is not None:
         parts.append(layers)
-    parts.append(Text(_saved(run, now)))
+    parts += [Text(_ranks(run)), Text(_saved(run, now))]
     parts += [Text(line, style="yellow") for line in warnings_of(run)]
     return Group(*parts)
 
@@ -80,19 +99,77 @@ def _headline(run: Run, now: float) -> str:
     total = run.tree.get("train", {}).get("steps") if isinstance(run.tree.get("train"), dict) else None
     age = max(0.0, now - RunDir(run.path).metrics_file.stat().st_mtime)
     parts = [run.name, f"step {run.steps:,}" + (f" of {total:,}" if isinstance(total, int) else "")]
-    parts += [f"{run.tokens:,} tokens", f"last record {duration(age)} ago"]
+    parts += [f"{run.tokens:,} tokens", f"last record {duration(age)} ago", state(run)]
     left = remaining_seconds(run)
     if left:
         parts.append(f"about {duration(left)} left at this pace")
     return "  |  ".join(parts)
 
 
-def _curves(run: Run) -> RenderableType:
+def state(run: Run) -> str:
+    """Return whether the run is done, or its process lives, as far as files and this host tell."""
+    total = run.tree.get("train", {}).get("steps") if isinstance(run.tree.get("train"), dict) else None
+    if isinstance(total, int) and run.steps >= total:
+        return "finished"
+    try:
+        with (run.path / ".lock").open("rb") as stream:
+            holder = _HOLDER.match(stream.read(200).decode("utf-8", "replace"))
+    except OSError:
+        return "not running here"
+    if holder is None:
+        return "not running here"
+    name = printable(holder[0], 100)
+    if holder[2] != socket.gethostname() or not Path("/proc").is_dir():
+        return f"last held by {name}"
+    return f"running: {name}" if Path("/proc", holder[1]).is_dir() else f"not running: {name} has ended"
+
+
+def _ranks(run: Run) -> str:
+    """Return how many ranks there are, which have no log or an error in it, and which others wait for."""
+    logs = {int(match[1]) for path in RunDir(run.path).log.glob("rank-*.txt") if (match := _RANK.fullmatch(path.stem))}
+    world = _world_size(run)
+    parts = [f"ranks: {len(logs)}" + (f" of {world}" if world is not None else "")]
+    missing = sorted(set(range(world or 0)) - logs)
+    if missing:
+        parts.append(f"no log of {_some(missing)}")
+    failed = sorted(
+        {int(match[1]) for line in _tails(run) if (match := _RANK.search(line[1])) and _ERROR.search(line[2])}
+    )
+    parts.append(f"errors in the log of {_some(failed)}" if failed else "no errors in their logs")
+    if slowest := run.series("time/slowest_rank").values[-_RECENT:]:
+        rank, count = Counter(int(value) for value in slowest).most_common(1)[0]
+        parts.append(f"rank {rank} was the slowest in {count} of the last {len(slowest)} records")
+    uneven = {
+        name: series.last for name, key in run.names(r"time/(\w+)_max_over_mean").items() if (series := run.series(key))
+    }
+    if uneven:
+        worst = max(uneven, key=lambda name: uneven[name] or 0.0)
+        parts.append(f"{worst}: slowest {uneven[worst]:.2f} times the mean")
+    return "; ".join(parts)
+
+
+def _some(ranks: Sequence[int]) -> str:
+    shown = ", ".join(str(rank) for rank in ranks[:_SHOWN_RANKS])
+    return f"rank {shown}" + (f" and {len(ranks) - _SHOWN_RANKS} others" if len(ranks) > _SHOWN_RANKS else "")
+
+
+def _world_size(run: Run) -> int | None:
+    try:
+        found = read_json(RunDir(run.path).environment_file, error=RunError)
+    except MoeppError:
+        return None
+    size = found.get("world_size") if isinstance(found, dict) else None
+    return size if type(size) is int and 0 < size < 1_000_000 else None
+
+
+def _curves(run: Run, width: int) -> RenderableType:
     from rich.table import Table
 
+    is_narrow = width < _NARROW
     table = Table(box=None, pad_edge=False)
-    for heading, justify in (("", "left"), ("last", "right"), ("lowest", "right"), ("highest", "right"), ("", "left")):
-        table.add_column(heading, justify=justify)  # pyright: ignore[reportArgumentType]
+    for heading in ("", "last", *(() if is_narrow else ("lowest", "highest")), ""):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    length = max(8, min(_WIDTH, width - (36 if is_narrow else 58)))
     for label, metric, pattern in (
         ("training loss, nats", "train/loss", "{:.4f}"),
         ("validation loss, nats", "eval/loss", "{:.4f}"),
@@ -104,33 +181,40 @@ def _curves(run: Run) -> RenderableType:
         series: Series = run.series(metric)
         if series:
             numbers = [pattern.format(v) for v in (series.values[-1], min(series.values), max(series.values))]
-            table.add_row(label, *numbers, sparkline(series.values))
+            table.add_row(label, *(numbers[:1] if is_narrow else numbers), sparkline(series.values, length))
     return table
 
 
-def _layers(run: Run) -> RenderableType | None:
+def _layers(run: Run, width: int) -> RenderableType | None:
     from rich.table import Table
 
     shares, loads = run.layers("share_ffn"), run.layers("max_over_mean")
     if not shares:
         return None
     table = Table(box=None, pad_edge=False)
-    for heading in ("layer", "FFN share", "", "FFN load max/mean"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    for heading in ("layer", "FFN share", "", "max/mean load" if width < _NARROW else "FFN load max/mean"):
+        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
+    length = max(5, min(20, width - 44))
     step = -(-len(shares) // _LAYERS)
     for layer in list(shares)[::step]:
         share = shares[layer].values[-1]
         load = loads[layer].last if layer in loads else None
-        bar = "█" * round(20 * share) + "░" * (20 - round(20 * share))
+        bar = "█" * round(length * share) + "░" * (length - round(length * share))
         table.add_row(str(layer), f"{share:.1%}", bar, "-" if load is None else f"{load:.2f}")
     return table
 
 
 def _saved(run: Run, now: float) -> str:
-    if not run.checkpoints:
-        return "no checkpoint yet"
+    try:
+        if not run.checkpoints:
+            return "no checkpoint yet"
+    except OSError as error:
+        return f"checkpoints cannot be read now: {error.strerror}"
     name, size = run.checkpoints[-1]
-    age = max(0.0, now - (RunDir(run.path).checkpoints / name).stat().st_mtime)
+    try:
+        age = max(0.0, now - (RunDir(run.path).checkpoints / name).stat().st_mtime)
+    except OSError:  # removed since it was listed
+        return f"newest checkpoint: {name}; {len(run.checkpoints)} in all"
     return f"newest checkpoint: {name}, {size / 1e6:,.1f} MB, {duration(age)} ago; {len(run.checkpoints)} in all"
 
 

@@ -7,11 +7,16 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from moepp.errors import ConfigError, RunError
+from moepp.errors import ConfigError, MoeppError, RunError
 from moepp.io.untrusted import printable
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
 EXAMPLE = "moepp watch runs/tiny"
+_REST = 9  # times the time that a look took
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.live import Live
 
     from moepp.analysis.runs import read_run
-    from moepp.analysis.watch import has_records, panel
+    from moepp.analysis.watch import panel
     from moepp.runs.directory import RunDir
 
     path = Path(args.run_dir).expanduser().resolve()
@@ -41,11 +46,23 @@ def run(args: argparse.Namespace) -> int:
         )
     console = Console(highlight=False)
     if args.once or not sys.stdout.isatty():
-        console.print(panel(read_run(path)))
+        console.print(panel(read_run(path), width=console.width))
         return 0
     with Live(console=console, auto_refresh=False) as live, suppress(KeyboardInterrupt):  # the usual way to end it
         while True:
-            view = panel(read_run(path)) if has_records(path) else "waiting for the first record of metrics.jsonl"
-            live.update(view, refresh=True)
-            time.sleep(args.seconds)
+            begin = time.monotonic()
+            live.update(look(path, console.width), refresh=True)
+            # Of a long run, reading takes longer than the time between looks: it may not take a core for that.
+            time.sleep(max(args.seconds, _REST * (time.monotonic() - begin)))
     return 0
+
+
+def look(path: Path, width: int) -> RenderableType:
+    """Return what is seen now; what cannot be read while the run writes it is said, and read again at the next look."""
+    from moepp.analysis.runs import read_run
+    from moepp.analysis.watch import has_records, panel
+
+    try:
+        return panel(read_run(path), width=width) if has_records(path) else "waiting for the first record"
+    except (MoeppError, OSError) as error:
+        return printable(f"cannot be read now: {error}")
