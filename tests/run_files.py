@@ -7,9 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
+from moepp.analysis.parquet import write_parquet
+from moepp.analysis.token_tables import token_tables
+from moepp.analysis.token_view import TokenView
 from moepp.config import to_dict
+from moepp.metrics.routing import RoutingSnapshot
+from moepp.metrics.routing_file import RoutingSink
 from tests.data_files import make_config
 
 
@@ -60,3 +66,26 @@ def training_record(number: int, shift: float = 0.0, ffn: float = 1.25) -> dict[
         record[f"comm/layer_{layer}/dispatch_bytes"] = 100.0 + 100 * layer
         record[f"comm/layer_{layer}/dispatch_bytes_vanilla"] = 200.0
     return record
+
+
+def write_routing(run: Path) -> None:
+    """Add three snapshots of the routing of two layers."""
+    draw = np.random.default_rng(0)
+    sink = RoutingSink(run)
+    for number in (1, 2, 3):
+        share_LE = draw.dirichlet(np.ones(12), 2)
+        kinds = {"ffn": 8, "constant": 2, "copy": 1, "zero": 1}
+        gates = {name: draw.dirichlet(np.ones(20), 2) for name in ("first", "second", "first_without_residual")}
+        sink.log_routing(RoutingSnapshot(number * 10, number * 1000, (0, 1), kinds, share_LE, {}, gates))
+    sink.close()
+
+
+def write_token_tables(run: Path) -> None:
+    """Add tables of tokens of a source whose name is markup."""
+    draw = np.random.default_rng(0)
+    ids = draw.integers(0, 40, (16, 32))
+    shares = {"ffn": np.full(2, 0.6), "zero": np.full(2, 0.4)}
+    view = TokenView(ids, draw.random((16, 32)), draw.integers(0, 3, (16, 32)) / 2, shares)
+    (run / "tokens").mkdir()
+    for name, rows in token_tables({"books & <b>code</b>": view}, lambda ids: " w".join(map(str, ids))).items():
+        write_parquet(run / f"tokens/{name}.parquet", rows)

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -140,6 +141,11 @@ def test_python_trains_in_one_process_into_a_complete_run_directory(one_process)
     check_run_directory(run_dir, ranks=1)
     check_records(records)
     assert list((run_dir / "wandb").glob("offline-run-*/*.wandb")), "W&B is offline by default"
+    media = {path.name.split("_")[0] for path in run_dir.glob("wandb/offline-run-*/files/media/*/*/*")}
+    assert media >= {"experts", "ffn", "types", "positions", "frequencies", "losses", "kinds", "text"}
+    rows = pq.read_table(run_dir / "tokens/kinds.parquet").to_pylist()
+    assert [row["layer"] for row in rows] == [0, 1] and {row["source"] for row in rows} == {"validation"}
+    assert all(sum(row[kind] for kind in ("ffn", "constant", "copy", "zero")) == pytest.approx(1) for row in rows)
     assert all(record["comm/dispatch_bytes"] == 0 for record in records if "train/loss" in record)
 
 

@@ -10,22 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from moepp.analysis import figures
 from moepp.analysis.charts import curve_charts
 from moepp.analysis.comparison import compare
 from moepp.analysis.page import Page
-from moepp.analysis.parquet import write_parquet
 from moepp.analysis.report import write_comparison, write_run_page
 from moepp.analysis.runs import find_runs, read_run
-from moepp.analysis.token_tables import token_tables
-from moepp.analysis.token_view import TokenView
-from moepp.metrics.routing import RoutingSnapshot
-from moepp.metrics.routing_file import RoutingSink
 from moepp.runs.report import ReportInputs
-from tests.run_files import make_run
+from tests.run_files import make_run, write_routing, write_token_tables
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'moepp[browser]'")
 axe = pytest.importorskip("axe_playwright_python.base", reason="needs axe: pip install 'moepp[browser]'")
@@ -59,19 +53,8 @@ def _write_pages(folder: Path) -> dict[str, Path]:
     run = make_run(folder / "runs", "a-run-with-a-rather-long-name-seed-1", seed=1)
     make_run(folder / "runs", "a-run-with-a-rather-long-name-seed-2", seed=2, shift=0.1)
     make_run(folder / "runs", "vanilla", ffn=1.5, vanilla=True)
-    draw = np.random.default_rng(0)
-    sink = RoutingSink(run)
-    for number in (1, 2, 3):
-        share_LE = draw.dirichlet(np.ones(12), 2)
-        kinds = {"ffn": 8, "constant": 2, "copy": 1, "zero": 1}
-        gates = {name: draw.dirichlet(np.ones(20), 2) for name in ("first", "second", "first_without_residual")}
-        sink.log_routing(RoutingSnapshot(number * 10, number * 1000, (0, 1), kinds, share_LE, {}, gates))
-    sink.close()
-    ids = draw.integers(0, 40, (16, 32))
-    view = TokenView(ids, draw.random((16, 32)), draw.integers(0, 3, (16, 32)) / 2, {"ffn": np.full(2, 0.6)})
-    for name, rows in token_tables({"books & <b>code</b>": view}, lambda ids: " w".join(map(str, ids))).items():
-        (run / "tokens").mkdir(exist_ok=True)
-        write_parquet(run / f"tokens/{name}.parquet", rows)
+    write_routing(run)
+    write_token_tables(run)
     one = write_run_page(read_run(run), ReportInputs(samples=("Once [...] upon a time",)), folder / "one")
     found = find_runs([str(folder / "runs")])
     several = write_comparison(found.runs, folder / "several", left_out=("x is left out",))

@@ -24,7 +24,7 @@ from moepp.analysis.runs import find_runs, read_run
 from moepp.cli import report as command
 from moepp.errors import ConfigError, RunError
 from moepp.model.accounting import flops_per_token
-from tests.run_files import make_run
+from tests.run_files import make_run, write_routing, write_token_tables
 
 
 @pytest.fixture(autouse=True)
@@ -146,6 +146,24 @@ def test_what_is_not_finite_or_not_done_is_said_and_the_rest_is_drawn(tmp_path):
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert report(str(path)) == 0
     assert "train/loss is not finite in 2 of 3 records" in (path / "report.html").read_text()
+
+
+def test_tables_of_tokens_and_the_routing_history_are_on_the_page_or_missed_with_a_word(tmp_path, caplog):
+    path = make_run(tmp_path, "one")
+    write_routing(path)
+    write_token_tables(path)
+    assert report(str(path)) == 0
+    page = (path / "report.html").read_text()
+    for title in ("Choices by layer and expert", "Experts over the training", "Gate weights", "By loss of the next"):
+        assert f"{title}" in page, title
+    assert 'class="text-sample"' in page and "books &amp; &lt;b&gt;code" in page and "<b>code" not in page
+    assert "From tokens/types.parquet" in page and "From routing.jsonl" in page
+    (path / "tokens/losses.parquet").write_bytes(b"no table")
+    (path / "routing.jsonl").write_text('oops\n{"step": 1, "tokens": 2}\noops\n')
+    assert report(str(path)) == 0
+    page = (path / "report.html").read_text()
+    assert "The tables of tokens are left out" in page and "losses.parquet is no table" in page
+    assert "no history of its routing is drawn" in caplog.text and "Loss over tokens" in page
 
 
 def test_a_damaged_run_of_a_folder_is_left_out_with_a_word(tmp_path, caplog):
