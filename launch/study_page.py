@@ -41,7 +41,7 @@ class Curve:
         return f"{setting.replace('moepp', 'vanilla') if setting.startswith('moepp_') else 'vanilla'}-{seed}"
 
     def loss_at(self, tokens: int) -> float | None:
-        """Return the validation loss after exactly so many tokens; None if the run has not got there."""
+        """Return the validation loss after exactly this many tokens; None if the run has not got there."""
         return self.losses[self.tokens.index(tokens)] if tokens in self.tokens else None
 
     def loss_at_rows(self, ffn_rows: float) -> float | None:
