@@ -21,7 +21,7 @@ from moepp import MoEConfig
 from moepp.config import ModelConfig
 from moepp.model.transformer import Transformer, TransformerLayer
 from moepp.ops import chunked_cross_entropy, use_kernels
-from tests.launches import Launches, triton_counted
+from tests.launches import Launches, float32_products, triton_counted
 
 D, B, S, V = 64, 2, 24, 50
 LABELS = torch.arange(B * S) % V
@@ -72,16 +72,10 @@ class FusedNorm(torch.autograd.Function):
 def accelerator(kernels: str, seen: list[str]) -> Iterator[None]:
     """Let operations take the way of a GPU that adds products into float32, with Triton's kernels counted."""
 
-    def into_float32(total: Tensor, left: Tensor, right: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
-        seen.append("addmm")
-        with _disable_current_modes():
-            return out.add_(left.float() @ right.float())
-
     with ExitStack() as stack:
         stack.enter_context(use_kernels(kernels))
         stack.enter_context(patch("moepp.ops.rms_norm._is_fused", lambda _: True))
-        stack.enter_context(patch("moepp.ops.matmul.adds_into_float32", lambda tensor: tensor.dtype == torch.bfloat16))
-        stack.enter_context(patch("torch.addmm", into_float32))
+        stack.enter_context(float32_products(seen))
         stack.enter_context(
             patch("torch.nn.functional.rms_norm", lambda x, _, weight, eps: FusedNorm.apply(x, weight, eps, seen))
         )

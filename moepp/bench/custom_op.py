@@ -18,7 +18,7 @@ from torch import Tensor
 from moepp.bench.cases import CASES, make_layer, random_tokens
 from moepp.bench.timing import clock_for
 from moepp.moe import MoELayer
-from moepp.ops.backend import require_row_kernels
+from moepp.ops.backend import require_kernels_for
 from moepp.ops.gates import NORMALIZATIONS, softmax_gates
 
 TOKENS, EXPERTS, TOP_K = 8, 12, 2
@@ -34,7 +34,7 @@ def custom_gates(logits_TE: Tensor, top_k: int, first_zero: int, rule: int) -> t
     probs_TE, weights_TK = torch.empty_like(logits_TE), logits_TE.new_empty(num_tokens, top_k)
     ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int64)
     sizes = (num_tokens, num_experts, top_k, first_zero, rule)
-    require_row_kernels(logits_TE).call("gates", logits_TE, probs_TE, ids_TK, weights_TK, *sizes)
+    require_kernels_for(logits_TE).call("gates", logits_TE, probs_TE, ids_TK, weights_TK, *sizes)
     return probs_TE, ids_TK, weights_TK
 
 
@@ -52,7 +52,7 @@ def custom_gates_backward(
     grad_logits_TE = torch.empty_like(probs_TE)
     inputs = (probs_TE, ids_TK, weights_TK, grad_probs_TE, grad_weights_TK)
     sizes = (*probs_TE.shape, ids_TK.shape[1], first_zero, rule)
-    require_row_kernels(probs_TE).call("gates_backward", *inputs, grad_logits_TE, *sizes)
+    require_kernels_for(probs_TE).call("gates_backward", *inputs, grad_logits_TE, *sizes)
     return grad_logits_TE
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moepp.config import MoEConfig
 from moepp.distributed.sequence import SequenceParallel
-from moepp.ops import count_experts, order_by_expert
+from moepp.ops import constants, count_experts, places_by_expert
 
 
 def capacities(cfg: MoEConfig, num_assignments: int) -> tuple[int, int]:
@@ -59,11 +59,9 @@ def drop_beyond_capacity(
 
 @torch.no_grad()
 def _drop(ids_A: Tensor, weights_A: Tensor, cfg: MoEConfig) -> tuple[Tensor, Tensor]:
-    ffn_capacity, zc_capacity = capacities(cfg, ids_A.numel())
     by_weight_A = torch.argsort(weights_A, descending=True, stable=True) if cfg.drop_policy == "weight" else None
-    order_A, experts_A, starts_E1 = order_by_expert(ids_A, cfg.num_experts, by_weight_A)
-    limits_E = starts_E1[:-1] + zc_capacity  # in this order, where an expert's capacity ends
-    limits_E[: cfg.num_ffn_experts] += ffn_capacity - zc_capacity
-    is_beyond_A = torch.arange(ids_A.numel(), device=ids_A.device) >= limits_E.index_select(0, experts_A.long())
-    dropped_A = torch.empty_like(is_beyond_A).scatter_(0, order_A, is_beyond_A)
-    return dropped_A, starts_E1.diff()
+    places_A, starts_E1 = places_by_expert(ids_A, cfg.num_experts, by_weight_A)
+    kinds = (cfg.num_ffn_experts, cfg.num_zero_computation_experts)
+    capacity_E = constants.blocks(capacities(cfg, ids_A.numel()), kinds, ids_A, torch.int64)
+    ends_E = starts_E1[:-1] + capacity_E  # where in this order an expert's capacity ends
+    return places_A >= ends_E.index_select(0, ids_A), starts_E1.diff()

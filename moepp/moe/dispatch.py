@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moepp import ops
@@ -35,8 +36,8 @@ class Assignments:
     """(token, expert) pairs of this rank's tokens.
 
     Attributes:
-        ids_TK: experts of every kind, as chosen.
-        weights_TK: their gate weights, differentiable; 0 where dropped.
+        ids_TK: experts of every kind as chosen; where dropped the number of experts, which none has.
+        weights_TK: their gate weights, differentiable.
         ffn: those that an FFN expert computes, sorted by expert (in the dispatcher's order); N is the sum of counts.
         load_E: choices of each expert of every kind, before drops.
         num_dropped: dropped assignments of any kind; None: capacity was not applied.
@@ -50,9 +51,12 @@ class Assignments:
     num_dropped: Tensor | None
     max_rows: int
 
-    def row_order(self, num_rows: int) -> ops.RowOrder:
-        """Return the rows in the order of experts; ``num_rows`` = N as the host knows it."""
-        return ops.RowOrder(self.ffn.assignments_A[:num_rows], self.ffn.positions_TK)
+    def row_order(self, num_rows: int, with_spare: bool = False) -> ops.RowOrder:
+        """Return the rows in the order of experts; ``num_rows`` = N as the host knows it, and maybe a spare one."""
+        assignments_A = self.ffn.assignments_A
+        if with_spare and num_rows == len(assignments_A):
+            assignments_A = F.pad(assignments_A, (0, 1))  # any assignment will do
+        return ops.RowOrder(assignments_A[: num_rows + with_spare], self.ffn.positions_TK, with_spare)
 
 
 @dataclass(frozen=True)
@@ -107,9 +111,11 @@ class LocalDispatcher:
     def dispatch(self, x_TD: Tensor, assignments: Assignments) -> tuple[list[Chunk], DispatchMetadata]:
         """Gather the rows in expert order: N, or if the host does not know N as many as there could be."""
         counts_E, host_counts = assignments.ffn.counts_E, None
-        if not self.takes_device_counts(x_TD):
+        if self.takes_device_counts(x_TD):
+            order = assignments.row_order(assignments.max_rows, with_spare=ops.wants_spare_row(x_TD))
+        else:
             host_counts = counts_E.tolist()  # the one host synchronisation of the layer
-        order = assignments.row_order(assignments.max_rows if host_counts is None else sum(host_counts))
+            order = assignments.row_order(sum(host_counts))
         rows_ND = ops.gather_rows(x_TD, order)
         return [Chunk(rows_ND, counts_E, host_counts)], DispatchMetadata(order, assignments.weights_TK, 0)
 

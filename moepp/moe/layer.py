@@ -162,13 +162,11 @@ class MoELayer(nn.Module):
 
     def assign(self, gates: Gates, batch_size: int = 1) -> Assignments:
         """Apply the capacity and find the assignments that FFN experts compute; of ``batch_size`` sequences."""
-        cfg, ids_TK, weights_TK = self.cfg, gates.topk_ids_TK, gates.weights_TK
-        expert_TK, load_E, num_dropped, max_rows = ids_TK, None, None, ids_TK.numel()
+        cfg, ids_TK = self.cfg, gates.topk_ids_TK
+        expert_TK, dropped_TK, load_E, max_rows = ids_TK, None, None, ids_TK.numel()
         if self.training and cfg.capacity_factor is not None:
-            dropped_TK, load_E = drop_beyond_capacity(ids_TK, weights_TK, cfg, self.sequence, batch_size)
-            weights_TK = weights_TK.masked_fill(dropped_TK, 0)
+            dropped_TK, load_E = drop_beyond_capacity(ids_TK, gates.weights_TK, cfg, self.sequence, batch_size)
             expert_TK = ids_TK.masked_fill(dropped_TK, cfg.num_experts)
-            num_dropped = dropped_TK.sum()
             ffn_capacity, _ = capacities(cfg, ids_TK.numel() * self.sequence.size)
             max_rows = min(max_rows, cfg.num_ffn_experts * ffn_capacity)
         # Assignments of other kinds are left out: their keys are num_ffn_experts or more.
@@ -178,7 +176,10 @@ class MoELayer(nn.Module):
             load_E = ffn.counts_X[:-1]
         elif load_E is None:
             load_E = count_experts(ids_TK.flatten(), cfg.num_experts)
-        return Assignments(ids_TK, weights_TK, ffn, load_E, num_dropped, max_rows)
+        num_dropped = None
+        if dropped_TK is not None:
+            num_dropped = dropped_TK.sum() if ffn.counts_X is None else ffn.counts_X[-1]
+        return Assignments(expert_TK, gates.weights_TK, ffn, load_E, num_dropped, max_rows)
 
     def _summarize(self, out: UnsummarizedOutput, selection_share_E: Tensor | None) -> MoEOutput:
         share_LE = None if selection_share_E is None else selection_share_E.unsqueeze(0)

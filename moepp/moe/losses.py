@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moepp.config import MoEConfig
 from moepp.moe.registered import require_tensor
+from moepp.ops import constants
 from moepp.registry import BALANCE_RULES
 
 
@@ -40,11 +41,12 @@ def heterogeneous(*, probs_TE: Tensor, selection_share_E: Tensor, cfg: MoEConfig
     tokens (differentiable). Eq. 7 has no factor N; with ``cfg.balance_loss_switch_scale`` the sum is multiplied by
     N/K, as in Switch Transformer (arXiv 2101.03961, Eq. 4), so that perfect balance gives about 1 whatever N.
     """
-    weighted_E = selection_share_E.clone()
-    weighted_E[cfg.num_ffn_experts :] *= cfg.tau
-    mean_E = probs_TE.mean(dim=0) if len(probs_TE) else probs_TE.sum(dim=0)
-    loss = (weighted_E * mean_E).sum()
-    return loss * (cfg.num_experts / cfg.top_k) if cfg.balance_loss_switch_scale else loss
+    scale = cfg.num_experts / cfg.top_k if cfg.balance_loss_switch_scale else 1.0
+    scale /= max(len(probs_TE), 1)
+    kinds = (cfg.num_ffn_experts, cfg.num_experts - cfg.num_ffn_experts)
+    eta_E = constants.blocks((scale, scale * cfg.tau), kinds, probs_TE, probs_TE.dtype)
+    # Not the mean first: this gradient is one product.
+    return (probs_TE * (selection_share_E * eta_E)).sum()
 
 
 def router_z_loss(*, logits_TE: Tensor) -> Tensor:

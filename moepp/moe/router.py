@@ -71,8 +71,6 @@ class Router(RegisteredModule):
         shape = (len(x_TD), self.cfg.num_experts)
         logits_TE = require_tensor(self.project(x_TD), f"router {self.cfg.router}", x_TD, shape)
         if self.gate_map is not None:
-            if prev_logits_TE is None:
-                prev_logits_TE = logits_TE.new_zeros(1, self.cfg.num_experts)  # so that W_g gets a gradient: zeros
             logits_TE = ops.add_linear_fp32(logits_TE, prev_logits_TE, self.gate_map.weight)
         return logits_TE
 

@@ -65,16 +65,20 @@ class PendingSummary:
         if share_LE is None:
             counts_LC = self.counts_LC.to(self.records[0].probs_TE.dtype)
             share_LE = counts_LC[:, :-1] / counts_LC[:, -1:].clamp(min=1)
-        cfg, losses, balances = self.cfg, [], []
-        for record, share_E in zip(self.records, share_LE.unbind(), strict=True):
-            balance = balance_loss(probs_TE=record.probs_TE, selection_share_E=share_E, cfg=cfg)
-            loss = cfg.balance_loss_weight * balance
-            losses.append(loss if record.z_loss is None else loss + cfg.z_loss_weight * record.z_loss)
-            balances.append(balance.detach())
-        return losses, self._stats(balances)
+        cfg, records = self.cfg, self.records
+        balances_L = torch.stack(
+            [
+                balance_loss(probs_TE=record.probs_TE, selection_share_E=share_E, cfg=cfg)
+                for record, share_E in zip(records, share_LE.unbind(), strict=True)
+            ]
+        )
+        losses_L = cfg.balance_loss_weight * balances_L
+        if z_losses := [record.z_loss for record in records if record.z_loss is not None]:
+            losses_L = losses_L + cfg.z_loss_weight * torch.stack(z_losses)
+        return list(losses_L.unbind()), self._stats(balances_L)
 
     @torch.no_grad()
-    def _stats(self, balances: list[Tensor]) -> list[MoEStats]:
+    def _stats(self, balances_L: Tensor) -> list[MoEStats]:
         records, slices = self.records, self.cfg.kind_slices
         num_layers, num_tokens = len(records), records[0].probs_TE.shape[0]
         num_assignments = max(num_tokens * self.cfg.top_k, 1)
@@ -95,7 +99,7 @@ class PendingSummary:
                 num_tokens=tokens_L[row],
                 ffn_assignments=ffn_L[row],
                 remote_assignments=load_LE.new_full((), count) if (count := record.remote_assignments) else zero,
-                balance_loss=balances[row],
+                balance_loss=balances_L[row].detach(),
                 z_loss=zero if record.z_loss is None else record.z_loss.detach(),
                 observation=record.observation,
             )

@@ -5,7 +5,7 @@ On the CPU, kernels compiled for the machine (:mod:`moepp.ops.cpu`) take their p
 """
 
 from moepp.ops.affine_experts import affine_experts
-from moepp.ops.assignments import SortedAssignments, count_experts, order_by_expert, sort_assignments
+from moepp.ops.assignments import SortedAssignments, count_experts, places_by_expert, sort_assignments
 from moepp.ops.attention import AttentionMask, attend, document_mask
 from moepp.ops.backend import choose_kernels, describe, use_kernels
 from moepp.ops.cross_entropy import chunked_cross_entropy, log_softmax
@@ -14,7 +14,7 @@ from moepp.ops.gates import NORMALIZATIONS as GATE_NORMALIZATIONS
 from moepp.ops.gates import softmax_gates
 from moepp.ops.grouped_swiglu import grouped_swiglu
 from moepp.ops.matmul import add_linear_fp32, linear, linear_fp32, multiplies_in_float32
-from moepp.ops.permute import RowOrder, combine_rows, donate, gather_ahead, gather_rows
+from moepp.ops.permute import RowOrder, combine_rows, donate, gather_ahead, gather_rows, wants_spare_row
 from moepp.ops.projection import project
 from moepp.ops.rms_norm import rms_norm
 from moepp.ops.rotary import rotate
@@ -43,7 +43,7 @@ __all__ = [
     "linear_fp32",
     "log_softmax",
     "multiplies_in_float32",
-    "order_by_expert",
+    "places_by_expert",
     "project",
     "rms_norm",
     "rotate",
@@ -53,4 +53,5 @@ __all__ = [
     "takes_device_counts",
     "use_grouped_products",
     "use_kernels",
+    "wants_spare_row",
 ]

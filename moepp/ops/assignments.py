@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moepp.ops.backend import cpu_kernels
+from moepp.ops.constants import numbers
 
 
 @dataclass(frozen=True)
@@ -39,34 +40,38 @@ def sort_assignments(sort_keys_TK: Tensor, num_experts: int, num_keys: int | Non
     ``num_keys`` is one more than the largest key there may be, where it is known: small keys sort faster.
     """
     keys_A = sort_keys_TK.flatten()
-    counts_E, positions_A = keys_A.new_empty(num_experts), torch.empty_like(keys_A)
     if kernels := cpu_kernels(keys_A, torch.float32):
+        counts_E, positions_A = keys_A.new_empty(num_experts), torch.empty_like(keys_A)
         assignments_A = torch.empty_like(keys_A)
         kernels.call("sort_assignments", keys_A, assignments_A, counts_E, positions_A, keys_A.numel(), num_experts)
         return SortedAssignments(assignments_A, counts_E, positions_A.view_as(sort_keys_TK))
     narrow_A = _narrow(keys_A, num_keys)
     sorted_A, assignments_A = torch.sort(narrow_A, stable=True)
     counts_X = _starts(sorted_A, num_experts if num_keys is None else num_keys).diff()
-    positions_A.scatter_(0, assignments_A, torch.arange(keys_A.numel(), device=keys_A.device))
-    positions_A.masked_fill_(narrow_A >= num_experts, -1)
+    positions_A = _inverse(assignments_A).masked_fill_(narrow_A >= num_experts, -1)
     return SortedAssignments(assignments_A, counts_X[:num_experts], positions_A.view_as(sort_keys_TK), counts_X)
 
 
 @torch.no_grad()
-def order_by_expert(experts_A: Tensor, num_experts: int, order_A: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Return (order, experts in this order, where each expert begins in it [E + 1]); no host synchronisation.
+def places_by_expert(experts_A: Tensor, num_experts: int, order_A: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the place of each assignment among those sorted by expert, and where each expert begins, int64 [E + 1].
 
-    Assignments of one expert come as in ``order_A`` (None: one after the other).
+    Assignments of one expert come as in ``order_A`` (None: one after the other). No host synchronisation.
     """
     if cpu_kernels(experts_A, torch.float32) is not None:
         given_A = experts_A if order_A is None else experts_A[order_A]
         by_expert_A = torch.argsort(given_A, stable=True)
         starts_E1 = F.pad(torch.cumsum(count_experts(experts_A, num_experts), 0), (1, 0))
-        order_A = by_expert_A if order_A is None else order_A[by_expert_A]
-        return order_A, experts_A[order_A], starts_E1
-    narrow_A = _narrow(experts_A, num_experts + 1)
-    sorted_A, by_expert_A = torch.sort(narrow_A if order_A is None else narrow_A[order_A], stable=True)
-    return by_expert_A if order_A is None else order_A[by_expert_A], sorted_A, _starts(sorted_A, num_experts)
+    else:
+        narrow_A = _narrow(experts_A, num_experts + 1)
+        sorted_A, by_expert_A = torch.sort(narrow_A if order_A is None else narrow_A[order_A], stable=True)
+        starts_E1 = _starts(sorted_A, num_experts)
+    return _inverse(by_expert_A if order_A is None else order_A[by_expert_A]), starts_E1
+
+
+def _inverse(order_A: Tensor) -> Tensor:
+    """Return where each number lies in ``order_A``."""
+    return torch.empty_like(order_A).scatter_(0, order_A, numbers(len(order_A), order_A))
 
 
 def _narrow(keys_A: Tensor, num_keys: int | None) -> Tensor:
@@ -78,8 +83,7 @@ def _narrow(keys_A: Tensor, num_keys: int | None) -> Tensor:
 
 def _starts(sorted_A: Tensor, num_keys: int) -> Tensor:
     """Return where each key begins, and where the last one ends: int64 [num_keys + 1]."""
-    keys = torch.arange(num_keys + 1, dtype=sorted_A.dtype, device=sorted_A.device)
-    return torch.searchsorted(sorted_A, keys)
+    return torch.searchsorted(sorted_A, numbers(num_keys + 1, sorted_A, sorted_A.dtype))
 
 
 def count_experts(experts_A: Tensor, num_experts: int) -> Tensor:

@@ -80,12 +80,13 @@ def cpu_kernels(tensor: Tensor, dtype: torch.dtype | None = None) -> Library | N
         tensor: one of the operation's inputs.
         dtype: of the kernels, where it isn't the tensor's.
     """
-    if torch.compiler.is_compiling() or not _is_plain(tensor):
+    if torch.compiler.is_compiling() or not is_plain(tensor):
         return None
     return cpu_kernels_for(tensor.device, dtype or tensor.dtype)
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether the tensor holds memory of its own: it is no fake one, and no tracer's."""
     is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]
     return type(tensor) in (Tensor, torch.nn.Parameter) and not is_wrapped
 
@@ -104,18 +105,18 @@ def require_cpu_kernels(tensor: Tensor) -> Library:
     return kernels
 
 
-def require_row_kernels(tensor: Tensor) -> Library | TritonKernels:
-    """Return :func:`row_kernels`, which must exist."""
-    kernels = row_kernels(tensor)
+def require_kernels_for(tensor: Tensor) -> Library | TritonKernels:
+    """Return :func:`kernels_for`, which must exist."""
+    kernels = kernels_for(tensor)
     assert kernels is not None
     return kernels
 
 
-def row_kernels(tensor: Tensor) -> Library | TritonKernels | None:
-    """Triton's kernels where they are chosen, else as :func:`cpu_kernels`."""
+def kernels_for(tensor: Tensor) -> Library | TritonKernels | None:
+    """Return Triton's kernels where they are chosen; else as :func:`cpu_kernels`."""
     if _chosen != "triton":
         return cpu_kernels(tensor)
-    if torch.compiler.is_compiling() or not _is_plain(tensor):
+    if torch.compiler.is_compiling() or not is_plain(tensor):
         return None
     require_triton(tensor.device)
     if tensor.dtype not in ELEMENT_BITS:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepp.ops.backend import row_kernels
+from moepp.ops.backend import kernels_for
 from moepp.ops.matmul import (
     add_transposed_product,
     multiplies_in_float32,
@@ -121,7 +121,7 @@ def _is_wrong(labels_T: Tensor, vocab_size: int) -> Tensor:
 def _loss_and_gradient(logits_CV: Tensor, labels_C: Tensor, losses_C: Tensor, with_gradient: bool) -> None:
     """Fill the losses of a chunk and, in the place of its logits, their gradient: softmax - one_hot."""
     num_tokens, vocab_size = logits_CV.shape
-    if kernels := row_kernels(logits_CV):
+    if kernels := kernels_for(logits_CV):
         sizes = (IGNORE_INDEX, int(with_gradient), num_tokens, vocab_size)
         kernels.call("cross_entropy", logits_CV, labels_C.contiguous(), losses_C, *sizes)
         return

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepp.ops.backend import require_row_kernels, row_kernels, uses_triton
+from moepp.ops.backend import kernels_for, require_kernels_for, uses_triton
 
 NORMALIZATIONS = ("none", "zero_masked", "topk_softmax")  # numbered as in cpu/routing.c
 _MAX_TOP_K = 8  # of the compiled kernel, which scans K times
@@ -38,7 +38,7 @@ def softmax_gates(
     """
     is_last = zero_experts.stop == logits_TE.shape[1]
     fits = is_last and (top_k <= _MAX_TOP_K or uses_triton())
-    if fits and logits_TE.dtype == torch.float32 and row_kernels(logits_TE):
+    if fits and logits_TE.dtype == torch.float32 and kernels_for(logits_TE):
         return _Gates.apply(logits_TE, top_k, zero_experts.start, NORMALIZATIONS.index(normalization))
     return _GatesByTorch.apply(logits_TE, top_k, zero_experts, normalization)
 
@@ -51,7 +51,7 @@ class _GatesByTorch(torch.autograd.Function):
         ctx: Any, logits_TE: Tensor, top_k: int, zero_experts: range, normalization: str
     ) -> tuple[Tensor, Tensor, Tensor]:
         probs_TE = torch.softmax(logits_TE, dim=-1)
-        ctx.normalization, is_zero_TK, total_T1 = normalization, None, None
+        ctx.normalization = normalization
         if normalization == "topk_softmax":
             chosen_TK, ids_TK = torch.topk(logits_TE, top_k, dim=-1)
             weights_TK = torch.softmax(chosen_TK, dim=-1)
@@ -67,49 +67,36 @@ class _GatesByTorch(torch.autograd.Function):
             # Only a token that chose zero experts alone sums to 0; dividing by 1 keeps its weights at 0 instead of NaN.
             total_T1 += total_T1 == 0
             weights_TK = weights_TK / total_T1
-        return _kept(ctx, probs_TE, ids_TK, weights_TK, is_zero_TK, total_T1)
+        return _kept(ctx, probs_TE, ids_TK, weights_TK)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_probs_TE: Tensor | None, _: None, grad_weights_TK: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        probs_TE, ids_TK, weights_TK, is_zero_TK, total_T1 = ctx.saved_tensors
-        if ctx.normalization == "topk_softmax":
-            grad_logits_TE = _softmax_backward(grad_probs_TE, probs_TE) if grad_probs_TE is not None else None
-            if grad_weights_TK is None:
-                return grad_logits_TE, None, None, None
-            grad_chosen_TK = _softmax_backward(grad_weights_TK, weights_TK)
-            return _add_chosen(grad_logits_TE, ids_TK, grad_chosen_TK, probs_TE), None, None, None
+        probs_TE, ids_TK, weights_TK = ctx.saved_tensors
+        if ctx.normalization == "none":
+            if grad_weights_TK is not None:
+                start_TE = torch.zeros_like(probs_TE) if grad_probs_TE is None else grad_probs_TE
+                grad_probs_TE = start_TE.scatter_add(1, ids_TK, grad_weights_TK)
+            return _softmax_backward(grad_probs_TE, probs_TE), None, None, None
+        # Weights that sum to 1 are the softmax of their experts' logits; those of zero experts are 0, and stay so.
+        grad_logits_TE = _softmax_backward(grad_probs_TE, probs_TE)
         if grad_weights_TK is not None:
-            grad_chosen_TK = grad_weights_TK
-            if ctx.normalization == "zero_masked":
-                mean_T1 = (grad_weights_TK * weights_TK).sum(dim=-1, keepdim=True)
-                grad_chosen_TK = (grad_weights_TK - mean_T1).div_(total_T1)
-            if is_zero_TK is not None:
-                grad_chosen_TK.masked_fill_(is_zero_TK, 0)
-            grad_probs_TE = _add_chosen(grad_probs_TE, ids_TK, grad_chosen_TK, probs_TE)
-        if grad_probs_TE is None:
-            return None, None, None, None
-        return _softmax_backward(grad_probs_TE, probs_TE), None, None, None
+            grad_logits_TE = torch.zeros_like(probs_TE) if grad_logits_TE is None else grad_logits_TE
+            # A token's experts differ: nothing adds up in any order.
+            grad_logits_TE.scatter_add_(1, ids_TK, _softmax_backward(grad_weights_TK, weights_TK))
+        return grad_logits_TE, None, None, None
 
 
-def _kept(
-    ctx: Any, probs_TE: Tensor, ids_TK: Tensor, weights_TK: Tensor, *more: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what a forward gives, after keeping it and ``more`` for its backward; a missing gradient stays None."""
-    ctx.save_for_backward(probs_TE, ids_TK, weights_TK, *more)
+def _kept(ctx: Any, probs_TE: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a forward gives, after keeping it for its backward; a missing gradient stays None."""
+    ctx.save_for_backward(probs_TE, ids_TK, weights_TK)
     ctx.mark_non_differentiable(ids_TK)
     ctx.set_materialize_grads(False)
     return probs_TE, ids_TK, weights_TK
 
 
-def _softmax_backward(grad: Tensor, probs: Tensor) -> Tensor:
-    return torch.ops.aten._softmax_backward_data(grad, probs, -1, probs.dtype)
-
-
-def _add_chosen(start_TE: Tensor | None, ids_TK: Tensor, values_TK: Tensor, like_TE: Tensor) -> Tensor:
-    """Return ``start`` (None: zeros) with a value more for each chosen expert."""
-    start_TE = torch.zeros_like(like_TE) if start_TE is None else start_TE
-    return start_TE.scatter_add(1, ids_TK, values_TK)  # a token's experts differ: nothing adds up in any order
+def _softmax_backward(grad: Tensor | None, probs: Tensor) -> Any:
+    return None if grad is None else torch.ops.aten._softmax_backward_data(grad, probs, -1, probs.dtype)
 
 
 class _Gates(torch.autograd.Function):
@@ -124,7 +111,7 @@ class _Gates(torch.autograd.Function):
         probs_TE, weights_TK = torch.empty_like(logits_TE), logits_TE.new_empty(num_tokens, top_k)
         ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits_TE.device)
         ctx.kernels, ctx.sizes = (
-            require_row_kernels(logits_TE),
+            require_kernels_for(logits_TE),
             (num_tokens, num_experts, top_k, first_zero, normalization),
         )
         ctx.kernels.call("gates", logits_TE, probs_TE, ids_TK, weights_TK, *ctx.sizes)

@@ -9,6 +9,7 @@ Shapes: R rows sorted by expert, D width, F expert width, G = 2F, E local expert
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         grad_act_RF = grouped_mm(grad_out_RD, down_EDF, ends_E)
         grad_gate_up_RG, act_RF = torch.empty_like(gate_up_RG), torch.empty_like(grad_act_RF)
         swiglu_backward(gate_up_RG, grad_act_RF, grad_gate_up_RG, act_RF)
-        no_rows_E11 = (counts_E == 0).view(-1, 1, 1)
+        no_rows_E11 = (counts_E == 0).view(-1, 1, 1) if leaves_empty_groups(rows_RD.device) else None
         grad_rows_RD = grad_gate_up_EGD = grad_down_EDF = None
         if wants_down:
             grad_down_EDF = _weight_gradient(grad_out_RD, act_RF, ends_E, no_rows_E11)
@@ -128,9 +129,30 @@ class _GroupedSwiGLU(torch.autograd.Function):
         return grad_rows_RD, None, grad_gate_up_EGD, grad_down_EDF
 
 
-def _weight_gradient(grad_RM: Tensor, rows_RN: Tensor, ends_E: Tensor, no_rows_E11: Tensor) -> Tensor:
-    """Return ``gradᵀ rows`` of each group, [E, M, N]; zeros for an expert without rows.
+def _weight_gradient(grad_RM: Tensor, rows_RN: Tensor, ends_E: Tensor, no_rows_E11: Tensor | None) -> Tensor:
+    """Return ``gradᵀ rows`` of each group, [E, M, N]; zeros for an expert without rows."""
+    gradient_EMN = grouped_mm(grad_RM.t(), rows_RN, ends_E)
+    return gradient_EMN if no_rows_E11 is None else gradient_EMN.masked_fill_(no_rows_E11, 0)
 
-    On Blackwell torch's kernel leaves the memory of such an expert's result as it was (pytorch/pytorch#172439).
+
+@functools.cache
+def leaves_empty_groups(device: torch.device) -> bool:
+    """Return whether torch's kernel may leave the memory of a group without rows as it was, and not fill in zeros.
+
+    On Blackwell it does (pytorch/pytorch#172439); on Hopper it does not, and one product on poisoned memory has to
+    agree before anybody relies on it. To set zeros anyway costs a pass over all experts' gradients.
     """
-    return grouped_mm(grad_RM.t(), rows_RN, ends_E).masked_fill_(no_rows_E11, 0)
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9:
+        return True
+    return not _fills_empty_groups(device)
+
+
+def _fills_empty_groups(device: torch.device) -> bool:
+    """Whether the second of two groups, which has no rows, gets zeros in memory that held none."""
+    rows_RN = torch.ones(64, 64, dtype=torch.bfloat16, device=device)
+    ends_E = torch.full((2,), 64, dtype=torch.int32, device=device)
+    poison_EMN = torch.full((2, 64, 64), float("nan"), dtype=torch.bfloat16, device=device)
+    address = poison_EMN.data_ptr()
+    del poison_EMN  # the next tensor of this size gets its memory
+    product_EMN = grouped_mm(rows_RN.t(), rows_RN, ends_E)
+    return product_EMN.data_ptr() == address and not product_EMN[1].count_nonzero()

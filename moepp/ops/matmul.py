@@ -77,17 +77,43 @@ def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x.to(dtype), weight.to(dtype))
 
 
-def add_linear_fp32(start: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Return ``start + x @ weight.T`` in float32 at least; ``start`` is that already. One launch on accelerators."""
-    if cpu_kernels(start) or x.dtype != start.dtype or len(x) != len(start):
+def multiplies_into_float32(left: Tensor, right: Tensor) -> bool:
+    """Return whether :func:`mm_fp32` takes these factors: of one lower precision, on a device that can."""
+    return left.dtype == right.dtype and adds_into_float32(left)
+
+
+def mm_fp32(left_MK: Tensor, right_KN: Tensor) -> Tensor:
+    """``left @ right`` in float32 from factors of a lower precision, without copies of them and without autograd."""
+    return torch.mm(left_MK, right_KN, out_dtype=torch.float32)  # pyright: ignore[reportCallIssue]
+
+
+def add_linear_fp32(start: Tensor, x: Tensor | None, weight: Tensor) -> Tensor:
+    """Return ``start + x @ weight.T`` in float32 at least; ``start`` is that already. One launch on accelerators.
+
+    ``x`` None stands for zeros: the weight gets a gradient of zeros.
+    """
+    if x is None:
+        return _AddNothing.apply(start, weight)
+    if cpu_kernels(start) or x.dtype != start.dtype:
         return start + linear_fp32(x, weight)
     with without_autocast(x.device.type):
         return torch.addmm(start, x, weight.to(start.dtype).t())
 
 
+class _AddNothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, start: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return start.view_as(start)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad, torch.zeros_like(ctx.saved_tensors[0])
+
+
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """Return a block within which products keep the precision of their factors."""
-    has_autocast = torch.amp.is_autocast_available(device_type)
+    has_autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if has_autocast else nullcontext()
 
 
@@ -143,7 +169,7 @@ def add_transposed_product(sum_MN: Tensor, left_RM: Tensor, right_RN: Tensor) ->
 
 
 def adds_into_float32(tensor: Tensor) -> bool:
-    """Return whether products of such tensors can be added to a float32 matrix without being rounded."""
+    """Return whether products of such tensors can be float32, or be added to such a matrix, without being rounded."""
     if tensor.device.type == "cpu" or tensor.dtype not in (torch.bfloat16, torch.float16):
         return False
     return _adds_into_float32(tensor.device, tensor.dtype)
@@ -155,6 +181,7 @@ def _adds_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
     factor, total = torch.full((16, 16), 1 / 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)
     try:
         torch.addmm(total, factor.t(), factor, out_dtype=torch.float32, out=total)  # pyright: ignore[reportCallIssue]
+        product = mm_fp32(factor, factor.t())
     except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
         return False
-    return bool((total == 1 + 1 / 16).all())
+    return bool((total == 1 + 1 / 16).all() & (product == 1 / 16).all()) and product.dtype == torch.float32

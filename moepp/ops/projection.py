@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moepp.ops.backend import cpu_kernels, require_cpu_kernels
-from moepp.ops.matmul import linear_fp32
+from moepp.ops.matmul import linear_fp32, mm_fp32, multiplies_into_float32, without_autocast
 from moepp.ops.shared_gradient import SharedGradient, shared_gradient
 
 
@@ -31,6 +31,9 @@ class _ProjectByTorch(torch.autograd.Function):
         wide_PD = weight_PD.to(torch.promote_types(x_TD.dtype, torch.float32))
         ctx.save_for_backward(x_TD, wide_PD)
         ctx.weight_dtype = weight_PD.dtype
+        if multiplies_into_float32(x_TD, weight_PD):
+            with without_autocast(x_TD.device.type):
+                return mm_fp32(x_TD, weight_PD.t())
         return linear_fp32(x_TD, wide_PD)
 
     @staticmethod
@@ -38,14 +41,13 @@ class _ProjectByTorch(torch.autograd.Function):
     def backward(ctx: Any, grad_TP: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_TD, wide_PD = ctx.saved_tensors
         wants_x, wants_weight, _ = ctx.needs_input_grad
-        grad_weight_PD = torch.mm(grad_TP.t(), x_TD.to(grad_TP.dtype)).to(ctx.weight_dtype) if wants_weight else None
-        if not wants_x:
-            return None, grad_weight_PD, None
-        grad_x_TD, sum_TD = torch.mm(grad_TP, wide_PD), None if ctx.shared is None else ctx.shared.take()
-        grad_x_TD = grad_x_TD.to(x_TD.dtype) if sum_TD is None else sum_TD.add_(grad_x_TD)
-        if ctx.shared is not None:
-            ctx.shared.put(grad_x_TD)
-        return (grad_x_TD if ctx.shared is None else None), grad_weight_PD, None
+        shared, grad_weight_PD = SharedGradient(grad_TP.dtype) if ctx.shared is None else ctx.shared, None
+        with without_autocast(x_TD.device.type):
+            if wants_weight:
+                grad_weight_PD = torch.mm(grad_TP.t(), shared.wide(x_TD, grad_TP.dtype)).to(ctx.weight_dtype)
+            if wants_x:
+                shared.add_product(grad_TP, wide_PD)
+        return (shared.close_as(x_TD.dtype) if ctx.shared is None else None), grad_weight_PD, None
 
 
 class _Project(torch.autograd.Function):

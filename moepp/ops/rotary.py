@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepp.ops.backend import row_kernels, uses_triton
+from moepp.ops.backend import kernels_for, uses_triton
 
 
 def rotate(x_d: Tensor, cos_h: Tensor, sin_h: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class _Rotate(torch.autograd.Function):
 def _turn(x_d: Tensor, cos_h: Tensor, sin_h: Tensor, sign: int) -> Tensor:
     """One kernel of Triton's, or four passes over halves, which round twice."""
     out_d = torch.empty_like(x_d)
-    kernels = row_kernels(x_d) if uses_triton() and x_d.dim() == 4 and x_d.stride(-1) == 1 else None
+    kernels = kernels_for(x_d) if uses_triton() and x_d.dim() == 4 and x_d.stride(-1) == 1 else None
     if kernels is not None:
         kernels.call("rotate", x_d, cos_h, sin_h, out_d, sign)
         return out_d

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moepp.ops.backend import row_kernels
+from moepp.ops.backend import kernels_for
 
 
 def swiglu(gate_RF: Tensor, up_RF: Tensor, act_RF: Tensor) -> None:
     """``act = silu(gate) * up``; ``act_RF`` may be ``gate_RF`` itself. No autograd."""
-    if kernels := row_kernels(gate_RF):
+    if kernels := kernels_for(gate_RF):
         operands = (value for tensor in (gate_RF, up_RF, act_RF) for value in (tensor, tensor.stride(0)))
         kernels.call("swiglu", *operands, *act_RF.shape)
     else:
@@ -24,7 +24,7 @@ def swiglu(gate_RF: Tensor, up_RF: Tensor, act_RF: Tensor) -> None:
 def swiglu_backward(gate_up_RG: Tensor, grad_act_RF: Tensor, grad_gate_up_RG: Tensor, act_RF: Tensor) -> None:
     """Fill the gradient of ``gate_up_RG``, and the activation once more. ``act_RF`` may be ``grad_act_RF``."""
     num_rows, width = act_RF.shape
-    if kernels := row_kernels(gate_up_RG):
+    if kernels := kernels_for(gate_up_RG):
         kernels.call("swiglu_backward", gate_up_RG, grad_act_RF, grad_gate_up_RG, act_RF, num_rows, width)
         return
     gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)

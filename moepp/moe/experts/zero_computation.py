@@ -65,8 +65,8 @@ class ZeroComputation(nn.Module):
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor | None:
         """Return the weighted sum of these experts' outputs: [T, D].
 
-        ``ids_TK`` are the chosen experts of every kind and ``weights_TK`` their gate weights, 0 where dropped. ``None``
-        where the layer has zero experts alone: their sum is exactly 0.
+        ``ids_TK`` are the chosen experts of every kind, no expert's number where dropped, and ``weights_TK`` their gate
+        weights. ``None`` where the layer has zero experts alone: their sum is exactly 0.
         """
         slices = self.cfg.kind_slices
         affine, total_TD = range(slices["constant"].start, slices["copy"].stop), None

@@ -53,12 +53,11 @@ def step(layer: MoELayer, x: torch.Tensor) -> Any:
 
 
 def expected_forward_flops(cfg: MoEConfig, ffn_assignments: int) -> int:
-    """Matrix products of a forward: SwiGLU experts, router with constant experts' mixing weights, residual, vectors."""
+    """Matrix products of a first layer's forward: SwiGLU experts, router, constant experts' weights and vectors."""
     experts = ffn_assignments * 6 * D * F
     router = 2 * T * D * (cfg.num_experts + cfg.num_constant_experts)  # a softmax of two is one sigmoid
-    residual = 2 * cfg.num_experts**2 if cfg.gating_residual else 0  # of the first layer: one row of zeros
     values = 2 * T * cfg.num_constant_experts * D
-    return experts + router + residual + values
+    return experts + router + values
 
 
 @pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS.keys())
@@ -79,13 +78,9 @@ def test_backward_computes_twice_the_forward_and_a_chunked_one_the_hidden_produc
     with FlopCounterMode(display=False) as counter:
         ffn_assignments = int(step(layer, x).stats.ffn_assignments)
     experts = ffn_assignments * 18 * D * F + (ffn_assignments * 4 * D * F if chunk_rows else 0)
-    # Counted are torch's products: with compiled kernels the experts' and the residual's tiny ones, else the router's
-    # and the constant experts' too.
-    residual = 3 * 2 * cfg.num_experts**2 if cfg.gating_residual else 0
-    others = (
-        residual if cpu_kernels(x) else 3 * (expected_forward_flops(cfg, ffn_assignments) - ffn_assignments * 6 * D * F)
-    )
-    assert experts + others - residual <= counter.get_total_flops() <= experts + others
+    # Counted are torch's products: with compiled kernels the experts', else the router's and constant experts' too.
+    others = expected_forward_flops(cfg, ffn_assignments) - ffn_assignments * 6 * D * F
+    assert counter.get_total_flops() == experts + (0 if cpu_kernels(x) else 3 * others)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -51,14 +51,21 @@ def step(cfg: MoEConfig, device: torch.device | str, hook: Callable[..., Any] | 
     assert not found, f"the host waits: {dict(found)}"
 
 
+@pytest.fixture(autouse=True)
+def found_out(request, monkeypatch):
+    """What a trial product finds out once in a process: whether products of bfloat16 can be float32."""
+    can_be_float32 = getattr(request, "param", False)
+    monkeypatch.setattr(matmul, "_adds_into_float32", lambda device, dtype: can_be_float32)
+
+
+@pytest.mark.parametrize("found_out", [False, True], indirect=True)
 @pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS.keys())
-def test_the_host_waits_for_nothing_with_all_experts_here(cfg):
+def test_the_host_waits_for_nothing_with_all_experts_here(cfg, found_out):
     step(cfg, "meta")
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_models_forward_backward_and_statistics_wait_for_nothing(recompute, monkeypatch):
-    monkeypatch.setattr(matmul, "_adds_into_float32", lambda device, dtype: False)  # found out once in a process
+def test_a_models_forward_backward_and_statistics_wait_for_nothing(recompute):
     shapes: dict[str, Any] = {
         "vocab_size": 32,
         "hidden_size": D,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +18,11 @@ from moepp.bench.memory import saved_bytes
 from moepp.ops import use_grouped_products, use_kernels
 from moepp.ops.expert_products import Hardware, choose_products
 from moepp.ops.grouped_swiglu import aligned
+from tests.launches import float32_products
 from tests.moe_cases import Case, assert_agrees, draw_case, expect, run_layer
 
 Tensor = torch.Tensor
+grouped_swiglu_file = importlib.import_module("moepp.ops.grouped_swiglu")  # beside the function of that name
 A100, RTX_4090, H100, B200, B300, RTX_5090 = (
     Hardware("cuda", capability) for capability in ((8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0))
 )
@@ -93,11 +97,54 @@ def accelerator_path() -> Iterator[None]:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_layers_agree_with_the_oracle_whatever_the_kernel_leaves_in_memory(seed):
-    case = draw_case(3000 + seed, (torch.float64, torch.float32)[seed % 2])
+    case = draw_case(3000 + seed, (torch.float64, torch.float32, BF16)[seed % 3])
     case = dataclasses.replace(case, cfg=dataclasses.replace(case.cfg, expert_chunk_rows=None))
     [expected] = expect(case)
-    with accelerator_path():
+    wide: list[str] = []
+    with accelerator_path(), float32_products(wide):
         assert_agrees(case, run_layer(case), expected)
+    assert bool(wide) == (case.dtype == BF16), "the router reads x without a copy in float32"
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "fills", "leaves"),
+    [
+        ((9, 0), None, True, False),
+        ((9, 0), None, False, True),
+        ((10, 0), None, True, True),
+        ((9, 4), "6.4", True, True),
+    ],
+)
+def test_zeros_of_experts_without_rows_are_left_to_a_kernel_that_is_known_and_seen_to_fill_them_in(
+    capability, hip, fills, leaves, monkeypatch
+):
+    monkeypatch.setattr(grouped_swiglu_file.torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(grouped_swiglu_file, "_fills_empty_groups", lambda device: fills)
+    leaves_empty_groups = grouped_swiglu_file.leaves_empty_groups.__wrapped__
+    assert leaves_empty_groups(torch.device("cuda", 0)) == leaves
+    assert leaves_empty_groups(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("reused", "filled"), [(True, True), (True, False), (False, True), (False, False)])
+def test_a_product_on_poisoned_memory_shows_what_a_kernel_fills_in(reused, filled, monkeypatch):
+    full, made = torch.full, []
+
+    def keep(*args: Any, **kwargs: Any) -> Tensor:
+        made.append(full(*args, **kwargs))
+        return made[-1]
+
+    def kernel(left: Tensor, right: Tensor, *, offs: Tensor) -> Tensor:
+        assert offs.tolist() == [64, 64] and made[-1].isnan().all()
+        out = made[-1] if reused else made[-1].clone()  # an allocator may hand it out again
+        out[0] = left @ right
+        if filled:
+            out[1] = 0
+        return out
+
+    monkeypatch.setattr(torch, "full", keep)
+    monkeypatch.setattr(F, "grouped_mm", kernel)
+    assert grouped_swiglu_file._fills_empty_groups(torch.device("cpu")) == (reused and filled)
 
 
 LOCAL_ONLY, ONE_EXPERT, NO_TOKENS = ((4, 6), (7, 5), (6, 7), (5, 4)), ((2, 6),) * 5, ()

@@ -154,7 +154,7 @@ def test_cross_entropy_and_its_gradient(dtype, tokens, vocab):
     wanted = F.cross_entropy(wide, labels, reduction="none", ignore_index=-100)
     wanted.sum().backward()
     losses, untouched = torch.empty(tokens, device=DEVICE), logits.clone()
-    call = backend.require_row_kernels(logits).call
+    call = backend.require_kernels_for(logits).call
     call("cross_entropy", untouched, labels, losses, -100, 0, tokens, vocab)
     assert torch.equal(untouched, logits)
     call("cross_entropy", logits, labels, losses, -100, 1, tokens, vocab)
@@ -167,7 +167,7 @@ def test_cross_entropy_marks_labels_out_of_range_and_reads_nothing_there():
     for wrong in (-1, 51, 10**12):
         logits, labels = draw(4, 51), torch.tensor([3, wrong, 50, 0], device=DEVICE)
         losses = torch.empty(4, device=DEVICE)
-        backend.require_row_kernels(logits).call("cross_entropy", logits, labels, losses, -100, 1, 4, 51)
+        backend.require_kernels_for(logits).call("cross_entropy", logits, labels, losses, -100, 1, 4, 51)
         assert losses.isnan().tolist() == [False, True, False, False]
         assert logits.isnan().any(dim=1).tolist() == [False, True, False, False]
 
@@ -204,7 +204,7 @@ def test_offsets_beyond_32_bits():
     assert last * 64 > 2**31
     positions, weights = torch.tensor([[last, -1]], device=DEVICE), torch.ones(1, 2, device=DEVICE)
     out = torch.empty(1, 64, dtype=torch.bfloat16, device=DEVICE)
-    call = backend.require_row_kernels(rows).call
+    call = backend.require_kernels_for(rows).call
     call("combine", rows, positions, weights, None, out, 1, 64, 2)
     assert torch.equal(out[0], rows[last])
     out.zero_()
