@@ -67,12 +67,9 @@ def pool_observed(seen: Sequence[Observed]) -> Observed:
     """Return several as one; sequences are equally long."""
     if len(seen) == 1:
         return seen[0]
-    return Observed(
-        *(np.concatenate([getattr(one, name) for one in seen]) for name in ("input_ids_NS", "losses_NS")),
-        *(np.concatenate([getattr(one, n) for one in seen], axis=1) for n in ("ids_LNSK", "weights_LNSK")),
-        np.concatenate([one.entropy_LNS for one in seen], axis=1),
-        seen[0].cfg,
-    )
+    by_sequence = {"input_ids_NS": 0, "losses_NS": 0, "ids_LNSK": 1, "weights_LNSK": 1, "entropy_LNS": 1}
+    joined = {name: np.concatenate([getattr(one, name) for one in seen], axis) for name, axis in by_sequence.items()}
+    return Observed(**joined, cfg=seen[0].cfg)
 
 
 @dataclass(frozen=True)

@@ -118,9 +118,11 @@ def _layer_map(
     return Figure(name, title, caption(last), draw, ("layer", "first", "last"), rows, source)
 
 
-def _image(axes: Axes, values: Any, unit: str, extent: tuple[float, float, float, float], **limits: float) -> None:
+def _image(
+    axes: Axes, values: Any, unit: str, extent: tuple[float, float, float, float], lowest: float | None = None
+) -> None:
     axes.grid(False)
-    image = axes.imshow(values, aspect="auto", interpolation="nearest", extent=extent, cmap="viridis", **limits)
+    image = axes.imshow(values, aspect="auto", interpolation="nearest", extent=extent, cmap="viridis", vmin=lowest)
     bar = axes.figure.colorbar(image, ax=axes, label=unit)  # pyright: ignore[reportAttributeAccessIssue]
     bar.outline.set_visible(False)
 
@@ -160,7 +162,7 @@ def _expert_map(snapshot: RoutingSnapshot) -> Figure:
 
     def draw(axes: Axes, palette: Palette) -> None:
         extent = (-0.5, len(names) - 0.5, len(layers) - 0.5, -0.5)
-        _image(axes, share_LE, "share of the layer's choices", extent, vmin=0.0)
+        _image(axes, share_LE, "share of the layer's choices", extent, lowest=0.0)
         _layer_ticks(axes, layers)
         step = max(1, -(-len(names) // 16))
         axes.set_xticks(range(0, len(names), step), names[::step], rotation=60, ha="right", fontsize=8)
@@ -195,7 +197,7 @@ def _experts_over_time(history: Sequence[RoutingSnapshot]) -> Figure | None:
 
     def draw(axes: Axes, palette: Palette) -> None:
         extent = (points[0].tokens, points[-1].tokens, len(values_RP) - 0.5, -0.5)
-        _image(axes, values_RP, "share over an even share", extent, vmin=0.0)
+        _image(axes, values_RP, "share over an even share", extent, lowest=0.0)
         for number in range(1, len(shown)):
             axes.axhline(number * len(names) - 0.5, color="white", linewidth=1)
         step = max(1, len(shown) // 12)

@@ -153,7 +153,7 @@ class WandbSink:
         return {"step": snapshot.step, "tokens": snapshot.tokens, **images}
 
     def _tables(self, tables: Mapping[str, Table]) -> dict[str, Any]:
-        columns = {name: list(rows[0]) for name, rows in tables.items()}
+        columns: dict[str, list[Any]] = {name: list(rows[0]) for name, rows in tables.items()}
         return {
             name: self._wandb.Table(columns[name], [[row[column] for column in columns[name]] for row in rows])
             for name, rows in tables.items()
