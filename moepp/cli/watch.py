@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 EXAMPLE = "moepp watch runs/tiny"
+_WAITING = "waiting for the first record"
 _REST = 9  # times the time that a look took
 
 
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.live import Live
 
     from moepp.analysis.runs import read_run
-    from moepp.analysis.watch import panel
+    from moepp.analysis.watch import has_records, panel
     from moepp.runs.directory import RunDir
 
     path = Path(args.run_dir).expanduser().resolve()
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         )
     console = Console(highlight=False)
     if args.once or not sys.stdout.isatty():
-        console.print(panel(read_run(path), width=console.width))
+        console.print(panel(read_run(path), width=console.width) if has_records(path) else _WAITING)
         return 0
     with Live(console=console, auto_refresh=False) as live, suppress(KeyboardInterrupt):  # the usual way to end it
         while True:
@@ -63,6 +64,6 @@ def look(path: Path, width: int) -> RenderableType:
     from moepp.analysis.watch import has_records, panel
 
     try:
-        return panel(read_run(path), width=width) if has_records(path) else "waiting for the first record"
+        return panel(read_run(path), width=width) if has_records(path) else _WAITING
     except (MoeppError, OSError) as error:
         return printable(f"cannot be read now: {error}")

@@ -140,3 +140,6 @@ def test_bad_input_is_said_in_one_line(tmp_path, monkeypatch, capsys, arguments,
 def test_output_that_is_no_terminal_is_written_once(tmp_path, capsys):
     assert main(["watch", str(make_run(tmp_path, "run"))]) == 0
     assert "4,000 tokens" in capsys.readouterr().out
+    (tmp_path / "run/metrics.jsonl").unlink()
+    assert main(["watch", str(tmp_path / "run")]) == 0
+    assert "waiting for the first record" in capsys.readouterr().out
