@@ -95,6 +95,12 @@ def records(run_dir: Path, after: int = 0) -> list[dict[str, Any]]:
     ]
 
 
+def without_skips(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Training records without what only counts the steps and batches that a rewind left out."""
+    counts = ("train/skipped_steps", "data/sequences", "data/epoch")
+    return [{key: value for key, value in line.items() if key not in counts} for line in found if "train/loss" in line]
+
+
 def checkpoint_names(run_dir: Path) -> list[str]:
     """Everything in checkpoints/, whole or not."""
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
