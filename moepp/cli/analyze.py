@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
     _check(args)
     found = [find_model(place) for place in args.models]
+    _check_models(args, found)
     folder = _folder(args, found[0])
     environment = read_launch_environment()
     if environment.world_size > 1:
@@ -114,6 +115,16 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')}={value} is below its minimum {minimum}; raise it")
     if args.what == "tokens" and len(args.models) > 1:
         raise ConfigError(f"moepp analyze tokens reads one model, and {len(args.models)} were named; name one")
+
+
+def _check_models(args: argparse.Namespace, found: list[FoundModel]) -> None:
+    for one in found:
+        if not one.cfg.moe_layers:
+            raise ConfigError(f"{one.subject.source} has no MoE layer, so it routes nothing; name another model")
+        if args.what == "robustness" and not one.cfg.moe.num_zero_computation_experts:
+            raise ConfigError(
+                f"{one.subject.source} has no zero-computation experts, so nothing can be swapped; name another model"
+            )
 
 
 def _folder(args: argparse.Namespace, found: FoundModel) -> Path:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from moepp.cli import analyze as command
 from moepp.cli.main import main
 from tests.data_files import write_indexed, write_word_tokenizer
 from tests.official_cases import released_config, released_tensors, write_released
@@ -58,6 +60,23 @@ def test_every_question_writes_tables_and_a_page(place, tmp_path, capsys, what, 
         types = pq.read_table(tmp_path / "out/types.parquet").to_pylist()
         assert types[0]["text"] == f"w{types[0]['token']}" and types[0]["examples"][0].endswith(types[0]["text"])
         assert 'class="text-sample"' in page and "FFN experts" in page
+
+
+def test_a_model_without_zero_computation_experts_is_named_before_any_is_read(place, tmp_path, capsys, monkeypatch):
+    find_model = command.find_model
+
+    def find(source: str):
+        found = find_model(source)
+        if source.endswith("/../model"):
+            no_kinds = {"num_zero_experts": 0, "num_copy_experts": 0, "num_constant_experts": 0}
+            found = replace(found, cfg=replace(found.cfg, moe=replace(found.cfg.moe, **no_kinds)))
+        return found
+
+    monkeypatch.setattr(command, "find_model", find)
+    monkeypatch.setattr(command, "_open", None)  # nothing is read
+    models = [str(place / "model"), f"{place}/model/../model"]
+    assert main(["analyze", "robustness", *models, "--data", str(place / "text"), "--out", str(tmp_path / "o")]) == 2
+    assert "model has no zero-computation experts, so nothing can be swapped" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
