@@ -72,6 +72,9 @@ def _problems(words: list[str]) -> Iterator[str]:
         yield from _module(rest[1], rest[2:])
     elif program == "python" and rest[:1] == ["train.py"]:
         yield from _training(rest[1:])
+    elif program == "python" and rest and rest[0].endswith(".py"):
+        if not (ROOT / rest[0]).is_file():
+            yield f"{rest[0]} does not exist"
     elif program == "torchrun":
         yield from _torchrun(rest)
     elif program == "pytest":

@@ -82,7 +82,7 @@ def _tails(run: Run) -> list[tuple[str, str, str]]:
 
 
 def panel(run: Run, now: float | None = None, width: int = 100) -> RenderableType:
-    """Return everything that :func:`moepp.cli.watch.run` shows, for a terminal of so many columns."""
+    """Return everything that :func:`moepp.cli.watch.run` shows, for a terminal of this many columns."""
     from rich.console import Group
     from rich.text import Text
 
