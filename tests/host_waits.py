@@ -56,6 +56,10 @@ class _Constructors(TorchFunctionMode):
         makes = name in ("tensor", "as_tensor", "asarray", "from_numpy") and not _tensors(args)
         if (makes or name == "new_tensor") and any(t.device.type == self.device for t in _tensors(out)):
             self.found[name] += 1
+        if name in ("__getitem__", "__setitem__") and args[0].device.type == self.device:
+            indices = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(isinstance(index, list | range) for index in indices):  # made a tensor below what modes see
+                self.found[f"{name} of a list"] += 1
         return out
 
 

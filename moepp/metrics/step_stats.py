@@ -39,12 +39,15 @@ class StepStats:
         Args:
             moe_layers: transformer layer index of each MoE layer of the model.
             moe: of the layers.
-            rows: which of the MoE layers this rank holds, in the order of the stats passed later; other ranks of a
+            rows: which of the MoE layers this rank holds, ascending, as the stats passed later; other ranks of a
                 pipeline add those of the others. None: all.
         """
         self.moe_layers = tuple(moe_layers)
         self.moe = moe
         self._rows = list(range(len(self.moe_layers)) if rows is None else rows)
+        firsts = [row for row in self._rows if row - 1 not in self._rows]
+        lasts = [row for row in self._rows if row + 1 not in self._rows]
+        self._runs = list(zip(firsts, lasts, strict=True))  # of rows beside each other, in ascending order
         self._pending: dict[str, Tensor] = {}
         self._interval: dict[str, Tensor] = {}
 
@@ -63,21 +66,30 @@ class StepStats:
             "loss_sum": loss_sum,
             "loss_tokens": loss_sum.new_zeros(()) + num_loss_tokens,
         }
-        if self.moe_layers:
+        if self.moe_layers and not stats:
             new["layers"], new["load"] = (
                 loss_sum.new_zeros(shape) for shape in (self._layers_shape(), self._load_shape())
             )
-        if stats:
+        elif stats:
             columns_LC = torch.stack([_columns(layer) for layer in stats]).to(torch.float64)
             # Weighed by the tokens behind them, means add up over micro-batches and ranks of any size.
             columns_LC[:, len(COUNTS) :] *= columns_LC[:, :1]
-            new["layers"][self._rows] = columns_LC
-            new["load"][self._rows] = torch.stack([layer.load_E.detach() for layer in stats]).to(torch.float64)
+            new["layers"] = self._placed(columns_LC)
+            new["load"] = self._placed(torch.stack([layer.load_E.detach() for layer in stats]).to(torch.float64))
             seen = [layer.observation for layer in stats if layer.observation is not None]
             if seen:
-                new["observed"] = loss_sum.new_zeros(self._observed_shape())
-                new["observed"][self._rows] = torch.stack(seen)
+                new["observed"] = self._placed(torch.stack(seen))
         _accumulate(self._pending, new)
+
+    def _placed(self, own: Tensor) -> Tensor:
+        """Put rows of this rank's layers where they belong among those of all layers, zeros in the others."""
+        if len(self._rows) == len(self.moe_layers):
+            return own
+        table = own.new_zeros(len(self.moe_layers), *own.shape[1:])
+        for first, last in self._runs:  # indexing by a list would copy the list to the device, and wait for the copy
+            start = self._rows.index(first)
+            table[first : last + 1] = own[start : start + last - first + 1]
+        return table
 
     def step_load(self) -> Tensor:
         """Choices of each expert in each MoE layer since the last :meth:`commit`, on this rank: a copy, [L, E] fp64."""

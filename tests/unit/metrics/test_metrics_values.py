@@ -245,6 +245,16 @@ def test_model_without_moe_layers_reports_the_loss_alone() -> None:
     assert metrics == {"train/loss": 2.0}
 
 
+def test_rows_of_a_rank_that_holds_some_layers_are_put_among_those_of_all() -> None:
+    layer_of = PASSES[0][0][2][0]
+    one, three, four = (SimpleNamespace(**vars(layer_of) | {"num_tokens": torch.tensor(float(n))}) for n in (1, 3, 4))
+    stats = StepStats(range(5), MOE, rows=[1, 3, 4])
+    stats.add_micro_batch([one, three, four], torch.tensor(1.0), 1)
+    stats.commit()
+    assert stats.state()["stats.layers"][:, 0].tolist() == [0, 1, 0, 3, 4]
+    assert stats.state()["stats.load"].sum(dim=1).bool().tolist() == [False, True, False, True, True]
+
+
 def test_the_shapes_of_the_state_are_known_before_it_is_read() -> None:
     for layers in (LAYERS, ()):
         stats = StepStats(layers, MOE)

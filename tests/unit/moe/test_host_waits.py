@@ -113,6 +113,8 @@ WAYS: dict[str, Callable[[torch.Tensor], object]] = {
     "where with one argument": lambda t: torch.where(t > 0),
     "masked indexing": lambda t: t[t > 0],
     "masked assignment of rows": lambda t: t.clone().__setitem__(t.sum(1) > 0, torch.zeros(1, device=t.device)),
+    "indexing by a list": lambda t: t[[0, 1]],
+    "assignment to listed columns": lambda t: t.clone().__setitem__((slice(None), [0, 1]), 0.0),
     "masked_select": lambda t: t.masked_select(t > 0),
     "unique": lambda t: t.unique(),
     "bincount": lambda t: t.argmax(1).bincount(),
