@@ -10,6 +10,7 @@ from moepp.config.suggest import unknown_key_message
 from moepp.errors import ConfigError
 
 _QUOTING = "quote a text with commas, brackets, blanks or equals signs, as 'key=\"a,b\"' or 'key=[\"a=b\"]'"
+_FORMS = "write a list as key=[a,b], and names with values as key={name: value}"
 # Of Hydra 1.3, short and long.
 _HYDRA_OPTIONS = {
     *("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "--resolve", "-p", "--package", "-r", "--run"),
@@ -37,6 +38,8 @@ def explain_hydra_error(error: Exception) -> str:
         return f"{group}={name} does not exist in configs/{group}; choose one of {', '.join(choices.split())}{own}"
     if (match := re.match(r"Could not override '([^']+)'", text)) and _CAN_BE_ADDED.search(text):
         return unknown_key_message(match[1], known_keys())
+    if (match := re.match(r"Error merging override (.+)", text)) and "Cannot merge" in str(error.__cause__):
+        return f"{match[1]} is a list where names and values belong, or the other way round; {_FORMS}"
     if match := re.match(r"Cannot find primary config '([^']+)'", text):
         return f"--config-name {match[1]} does not exist in configs/ or --config-dir; name one that does"
     if match := re.match(r"Additional config directory '([^']+)' not found", text):

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 from moepp.config.schema import Config
-from moepp.data.corpora import Corpora
+from moepp.data.corpora import Corpora, open_validation
 from moepp.data.indexed import SPLITS, IndexedFile, allow_open_files, open_indexed
 from moepp.data.manifest import sha256_of
 from moepp.data.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ def held_out_batches(cfg: Config) -> int:
 
 def _open_validation(name: str, cfg: Config) -> tuple[IndexedFile, ...]:
     """Open one set of ``data.validation``, all of whose documents are evaluated."""
-    files, needed = tuple(open_indexed(prefix) for prefix in cfg.data.validation[name]), cfg.data.seq_len + 1
+    files, needed = open_validation(name, cfg), cfg.data.seq_len + 1
     for file in files:
         if file.num_tokens < needed:
             raise DataError(

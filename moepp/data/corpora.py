@@ -91,5 +91,10 @@ def open_corpora(cfg: Config) -> Corpora:
     """
     allow_open_files()
     files = tuple(open_indexed(prefix) for prefix in cfg.data.paths)
-    validation = {name: tuple(map(open_indexed, paths)) for name, paths in cfg.data.validation.items()}
+    validation = {name: open_validation(name, cfg) for name in cfg.data.validation}
     return Corpora(files, read_vocabulary(cfg, files), cfg.data.tokenizer, validation)
+
+
+def open_validation(name: str, cfg: Config) -> tuple[IndexedFile, ...]:
+    """Open the files of one set of ``data.validation``; errors as of :func:`open_corpora`."""
+    return tuple(open_indexed(prefix, key=f"data.validation.{name}") for prefix in cfg.data.validation[name])

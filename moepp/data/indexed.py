@@ -11,6 +11,7 @@ Shape suffixes: Q sequences (`moepp prepare` writes one per document), T tokens.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import itertools
 import math
@@ -109,8 +110,10 @@ def allow_open_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def open_indexed(prefix: str, *, interrupted_append: bool = False) -> IndexedFile:
+def open_indexed(prefix: str, *, key: str = "data.paths", interrupted_append: bool = False) -> IndexedFile:
     """Open PREFIX.bin and PREFIX.idx and check that they are whole.
+
+    ``key`` is what named PREFIX.
 
     ``interrupted_append`` accepts what an append that died between its renames leaves: the old index beside a longer
     .bin whose beginning it describes, and either manifest.
@@ -119,7 +122,7 @@ def open_indexed(prefix: str, *, interrupted_append: bool = False) -> IndexedFil
         DataError: missing, unreadable, corrupt or truncated, or not the files that PREFIX.json describes.
     """
     bin_path, idx_path = f"{prefix}.bin", f"{prefix}.idx"
-    _require_both(prefix)
+    _require_both(prefix, key)
     try:
         idx_bytes, bin_bytes = os.path.getsize(idx_path), os.path.getsize(bin_path)
         with open(bin_path, "rb"), open(idx_path, "rb") as stream:
@@ -153,7 +156,7 @@ def open_indexed(prefix: str, *, interrupted_append: bool = False) -> IndexedFil
     return file
 
 
-def _require_both(prefix: str) -> None:
+def _require_both(prefix: str, key: str) -> None:
     present = [suffix for suffix in (".bin", ".idx") if os.path.isfile(prefix + suffix)]
     if len(present) == 2:
         return
@@ -166,11 +169,13 @@ def _require_both(prefix: str) -> None:
         )
     folder = os.path.dirname(prefix) or "."
     if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
-        raise DataError(f"data.paths entry {prefix}: folder {folder} is not readable; check its permissions")
+        raise DataError(f"{key} entry {prefix}: folder {folder} is not readable; check its permissions")
     stem, suffix = os.path.splitext(prefix)
-    hint = f"give the prefix without its ending, {stem}" if suffix in (".bin", ".idx") else "check data.paths"
+    hint = f"give the prefix without its ending, {stem}" if suffix in (".bin", ".idx") else f"check {key}"
+    if inside := sorted(glob.glob(os.path.join(glob.escape(prefix), "*.idx"))):
+        hint = f"it is a folder: name the prefix in it, {inside[0].removesuffix('.idx')}"
     raise DataError(
-        f"data.paths entry {prefix} names no data: neither {prefix}.bin nor {prefix}.idx exists below {os.getcwd()}; "
+        f"{key} entry {prefix} names no data: neither {prefix}.bin nor {prefix}.idx exists below {os.getcwd()}; "
         f"{hint}, or write it with `moepp prepare` (demo data: `moepp prepare --demo`)"
     )
 

@@ -182,6 +182,9 @@ def test_validation_sets_are_checked_like_training_data(prefix: str, tmp_path: P
         return _refusal({"data__validation": {"wiki": [path]}} | changes, [prefix])
 
     short = write_indexed(tmp_path / "short", [[1, 2, 3]])
+    assert refused("none").startswith("data.validation.wiki entry none names no data")
+    folder = str(Path(prefix).parent)
+    assert f"it is a folder: name the prefix in it, {folder}/" in refused(folder)
     assert f"{short} (data.validation.wiki) has 3 tokens, fewer than one sequence" in refused(short)
     large = write_indexed(tmp_path / "large", [[500] * 40])
     assert f"{large} has token ids up to 500" in refused(large, model__vocab_size=180)
