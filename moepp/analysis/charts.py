@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from moepp.analysis.curves import AXES, Curve, Group, curves_of, group_runs
 from moepp.analysis.figures import Figure, Palette, compact, format_counts, legend
-from moepp.analysis.runs import Run, Series
+from moepp.analysis.runs import SPLIT_NAME, Run, Series
 from moepp.model.accounting import balanced_ffn_per_token, max_ffn_per_token
 
 if TYPE_CHECKING:
@@ -192,12 +192,16 @@ def _validation_sets(runs: Sequence[Run]) -> Figure | None:
     """Draw the named validation sets of a run."""
     if len(runs) > 1:
         return None
-    names = {name or "all": key for name, key in _validation_keys(runs[0]).items()}
+    names = {name or SPLIT_NAME: key for name, key in _validation_keys(runs[0]).items()}
     curves = [Curve(name, *runs[0].over(key, "tokens")) for name, key in names.items() if runs[0].series(key)]
-    if len(curves) < 2:
+    if not curves or list(names) == [SPLIT_NAME]:  # which is drawn beside the training loss
         return None
     ends = sorted((curve.y[-1], curve.label) for curve in curves)
-    caption = f"Easiest at the end: {ends[0][1]} ({ends[0][0]:.3f} nats); hardest: {ends[-1][1]} ({ends[-1][0]:.3f})."
+    caption = f"Ends at {ends[0][0]:.3f} nats per token."
+    if len(ends) > 1:
+        caption = (
+            f"Easiest at the end: {ends[0][1]} ({ends[0][0]:.3f} nats); hardest: {ends[-1][1]} ({ends[-1][0]:.3f})."
+        )
     labels = (TOKENS, "cross-entropy, nats per token")
     return curve_figure("validation-sets", "Loss by validation set", caption, curves, labels, ", ".join(names.values()))
 

@@ -189,7 +189,11 @@ def _experts_over_time(history: Sequence[RoutingSnapshot]) -> Figure | None:
     points = [one for one in history if one.share_LE.shape == last.share_LE.shape]
     if len(points) < 2:
         return None
+    moved, first = (
+        np.abs(after.share_LE - before.share_LE).sum(axis=1).mean() / 2 for before, after in (points[-2:], points[:2])
+    )
     points = points[:: -(-len(points) // _MAX_COLUMNS)]
+    points = points if points[-1] is last else [*points, last]
     keep = max(1, min(len(layers), _MAX_ROWS // len(names)))
     shown = sorted({round(n * (len(layers) - 1) / max(keep - 1, 1)) for n in range(keep)})
     share_PLE = np.stack([one.share_LE for one in points])[:, shown]
@@ -207,8 +211,6 @@ def _experts_over_time(history: Sequence[RoutingSnapshot]) -> Figure | None:
         axes.set_ylabel(f"layer; in each {', '.join(last.kinds)}")
         format_counts(axes.xaxis)
 
-    moved = np.abs(share_PLE[-1] - share_PLE[-2]).sum(axis=1).mean() / 2
-    first = np.abs(share_PLE[1] - share_PLE[0]).sum(axis=1).mean() / 2
     caption = (
         f"Between the last two snapshots {moved:.1%} of the choices moved to another expert, between the first two "
         f"{first:.1%} (mean over layers)."

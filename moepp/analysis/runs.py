@@ -30,6 +30,9 @@ _NOT_COMPARED = re.compile(
     r"(run\.(name|dir|seed|resume)|data\.cache_dir|logging\..*|checkpoint\..*|train\.log_interval)"
 )
 
+SPLIT_NAME = "data.paths"
+"""What the validation part of ``data.paths`` is called beside sets of ``data.validation``, whose names have no dot."""
+
 
 @dataclass(frozen=True)
 class Series:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ _SHOWN = {
     "throughput/tokens_per_second": "{:,.0f} tokens/s",
     "throughput/mfu": "MFU {:.1%}",
 }
+_OWN_EVALUATION = re.compile(r"eval/(.+/(?!perplexity$)(?!\w*_stderr)[^/]+)")  # perplexities follow from losses
 _BAR_SHOWS = ("train/loss", "eval/loss", "throughput/tokens_per_second", "routing/ffn_per_token")
 
 
@@ -42,6 +44,7 @@ class LineSink:
 
     def log(self, record: Mapping[str, float], step: int, tokens: int) -> None:
         parts = [f"step {step}/{self._total_steps}", f"{tokens:,} tokens", *_format(record, _SHOWN)]
+        parts += _own_evaluations(record)
         # Estimated over the whole run so far, so that evaluations and checkpoints are counted in.
         if step > self._start_step and step < self._total_steps:
             seconds_per_step = (self._clock() - self._start) / (step - self._start_step)
@@ -77,6 +80,12 @@ class BarSink:
 
     def close(self) -> None:
         self._bar.close()
+
+
+def _own_evaluations(record: Mapping[str, float]) -> list[str]:
+    """Return what validation sets and benchmarks with names of their own say: all that some records hold."""
+    names = (match for name in record if (match := _OWN_EVALUATION.fullmatch(name)))
+    return [f"eval {match[1].replace('/', ' ')} {record[match[0]]:.4f}" for match in names]
 
 
 def _format(record: Mapping[str, float], names: Mapping[str, str] | tuple[str, ...]) -> list[str]:

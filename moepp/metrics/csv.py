@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,5 +55,10 @@ class CsvSink:
 def _rows(columns: list[str], records: list[dict[str, Any]]) -> bytes:
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writerows({name: "" if value is None else value for name, value in record.items()} for record in records)
+    writer.writerows({name: _cell(value) for name, value in record.items()} for record in records)
     return text.getvalue().encode()
+
+
+def _cell(value: Any) -> Any:
+    """Return a value, or nothing where there is no number: metrics.jsonl has no NaN and no infinity either."""
+    return "" if value is None or (isinstance(value, float) and not math.isfinite(value)) else value

@@ -89,12 +89,14 @@ class SinkGroup:
 
         ``offset``: global batches left out by rewinds so far; with it, W&B's steps go on increasing.
         """
-        self._check()
-        for sink in self._sinks:
+
+        def take(sink: Sink) -> None:
             if isinstance(sink, JsonlSink | RoutingSink | CsvSink | TensorBoardSink):
                 sink.rewind(step)
             elif isinstance(sink, WandbSink):
                 sink.step_offset = offset
+
+        self._pass(step, take)
 
     def sync(self) -> None:
         """Force what metrics.jsonl and routing.jsonl have to the disk."""

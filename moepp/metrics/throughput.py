@@ -84,6 +84,10 @@ class Throughput:
         self._tokens = 0
         self._start = clock()
 
+    def begin(self) -> None:
+        """Start the first interval: what was done before, such as reading a checkpoint, is no training."""
+        self._tokens, self._start = 0, self._clock()
+
     def add(self, tokens: int) -> None:
         """Count ``tokens`` trained on, over all ranks."""
         self._tokens += tokens

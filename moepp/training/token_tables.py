@@ -36,9 +36,10 @@ def write_token_tables(trainer: Trainer, run_path: Path) -> None:
         logger.info("no tables of tokens are written: there are no held-out batches (train.eval_batches=0)")
         return
     from moepp.analysis import token_tables
+    from moepp.analysis.runs import SPLIT_NAME
 
     sets = trainer.validation_sets
-    views = {name or "validation": view_tokens(trainer, name, MOST_TOKENS // len(sets)) for name in sets}
+    views = {name or SPLIT_NAME: view_tokens(trainer, name, MOST_TOKENS // len(sets)) for name in sets}
     comm.on_first_rank(lambda: _write_and_log(trainer, views, run_path / token_tables.FOLDER))
 
 

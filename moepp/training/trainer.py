@@ -104,6 +104,7 @@ class Trainer:
         run_dir = self.parts.checkpointer.checkpoints.parent
         profiler = StepProfiler(self.cfg.profile, run_dir, self.groups.rank)
         self.model.train()
+        self.parts.throughput.begin()
         with closing(self.batches):
             while self.step < train.steps:
                 step = self.step

@@ -17,6 +17,7 @@ import pytest
 from moepp.errors import RunError
 from moepp.metrics import SinkGroup, close_logging, setup_logging
 from moepp.metrics.console import BarSink, LineSink
+from moepp.metrics.csv import CsvSink
 from moepp.metrics.jsonl import JsonlSink, read_records
 from moepp.metrics.sinks import Record
 
@@ -340,6 +341,30 @@ def test_line_shows_progress_and_the_time_left(caplog: pytest.LogCaptureFixture)
     )
     assert "eval loss 5.5000" in caplog.messages[1]
     assert "ETA" not in caplog.messages[2]
+
+
+def test_line_shows_every_named_validation_set_and_benchmark(caplog: pytest.LogCaptureFixture) -> None:
+    sink = LineSink(total_steps=2, clock=lambda: 0.0)
+    record = {"eval/wiki/loss": 5.5, "eval/wiki/perplexity": 244.7, "eval/sciq/acc": 0.25, "eval/sciq/acc_stderr": 0.1}
+    with caplog.at_level(logging.INFO, logger="moepp"):
+        sink.log(record, 2, 128)
+    assert caplog.messages == ["step 2/2 | 128 tokens | eval wiki loss 5.5000 | eval sciq acc 0.2500"]
+
+
+def test_table_that_cannot_be_rewound_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.csv"
+    with SinkGroup([JsonlSink(tmp_path / "metrics.jsonl"), CsvSink(tmp_path)]) as sinks:
+        sinks.log({"a": 1.0}, 1, 1)
+        sinks.log({"a": math.nan}, 2, 2)
+        assert path.read_text().splitlines() == ["step,tokens,a", "1,1,1.0", "2,2,"]
+        path.unlink()
+        path.mkdir()
+        sinks.rewind(1, 1)
+        sinks.log({"a": 3.0}, 2, 2)
+    assert [message.partition(":")[0] for message in caplog.messages] == [
+        "CsvSink failed at step 1 and gets no more records"
+    ]
+    assert [record["a"] for record in read_records(tmp_path / "metrics.jsonl")] == [1, 3]
 
 
 def test_bar_shows_step_loss_speed_and_ffn_experts_per_token() -> None:

@@ -18,6 +18,8 @@ class Clock:
 def test_rates_cover_the_interval_without_paused_time() -> None:
     clock = Clock()
     meter = Throughput(num_devices=4, peak_flops=1000.0, clock=clock)
+    clock.now += 1000  # a checkpoint is read
+    meter.begin()
     meter.add(300)
     clock.now += 2
     with meter.paused():
