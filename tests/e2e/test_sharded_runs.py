@@ -10,6 +10,8 @@ import pytest
 from safetensors.torch import load_file
 
 from moepp.cli.main import main
+from tests.data_files import write_word_tokenizer
+from tests.evaluation_cases import write_benchmarks
 from tests.train_processes import TrainServer, checkpoint_names, records
 
 ZERO_1 = ["engine.name=native", "parallel.zero_stage=1", "parallel.expert=2"]
@@ -58,6 +60,36 @@ def test_run_that_changes_its_engine_is_the_run_of_one_process(
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():
         assert (tensor - weights[1][name]).norm() <= 1e-4 * tensor.norm(), name
+
+
+SPLIT = {
+    "zero-1": ZERO_1,
+    "fsdp": FSDP,
+    "pipeline": ["engine.name=native", "parallel.pipeline=2", "train.micro_batch_size=2"],
+    "tensor": ["engine.name=native", "parallel.tensor=2", "parallel.expert=2"],
+    "context": ["engine.name=native", "parallel.context=2"],
+}
+
+
+@pytest.mark.parametrize("layout", SPLIT)
+def test_commands_read_what_a_split_model_saved(
+    server: TrainServer, corpus: str, tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The export is read by other code than the checkpoint, and both say the same in one process."""
+    server.train(tmp_path / "run", 2, [corpus, *SPLIT[layout], "train.steps=2", "model.init_std=0.2"])
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "exported"), "--format", "moepp"]) == 0
+    tokenizer = ["--tokenizer", str(write_word_tokenizer(tmp_path / "tokenizer.json", 62))]
+    data = ["--tasks", "sciq", "--data", str(write_benchmarks(tmp_path / "benchmarks", 3))]
+    texts, results = [], []
+    for name in ("run", "exported"):
+        place, file = str(tmp_path / name), tmp_path / f"{name}.json"
+        capsys.readouterr()
+        assert main(["generate", place, "--prompt", "w1 w2", "--max-new-tokens", "20", *tokenizer]) == 0
+        texts.append(capsys.readouterr().out)
+        assert main(["eval", place, *data, *tokenizer, "--output", str(file)]) == 0
+        results.append(json.loads(file.read_text()))
+    assert texts[0] == texts[1] and len(texts[0].split()) > 10
+    assert results[0]["results"] == results[1]["results"] != []
 
 
 def test_fsdp_refuses_what_one_rank_would_have_to_run_alone(server: TrainServer, corpus: str, tmp_path: Path) -> None:
