@@ -91,7 +91,8 @@ def panel(run: Run, now: float | None = None, width: int = 100) -> RenderableTyp
     if (layers := _layers(run, width)) is not None:
         parts.append(layers)
     parts += [Text(_ranks(run)), Text(_saved(run, now))]
-    parts += [Text(line, style="yellow") for line in warnings_of(run)]
+    broken = [note for note in run.notes if "not finite" in note]  # "last" is then not of the last record
+    parts += [Text(line, style="yellow") for line in (*broken, *warnings_of(run))]
     return Group(*parts)
 
 

@@ -109,6 +109,14 @@ def rendered(view: object) -> str:
     return stream.getvalue()
 
 
+def test_values_that_are_not_finite_are_said(tmp_path):
+    path = make_run(tmp_path, "one")
+    assert "not finite" not in shown(path)
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 50, "tokens": 5000, "train/loss": null}\n')
+    assert "train/loss is not finite in 1 of" in shown(path)
+
+
 def test_time_left_follows_the_newest_throughput(tmp_path):
     run = read_run(make_run(tmp_path, "one"))
     run = type(run)(run.path, run.records, {"train": {"steps": 60}}, run.config)
