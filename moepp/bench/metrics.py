@@ -92,10 +92,11 @@ def _compare(_rank: int, _world_size: int, options: Options) -> list[Record]:
         steps = _make_steps(options, Path(folder))
         times: dict[str, list[float]] = {name: [] for name in steps}
         clock = clock_for(options.device, torch.get_num_threads())
+        names = list(steps)
         for turn in range(2 + options.rounds):
-            for name, step in steps.items():
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:  # none always follows the same one
                 start = clock()
-                step()
+                steps[name]()
                 if turn >= 2:
                     times[name].append(clock() - start)
     return _rows(times, options.log_interval)
