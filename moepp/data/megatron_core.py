@@ -23,7 +23,7 @@ class _Package(ModuleType):
             raise AttributeError(name)
         if importlib.util.find_spec(f"{NAME}.{name}") is not None:
             return importlib.import_module(f"{NAME}.{name}")
-        self.__class__ = ModuleType
+        self.__class__ = ModuleType  # pyright: ignore[reportAttributeAccessIssue]  # a plain module from here on
         spec = self.__spec__
         assert spec is not None and spec.loader is not None
         spec.loader.exec_module(self)

@@ -52,8 +52,9 @@ def write_zero_state(model: nn.Module, optimizer: Any, optim: OptimConfig, fetch
 
 def own_zero_parts(model: nn.Module) -> Iterator[OwnPart]:
     """Yield this rank's partition of each parameter, after the gradients are summed and before the step."""
+    parameter: Any  # DeepSpeed puts attributes of its own on parameters
     for name, parameter in model.named_parameters():
-        mapping: Any = getattr(parameter, "_hp_mapping", None)
+        mapping = getattr(parameter, "_hp_mapping", None)
         if mapping is None:  # all of it lies in other ranks' partitions
             continue
         gradient = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
