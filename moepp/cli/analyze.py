@@ -166,11 +166,14 @@ def _prefixes(args: argparse.Namespace, found: FoundModel) -> list[str]:
         return args.data
     if found.run_config is None:
         raise ConfigError(f"{found.subject.source} names no data; give --data PREFIX, as moepp prepare wrote it")
-    return list(found.run_config.data.paths)
+    data = found.run_config.data
+    if data.evaluates_split:
+        return list(data.paths)
+    return list(dict.fromkeys(prefix for prefixes in data.validation.values() for prefix in prefixes))
 
 
 def _sequences(prefix: str, found: FoundModel, length: int, num_tokens: int) -> np.ndarray:
-    """Whole sequences of the data's validation part (of all of it, where that is too short or it is no run's data)."""
+    """Whole sequences of the validation part of ``data.paths``, or of all of other data, as those of a named set."""
     import numpy as np
 
     from moepp.data.indexed import open_indexed
@@ -178,13 +181,14 @@ def _sequences(prefix: str, found: FoundModel, length: int, num_tokens: int) -> 
     file = open_indexed(prefix)
     cfg = found.run_config
     is_own = cfg is not None and prefix in cfg.data.paths
+    if cfg is not None and not cfg.data.evaluates_split:  # what is in a named set was held out, whatever else it is
+        is_own = is_own and all(prefix not in paths for paths in cfg.data.validation.values())
     tokens_T = file.tokens_of_split(cfg.data.split, "valid") if cfg is not None and is_own else file.tokens_T()
     count = min(len(tokens_T) - 1, num_tokens) // length
     if count < 1:
         what = "validation tokens" if is_own else "tokens"
-        raise DataError(
-            f"{prefix} has {len(tokens_T)} {what}, fewer than one sequence of {length} + 1; lower --seq-len"
-        )
+        remedy = "lower --seq-len" if len(tokens_T) > 1 else "name other data with --data PREFIX"
+        raise DataError(f"{prefix} has {len(tokens_T)} {what}, fewer than one sequence of {length} + 1; {remedy}")
     if tokens_T[: count * length + 1].max() >= found.cfg.vocab_size:
         raise DataError(
             f"{prefix} has token ids beyond the model's vocabulary of {found.cfg.vocab_size}; give its data"

@@ -125,6 +125,9 @@ def _loss_section(records: Records, unigram_entropy: float | None) -> str:
     train, evaluation = _last_with(records, "train/loss"), _last_with(records, "eval/loss")
     if train is not None:
         lines.append(f"- training loss: {train['train/loss']:.4f} nats per token at step {train['step']:,}")
+    lines += [f"- validation loss of {name}: {loss:.4f} nats per token" for name, loss in _named_sets(records)]
+    if evaluation is None and len(lines) > 2 + (train is not None):
+        return "\n".join(lines)
     if evaluation is None:
         lines.append("- validation loss: not measured (train.eval_batches=0, or no evaluation yet)")
         return "\n".join(lines)
@@ -135,6 +138,13 @@ def _loss_section(records: Records, unigram_entropy: float | None) -> str:
         margin = unigram_entropy - loss
         lines.append(f"- {_verdict(margin, evaluation['tokens'])}")
     return "\n".join(lines)
+
+
+def _named_sets(records: Records) -> list[tuple[str, float]]:
+    """Return the last loss of each set of ``data.validation``, by name."""
+    names = dict.fromkeys(name for record in records for name in record if re.fullmatch(r"eval/[\w-]{1,64}/loss", name))
+    last = {name: record[name] for name in names if (record := _last_with(records, name)) is not None}
+    return [(name.split("/")[1], loss) for name, loss in last.items()]
 
 
 def _verdict(margin: float, tokens: int) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,6 +14,8 @@ import pytest
 
 from moepp.cli import analyze as command
 from moepp.cli.main import main
+from moepp.config import DataConfig
+from moepp.errors import DataError
 from tests.data_files import write_indexed, write_word_tokenizer
 from tests.official_cases import released_config, released_tensors, write_released
 
@@ -104,3 +109,14 @@ def test_what_cannot_be_measured_is_said_before_anything_is_written(place, monke
     assert code == 2
     assert message in capsys.readouterr().err
     assert not (place / "o").exists()
+
+
+def test_named_sets_are_read_whole_where_the_data_have_no_validation_part(place):
+    ours, other = str(place / "text"), str(place / "other")
+    data = DataConfig((ours,), 8, split="1,0,0", validation={"a": (ours,), "b": (other, ours)})
+    found: Any = SimpleNamespace(run_config=SimpleNamespace(data=data), cfg=SimpleNamespace(vocab_size=40))
+    assert command._prefixes(argparse.Namespace(data=None), found) == [ours, other]
+    assert len(command._sequences(ours, found, 8, 24)) == 3
+    found.run_config.data = replace(data, validation={"b": (other,)})
+    with pytest.raises(DataError, match=r"text has 0 validation tokens.*; name other data with --data PREFIX"):
+        command._sequences(ours, found, 8, 24)

@@ -90,6 +90,10 @@ def test_samples_and_places_are_listed() -> None:
         ([{"step": 1, "tokens": 2, "train/loss": 3.0}], "No routing metrics"),
         ([{"step": 1, "tokens": 2, "train/loss": 3.0}], "validation loss: not measured"),
         ([{"step": 1, "tokens": 2, "eval/loss": None, "train/loss": None}], "validation loss: not measured"),
+        (
+            [{"step": 1, "tokens": 2, "eval/wiki/loss": 3.25}],
+            "## Loss\n\n- validation loss of wiki: 3.2500 nats per token\n\n",
+        ),
     ],
 )
 def test_missing_metrics_are_said_to_be_missing(records: list[dict[str, Any]], said: str) -> None:
