@@ -55,7 +55,7 @@ def _stage_chart(runs: Sequence[Run]) -> Figure | None:
             left = [sum(pair) for pair in zip(left, values, strict=True)]
         axes.set_yticks(range(len(medians)), [run.name for run, _ in medians])
         axes.set_ylim(len(medians) - 0.3, -0.7)
-        axes.set_xlabel("milliseconds per optimizer step, mean over ranks, median over records")
+        axes.set_xlabel("milliseconds per step: mean of ranks, median of records")
         legend(axes)
 
     parts = []
