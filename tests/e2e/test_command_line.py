@@ -144,7 +144,7 @@ def test_python_trains_in_one_process_into_a_complete_run_directory(one_process)
     media = {path.name.split("_")[0] for path in run_dir.glob("wandb/offline-run-*/files/media/*/*/*")}
     assert media >= {"experts", "ffn", "types", "positions", "frequencies", "losses", "kinds", "text"}
     rows = pq.read_table(run_dir / "tokens/kinds.parquet").to_pylist()
-    assert [row["layer"] for row in rows] == [0, 1] and {row["source"] for row in rows} == {"validation"}
+    assert [row["layer"] for row in rows] == [0, 1] and {row["source"] for row in rows} == {"data.paths"}
     assert all(sum(row[kind] for kind in ("ffn", "constant", "copy", "zero")) == pytest.approx(1) for row in rows)
     assert all(record["comm/dispatch_bytes"] == 0 for record in records if "train/loss" in record)
 
