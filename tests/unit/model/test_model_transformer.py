@@ -178,6 +178,7 @@ def test_tied_model_has_no_second_table():
 def test_recompute_changes_neither_gradients_nor_statistics(name):
     cfg = dataclasses.replace(CONFIGS[name], moe=dataclasses.replace(CONFIGS[name].moe, capacity_factor=0.7))
     model, ids_BS = make_model(cfg, torch.float32), make_ids()
+    model.set_observed(True)
     results, stored = [], []
     for recompute in (False, True):
         model.set_recompute(recompute)
