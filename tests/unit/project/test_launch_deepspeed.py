@@ -53,6 +53,14 @@ def start(project: Path) -> subprocess.Popen[bytes]:
     )
 
 
+def command_line(process: psutil.Process) -> list[str]:
+    """Its arguments; none if it has just ended."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
 def wait_for(*paths: Path) -> None:
     deadline = time.monotonic() + LIMIT_SECONDS
     while not all(path.exists() for path in paths):
@@ -65,7 +73,7 @@ def check_end(process: subprocess.Popen[bytes], project: Path, family: list[psut
     try:
         assert process.wait(LIMIT_SECONDS) == code, (project / "log").read_text()
         psutil.wait_procs(family, 5)
-        assert [child.cmdline() for child in family if child.is_running()] == []
+        assert not any(command_line(child) for child in family if child.is_running())
     finally:
         for child in family:
             if child.is_running():
@@ -87,7 +95,7 @@ def test_signal_reaches_each_process_once_and_the_exit_code_is_theirs(project: P
 def test_signal_before_the_processes_exist_is_not_lost(project: Path) -> None:
     process = start(project)
     deadline = time.monotonic() + LIMIT_SECONDS
-    while not (family := [p for p in psutil.Process(process.pid).children(True) if "runner" in str(p.cmdline())]):
+    while not (family := [p for p in psutil.Process(process.pid).children(True) if "runner" in str(command_line(p))]):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
