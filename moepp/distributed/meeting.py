@@ -89,14 +89,15 @@ def _in_time(connect: Callable[[], Store], seconds: float) -> Store:
     """Return what ``connect`` does. torch's own limit does not hold where something takes connections and is silent.
 
     Raises:
-        RuntimeError: as ``connect``; or it has not returned in twice the time, and waits on in its thread.
+        Exception: as ``connect``.
+        RuntimeError: it has not returned in twice the time, and waits on in its thread.
     """
-    outcome: queue.SimpleQueue[Store | RuntimeError] = queue.SimpleQueue()
+    outcome: queue.SimpleQueue[Store | Exception] = queue.SimpleQueue()
 
     def run() -> None:
         try:
             outcome.put(connect())
-        except RuntimeError as error:
+        except Exception as error:  # all of them: one that stayed here would look like silence
             outcome.put(error)
 
     threading.Thread(target=run, name="connect", daemon=True).start()
@@ -104,7 +105,7 @@ def _in_time(connect: Callable[[], Store], seconds: float) -> Store:
         found = outcome.get(timeout=2 * seconds)
     except queue.Empty:
         raise RuntimeError("what listens there does not answer") from None
-    if isinstance(found, RuntimeError):
+    if isinstance(found, Exception):
         raise found
     return found
 
