@@ -42,6 +42,16 @@ def main() -> int:
         except subprocess.TimeoutExpired:
             if early and _training_processes(launcher.pid):
                 pass_on(early.pop(0))
+    return _shell_code(code)
+
+
+def _shell_code(code: int) -> int:
+    """Return the exit code by which a shell tells the same end: 128 + n for signal n.
+
+    The launcher leaves with the code that Popen has for its processes, -n for signal n, of which 256 - n arrives.
+    """
+    if code > 256 - signal.NSIG:
+        code -= 256
     return code if code >= 0 else 128 - code
 
 

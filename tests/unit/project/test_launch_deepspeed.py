@@ -32,6 +32,8 @@ for name in ("SIGTERM", "SIGUSR1"):
 (folder / f"ready-{os.environ['RANK']}").touch()
 for _ in range(600):
     time.sleep(0.1)
+    if (folder / "die").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -89,6 +91,13 @@ def test_signal_reaches_each_process_once_and_the_exit_code_is_theirs(project: P
     process.send_signal(number)
     check_end(process, project, family, 75)
     assert [(project / f"signals-{rank}").read_text() for rank in (0, 1)] == [f"{number.name} "] * 2
+
+
+@pytest.mark.slow
+def test_processes_that_are_killed_give_the_exit_code_of_a_shell(project: Path) -> None:
+    (project / "die").touch()
+    process = start(project)
+    assert process.wait(LIMIT_SECONDS) == 128 + signal.SIGKILL, (project / "log").read_text()
 
 
 @pytest.mark.slow
