@@ -68,9 +68,21 @@ class TensorFolder:
             )
 
     def read(self, key: str, row: int | None = None) -> Tensor:
-        """Return the tensor, or ``tensor[row]`` alone, on the CPU in the dtype of the file."""
+        """Return the tensor, or ``tensor[row]`` alone, on the CPU in the dtype of the file.
+
+        Raises:
+            CheckpointError: it cannot be read, or holds a number that is not finite in fp32.
+        """
         file = self._files[key]
-        return _explain(file.path, lambda: file.read(key, row))
+        tensor = _explain(file.path, lambda: file.read(key, row))
+        in_range = tensor.float() if tensor.dtype == torch.float64 else tensor
+        if not in_range.isfinite().all():
+            count = in_range.numel() - int(in_range.isfinite().sum())
+            raise CheckpointError(
+                f"{file.path}: {printable(key, 100)} holds {count:,} of {tensor.numel():,} numbers that are NaN, "
+                "infinite or beyond fp32; copy the file again, or take weights of an earlier step"
+            )
+        return tensor
 
 
 class _SafetensorsFile:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from moepp.cli.main import main
 from moepp.errors import CheckpointError, MoeppError
@@ -313,3 +313,20 @@ def test_import_of_a_bad_folder_is_one_line(tmp_path: Path, capsys: pytest.Captu
     set_key(folder, "num_hidden_layers", 10**9)
     assert main(["import", str(folder), str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [("nan", torch.bfloat16), ("inf", torch.float32), ("-inf", torch.float16), ("1e300", torch.float64)],
+)
+def test_numbers_that_are_not_finite_are_named(
+    folder: Path, value: str, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = {key: tensor.to(dtype) for key, tensor in load_file(folder / "model.safetensors").items()}
+    key = sorted(tensors)[-1]
+    tensors[key].view(-1)[-2] = float(value)
+    save_file(tensors, folder / "model.safetensors")
+    assert main(["import", str(folder), str(folder / "run")]) == 2
+    message = capsys.readouterr().err.strip()
+    assert "\n" not in message and f"{key} holds 1 of" in message
+    assert not any((folder / "run/checkpoints").iterdir())
