@@ -7,6 +7,7 @@ import errno
 import glob
 import hashlib
 import os
+import resource
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -105,6 +106,8 @@ def explained(error: Exception, folder: str) -> MoeppError:
     if cause is None or cause.errno is None:
         if cause is not None and free_bytes is not None and free_bytes < NEARLY_FULL_BYTES:
             return write_error(errno.ENOSPC, folder)  # numpy does not pass on what the system said
+        if cause is not None and resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY:
+            return write_error(errno.EFBIG, folder)
         room = "" if free_bytes is None else f", {free_bytes / 1e6:,.0f} MB free there"
         return DataError(
             f"cannot use the dataset indices cached in {folder} ({printable(cause or error, 200)}{room}); delete that "

@@ -26,6 +26,7 @@ from moepp.data.tokenizer import Tokenizer
 from moepp.errors import DataError, MoeppError
 from moepp.io.files import make_folder
 from moepp.io.untrusted import printable
+from moepp.io.write_errors import write_error
 
 # A batch of documents for one worker: long enough to outweigh the hand-over, short enough for the progress bar.
 BATCH_CHARACTERS = 1 << 19
@@ -83,9 +84,7 @@ def prepare(inputs: Sequence[str], options: PrepareOptions, say: Callable[[str],
         except MoeppError:
             raise
         except OSError as error:
-            raise DataError(
-                f"cannot write {options.output}: {error.strerror}; free space, or choose another --output"
-            ) from error
+            raise write_error(error.errno, options.output) from error
 
 
 def _check_options(options: PrepareOptions) -> None:

@@ -170,11 +170,19 @@ def test_full_disk_and_the_limit_of_open_files_are_one_line_and_the_next_start_w
     assert len(_outcome(_start(_stream, prefix, folder, 4))) == 4 * 8
 
 
-@pytest.mark.parametrize(("free", "expected"), [(0, "the disk is full"), (1 << 40, "1,099,512 MB free there")])
-def test_a_write_that_fails_without_a_reason_names_the_room_that_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, expected: str
+@pytest.mark.parametrize(
+    ("free", "largest_file", "expected"),
+    [
+        (0, resource.RLIM_INFINITY, "the disk is full"),
+        (1 << 40, resource.RLIM_INFINITY, "1,099,512 MB free there"),
+        (1 << 40, 1 << 20, "raise the limit (ulimit -f)"),
+    ],
+)
+def test_a_write_that_fails_without_a_reason_names_the_room_or_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, largest_file: int, expected: str
 ) -> None:
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": free}))
+    monkeypatch.setattr(cache.resource, "getrlimit", lambda _: (largest_file, resource.RLIM_INFINITY))
     hidden = Exception("see above")
     hidden.__cause__ = OSError("1000 requested and 0 written")  # numpy's words
     message = str(cache.explained(hidden, str(tmp_path)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,14 +94,18 @@ def test_output_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFix
     assert "cannot write" in error and "choose a folder you may write to" in error
 
 
-def test_full_disk_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("number", "remedy"), [(errno.ENOSPC, "free space at"), (errno.EFBIG, "ulimit -f"), (errno.EDQUOT, "remove files")]
+)
+def test_failed_write_is_one_line_with_the_remedy_for_its_cause(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
 ) -> None:
-    def no_space(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("os.fsync", no_space)
-    assert "No space left on device; free space" in _run(tmp_path, capsys, "--output", str(tmp_path / "out"))
+    monkeypatch.setattr("os.fsync", fail)
+    error = _run(tmp_path, capsys, "--output", str(tmp_path / "out"))
+    assert error.startswith(f"error: cannot write {tmp_path}/out: ") and remedy in error
     assert not list(tmp_path.glob("out*")) and not list(tmp_path.glob(".*"))
 
 
