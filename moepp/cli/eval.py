@@ -1,6 +1,6 @@
 """Evaluate a run, a checkpoint or a folder of weights on the paper's benchmarks, through lm-evaluation-harness.
 
-Several processes share the requests: `torchrun --nproc_per_node 2 -m moepp.cli eval RUN --expert-parallel 2`.
+Several processes share the requests: `torchrun --nproc_per_node 2 -m moepp eval RUN --expert-parallel 2`.
 """
 
 from __future__ import annotations

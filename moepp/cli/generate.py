@@ -1,6 +1,6 @@
 """Continue a prompt with a run, a checkpoint or a folder of weights, and print the text as it comes.
 
-A run whose experts need several processes: `torchrun --nproc_per_node 2 -m moepp.cli generate RUN --prompt ...
+A run whose experts need several processes: `torchrun --nproc_per_node 2 -m moepp generate RUN --prompt ...
 --expert-parallel 2`.
 """
 

@@ -1,6 +1,6 @@
 """Make a run directory from released or exported weights, to be trained further, evaluated or sampled from.
 
-Several processes share the experts: `torchrun --nproc_per_node 4 -m moepp.cli import FOLDER RUN_DIR parallel.expert=4`.
+Several processes share the experts: `torchrun --nproc_per_node 4 -m moepp import FOLDER RUN_DIR parallel.expert=4`.
 """
 
 from __future__ import annotations

@@ -91,12 +91,12 @@ def test_options_of_two_calls_do_not_count_as_given_twice(capsys):
 
 
 def test_reader_of_a_pipe_may_leave_early():
-    command = f"set -o pipefail; {sys.executable} -m moepp.cli --help | true"
+    command = f"set -o pipefail; {sys.executable} -m moepp --help | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
     assert "Traceback" not in done.stderr
 
 
 def test_the_package_runs_as_a_program_for_launchers():
-    done = subprocess.run([sys.executable, "-m", "moepp.cli", "--help"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-m", "moepp", "--help"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "__main__" not in done.stdout
     assert all(f"  {name} " in done.stdout for name in commands())

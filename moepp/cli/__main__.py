@@ -1,6 +1,0 @@
-"""``python -m moepp.cli`` and ``torchrun -m moepp.cli``: the console script without its name on PATH."""
-
-from moepp.cli.main import main
-
-if __name__ == "__main__":
-    raise SystemExit(main())
