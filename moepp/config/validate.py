@@ -39,10 +39,4 @@ def validate(cfg: Config, world_size: int) -> RunPlan:
         require(
             not late, f"profile.{key}={list(values)} names {late}, beyond {what}: no trace would be written; lower it"
         )
-    shared = {key: getattr(cfg.parallel, key) for key in ("tensor", "context") if getattr(cfg.parallel, key) > 1}
-    require(
-        not (cfg.runtime.compile and shared),
-        f"runtime.compile=true does not go with {' and '.join(f'parallel.{key}={n}' for key, n in shared.items())}: "
-        "attention then talks to other ranks, which is not compiled; set runtime.compile=false",
-    )
     return plan

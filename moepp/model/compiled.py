@@ -6,6 +6,7 @@ Compiled parts share the model's parameters, whose names stay.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from moepp.distributed.sequence import SequenceParallel
 from moepp.errors import ConfigError
 from moepp.model.transformer import Transformer, TransformerLayer
 from moepp.ops import multiplies_in_float32
@@ -25,20 +27,35 @@ def compile_dense_parts(model: Transformer, backend: str | Callable[..., Any] = 
     """Compile the model's dense parts in place; each is compiled at its first call.
 
     All layers share what was compiled. A new batch size compiles once more, for any size; after torch's limit of such
-    attempts the part runs uncompiled. With a cache of keys and values attention is never compiled.
+    attempts the part runs uncompiled. With a cache of keys and values attention is never compiled. Where ranks share
+    sequences, what attention says to other ranks is not compiled, but what lies between.
 
     Args:
         backend: of ``torch.compile``.
     """
     multiplies_in_float32(next(model.parameters()))  # found out now, not while torch traces
+    between = _left_uncompiled(model.sequence)  # one for all layers: each other object would be compiled for
     for layer in model.layers:
         if not isinstance(layer, TransformerLayer):
             continue  # held by another rank
+        layer.self_attn.sequence = between
         layer.compiled_attend = torch.compile(layer.attend, backend=backend)
         if not layer.is_moe:
             layer.mlp.compile(backend=backend)
     if model.part.has_head:
         model.norm.compile(backend=backend)
+
+
+def _left_uncompiled(sequence: SequenceParallel) -> SequenceParallel:
+    """Return the same, whose collectives run as they are while what lies between them is compiled."""
+    if sequence.size == 1:
+        return sequence
+    left = copy.copy(sequence)
+    names = ("gather_tensor", "sum_scatter_tensor") if sequence.tensor_size > 1 else ()
+    names += ("gather_context", "scatter_heads", "gather_heads") if sequence.context_size > 1 else ()
+    for name in names:
+        object.__setattr__(left, name, torch.compiler.disable(getattr(sequence, name)))  # it is frozen
+    return left
 
 
 def require_compiler(device: torch.device) -> None:

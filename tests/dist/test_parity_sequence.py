@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
+from torch._dynamo.utils import counters
 
 from moepp.config import make_plan
 from moepp.distributed.groups import ParallelGroups
@@ -14,8 +17,10 @@ from moepp.distributed.layout import Layout as RankLayout
 from moepp.distributed.parameters import Placement
 from moepp.distributed.sequence import SequenceParallel
 from moepp.engine import native, norms
+from moepp.model.compiled import compile_dense_parts
 from moepp.model.transformer import Transformer
 from moepp.training.estimate import traffic
+from moepp.training.trainer import Trainer
 from tests.dist import WorkerPool
 from tests.parity import REFERENCE, TOLERANCE, Deviation, History, Layout, Setting, deviation, make_config, train
 
@@ -175,3 +180,44 @@ def test_mistake_shows(pools, reference, mistake, layout):
     observed = pools(layout.ranks).run(train, DROPLESS, layout, mistake)
     found: Deviation = deviation(reference(DROPLESS), observed[0])
     assert found.worst > 10 * TOLERANCE
+
+
+@contextlib.contextmanager
+def compiled(model: Transformer, groups: ParallelGroups) -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    compile_dense_parts(model, "aot_eager")
+    yield
+    torch._dynamo.reset()
+
+
+def train_for_weights(rank: int, layout: Layout, *how: Any) -> tuple[History, dict[str, torch.Tensor], int]:
+    weights: dict[str, torch.Tensor] = {}
+
+    def inspect(trainer: Trainer) -> None:
+        weights.update({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
+        weights["graphs"] = torch.tensor(counters["stats"]["unique_graphs"])  # before they are forgotten
+
+    setting = Setting("sgd", model=(*HEADS, ("num_layers", 4)), optim=(("warmup_steps", 0),), steps=2)
+    history = train(rank, setting, layout, *(how or (None,)), inspect)
+    return history, weights, int(weights.pop("graphs"))
+
+
+COMPILED = [
+    (Layout(2, 2, context=2, context_method="gather", recompute=True), 20),
+    (Layout(2, micro_batch=2, pipeline=2), 6),
+    (Layout(4, 4, tensor=2, context=2), 20),
+    pytest.param(Layout(2, 2, tensor=2, zero=1), 10, marks=pytest.mark.slow),
+    pytest.param(Layout(4, 2, pipeline=2, tensor=2, micro_batch=2), 20, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("layout", "most_graphs"), COMPILED, ids=str)
+def test_compiled_parts_train_as_uncompiled_ones(pools, layout, most_graphs):
+    """Losses, and all weights after two steps: every gradient. What is compiled serves all layers."""
+    pool = pools(layout.ranks)
+    plain, found = (pool.run(train_for_weights, layout, *how) for how in ((), (compiled,)))
+    for (wanted, wanted_weights, _), (history, weights, graphs) in zip(plain, found, strict=True):
+        assert 0 < graphs <= most_graphs
+        assert deviation(wanted, history).worst < TOLERANCE
+        torch.testing.assert_close(weights, wanted_weights, rtol=0, atol=TOLERANCE)
