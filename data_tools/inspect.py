@@ -9,6 +9,7 @@ from moepp.data.prepare.inspect import describe, unigram_entropy, verify
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Print what indexed files hold and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m data_tools.inspect", description=__doc__)
     parser.add_argument("prefix", metavar="PREFIX", help="indexed files, without .bin")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json, to show text and check the vocabulary")

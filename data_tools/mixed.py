@@ -14,6 +14,7 @@ from moepp.errors import ConfigError
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Download, clean and tokenise the corpus, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m data_tools.mixed", description=__doc__)
     parser.add_argument("--output", default=MIXED_FOLDER, metavar="FOLDER", help="default: %(default)s")
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, help="tokens (default: %(default)s)")

@@ -11,6 +11,7 @@ from moepp.data.prepare.train_tokenizer import DEFAULT_VOCAB_SIZE, train_tokeniz
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Train a tokenizer and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m data_tools.train_tokenizer", description=__doc__)
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder or glob")
     parser.add_argument("--output", required=True, metavar="FILE", help="tokenizer.json to write")

@@ -53,6 +53,7 @@ POLL_SECONDS = 1.0
 
 
 def main() -> int:
+    """Run the pieces of the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="python launch/study.py", description=__doc__)
     parser.add_argument("pieces", nargs="*", metavar="PIECE", help=f"default: all, {', '.join(PIECES)}")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), metavar="FOLDER", help="default: %(default)s")

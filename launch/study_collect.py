@@ -105,6 +105,7 @@ def _short(value: Any) -> Any:
 
 
 def write(name: str, rows: Rows) -> None:
+    """Write rows as a table in docs/study; columns in the order in which they first appear."""
     FOLDER.mkdir(exist_ok=True)
     with open(FOLDER / f"{name}.csv", "w", newline="") as stream:
         writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")

@@ -19,6 +19,7 @@ Rows = list[dict[str, Any]]
 
 
 def read(name: str) -> Rows:
+    """Return the rows of a table in docs/study."""
     with open(FOLDER / f"{name}.csv", newline="") as stream:
         return list(csv.DictReader(stream))
 
@@ -54,6 +55,7 @@ class Curve:
 
 
 def curves() -> dict[str, Curve]:
+    """Return the validation curve of every run."""
     found: dict[str, Curve] = {}
     for row in read("curves"):
         one = found.setdefault(row["run"], Curve(row["run"], [], [], [], [], [], []))
@@ -108,11 +110,13 @@ def title(name: str) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown, with the empty lines that it needs around it."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n"
 
 
 def number(value: float | None, pattern: str = "{:.3f}") -> str:
+    """Return a number as text with a true minus sign; a dash for none."""
     return "–" if value is None else pattern.format(value).replace("-", "−")
 
 
@@ -295,6 +299,7 @@ def _plot(name: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]
 
 
 def main() -> None:
+    """Draw the plots and fill the page's tables."""
     draw_plots()
     PAGE.write_text(filled(PAGE.read_text()))
 

@@ -75,11 +75,13 @@ class PlainLoop(nn.Module):
 
 
 def plain_loop(ours: MoELayer) -> Contestant:
+    """Return a loop over experts in plain torch, with our weights."""
     module = PlainLoop(ours)
     return Contestant(module, module)
 
 
 def mixtral(case: Case, ours: MoELayer, implementation: str) -> Contestant:
+    """Return the MoE block of transformers' Mixtral, with our weights; needs transformers."""
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -111,6 +113,7 @@ class _SwiGLU(nn.Module):
 
 
 def deepspeed(case: Case, ours: MoELayer) -> Contestant:
+    """Return DeepSpeed's MoE layer, with our weights; needs deepspeed."""
     from deepspeed.moe.layer import MoE
 
     module = MoE(
@@ -131,6 +134,7 @@ def deepspeed(case: Case, ours: MoELayer) -> Contestant:
 
 
 def megatron(case: Case, ours: MoELayer) -> Contestant:
+    """Return megatron-core's MoE layer, with our weights; needs megatron-core."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed

@@ -17,6 +17,7 @@ EXAMPLE = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
     from moepp.data.prepare.arguments import add_read_arguments
     from moepp.data.prepare.inputs import SUFFIXES
     from moepp.data.prepare.pipeline import MAX_LOST_SHARE
@@ -69,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run the command and return its exit code."""
     return _run_demo(args) if args.demo else _run_prepare(args)
 
 

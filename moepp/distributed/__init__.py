@@ -1,0 +1,1 @@
+"""Ranks: process groups, layouts, collectives, the exchange of tokens, and leaving together."""
