@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests are tiny and may run side by side
 
@@ -20,6 +21,7 @@ from moepp import cpu
 from moepp.errors import ConfigError
 from tests.devices import DEVICES, GPU, why_no_gpu
 from tests.dist import WorkerPool
+from tests.side_by_side import SideBySide
 
 TESTS = Path(__file__).parent
 # A bare pytest runs these of tests/dist and tests/e2e; the others start more processes than fit into its minutes.
@@ -109,3 +111,18 @@ def pool_2(pools: Callable[[int], WorkerPool]) -> WorkerPool:
 def pool_4(pools: Callable[[int], WorkerPool]) -> WorkerPool:
     """Four gloo ranks."""
     return pools(4)
+
+
+@pytest.fixture(scope="module")
+def _side_by_side() -> Iterator[SideBySide]:
+    cases = SideBySide()
+    yield cases
+    cases.close()
+
+
+@pytest.fixture
+def two_at_a_time(
+    request: pytest.FixtureRequest, _side_by_side: SideBySide
+) -> Callable[[str, Callable[[Any], Any]], Any]:
+    """``two_at_a_time(argument, work)``: what ``work`` gives for this case (see tests/side_by_side.py)."""
+    return lambda argument, work: _side_by_side.result(request.node, argument, work)

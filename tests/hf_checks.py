@@ -1,6 +1,6 @@
 """What an exported folder must do in transformers; also a program, for versions that are not the installed one.
 
-``python -m tests.hf_checks FOLDER`` reads ``FOLDER/expected.pt`` and raises on the first difference.
+``python -m tests.hf_checks FOLDER...`` reads each ``FOLDER/expected.pt`` and raises on the first difference.
 """
 
 from __future__ import annotations
@@ -86,5 +86,6 @@ def check_saving(model, ids: torch.Tensor, folder: Path) -> None:
 if __name__ == "__main__":
     import transformers
 
-    check_folder(Path(sys.argv[1]))
-    print("checked with", transformers.__version__)
+    for checked in map(Path, sys.argv[1:]):
+        check_folder(checked)
+        print(f"{checked.name}:{transformers.__version__}")

@@ -2,7 +2,7 @@
 
     run = server.start(run_dir, ranks=2, overrides=[...])    # server: fixture of tests/e2e, a TrainServer
     run.kill(1, signal.SIGKILL)                              # one rank, by number
-    codes = run.wait(60)                                     # exit code of each rank; -9 for SIGKILL, as in subprocess
+    codes = run.wait()                                       # exit code of each rank; -9 for SIGKILL, as in subprocess
 
 Each rank runs ``train.py`` as ``__main__`` with the environment that torchrun would give it, its output in
 ``run.output(rank)``. No launcher watches over the ranks, so what a rank does when another dies is its own doing.
@@ -34,7 +34,7 @@ from tests.faults import inject
 
 ROOT = Path(__file__).resolve().parents[1]
 START_LIMIT_SECONDS = 120.0
-RUN_LIMIT_SECONDS = 120.0
+RUN_LIMIT_SECONDS = 120.0  # a run of seconds, on a machine that is busy with other things
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 # A model and a batch as small as they can be while every part of a MoE++ layer is in use.
@@ -129,7 +129,7 @@ class TrainRun:
                 self.codes[rank] = code
         return self.codes
 
-    def wait(self, limit_seconds: float, ranks: Sequence[int] | None = None) -> list[int]:
+    def wait(self, ranks: Sequence[int] | None = None, limit_seconds: float = RUN_LIMIT_SECONDS) -> list[int]:
         """Exit codes of ``ranks`` (all), by rank.
 
         Raises:
@@ -157,7 +157,7 @@ class TrainRun:
         """Standard output and error of one rank."""
         return self.logs[rank].read_text(errors="replace") if self.logs[rank].exists() else ""
 
-    def wait_for(self, text: str, limit_seconds: float = 60.0, rank: int = 0) -> None:
+    def wait_for(self, text: str, limit_seconds: float = RUN_LIMIT_SECONDS, rank: int = 0) -> None:
         """Until ``text`` is in the output of a rank, or the rank ends without."""
         deadline = time.monotonic() + limit_seconds
         while text not in self.output(rank):
@@ -234,7 +234,7 @@ class TrainServer:
     ) -> TrainRun:
         """A run to its end, which must be ``exit_codes`` (all 0)."""
         run = self.start(run_dir, ranks, overrides, faults)
-        codes = run.wait(RUN_LIMIT_SECONDS)
+        codes = run.wait()
         outputs = "\n".join(f"--- rank {rank}:\n{run.output(rank)[-3000:]}" for rank in range(ranks))
         assert codes == list(exit_codes or [0] * ranks), f"exit codes {codes}\n{outputs}"
         return run
@@ -244,7 +244,7 @@ class TrainServer:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        return self._read(30.0)
+        return self._read(RUN_LIMIT_SECONDS)
 
     def close(self) -> None:
         """End all processes."""

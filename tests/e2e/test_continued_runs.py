@@ -149,7 +149,7 @@ def test_second_run_on_a_directory_is_refused(server: TrainServer, corpus: str, 
     assert f"is in use by process {first.pids[0]}" in error_lines(second.output(0))[0]
     assert first.poll() == {}
     first.kill(0, signal.SIGTERM)
-    assert first.wait(20) == [75, 75]
+    assert first.wait() == [75, 75]
     lines = records(tmp_path / "run")
     assert steps(lines) == list(range(1, len(lines) + 1))
 

@@ -27,7 +27,7 @@ def refused(
 ) -> TrainRun:
     start = time.monotonic()
     run = server.start(run_dir, ranks, [*NATIVE, *overrides], faults, differing)
-    codes = run.wait(LIMIT_SECONDS)
+    codes = run.wait(limit_seconds=LIMIT_SECONDS)
     assert codes == [2] * ranks, [run.output(rank) for rank in range(ranks)]
     assert time.monotonic() - start < LIMIT_SECONDS
     assert not run_dir.exists()
@@ -122,7 +122,7 @@ def test_invalid_configuration_of_one_rank_ends_all(server, corpus, tmp_path, ra
 
 def test_rank_killed_while_the_files_are_compared_is_named(server, corpus, tmp_path):
     run = server.start(tmp_path / "run", 3, [corpus, *NATIVE], [("die_in", 1, "moepp.training.run", "file_facts")])
-    assert run.wait(LIMIT_SECONDS) == [5, -9, 5]
+    assert run.wait(limit_seconds=LIMIT_SECONDS) == [5, -9, 5]
     for rank in (0, 2):
         assert re.search(r"rank 1( on \S+)? does not answer", run.output(rank)), run.output(rank)
 
@@ -130,7 +130,7 @@ def test_rank_killed_while_the_files_are_compared_is_named(server, corpus, tmp_p
 def test_rank_killed_before_it_comes_is_named(server, corpus, tmp_path):
     overrides = [corpus, *NATIVE, "parallel.timeout_seconds=3"]
     run = server.start(tmp_path / "run", 3, overrides, [("die_in", 1, "moepp.training.run", "start_facts")])
-    assert run.wait(LIMIT_SECONDS) == [5, -9, 5]
+    assert run.wait(limit_seconds=LIMIT_SECONDS) == [5, -9, 5]
     assert "rank 1 of 3 did not come to 127.0.0.1:" in run.output(0)
     assert "rank 1 of 3 did not come to 127.0.0.1:" in run.output(2)
 

@@ -49,7 +49,7 @@ def test_stop_signal_on_any_rank_saves_on_all_and_exits_for_requeueing(
     run.wait_for("step 5/")
     run.kill(rank, number)
     run.kill(rank, number)  # schedulers send it twice
-    assert run.wait(20) == [75, 75]
+    assert run.wait() == [75, 75]
     (name,) = checkpoint_names(tmp_path / "run")
     step = int(name.removeprefix("step-"))
     assert verify(tmp_path / "run/checkpoints" / name) == []
@@ -179,14 +179,14 @@ def test_endless_spikes_stop_the_run(server: TrainServer, corpus: str, tmp_path:
 def check_lost_rank(
     server: TrainServer, folder: Path, options: list[str], ranks: int, lost: int, number: signal.Signals
 ) -> None:
-    limit = 4
+    limit = 20 if number == signal.SIGKILL else 6  # a killed rank is noticed at once, a stopped one by its silence
     run = server.start(folder, ranks, [*options, ENDLESS, f"parallel.timeout_seconds={limit}"], [SLOW])
     run.wait_for("step 3/")
     start = time.monotonic()
     run.kill(lost, number)
     others = [rank for rank in range(ranks) if rank != lost]
-    assert run.wait(60, others) == [5] * len(others)
-    assert time.monotonic() - start < limit + 10
+    assert run.wait(others) == [5] * len(others)
+    assert time.monotonic() - start < limit + 30  # on a busy machine; idle it takes 2 beyond the silence
     for rank in others:
         (message,) = error_lines(run.output(rank))
         assert f"rank {rank} stops: rank {lost} on {HOST} does not answer (last collective: " in message
@@ -211,11 +211,11 @@ def test_others_stop_soon_and_name_the_lost_rank(
 @pytest.mark.parametrize(
     ("engine", "ranks", "lost", "number"),
     [
-        pytest.param(DEEPSPEED, 2, 0, signal.SIGKILL, id="deepspeed-2-0-kill"),
+        pytest.param(DEEPSPEED, 2, 0, signal.SIGKILL, id="deepspeed-2-0-kill", marks=pytest.mark.exhaustive),
         pytest.param(DEEPSPEED, 2, 1, signal.SIGSTOP, id="deepspeed-2-1-stop"),
         pytest.param(DEEPSPEED, 4, 3, signal.SIGKILL, id="deepspeed-4-3-kill"),
-        pytest.param(NATIVE, 4, 0, signal.SIGSTOP, id="native-4-0-stop"),
-        pytest.param(NATIVE, 4, 1, signal.SIGKILL, id="native-4-1-kill"),
+        pytest.param(NATIVE, 4, 0, signal.SIGSTOP, id="native-4-0-stop", marks=pytest.mark.exhaustive),
+        pytest.param(NATIVE, 4, 1, signal.SIGKILL, id="native-4-1-kill", marks=pytest.mark.exhaustive),
     ],
 )
 def test_others_stop_soon_whichever_rank_is_lost(
@@ -229,7 +229,7 @@ def test_others_stop_with_the_error_of_a_rank_that_failed(
     server: TrainServer, corpus: str, tmp_path: Path, engine: list[str]
 ) -> None:
     run = server.start(tmp_path / "run", 2, [corpus, *engine, "train.steps=9"], [("raise_at", 1, 4)])
-    assert run.wait(30) == [5, 1]
+    assert run.wait() == [5, 1]
     assert f"rank 0 stops: rank 1 on {HOST} failed with ValueError: injected error" in error_lines(run.output(0))[0]
     assert "ValueError: injected error" in run.output(1)
 
@@ -243,7 +243,7 @@ def test_slow_rank_within_the_limit_is_waited_for(server: TrainServer, corpus: s
 @pytest.mark.timeout(600)
 def test_torchrun_recovers_by_itself_from_killed_ranks(corpus: str, tmp_path: Path) -> None:
     folder, log = tmp_path / "run", (tmp_path / "log").open("w")
-    options = [corpus, *TINY, *NATIVE, "train.steps=400", "checkpoint.interval=10", "checkpoint.async=true"]
+    options = [corpus, *TINY, *NATIVE, "train.steps=200", "checkpoint.interval=10", "checkpoint.async=true"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=4"]
     environ = os.environ | THREADS | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "DS_ACCELERATOR": "cpu"}
     process = subprocess.Popen(
@@ -260,7 +260,7 @@ def test_torchrun_recovers_by_itself_from_killed_ranks(corpus: str, tmp_path: Pa
     finally:
         process.kill()
         process.wait()
-    assert steps(records(folder)) == list(range(1, 401))
+    assert steps(records(folder)) == list(range(1, 201))
     assert (tmp_path / "log").read_text().count("continuing from") == 2
 
 

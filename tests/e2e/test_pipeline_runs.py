@@ -67,7 +67,7 @@ def test_pipeline_run_killed_and_continued_is_the_run_of_one_process(
     require_same(measured(tmp_path / "whole"), wanted)
 
     killed = server.start(tmp_path / "parts", 2, [*options, *ONE_FORWARD_ONE_BACKWARD], [("kill_at", 1, 6)])
-    assert killed.wait(60) == [PeerError.exit_code, -signal.SIGKILL]
+    assert killed.wait() == [PeerError.exit_code, -signal.SIGKILL]
     assert checkpoint_names(tmp_path / "parts") == ["step-00000003"]
     info = json.loads((tmp_path / "parts" / "checkpoints" / "step-00000003" / "info.json").read_text())
     assert info["layout"]["pipeline"] == 2

@@ -112,7 +112,7 @@ def test_documents_make_a_difference_and_are_part_of_the_run(server, documents, 
     assert all(abs(one - other) > 1e-4 for one, other in zip(*losses, strict=True))
     again = [*documents, *OPTIONS, "data.document_attention=false", f"train.steps={STEPS + 1}"]
     stopped = server.start(run, 1, again)
-    assert stopped.wait(60) == [2]
+    assert stopped.wait() == [2]
     assert "data.document_attention: True -> False" in stopped.output(0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from moepp.bench import comm, custom_op
+from moepp.bench import comm, custom_op, layouts, train
 from moepp.bench.cases import CASES, Case, ForcedRouting, balanced_logits, learn_balance, make_layer, random_tokens
 from moepp.bench.layer import bare_forward, bare_forward_backward
 from moepp.bench.memory import measure_memory
@@ -26,6 +27,7 @@ from moepp.cli.main import main
 from moepp.errors import ConfigError, RunError
 from moepp.ops import use_kernels
 from moepp.ops.backend import cpu_kernels
+from tests.dist import WorkerPool
 
 CPU = torch.device("cpu")
 
@@ -213,6 +215,24 @@ def test_each_rank_of_an_exchange_needs_its_own_device(monkeypatch):
         comm.require_devices(torch.device("cuda"), 4)
 
 
+def _in_worker(rank: int, work: Callable[..., Any], world_size: int, *args: Any) -> Any:
+    return work(rank, world_size, *args)
+
+
+@pytest.fixture
+def started_before(pools: Callable[[int], WorkerPool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes of a benchmark are those of tests/dist.py, which have imported everything.
+
+    How it starts its own, others find out: test_quick_exchange_benchmark_sends_exactly_the_formula.
+    """
+
+    def run(work: Callable[..., Any], world_size: int, *args: Any, **_: Any) -> list[Any]:
+        return pools(world_size).run(_in_worker, work, world_size, *args, time_limit=240)
+
+    for module in (layouts, train):
+        monkeypatch.setattr(module, "run_processes", run)
+
+
 def run_quick(benchmark: str, tmp_path: Path, *arguments: str) -> dict:
     target = tmp_path / "out.json"
     assert main(["bench", benchmark, "--quick", "--json", str(target), *arguments]) == 0
@@ -270,7 +290,7 @@ def test_quick_peers_benchmark_agrees_with_every_peer_that_runs(tmp_path):
 
 
 @pytest.mark.slow
-def test_quick_train_benchmark_with_scaling_and_plot(tmp_path):
+def test_quick_train_benchmark_with_scaling_and_plot(started_before, tmp_path):
     pytest.importorskip("transformers")
     tables = run_quick("train", tmp_path, "--threads", "1", "--scaling", "--plot", str(tmp_path / "p.png"))["tables"]
     rows = {row["contestant"]: row for row in tables["step"]}
@@ -288,7 +308,7 @@ def test_quick_train_benchmark_with_scaling_and_plot(tmp_path):
 
 
 @pytest.mark.slow
-def test_quick_layouts_send_what_the_formulas_say(tmp_path):
+def test_quick_layouts_send_what_the_formulas_say(started_before, tmp_path):
     rows = {row["layout"]: row for row in run_quick("layouts", tmp_path, "--device", "cpu")["tables"]["layouts"]}
     plain, sharded, fsdp = rows["DP 4"], rows["DP 4, ZeRO-1"], rows["DP 4, FSDP2 (ZeRO-3)"]
     elements = plain["parameters held M"]

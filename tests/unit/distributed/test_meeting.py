@@ -146,7 +146,7 @@ def test_rank_that_cannot_start_is_named_at_once_by_all():
     assert messages([outcomes[0], outcomes[1], outcomes[3]]) == {
         "rank 2 cannot start: optim.lr=-1 must be above 0; raise it"
     }
-    assert time.monotonic() - start < SECONDS / 2
+    assert time.monotonic() - start < SECONDS
 
 
 def test_other_number_of_ranks_is_refused():
@@ -211,7 +211,7 @@ def test_master_that_is_not_there_is_named_in_time():
     start = time.monotonic()
     (error,) = together(rank_of(1, 2, port, seconds=1.0))
     assert type(error) is PeerError and "cannot reach rank 0" in str(error) and f"127.0.0.1:{port}" in str(error)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < SECONDS
 
 
 def test_master_whose_name_is_unknown_is_named(monkeypatch):

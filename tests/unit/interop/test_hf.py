@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -155,31 +156,51 @@ OLD_VERSIONS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("version", OLD_VERSIONS)
-def test_the_code_works_in_other_versions_of_transformers(tmp_path, version):
-    target = tmp_path / "packages"
+def check_in_version(version: str, folder: Path) -> None:
+    target = folder.parent / "packages"
     wanted = [f"transformers=={version}", *OLD_VERSIONS[version]]
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), *wanted]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", str(target)]
     try:
-        installed = subprocess.run(pip, capture_output=True, text=True, timeout=240)
+        installed = subprocess.run([*pip, *wanted], capture_output=True, text=True, timeout=240)
     except subprocess.TimeoutExpired:
         pytest.skip(f"pip did not install transformers {version} in time")
     if installed.returncode != 0:
         pytest.skip(f"pip cannot install transformers {version}: {installed.stderr.strip()[-200:]}")
+    exported = sorted(folder.iterdir())
+    environ = os.environ | {
+        "PYTHONPATH": f"{target}{os.pathsep}{ROOT}",
+        "HF_MODULES_CACHE": str(folder.parent / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "tests.hf_checks", *map(str, exported)]
+    checked = subprocess.run(command, capture_output=True, text=True, env=environ, cwd=ROOT, timeout=240)
+    assert checked.returncode == 0, checked.stderr[-3000:]
+    assert {f"{path.name}:{version}" for path in exported} <= set(checked.stdout.split()), checked.stdout
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two folders, so different that together they use all of the code."""
+    folder = tmp_path_factory.mktemp("exported")
     for name in ("mlp_interval", "tied_paper"):
-        folder = tmp_path / name
-        export(folder, CONFIGS[name])
-        environ = os.environ | {
-            "PYTHONPATH": f"{target}{os.pathsep}{ROOT}",
-            "HF_MODULES_CACHE": str(tmp_path / "modules"),
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-m", "tests.hf_checks", str(folder)]
-        checked = subprocess.run(command, capture_output=True, text=True, env=environ, cwd=ROOT)
-        assert checked.returncode == 0, checked.stderr[-3000:]
-        assert f"checked with {version}" in checked.stdout
+        export(folder / name, CONFIGS[name])
+    return folder
+
+
+# The oldest and the newest of those that are not installed; those between are exhaustive.
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "version", ["4.46.3", "5.0.0", pytest.param("4.57.6", marks=pytest.mark.exhaustive)], ids=lambda version: version
+)
+def test_the_code_works_in_other_versions_of_transformers(exported, tmp_path_factory, version, two_at_a_time):
+    def check(version: str) -> None:
+        copy = tmp_path_factory.mktemp("transformers") / "exported"
+        shutil.copytree(exported, copy)
+        check_in_version(version, copy)
+
+    two_at_a_time("version", check)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

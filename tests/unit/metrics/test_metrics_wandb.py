@@ -307,7 +307,8 @@ for number in (9, 19):
     sink = start(f"signal-{number}")
     service = sink._wandb.setup()._connection._proc._process
     os.kill(service.pid, number)
-    time.sleep(0.2)
+    if number == 9:
+        service.wait(30)
     for step in range(2, 50):
         sink.log({"a": 1.0}, step, step)
     sink.close()

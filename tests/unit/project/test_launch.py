@@ -48,7 +48,7 @@ case "$*" in
 "-m venv"*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
 "-m pip install"*)
     echo "$*" >>"$PROJECT/installed"
-    [[ ! -e "$PROJECT/slow" ]] || sleep 1
+    while [[ -e "$PROJECT/slow" ]]; do sleep 0.05; done
     [[ ! -e "$PROJECT/fail" ]]
     ;;
 "-m pip"* | "-c" | "-c ") ;;
@@ -166,10 +166,15 @@ def test_setup_rebuilds_for_another_build_of_torch(project):
 
 def test_two_setups_at_once_install_once(project):
     (project.folder / "slow").touch()
-    first, second = project.start(), project.start()
-    messages = first.communicate(timeout=60)[1] + second.communicate(timeout=60)[1]
+    first = project.start()
+    while not project.installed:
+        time.sleep(0.02)
+    second = project.start()
+    assert any("waiting for it" in line for line in second.stderr)
+    (project.folder / "slow").unlink()
+    first.communicate(timeout=60)
+    second.communicate(timeout=60)
     assert first.returncode == second.returncode == 0
-    assert "waiting for it" in messages
     assert len(project.installed) == 2
 
 

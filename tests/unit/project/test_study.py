@@ -81,12 +81,13 @@ folder, last = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 folder.mkdir(exist_ok=True)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 metrics = folder / "metrics.jsonl"
-step = metrics.read_text().count("\\n") if metrics.exists() else 0
+is_first = not metrics.exists()
+step = 0 if is_first else metrics.read_text().count("\\n")
 while step < last:
     step += 1
     with metrics.open("a") as stream:
         stream.write(json.dumps({"step": step}) + "\\n")
-    time.sleep(0.01 if step % 5 else 0.2)
+    time.sleep(30 if is_first and step == 5 else 0.01)  # it cannot be done before it is left
 sys.exit(3 if last == 4 else 0)
 """
 
