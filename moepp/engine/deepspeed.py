@@ -24,7 +24,7 @@ from moepp.distributed.parameters import group_parameters, is_expert_parameter, 
 from moepp.distributed.stage_clock import StageClock
 from moepp.engine.deepspeed_state import own_zero_parts, read_zero_state, write_zero_state
 from moepp.engine.engine import Fetch, OwnPart, StepResult, Watch, make_optimizer, read_plain_state, write_plain_state
-from moepp.engine.norms import global_norm, squared_norm
+from moepp.engine.norms import global_norm, squared_norms
 from moepp.errors import ConfigError
 
 
@@ -159,8 +159,9 @@ class DeepSpeedEngine:
             group["lr"] = lr
         if self._zero_stage == 0:
             return self._step_without_zero(update, watch)
-        if watch is not None:
-            watch(own_zero_parts(self.model))
+        if watch is not None:  # the norm is DeepSpeed's
+            parts = list(own_zero_parts(self.model))
+            watch(parts, squared_norms([part.gradient for part in parts], self._groups.device))
         if not update:
             self._make_gradient_infinite()
         self._engine.step()
@@ -184,10 +185,11 @@ class DeepSpeedEngine:
             for name, parameter in self.model.named_parameters()
             if parameter.grad is not None
         ]
+        squares = squared_norms([part.gradient for part in parts], self._groups.device)
         if watch is not None:
-            watch(parts)
-        squares = ((squared_norm(part.gradient), part.copies) for part in parts)
-        norm = global_norm(squares, self._groups.world, self._groups.device)
+            watch(parts, squares)
+        copies = [part.copies for part in parts]
+        norm = global_norm(zip(squares.unbind(), copies, strict=True), self._groups.world, self._groups.device)
         skipped = not update or not math.isfinite(norm)
         limit = self._optim.grad_clip
         for parameter in self.model.parameters():

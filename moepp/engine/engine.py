@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,8 +44,11 @@ class OwnPart:
     copies: int
 
 
-Watch = Callable[[Iterable[OwnPart]], None]
-"""Looks at all that an optimizer is about to use; it may not keep it."""
+Watch = Callable[[Sequence[OwnPart], Tensor], None]
+"""Looks at all that an optimizer is about to use; it may not keep it.
+
+The tensor has the sum of the squares of each part's gradient, float64 [N]: the norm before clipping is made of it.
+"""
 
 
 class StateSource(Protocol):

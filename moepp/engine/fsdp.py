@@ -29,7 +29,7 @@ from moepp.distributed.groups import ParallelGroups
 from moepp.distributed.parameters import decays, placement_of
 from moepp.distributed.stage_clock import StageClock
 from moepp.engine.engine import Fetch, OwnPart, StepResult, Watch, make_optimizer, optimizer_entry
-from moepp.engine.norms import global_norm, squared_norm
+from moepp.engine.norms import global_norm, squared_norms
 from moepp.errors import ConfigError
 
 try:  # private names, and new ones: a mesh for each parameter
@@ -131,11 +131,12 @@ class FSDPEngine:
             # Zeros where no loss reached a parameter: other engines decay it too.
             share.master.grad = torch.zeros_like(share.master) if gradient is None else gradient.to_local()
             share.parameter.grad = None
-        if watch is not None:
-            watch(OwnPart(share.name, _gradient(share.master), share.master, 1) for share in self._shares)
         gradients = [_gradient(share.master) for share in self._shares]
-        squares = ((squared_norm(gradient), 1) for gradient in gradients)
-        grad_norm = global_norm(squares, self._groups.world, self._groups.device)
+        squares = squared_norms(gradients, self._groups.device)
+        if watch is not None:
+            parts = zip(self._shares, gradients, strict=True)
+            watch([OwnPart(share.name, gradient, share.master, 1) for share, gradient in parts], squares)
+        grad_norm = global_norm([(squares.sum(), 1)], self._groups.world, self._groups.device)
         skipped = not update or not math.isfinite(grad_norm)
         if not skipped:
             limit = self._optim.grad_clip

@@ -14,7 +14,7 @@ from moepp.distributed.parameters import group_parameters
 from moepp.distributed.stage_clock import StageClock
 from moepp.engine.engine import Fetch, StepResult, Watch, make_optimizer
 from moepp.engine.gradients import BUCKET_ELEMENTS, FlatGroup, GradientReduction
-from moepp.engine.norms import global_norm, squared_norm
+from moepp.engine.norms import global_norm, squared_norms
 from moepp.engine.zero import ShardedGroup, WeightGather
 
 
@@ -53,6 +53,7 @@ class NativeEngine:
         parts = group_parameters(model.named_parameters(), groups.tp_size > 1)
         kind = ShardedGroup if zero_stage == 1 else FlatGroup
         self._flat = [kind(part, part.placement.group(groups), bucket_elements) for part in parts]
+        self._parts = [list(flat.own_parts()) for flat in self._flat]  # the same tensors in every step
         self._gather = WeightGather(model, [flat for flat in self._flat if isinstance(flat, ShardedGroup)])
         self._reduction = GradientReduction(self._flat, list(model.parameters()), accumulation_steps)
         self._optimizer = make_optimizer(
@@ -74,9 +75,12 @@ class NativeEngine:
 
     def _update(self, lr: float, update: bool, watch: Watch | None) -> StepResult:
         self._gather.finish()  # what a forward did not come to
+        device = self._groups.device
+        squares = [squared_norms([part.gradient for part in parts], device) for parts in self._parts]
         if watch is not None:
-            watch(part for flat in self._flat for part in flat.own_parts())
-        grad_norm = self._grad_norm()
+            watch([part for parts in self._parts for part in parts], torch.cat(squares))
+        sums = ((own.sum(), flat.copies) for own, flat in zip(squares, self._flat, strict=True))
+        grad_norm = global_norm(sums, self._groups.world, device)
         skipped = not update or not math.isfinite(grad_norm)
         if not skipped:
             self._clip(grad_norm)
@@ -89,10 +93,6 @@ class NativeEngine:
         for flat in self._flat:
             flat.clear_grad()
         return StepResult(grad_norm, skipped)
-
-    def _grad_norm(self) -> float:
-        squares = ((squared_norm(part), flat.copies) for flat in self._flat for part in flat.gradients)
-        return global_norm(squares, self._groups.world, self._groups.device)
 
     def _clip(self, grad_norm: float) -> None:
         limit = self._optim.grad_clip

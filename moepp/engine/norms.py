@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +32,21 @@ def squared_norm(tensor: Tensor) -> Tensor:
         wide = part.double()
         total += torch.dot(wide, wide)
     return total
+
+
+def squared_norms(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return :func:`squared_norm` of each tensor, float64 [N]: on an accelerator in a few launches for all of them.
+
+    Args:
+        tensors: any shapes, one dtype; perhaps none.
+        device: of the tensors.
+    """
+    if not tensors:
+        return torch.zeros(0, dtype=torch.float64, device=device)
+    if device.type == "cpu":
+        return torch.stack([squared_norm(tensor) for tensor in tensors])
+    norms = torch._foreach_norm([tensor.detach() for tensor in tensors], 2, dtype=torch.float64)  # pyright: ignore[reportPrivateImportUsage]
+    return torch.stack(norms).square()
 
 
 def global_norm(squares: Iterable[tuple[Tensor, int]], world: comm.Group, device: torch.device) -> float:

@@ -1,15 +1,19 @@
-"""Norms of gradients and weights by module and by layer, over all ranks; every element counts once."""
+"""Norms of gradients and weights by module and by layer, over all ranks; every element counts once.
+
+Shapes: N parts of parameters, P = (layers + 1) x modules places, M parts of the place that has most.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moepp.engine.engine import OwnPart
-from moepp.engine.norms import squared_norm
+from moepp.engine.norms import squared_norms
 from moepp.metrics.routing import spaced
 from moepp.metrics.values import Value
 
@@ -37,16 +41,35 @@ class ModuleNorms:
     def __init__(self, num_layers: int, device: torch.device) -> None:
         self._num_layers, self._device = num_layers, device
         self._squares: Tensor | None = None  # of the last step that was looked at: [layers + 1, modules, 2]
+        self._known: list[tuple[str, int]] = []  # names and copies of the parts that these two are of
+        self._copies_N = self._members_PM = torch.empty(0)
 
     @torch.no_grad()
-    def watch(self, parts: Iterable[OwnPart]) -> None:
+    def watch(self, parts: Sequence[OwnPart], gradient_squares_N: Tensor) -> None:
         """Look at one step's parts: a :data:`moepp.engine.engine.Watch`."""
-        squares = torch.zeros(*self._shape, dtype=torch.float64, device=self._device)
-        for part in parts:
+        known = [(part.name, part.copies) for part in parts]
+        if known != self._known or not known:
+            self._find_places(parts)
+            self._known = known
+        weight_squares_N = squared_norms([part.weight for part in parts], self._device)
+        squares_2N = torch.stack((gradient_squares_N, weight_squares_N)) / self._copies_N
+        squares_2P = F.pad(squares_2N, (0, 1))[:, self._members_PM].sum(dim=2)
+        self._squares = squares_2P.T.reshape(self._shape)
+
+    def _find_places(self, parts: Sequence[OwnPart]) -> None:
+        """Find which parts are summed for each place; rows are filled up with N, where a zero stands.
+
+        Sums by index add in no fixed order on an accelerator.
+        """
+        members: list[list[int]] = [[] for _ in range((self._num_layers + 1) * len(MODULES))]
+        for index, part in enumerate(parts):
             layer, module = self._place(part.name)
-            for kind, tensor in enumerate((part.gradient, part.weight)):
-                squares[layer, module, kind] += squared_norm(tensor) / part.copies
-        self._squares = squares
+            members[layer * len(MODULES) + module].append(index)
+        most = max(map(len, members))
+        rows = [row + [len(parts)] * (max(most, 1) - len(row)) for row in members]
+        self._members_PM = torch.tensor(rows).to(self._device, non_blocking=True)
+        copies = torch.tensor([part.copies for part in parts], dtype=torch.float64)
+        self._copies_N = copies.to(self._device, non_blocking=True)
 
     @property
     def _shape(self) -> tuple[int, int, int]:
