@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from moepp.analysis.curves import AXES, Curve, Group, curves_of, group_runs
+from moepp.analysis.curves import AXES, Curve, Drawn, Group, curves_of, group_runs
+from moepp.analysis.evidence import Estimate, undecided, verdict
 from moepp.analysis.figures import Figure, Palette, compact, format_counts, legend
-from moepp.analysis.runs import SPLIT_NAME, Run, Series
+from moepp.analysis.runs import Run, Series
 from moepp.model.accounting import balanced_ffn_per_token, max_ffn_per_token
 
 if TYPE_CHECKING:
@@ -24,12 +25,13 @@ def curve_charts(runs: Sequence[Run]) -> list[Figure]:
     """Return loss, throughput and norms over the training."""
     groups = group_runs(runs)
     drawn = [*(_loss_chart(groups, axis) for axis in AXES), _ffn_chart(groups), _throughput_chart(groups)]
-    drawn += [_norm_chart(groups), _validation_sets(runs), _benchmarks(runs)]
+    drawn.append(_norm_chart(groups))
     return [figure for figure in drawn if figure is not None]
 
 
 def plot(axes: Axes, palette: Palette, number: int, curve: Curve) -> None:
-    """Draw a curve as the n-th of its axes."""
+    """Draw a curve as the n-th of its axes, in its own colour where it has one."""
+    number = number if curve.number is None else curve.number
     marker = {"marker": "o", "markersize": 4} if len(curve.x) < 30 else {}
     axes.plot(curve.x, curve.y, label=curve.label, linewidth=1.6, **palette.line(number), **marker)
     if curve.spread is not None:
@@ -45,8 +47,9 @@ def curve_figure(
     labels: tuple[str, str],
     source: str,
     bottom: float | None = None,
+    top: float | None = None,
 ) -> Figure:
-    """Draw curves; ``labels`` of x and y with their units, ``bottom`` of the y axis."""
+    """Draw curves; ``labels`` of x and y with their units, ``bottom`` and ``top`` of the y axis."""
 
     def draw(axes: Axes, palette: Palette) -> None:
         for number, curve in enumerate(curves):
@@ -56,6 +59,9 @@ def curve_figure(
         if bottom is not None:
             axes.set_ylim(bottom=bottom)
             format_counts(axes.yaxis)
+        if top is not None:
+            low = axes.get_ylim()[0]
+            axes.set_ylim(low, top + 0.03 * (top - low))
         format_counts(axes.xaxis)
         legend(axes)
 
@@ -84,16 +90,45 @@ def _loss_chart(groups: Sequence[Group], axis: str) -> Figure | None:
             return None
         return curve_figure(name, title, _single_loss_caption(run), list(curves.values()), labels, ", ".join(curves))
     metric = compared_loss([run for group in groups for run in group.runs])
-    curves = [curve for _, curve in curves_of(groups, metric, axis)]
+    return compared_chart((name, title), curves_of(groups, metric, axis), axis, labels, _with_axis(metric, axis))
+
+
+def compared_chart(
+    names: tuple[str, str], drawn: Drawn, axis: str, labels: tuple[str, str], source: str
+) -> Figure | None:
+    """Draw the losses of several settings; ``names``: of the file, and the heading. None without a curve."""
+    curves = [curve for _, curve in drawn.curves]
     if not curves:
         return None
-    caption = _shared_x_caption(curves, axis) + _left_out(groups, curves, metric)
-    return curve_figure(name, title, caption, curves, labels, _with_axis(metric, axis))
+    top = _top_of_interest(curves)
+    caption = _shared_x_caption(curves, axis) + drawn.remarks
+    if top is not None:
+        caption += " Higher values, of the beginning, are above the drawing."
+    return curve_figure(*names, caption, curves, labels, source, top=top)
+
+
+def _top_of_interest(curves: Sequence[Curve]) -> float | None:
+    """Return the highest value after the first fifth of the curves, if the beginning is far above; else None.
+
+    Of curves that are not half as far as the longest, their ends are seen too, unless they are in that beginning.
+    """
+    far, behind = far_enough(curves)
+    longest = max(curve.tokens for curve in curves)
+    later = [max(y for x, y in zip(one.x, one.y, strict=True) if x >= 0.2 * one.x[-1]) for one in far]
+    later += [one.y[-1] for one in behind if one.tokens >= 0.2 * longest]
+    top, bottom = max(later), min(min(curve.y) for curve in curves)
+    return top if max(max(curve.y) for curve in curves) - bottom > 1.3 * (top - bottom) > 0 else None
 
 
 def compared_loss(runs: Sequence[Run]) -> str:
-    """Return the metric that compares runs: validation, which does not flatter, where all of them have it."""
-    return "eval/loss" if all(run.series("eval/loss") for run in runs if run.series("train/loss")) else "train/loss"
+    """Return the metric that compares runs: validation, which does not flatter, where all that are far enough have it.
+
+    Those are the runs that have got half as far as the longest.
+    """
+    trained = [run for run in runs if run.series("train/loss")]
+    furthest = max((run.tokens for run in trained), default=0)
+    has_all = all(run.series("eval/loss") for run in trained if 2 * run.tokens >= furthest)
+    return "eval/loss" if has_all else "train/loss"
 
 
 def _with_axis(metric: str, axis: str) -> str:
@@ -119,110 +154,116 @@ def _single_loss_caption(run: Run) -> str:
 
 
 def _shared_x_caption(curves: Sequence[Curve], axis: str) -> str:
-    """Say how curves compare at the largest x that all of them have."""
-    shared = min(curve.x[-1] for curve in curves)
+    """Say how curves compare at the largest x that all have that are half as far as the longest."""
     if len(curves) == 1:
-        return f"Ends at {curves[0].y[-1]:.3f} nats per token."
-    if shared < max(curve.x[0] for curve in curves):
+        return f"{curves[0].label} ends at {curves[0].y[-1]:.3f} nats per token."
+    far, behind = far_enough(curves)
+    shared = min(curve.x[-1] for curve in far)
+    if len(far) > 1 and shared < max(curve.x[0] for curve in far):
         return "The curves share no x, so nothing is compared."
-    values = sorted((curve.at(shared), curve.label) for curve in curves)
-    (low, best), (high, worst) = values[0], values[-1]
-    what = f"At {compact(shared)} {axis}, the furthest that all reach, "
-    others = f"{best} is lowest ({low:.3f} nats), {worst} highest ({high:.3f}, {high - low:+.3f})."
-    return what + others
+    values = sorted((estimate(curve, shared) for curve in far), key=lambda one: (one.value, one.label))
+    low, high = values[0], values[-1]
+    text = f"At {compact(shared)} {axis}, the furthest that all "
+    text += "reach" if not behind else f"{len(far)} that are compared reach"
+    if len(far) == 1:
+        return f"Only {low.label} is far enough to be compared.{behind_text(behind)}"
+    text += f", {low.label} is lowest ({low.value:.3f} nats), {high.label} highest ({high.value:.3f}, "
+    text += f"{high.value - low.value:+.3f}; {verdict(low, high)})."
+    if (same := undecided(low, values[1:-1])) and len(values) > 2:
+        text += f" Within the seeds' spread of the lowest: {', '.join(same)}."
+    return text + behind_text(behind)
 
 
-def _left_out(groups: Sequence[Group], curves: Sequence[Curve], metric: str) -> str:
-    missing = len(groups) - len(curves)
-    return f" {missing} setting{'s' if missing > 1 else ''} without {metric} on this axis left out." if missing else ""
+def far_enough(curves: Sequence[Curve]) -> tuple[list[Curve], list[Curve]]:
+    """Return the curves that have got half as far as the longest, and the others: a run that has begun says little."""
+    longest = max(curve.tokens for curve in curves)
+    far = [curve for curve in curves if 2 * curve.tokens >= longest]
+    return far, [curve for curve in curves if 2 * curve.tokens < longest]
+
+
+def behind_text(behind: Sequence[Curve]) -> str:
+    """Return a sentence of what is not compared; "" if nothing."""
+    if not behind:
+        return ""
+    if len(behind) > 3:
+        return f" {len(behind)} settings that are not half as far as the longest are not compared: see the notes."
+    names = ", ".join(f"{curve.label} ({compact(curve.tokens)} tokens)" for curve in behind)
+    return f" Not compared, being not half as far as the longest: {names}."
+
+
+def estimate(curve: Curve, x: float) -> Estimate:
+    """Return a curve's value at x, with what its seeds say of it."""
+    return Estimate(curve.label, curve.at(x), curve.spread_at(x), curve.seeds)
+
+
+def extremes(values: Sequence[tuple[float, str]], pattern: str) -> str:
+    """List a few values by name; of many, the lowest and the highest."""
+    if len(values) <= 4:
+        return ", ".join(f"{label} {pattern.format(value)}" for value, label in values)
+    (low, lowest), (high, highest) = min(values), max(values)
+    return f"from {pattern.format(low)} ({lowest}) to {pattern.format(high)} ({highest})"
 
 
 def _ffn_chart(groups: Sequence[Group]) -> Figure | None:
-    found = curves_of(groups, metric := "routing/ffn_per_token")
-    if not found:
+    drawn = curves_of(groups, metric := "routing/ffn_per_token")
+    if not drawn.curves:
         return None
-    parts = []
-    for group, curve in found:
-        config = group.runs[0].config
-        text = f"{curve.label} {curve.y[-1]:.2f}"
-        if config is not None:
-            moe = config.model.moe
-            text += f" of at most {max_ffn_per_token(moe)}"
-            if moe.num_zero_computation_experts:
-                text += f" (a perfect balance loss gives {balanced_ffn_per_token(moe):.2f})"
-        parts.append(text)
+    caption = f"At the end: {extremes([(curve.y[-1], curve.label) for _, curve in drawn.curves], '{:.2f}')}."
+    bounds = list(dict.fromkeys(filter(None, (_ffn_bounds(group) for group, _ in drawn.curves))))
+    if len(bounds) == 1:
+        caption += f" {bounds[0]}."
+    elif 1 < len(drawn.curves) <= 4:
+        told = [(curve.label, _ffn_bounds(group)) for group, curve in drawn.curves]
+        caption += "".join(f" {label}: {text[0].lower()}{text[1:]}." for label, text in told if text)
     labels = (TOKENS, "FFN experts per token, mean over layers")
-    curves = [curve for _, curve in found]
-    caption = f"At the end: {', '.join(parts)}."
-    return curve_figure("ffn-per-token", "FFN experts per token", caption, curves, labels, metric, 0)
+    curves = [curve for _, curve in drawn.curves]
+    return curve_figure("ffn-per-token", "FFN experts per token", caption + drawn.remarks, curves, labels, metric, 0)
+
+
+def _ffn_bounds(group: Group) -> str:
+    """Say what a setting allows, and what a perfect balance loss would give; "" where that is not known."""
+    config = group.runs[0].config
+    if config is None:
+        return ""
+    moe = config.model.moe
+    balanced = f"; a perfect balance loss gives {balanced_ffn_per_token(moe):.2f}"
+    return f"At most {max_ffn_per_token(moe)}{balanced if moe.num_zero_computation_experts else ''}"
 
 
 def _throughput_chart(groups: Sequence[Group]) -> Figure | None:
-    found = curves_of(groups, metric := "throughput/tokens_per_second")
-    if not found:
+    drawn = curves_of(groups, metric := "throughput/tokens_per_second")
+    if not drawn.curves:
         return None
-    curves = [curve for _, curve in found]
-    speeds = ", ".join(f"{curve.label} {median(curve.y):,.0f}" for curve in curves)
+    curves = [curve for _, curve in drawn.curves]
+    speeds = extremes([(median(curve.y), curve.label) for curve in curves], "{:,.0f}")
     slow = min(min(curve.y) / median(curve.y) for curve in curves)
     caption = (
         f"Median tokens per second over all devices: {speeds}. The slowest record is at {slow:.0%} of its curve's "
-        "median; evaluation and saving do not count."
+        f"median; evaluation and saving do not count.{drawn.remarks}"
     )
     return curve_figure("tokens-per-second", "Throughput", caption, curves, (TOKENS, "tokens per second"), metric, 0)
 
 
 def _norm_chart(groups: Sequence[Group]) -> Figure | None:
-    found = curves_of(groups, metric := "train/grad_norm")
-    if not found:
+    drawn = curves_of(groups, metric := "train/grad_norm")
+    if not drawn.curves:
         return None
-    parts = []
-    for group, curve in found:
+    largest, above, logged = [], 0, 0
+    limits = set()
+    for group, curve in drawn.curves:
         values = [value for run in group.runs for value in run.series(metric).values]
-        text = f"{curve.label}: largest {max(values):.3g}, median {median(values):.3g}"
+        largest.append((max(values), curve.label))
         if (config := group.runs[0].config) is not None and config.optim.grad_clip:
-            above = sum(value > config.optim.grad_clip for value in values)
-            text += f", {above} of {len(values)} logged steps above optim.grad_clip={config.optim.grad_clip:g}"
-        parts.append(text)
-    caption = "; ".join(parts) + "."
+            limits.add(f"{config.optim.grad_clip:g}")
+            above += sum(value > config.optim.grad_clip for value in values)
+            logged += len(values)
+    caption = f"Largest: {extremes(largest, '{:.3g}')}."
+    if logged:
+        limit = f"={min(limits)}" if len(limits) == 1 else ""
+        caption += f" {above} of {logged} logged steps are above optim.grad_clip{limit} and were clipped."
     labels = (TOKENS, "global gradient norm before clipping")
-    return curve_figure("grad-norm", "Gradient norm", caption, [curve for _, curve in found], labels, metric, 0)
-
-
-def _validation_sets(runs: Sequence[Run]) -> Figure | None:
-    """Draw the named validation sets of a run."""
-    if len(runs) > 1:
-        return None
-    names = {name or SPLIT_NAME: key for name, key in _validation_keys(runs[0]).items()}
-    curves = [Curve(name, *runs[0].over(key, "tokens")) for name, key in names.items() if runs[0].series(key)]
-    if not curves or list(names) == [SPLIT_NAME]:  # which is drawn beside the training loss
-        return None
-    ends = sorted((curve.y[-1], curve.label) for curve in curves)
-    caption = f"Ends at {ends[0][0]:.3f} nats per token."
-    if len(ends) > 1:
-        caption = (
-            f"Easiest at the end: {ends[0][1]} ({ends[0][0]:.3f} nats); hardest: {ends[-1][1]} ({ends[-1][0]:.3f})."
-        )
-    labels = (TOKENS, "cross-entropy, nats per token")
-    return curve_figure("validation-sets", "Loss by validation set", caption, curves, labels, ", ".join(names.values()))
-
-
-def _validation_keys(run: Run) -> dict[str, str]:
-    """Return the keys of validation losses by the name of their set."""
-    return run.names(r"eval/(?:(.+)/)?loss")
-
-
-def _benchmarks(runs: Sequence[Run]) -> Figure | None:
-    if len(runs) > 1:
-        return None
-    run = runs[0]
-    names = run.names(r"eval/(.+/(?!loss$|perplexity$)(?!\w*stderr)[^/]+)")
-    curves = [Curve(name, *run.over(key, "tokens")) for name, key in names.items() if run.series(key)]
-    if not curves:
-        return None
-    rises = [f"{curve.label} {curve.y[0]:.3f} to {curve.y[-1]:.3f}" for curve in curves]
-    caption = f"First to last: {'; '.join(rises)}."
-    labels = (TOKENS, "value of the benchmark's metric")
-    return curve_figure("benchmarks", "Benchmarks during training", caption, curves, labels, "eval/<task>/<metric>")
+    curves = [curve for _, curve in drawn.curves]
+    return curve_figure("grad-norm", "Gradient norm", caption + drawn.remarks, curves, labels, metric, 0)
 
 
 def median(values: Sequence[float]) -> float:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moepp.analysis.charts import tokens_per_second
 from moepp.analysis.curves import group_runs, mean_and_spread
+from moepp.analysis.figures import shorten
 from moepp.analysis.parquet import write_parquet
 from moepp.analysis.runs import Run, compared_keys, setting
+from moepp.analysis.validation_charts import benchmarks, validation_sets
 from moepp.errors import ConfigError
 from moepp.io import files
 
@@ -28,16 +33,26 @@ COLUMNS = {
     "bytes_per_step": ("bytes sent per step", "{:,.0f}", True),
     "bytes_saved": ("traffic saved", "{:.1%}", False),
 }
+_LOSSES = ("eval_loss", "best_eval_loss")
+_TOKENS = {"fewest_tokens": "fewest tokens", "most_tokens": "most tokens"}
+_FIRST = ("eval_loss", "tokens")  # what is read first stands first, before the settings
+_SET = re.compile(r"(best_)?eval_loss/(.+)")
+_RESULT = re.compile(r"eval/(.+)")
+_LONG = 40  # letters of a cell on a page; files have the whole of it
 FORMATS = (".csv", ".parquet")
 
 
-def row_of(run: Run, keys: Sequence[str]) -> dict[str, Any]:
-    """One run: its name, its settings that differ, and :data:`COLUMNS`; None where a number is not known."""
+def row_of(run: Run, keys: Sequence[str], more: Mapping[str, str]) -> dict[str, Any]:
+    """One run: its name, its settings that differ, and :data:`COLUMNS`; None where a number is not known.
+
+    Args:
+        run: the run.
+        keys: settings that differ.
+        more: metric of each further column, as :func:`more_columns` names them.
+    """
     best = run.series("eval/loss").values
     sent, vanilla = run.bytes_sent or (None, None)
-    return {
-        "run": run.name,
-        **dict(zip(keys, setting(run, keys), strict=True)),
+    numbers = {
         "tokens": run.tokens,
         "flops": run.flops.last,
         "expert_flops": run.expert_flops.last,
@@ -49,6 +64,21 @@ def row_of(run: Run, keys: Sequence[str]) -> dict[str, Any]:
         "bytes_per_step": sent,
         "bytes_saved": 1 - sent / vanilla if sent is not None and vanilla else None,
     }
+    for column, metric in more.items():
+        series = run.series(metric)
+        numbers[column] = min(series.values) if series and column.startswith("best_") else series.last
+    row = {"run": run.name} | {name: numbers.pop(name) for name in _FIRST}
+    return row | dict(zip(keys, setting(run, keys), strict=True)) | numbers
+
+
+def more_columns(runs: Sequence[Run]) -> dict[str, str]:
+    """Return the metric of each column that these runs have besides :data:`COLUMNS`.
+
+    ``eval_loss/<name>`` and ``best_eval_loss/<name>`` of a set of ``data.validation``, ``eval/<task>/<metric>`` of a
+    benchmark.
+    """
+    found = {f"{which}/{name}": key for name, key in validation_sets(runs).items() for which in _LOSSES}
+    return found | {key: key for key in benchmarks(runs).values()}
 
 
 def compare(runs: Sequence[Run], sort: str = "eval_loss") -> list[dict[str, Any]]:
@@ -57,36 +87,58 @@ def compare(runs: Sequence[Run], sort: str = "eval_loss") -> list[dict[str, Any]
     Raises:
         ConfigError: ``sort`` is no column.
     """
-    keys = compared_keys(runs)
-    choices = ["run", *keys, *COLUMNS]
+    keys, more = compared_keys(runs), more_columns(runs)
+    choices = ["run", *keys, *COLUMNS, *more]
     if sort not in choices:
         raise ConfigError(f"--sort={sort} is no column; choose one of {', '.join(choices)}")
-    rows = [row_of(run, keys) for run in runs]
-    if sort not in COLUMNS:
-        return sorted(rows, key=lambda row: str(row[sort]))
-    sign = 1 if COLUMNS[sort][2] else -1
+    rows = [row_of(run, keys, more) for run in runs]
+    if sort not in COLUMNS and sort not in more:
+        return sorted(rows, key=lambda row: (_as_number(row[sort]), str(row[sort])))
+    is_small_good = COLUMNS[sort][2] if sort in COLUMNS else bool(_SET.fullmatch(sort))
+    sign = 1 if is_small_good else -1
     return sorted(rows, key=lambda row: (row[sort] is None, sign * (row[sort] or 0.0), row["run"]))
+
+
+def _as_number(text: str) -> float:
+    """Return a setting's number, so that 10 comes after 9; texts come last."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.inf
 
 
 def group_seeds(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Merge runs that differ in nothing but their seed, as one row of means and spreads each; [] without siblings.
 
-    The spread is the sample standard deviation over seeds.
+    The spread is the sample standard deviation over seeds. ``fewest_tokens`` and ``most_tokens`` say how far they are.
     """
-    keys, groups = compared_keys(runs), group_runs(runs)
+    keys, groups, more = compared_keys(runs), group_runs(runs), more_columns(runs)
     if all(len(group.runs) == 1 for group in groups):
         return []
     found = []
+    sets = [column for column in more if column.startswith("eval_loss/")]
     for group in groups:
-        rows = [row_of(run, keys) for run in group.runs]
+        rows = [row_of(run, keys, more) for run in group.runs]
+        tokens = [row["tokens"] for row in rows]
         row: dict[str, Any] = {"setting": group.label, "runs": len(rows)}
-        row |= dict(zip(keys, setting(group.runs[0], keys), strict=True))
-        for column in ("eval_loss", "train_loss", "ffn_per_token", "tokens_per_second"):
+        row |= {"fewest_tokens": min(tokens), "most_tokens": max(tokens)}
+        for column in ("eval_loss", *sets, "train_loss", "ffn_per_token", "tokens_per_second"):
             numbers = [r[column] for r in rows if r[column] is not None]
             mean, spread = mean_and_spread(numbers) if numbers else (None, None)
             row |= {column: mean, f"{column}_spread": spread}
-        found.append(row)
+        found.append(row | dict(zip(keys, setting(group.runs[0], keys), strict=True)))
     return found
+
+
+def uneven_seeds(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say which rows of :func:`group_seeds` hold seeds that are not equally far."""
+    uneven = [row["setting"] for row in rows if row["fewest_tokens"] < row["most_tokens"]]
+    if not uneven:
+        return []
+    return [
+        f"Seeds of {', '.join(uneven)} have not done equally many tokens: means and spreads of their last values are "
+        "of different lengths; the charts compare equal tokens."
+    ]
 
 
 def text_of(column: str, value: Any) -> str:
@@ -98,7 +150,11 @@ def text_of(column: str, value: Any) -> str:
     if column.startswith("ratio_"):
         return f"{value:.3f}"
     name = column.removesuffix("_spread")
-    return COLUMNS[name][1].format(value) if name in COLUMNS else str(value)
+    if name in COLUMNS:
+        return COLUMNS[name][1].format(value)
+    if name in _TOKENS:
+        return f"{value:,.0f}"
+    return f"{value:.4f}" if is_number(name) and isinstance(value, float) else shorten(str(value), _LONG)
 
 
 def heading_of(column: str) -> str:
@@ -109,15 +165,39 @@ def heading_of(column: str) -> str:
     if column.startswith("ratio_"):
         return f"{column.removeprefix('ratio_').replace('_', ' ')}, times"
     name = column.removesuffix("_spread")
-    text = COLUMNS[name][0] if name in COLUMNS else name
+    if found := _SET.fullmatch(name):
+        text = f"{'lowest' if found[1] else 'loss'} on {found[2]}, nats"
+    elif found := _RESULT.fullmatch(name):
+        text = found[1]
+    else:
+        text = COLUMNS[name][0] if name in COLUMNS else _TOKENS.get(name, name)
     return f"± {text}" if column.endswith("_spread") else text
 
 
 def is_number(column: str) -> bool:
     """Whether a column holds numbers."""
-    return (
-        column.removesuffix("_spread") in COLUMNS or column.startswith(("loss_at_equal_", "ratio_")) or column == "runs"
-    )
+    name = column.removesuffix("_spread")
+    is_known = name in COLUMNS or name in _TOKENS or name in ("runs", "seeds")
+    return is_known or column.startswith(("loss_at_equal_", "ratio_", "eval_loss/", "best_eval_loss/", "eval/"))
+
+
+def headings(columns: Sequence[str]) -> list[str]:
+    """Return the headings of a table: settings by the last part of their key, where that tells them apart."""
+    short = Counter(column.rpartition(".")[2] for column in columns)
+    names = [column.rpartition(".")[2] if _is_key(column) else column for column in columns]
+    return [
+        name if _is_key(column) and short[name] == 1 else heading_of(column)
+        for column, name in zip(columns, names, strict=True)
+    ]
+
+
+def _is_key(column: str) -> bool:
+    return "." in column and "/" not in column and not is_number(column)
+
+
+def shown_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the columns in which any row has something: others say nothing on a page, and stay in files."""
+    return [column for column in rows[0] if any(row[column] is not None for row in rows)]
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

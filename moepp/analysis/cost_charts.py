@@ -6,15 +6,16 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from moepp.analysis.charts import TOKENS, curve_figure, median
+from moepp.analysis.charts import TOKENS, curve_figure, extremes, median
 from moepp.analysis.curves import Curve
-from moepp.analysis.figures import Figure, Palette, compact, format_counts, legend
+from moepp.analysis.figures import Figure, Palette, bar_labels, compact, format_counts, legend
 from moepp.analysis.runs import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _STAGES = ("data", "forward", "exchange", "backward", "reduction", "optimizer", "pipeline", "other")
+_TOLD = 4  # runs of which a caption tells each
 _STAGE = r"time/(\w+)"
 
 
@@ -53,21 +54,31 @@ def _stage_chart(runs: Sequence[Run]) -> Figure | None:
             values = [1000 * stages.get(name, 0.0) for _, stages in medians]
             axes.barh(range(len(medians)), values, 0.6, left=left, color=palette.series(number), label=name)
             left = [sum(pair) for pair in zip(left, values, strict=True)]
-        axes.set_yticks(range(len(medians)), [run.name for run, _ in medians])
-        axes.set_ylim(len(medians) - 0.3, -0.7)
+        bar_labels(axes, [run.name for run, _ in medians])
         axes.set_xlabel("milliseconds per step: mean of ranks, median of records")
         legend(axes)
 
+    caption = _stage_caption(medians)
+    if without := [run.name for run in runs if run not in [one for one, _ in medians]]:
+        caption += f" Left out, without time/<stage>: {', '.join(without)}."
+    rows = [(run.name, *(f"{1000 * stages.get(name, 0.0):.4g}" for name in names)) for run, stages in medians]
+    header = ("run", *(f"{name}, ms" for name in names))
+    title = "Step time by stage"
+    return Figure("stages", title, caption, draw, header, rows, "time/<stage>")
+
+
+def _stage_caption(medians: Sequence[tuple[Run, dict[str, float]]]) -> str:
+    """Say what a step costs in each run; of many, in the fastest and the slowest."""
+    ordered = sorted(medians, key=lambda one: sum(one[1].values()))
+    told = list(medians) if len(medians) <= _TOLD else [ordered[0], ordered[-1]]
     parts = []
-    for run, stages in medians:
+    for run, stages in told:
         total = sum(stages.values())
         most = sorted(stages, key=stages.__getitem__, reverse=True)[:2]
         text = " and ".join(f"{stages[name] / total:.0%} {name}" for name in most)
         parts.append(f"{run.name}: {1000 * total:.3g} ms per step, of them {text}")
-    rows = [(run.name, *(f"{1000 * stages.get(name, 0.0):.4g}" for name in names)) for run, stages in medians]
-    header = ("run", *(f"{name}, ms" for name in names))
-    title = "Step time by stage"
-    return Figure("stages", title, "; ".join(parts) + ".", draw, header, rows, "time/<stage>")
+    start = "The fastest and the slowest. " if len(told) < len(medians) else ""
+    return f"{start}{'; '.join(parts)}."
 
 
 def _stragglers(run: Run) -> Figure | None:
@@ -90,8 +101,10 @@ def _bytes_chart(runs: Sequence[Run]) -> Figure | None:
     bars = [(run, *run.bytes_sent) for run in runs if run.bytes_sent is not None and run.bytes_sent[1] > 0]
     if not bars:
         return None
-    saved = ", ".join(f"{run.name} {1 - sent / vanilla:.1%}" for run, sent, vanilla in bars)
-    caption = f"Saved against a vanilla MoE with the same tokens, top-k and placement: {saved}."
+    savings = [(1 - sent / vanilla, run.name) for run, sent, vanilla in bars]
+    caption = f"Saved against a vanilla MoE with the same tokens, top-k and placement: {extremes(savings, '{:.1%}')}."
+    if without := [run.name for run in runs if run not in [one for one, *_ in bars]]:
+        caption += f" Left out, for they send no rows between ranks: {', '.join(without)}."
     named = [(run.name, sent, vanilla) for run, sent, vanilla in bars]
     source = "comm/dispatch_bytes, comm/dispatch_bytes_vanilla, mean over steps"
     return _pairs("bytes", "Expert-parallel traffic", caption, named, "run", source)
@@ -99,16 +112,19 @@ def _bytes_chart(runs: Sequence[Run]) -> Figure | None:
 
 def _layer_bytes(run: Run) -> Figure | None:
     layers = run.names(r"comm/layer_([0-9]+)/dispatch_bytes")
-    bars = []
+    bars, without = [], []
     for layer, key in sorted(layers.items(), key=lambda item: int(item[0])):
         sent, vanilla = run.per_step(key), run.per_step(f"{key}_vanilla")
         if sent is not None and vanilla:
             bars.append((layer, sent, vanilla))
+        else:
+            without.append(layer)
     if not bars:
         return None
     saved = {layer: 1 - sent / vanilla for layer, sent, vanilla in bars}
     most, least = max(saved, key=saved.__getitem__), min(saved, key=saved.__getitem__)
     caption = f"Layer {most} saves the most ({saved[most]:.1%}), layer {least} the least ({saved[least]:.1%})."
+    caption += f" Left out, for they send nothing: layer {', '.join(without)}." if without else ""
     source = "comm/layer_<i>/dispatch_bytes, comm/layer_<i>/dispatch_bytes_vanilla, mean over steps"
     return _pairs("layer-bytes", "Expert-parallel traffic by layer", caption, bars, "layer", source)
 
@@ -121,10 +137,9 @@ def _pairs(
         axes.barh([p + 0.2 for p in places], [sent for _, sent, _ in bars], 0.38, color=palette.series(0), label="sent")
         vanilla = [vanilla for *_, vanilla in bars]
         axes.barh([p - 0.2 for p in places], vanilla, 0.38, color=palette.series(7), label="vanilla MoE")
-        axes.set_yticks(list(places), [label for label, *_ in bars])
+        bar_labels(axes, [label for label, *_ in bars])
         axes.set_xlabel("bytes of rows between ranks per step")
         axes.set_ylabel(what)
-        axes.invert_yaxis()
         format_counts(axes.xaxis)
         legend(axes)
 
@@ -151,6 +166,7 @@ def _memory(run: Run) -> Figure | None:
 def _norms(run: Run, of: str) -> Figure | None:
     names = run.names(rf"norm/{of}/(.+)")
     curves = [Curve(name, *run.over(key, "tokens")) for name, key in names.items() if run.series(key)]
+    zero = [curve.label for curve in curves if max(curve.y) <= 0]
     curves = [curve for curve in curves if max(curve.y) > 0]
     if not curves:
         return None
@@ -170,6 +186,7 @@ def _norms(run: Run, of: str) -> Figure | None:
         f"Largest at the end: {largest.label} ({largest.y[-1]:.3g}). Grown most since the first record: "
         f"{growth.label} ({growth.y[-1] / max(growth.y[0], 1e-30):.2g} times)."
     )
+    caption += f" Left out, for they are 0 all along: {', '.join(zero)}." if zero else ""
     rows = [(curve.label, f"{curve.y[0]:.4g}", f"{curve.y[-1]:.4g}", f"{max(curve.y):.4g}") for curve in curves]
     header = ("module", "first", "last", "largest")
     title = f"{of.capitalize()} norms by module"

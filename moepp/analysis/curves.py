@@ -1,6 +1,6 @@
 """Metrics as curves over tokens or operations, where runs that differ in their seed alone are one curve.
 
-Letters: R runs of a group, P points of a curve.
+Nothing is left out of a curve without a word: see :class:`Drawn`. Letters: R runs of a group, P points of a curve.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 
+from moepp.analysis.figures import compact
 from moepp.analysis.runs import Run, compared_keys, setting
 from moepp.config.compare import flatten
 
@@ -24,26 +25,45 @@ AXES = {
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but their seed, and what to call them."""
+    """Runs that differ in nothing but their seed, what to call them, and their place, which is their colour."""
 
     label: str
     runs: tuple[Run, ...]
+    number: int = 0
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A metric over an axis; of several seeds the mean, with the sample standard deviation at each point."""
+    """A metric over an axis; of several seeds the mean at equal tokens.
+
+    Attributes:
+        label: what to call it.
+        x, y: its points.
+        spread: sample standard deviation over seeds at each point; None of one seed.
+        seeds: how many it is the mean of.
+        number: its colour on every chart; None: by its place in the chart.
+        tokens: where it ends.
+    """
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     spread: Sequence[float] | None = None
+    seeds: int = 1
+    number: int | None = None
+    tokens: float = 0.0
 
     def at(self, x: float) -> float:
         """Return the value at ``x``, linear between points; the nearest end beyond them."""
         import numpy as np
 
         return float(np.interp(x, self.x, self.y))
+
+    def spread_at(self, x: float) -> float | None:
+        """Return the spread at ``x``, as :meth:`at`; None of one seed."""
+        import numpy as np
+
+        return None if self.spread is None else float(np.interp(x, self.x, self.spread))
 
     def reaches(self, y: float) -> float | None:
         """Return the first x at which the curve is at ``y`` or below; None if it never is."""
@@ -69,7 +89,8 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     labels = [_label(group) for group in members]
     if len(set(labels)) < len(labels):
         labels = _distinct(labels, members)
-    return [Group(label, tuple(group)) for label, group in zip(labels, members, strict=True)]
+    pairs = zip(labels, members, strict=True)
+    return [Group(label, tuple(group), number) for number, (label, group) in enumerate(pairs)]
 
 
 def _label(runs: Sequence[Run]) -> str:
@@ -89,34 +110,91 @@ def _distinct(labels: Sequence[str], members: Sequence[Sequence[Run]]) -> list[s
     return [names[n] if labels.count(label) > 1 else label for n, label in enumerate(labels)]
 
 
-def curve_of(group: Group, metric: str, axis: str = "tokens") -> Curve | None:
-    """Return a group's curve; None where no run has the metric, or the axis is not known of one that has.
+@dataclass(frozen=True)
+class Drawn:
+    """Curves of groups, and what is not in them, each as the end of a sentence."""
 
-    Of several runs it covers what all of them cover, at the points of the first; their values are linear between
-    records.
+    curves: list[tuple[Group, Curve]]
+    left_out: list[str] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)
+
+    @property
+    def remarks(self) -> str:
+        """What a caption must say, each sentence after a blank; "" where everything is drawn whole."""
+        parts = [f" Left out: {'; '.join(self.left_out)}."] if self.left_out else []
+        return "".join([*parts, *(f" {text}." for text in self.cut)])
+
+
+def curve_of(group: Group, metric: str, axis: str = "tokens") -> Curve | None:
+    """Return a group's curve; None where it has none: see :func:`curves_of`."""
+    curves = curves_of([group], metric, axis).curves
+    return curves[0][1] if len(curves) == 1 else None
+
+
+def curves_of(groups: Sequence[Group], metric: str, axis: str = "tokens") -> Drawn:
+    """Return the curves of the groups, and what of them could not be drawn.
+
+    A curve of several seeds is their mean at equal tokens, at the records of the first, as far as all of them have got;
+    a seed that has not got half as far as the longest is no part of it. Seeds without common tokens are drawn alone.
     """
-    drawn = [run.over(metric, axis) for run in group.runs if run.series(metric)]
-    if not drawn or not all(x for x, _ in drawn):
-        return None
-    if len(drawn) == 1:
-        return Curve(group.label, *drawn[0])
+    drawn = Drawn([])
+    for group in groups:
+        _add(drawn, group, metric, axis)
+    return drawn
+
+
+def _add(drawn: Drawn, group: Group, metric: str, axis: str) -> None:
+    runs = [run for run in group.runs if run.series(metric)]
+    on_axis = [run for run in runs if run.over(metric, axis)[0]]
+    ends = {run.path: run.series(metric).tokens[-1] for run in on_axis}
+    far = [run for run in on_axis if 2 * ends[run.path] >= max(ends.values())]
+    for run in group.runs:
+        if all(run is not one for one in runs):
+            drawn.left_out.append(f"{run.name} (no {metric})")
+        elif all(run is not one for one in on_axis):
+            drawn.left_out.append(f"{run.name} ({axis} not known)")
+        elif all(run is not one for one in far):
+            drawn.left_out.append(f"{run.name} (a seed that is only at {compact(ends[run.path])} tokens)")
+    if not far:
+        return
+    if (curve := _mean_curve(group, far, metric, axis)) is not None:
+        drawn.curves.append((group, curve))
+        shortest, longest = (order(far, key=lambda run: ends[run.path]) for order in (min, max))
+        if ends[shortest.path] < ends[longest.path]:
+            drawn.cut.append(
+                f"{group.label} is drawn to {compact(ends[shortest.path])} tokens, where {shortest.name} ends"
+            )
+        return
+    for run in far:
+        drawn.curves.append((Group(run.name, (run,), group.number), _single(run.name, run, metric, axis, group.number)))
+    drawn.cut.append(f"The seeds of {group.label} have no tokens in common, so each is drawn alone")
+
+
+def _single(label: str, run: Run, metric: str, axis: str, number: int) -> Curve:
+    return Curve(label, *run.over(metric, axis), number=number, tokens=run.series(metric).tokens[-1])
+
+
+def _mean_curve(group: Group, runs: Sequence[Run], metric: str, axis: str) -> Curve | None:
+    """Return the mean of runs at equal tokens; None where they have none in common."""
+    some = f"{len(runs)} of {len(group.runs)}" if len(runs) < len(group.runs) else str(len(runs))
+    if len(runs) == 1:
+        label = group.label if len(group.runs) == 1 else f"{group.label} ({some} seeds)"
+        return _single(label, runs[0], metric, axis, group.number)
     import numpy as np
 
-    first, last = max(x[0] for x, _ in drawn), min(x[-1] for x, _ in drawn)
+    series = [run.series(metric) for run in runs]
+    first, last = max(one.tokens[0] for one in series), min(one.tokens[-1] for one in series)
     if first > last:
         return None
-    x = [value for value in drawn[0][0] if first <= value <= last]
-    if not x or x[-1] < last:
-        x.append(last)
-    values_RP = np.array([np.interp(x, *points) for points in drawn])
+    tokens = [value for value in series[0].tokens if first <= value <= last]
+    if not tokens or tokens[-1] < last:
+        tokens.append(last)
+    pairs = list(zip(runs, series, strict=True))
+    x_RP = np.array([np.interp(tokens, one.tokens, run.over(metric, axis)[0]) for run, one in pairs])
+    values_RP = np.array([np.interp(tokens, one.tokens, one.values) for one in series])
     spread = values_RP.std(axis=0, ddof=1).tolist()
-    return Curve(f"{group.label} ({len(drawn)} seeds)", x, values_RP.mean(axis=0).tolist(), spread)
-
-
-def curves_of(groups: Sequence[Group], metric: str, axis: str = "tokens") -> list[tuple[Group, Curve]]:
-    """Return the curves of the groups that have one."""
-    found = ((group, curve_of(group, metric, axis)) for group in groups)
-    return [(group, curve) for group, curve in found if curve is not None]
+    mean_x, mean = x_RP.mean(axis=0).tolist(), values_RP.mean(axis=0).tolist()
+    return Curve(f"{group.label} ({some} seeds)", mean_x, mean, spread, len(runs), group.number, last)
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from moepp.analysis.charts import compared_loss, tokens_per_second
-from moepp.analysis.curves import AXES, Curve, Group, curve_of, group_runs, mean_and_spread, short_setting
-from moepp.analysis.figures import Figure, Palette, compact, format_counts
+from moepp.analysis.charts import behind_text, compared_loss, estimate, far_enough, tokens_per_second
+from moepp.analysis.curves import AXES, Curve, Group, curve_of, curves_of, group_runs, mean_and_spread, short_setting
+from moepp.analysis.evidence import Estimate, verdict
+from moepp.analysis.figures import NUM_SERIES, Figure, Palette, compact, format_counts, legend
 from moepp.analysis.runs import Run, compared_keys
 from moepp.model.accounting import activated_parameters
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _TAU = "model.moe.tau"
+_MARKERS = ("o", "s", "^", "D")  # colours repeat, the pair does not for 32 points
 
 
 def baseline_of(groups: Sequence[Group]) -> Group | None:
@@ -32,9 +34,9 @@ def baseline_of(groups: Sequence[Group]) -> Group | None:
 def differences(runs: Sequence[Run]) -> tuple[Group, list[dict[str, Any]]] | None:
     """Return the vanilla twin and a row for each other setting; None without a twin or without others.
 
-    Columns: setting; against (the twin); ``loss_at_equal_<axis>``: loss minus the twin's, nats, at the largest x that
-    both reach, with ``_error``, its standard error over seeds; ``ratio_<what>``: the setting's over the twin's, per
-    token.
+    Columns: setting; seeds of it; against (the twin); ``loss_at_equal_<axis>``: loss minus the twin's, nats, at the
+    largest x that both reach, with ``_error``, its standard error over seeds; ``ratio_<what>``: the setting's over the
+    twin's, per token.
     """
     groups = group_runs(runs)
     twin = baseline_of(groups)
@@ -46,7 +48,7 @@ def differences(runs: Sequence[Run]) -> tuple[Group, list[dict[str, Any]]] | Non
 
 
 def _difference(group: Group, twin: Group, metric: str) -> dict[str, Any]:
-    row: dict[str, Any] = {"setting": group.label, "against": twin.label}
+    row: dict[str, Any] = {"setting": group.label, "seeds": len(group.runs), "against": twin.label}
     for axis in AXES:
         name = f"loss_at_equal_{axis.replace(' ', '_')}"
         ours, theirs = curve_of(group, metric, axis), curve_of(twin, metric, axis)
@@ -55,7 +57,7 @@ def _difference(group: Group, twin: Group, metric: str) -> dict[str, Any]:
             at = min(ours.x[-1], theirs.x[-1])
             if at >= max(ours.x[0], theirs.x[0]):
                 difference = ours.at(at) - theirs.at(at)
-                error = _error(((ours, len(group.runs)), (theirs, len(twin.runs))), at)
+                error = _error((ours, theirs), at)
         row |= {name: difference, f"{name}_error": error}
     for what, of in _PER_TOKEN.items():
         ours, theirs = _mean(group, of), _mean(twin, of)
@@ -63,14 +65,10 @@ def _difference(group: Group, twin: Group, metric: str) -> dict[str, Any]:
     return row
 
 
-def _error(curves: Sequence[tuple[Curve, int]], at: float) -> float | None:
+def _error(curves: Sequence[Curve], at: float) -> float | None:
     """Return the standard error of a difference of two means; None where one of them is a single run."""
-    if any(curve.spread is None for curve, _ in curves):
-        return None
-    import numpy as np
-
-    parts = [float(np.interp(at, curve.x, curve.spread or ())) ** 2 / runs for curve, runs in curves]
-    return math.sqrt(sum(parts))
+    parts = [(spread, curve.seeds) for curve in curves if (spread := curve.spread_at(at)) is not None]
+    return math.sqrt(sum(spread**2 / seeds for spread, seeds in parts)) if len(parts) == len(curves) else None
 
 
 def _expert_operations(run: Run) -> float | None:
@@ -102,67 +100,80 @@ def _mean(group: Group, of: Any) -> float | None:
 class _Point:
     """A setting in the plane of cost and loss."""
 
-    label: str
+    loss: Estimate
     cost: float  # parameters that a token uses
     operations: float | None
-    loss: float
-    spread: float | None
+    number: int  # its colour
+
+    @property
+    def label(self) -> str:
+        """What to call it."""
+        return self.loss.label
 
 
 def frontier(runs: Sequence[Run]) -> Figure | None:
     """Draw the loss against the parameters that a token uses: what lies low and left wins.
 
-    The loss is that at the largest number of tokens that all settings reach, the cost the mean up to there.
+    The loss is that at the largest number of tokens that all settings reach which are half as far as the longest, the
+    cost the mean up to there. None with fewer than two of them.
     """
     metric = compared_loss(runs)
     keys = [key for key in compared_keys(runs) if key == _TAU]
-    found = [(group, curve) for group in group_runs(runs) if (curve := curve_of(group, metric)) is not None]
-    found = [(group, curve) for group, curve in found if _used_parameters(group) is not None]
+    drawn = curves_of(group_runs(runs), metric)
+    costs = {curve.label: _used_parameters(group) for group, curve in drawn.curves}
+    unknown = [f"{label} (its cost is not known)" for label, cost in costs.items() if cost is None]
+    far, behind = far_enough([curve for _, curve in drawn.curves] or [Curve("", [0.0], [0.0])])
+    names = {curve.label for curve in far}
+    found = [(group, curve) for group, curve in drawn.curves if curve.label in names and costs[curve.label] is not None]
     if len(found) < 2:
         return None
     at = min(curve.x[-1] for _, curve in found)
     if at < max(curve.x[0] for _, curve in found):
         return None
-    points = [_point(group, curve, at, keys) for group, curve in found]
-    points.sort(key=lambda point: (point.cost, point.loss))
+    points = sorted((_point(group, curve, at, keys) for group, curve in found), key=lambda p: (p.cost, p.loss.value))
     best = [points[0]]
     for point in points[1:]:
-        if point.loss < best[-1].loss:
+        if point.loss.value < best[-1].loss.value:
             best.append(point)
+    drawn.left_out.extend(unknown)
+    caption = f"At {compact(at)} tokens, the furthest that {'all' if not behind else 'those compared'} reach. "
+    caption += _gains(best) + behind_text(behind) + drawn.remarks
+    header = ("setting", "parameters used per token", "operations per token", "loss", "± over seeds")
+    source = f"{metric}, routing/ffn_per_token and config.yaml"
+    title = "Loss against parameters used"
+    return Figure("frontier", title, caption, _draw_frontier(points, best), header, [_row(p) for p in points], source)
 
+
+def _row(point: _Point) -> tuple[str, ...]:
+    operations = "-" if point.operations is None else compact(point.operations)
+    spread = "-" if point.loss.spread is None else f"{point.loss.spread:.4f}"
+    return point.label, compact(point.cost), operations, f"{point.loss.value:.4f}", spread
+
+
+def _draw_frontier(points: Sequence[_Point], best: Sequence[_Point]) -> Callable[[Axes, Palette], None]:
     def draw(axes: Axes, palette: Palette) -> None:
-        axes.plot([point.cost for point in best], [point.loss for point in best], color=palette["muted"], linewidth=1)
+        line = [point.cost for point in best], [point.loss.value for point in best]
+        axes.plot(*line, color=palette["muted"], linewidth=1, zorder=1)
         for point in points:
-            colour = palette.series(0 if point in best else 7)
-            axes.errorbar([point.cost], [point.loss], yerr=point.spread, fmt="o", color=colour, capsize=3)
-            place = {"textcoords": "offset points", "xytext": (5, 5), "fontsize": 8}
-            axes.annotate(point.label, (point.cost, point.loss), **place)
-        axes.margins(0.18)
+            style = {"fmt": _MARKERS[point.number // NUM_SERIES % len(_MARKERS)], "capsize": 3}
+            colour = palette.series(point.number)
+            place = [point.cost], [point.loss.value]
+            axes.errorbar(*place, yerr=point.loss.spread, color=colour, label=point.label, **style)
+        axes.margins(0.08)
         axes.set_xlabel("parameters used per token, input embedding left out")
         axes.set_ylabel("loss, nats per token")
         format_counts(axes.xaxis)
+        legend(axes)
 
-    rows = []
-    for point in points:
-        operations = "-" if point.operations is None else compact(point.operations)
-        spread = "-" if point.spread is None else f"{point.spread:.4f}"
-        rows.append((point.label, compact(point.cost), operations, f"{point.loss:.4f}", spread))
-    header = ("setting", "parameters used per token", "operations per token", "loss", "± over seeds")
-    caption = f"At {compact(at)} tokens, the furthest that all reach. {_gains(best)}"
-    source = f"{metric}, routing/ffn_per_token and config.yaml"
-    return Figure("frontier", "Loss against parameters used", caption, draw, header, rows, source)
+    return draw
 
 
 def _point(group: Group, curve: Curve, at: float, keys: Sequence[str]) -> _Point:
     config = group.runs[0].config
     has_tau = config is not None and config.model.moe.num_zero_computation_experts
-    label = f"{group.label} ({short_setting(group.runs[0], keys)})" if keys and has_tau else group.label
-    spread = None
-    if curve.spread is not None:
-        import numpy as np
-
-        spread = float(np.interp(at, curve.x, curve.spread))
-    return _Point(label, _used_parameters(group) or 0.0, _mean(group, _operations), curve.at(at), spread)
+    label = f"{curve.label} ({short_setting(group.runs[0], keys)})" if keys and has_tau else curve.label
+    loss = replace(estimate(curve, at), label=label)
+    return _Point(loss, _used_parameters(group) or 0.0, _mean(group, _operations), group.number)
 
 
 def _used_parameters(group: Group) -> float | None:
@@ -184,9 +195,10 @@ def _used(run: Run) -> float | None:
 
 def _gains(best: Sequence[_Point]) -> str:
     if len(best) == 1:
-        return f"{best[0].label} is both the cheapest and the best."
+        return f"By the means, {best[0].label} is both the cheapest and the best."
     gains = [
-        f"{a.label} to {b.label}: {a.loss - b.loss:.3f} nats for {b.cost / a.cost:.2f} times the parameters"
+        f"{a.label} to {b.label}: {a.loss.value - b.loss.value:.3f} nats for {b.cost / a.cost:.2f} times the "
+        f"parameters ({verdict(a.loss, b.loss)})"
         for a, b in pairwise(best)
     ]
-    return f"No setting is both cheaper and better than those on the line. {'; '.join(gains)}."
+    return f"By the means, no setting is both cheaper and better than those on the line. {'; '.join(gains)}."

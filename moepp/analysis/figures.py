@@ -35,6 +35,7 @@ _COLOURS = {
 }
 NUM_SERIES = 8
 DASHES = ("-", "--", ":", "-.")
+_FEW = 6  # things in a drawing that are told apart at a glance
 _INCHES = (5.4, 3.7)  # 389 pixels wide at 72 per inch: no smaller on a phone
 
 
@@ -150,25 +151,68 @@ def _svg(name: str, title: str, caption: str, draw: Draw) -> str:
     return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
 
 
-def compact(value: float) -> str:
-    """Write a count in few characters: 1.2 M, 3.4e21."""
+def compact(value: float, digits: int = 3) -> str:
+    """Write a count in few characters, to ``digits`` digits: 1.2 M, 3.4e21."""
     for bound, unit in ((1e18, ""), (1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if abs(value) >= bound:
-            return f"{value:.2e}" if not unit else f"{value / bound:.3g}{unit}"
-    return f"{value:.4g}"
+            return f"{value:.{digits - 1}e}" if not unit else f"{value / bound:.{digits}g}{unit}"
+    return f"{value:.{digits + 1}g}"
+
+
+def distinct_counts(values: Sequence[float]) -> list[str]:
+    """Return the values as :func:`compact` does, with as many digits as different values need to read differently."""
+    texts: list[str] = []
+    for digits in range(3, 16):
+        texts = [compact(value, digits) for value in values]
+        if len(set(texts)) == len(set(values)):
+            break
+    return texts
 
 
 def format_counts(axis: Any, whole: bool = False) -> None:
-    """Write an axis's ticks as :func:`compact` does; ``whole``: at integers alone."""
+    """Write an axis's ticks as :func:`distinct_counts` does; ``whole``: at integers alone."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+    class Counts(FuncFormatter):
+        def format_ticks(self, values: Sequence[float]) -> list[str]:
+            return distinct_counts([float(value) for value in values])
+
     axis.set_major_locator(MaxNLocator(5, integer=whole))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+    axis.set_major_formatter(Counts(lambda value, _: compact(value)))
 
 
 def legend(axes: Axes) -> None:
-    """Put a legend above the axes, where there is more than one thing to tell apart."""
+    """Put a legend above the axes, where there is more than one thing to tell apart; the drawing grows by it."""
     handles, labels = axes.get_legend_handles_labels()
-    if len(handles) > 1:
-        columns = min(len(handles), 3 if max(map(len, labels)) < 16 else 2 if max(map(len, labels)) < 26 else 1)
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, handlelength=1.8, columnspacing=1.2)
+    if len(handles) < 2:
+        return
+    size = 9 if len(handles) <= _FEW else 8
+    shown = [shorten(label) for label in labels]
+    width = 72 * _INCHES[0] - 30  # points
+    columns = int(width // (32 + 0.58 * size * max(map(len, shown))))  # a handle and gaps; a letter is about so wide
+    columns = max(1, min(columns, len(handles), 3))
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
+    axes.legend(handles, shown, **place, ncols=columns, fontsize=size, handlelength=1.8, columnspacing=1.2)
+    grow(axes, (-(-len(handles) // columns) - 2) * size * 1.45 / 72)
+
+
+def grow(axes: Axes, inches: float) -> None:
+    """Make the drawing higher; nothing where ``inches`` is not above 0."""
+    if inches > 0:
+        figure: Any = axes.figure
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, height + inches)
+
+
+def bar_labels(axes: Axes, names: Sequence[str]) -> None:
+    """Name bars below each other, the first on top; the drawing grows with their number."""
+    many = len(names) > _FEW
+    axes.set_yticks(range(len(names)), [shorten(name, 36) for name in names], fontsize=8 if many else None)
+    axes.set_ylim(len(names) - 0.3, -0.7)
+    grow(axes, 0.17 * (len(names) - 12))
+
+
+def shorten(text: str, length: int = 60) -> str:
+    """Return a label without its middle where it is long: its ends tell it from others."""
+    half = (length - 1) // 2
+    return text if len(text) <= length else f"{text[:half]}…{text[-half:]}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files as package_files
 from typing import Any
 
-from moepp.analysis.comparison import heading_of, is_number, text_of
+from moepp.analysis.comparison import headings, is_number, shown_columns, text_of
 from moepp.analysis.figures import Figure
 from moepp.io.untrusted import terminal_text
 
@@ -50,8 +50,8 @@ class Page:
 
     def table(self, rows: Sequence[Mapping[str, Any]], caption: str) -> None:
         """Add a table of a comparison."""
-        columns = list(rows[0])
-        header = [heading_of(column) for column in columns]
+        columns = shown_columns(rows)
+        header = headings(columns)
         cells = [[text_of(column, row[column]) for column in columns] for row in rows]
         numeric = {number for number, column in enumerate(columns) if is_number(column)}
         self._parts.append(_table(header, cells, caption, numeric))
@@ -104,7 +104,12 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str, n
         kind = ' class="number"' if column in numeric else ""
         return f'<th scope="row">{_text(text)}</th>' if column == 0 else f"<td{kind}>{_text(text)}</td>"
 
-    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in header)
+    def heading(column: int, name: str) -> str:
+        # Keys may be broken behind their underscores, so that columns are no wider than their numbers.
+        kind = ' class="number"' if column in numeric else ""
+        return f'<th scope="col"{kind}>{_text(name).replace("_", "_<wbr>")}</th>'
+
+    head = "".join(heading(column, name) for column, name in enumerate(header))
     body = "".join("<tr>" + "".join(cell(c, text) for c, text in enumerate(row)) + "</tr>" for row in rows)
     label = html.escape(caption, quote=True)
     return (

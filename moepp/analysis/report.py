@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from moepp.analysis.charts import curve_charts, tokens_per_second
-from moepp.analysis.comparison import compare, group_seeds, write_table
+from moepp.analysis.charts import compared_loss, curve_charts, tokens_per_second
+from moepp.analysis.comparison import compare, group_seeds, uneven_seeds, write_table
 from moepp.analysis.cost_charts import cost_charts
 from moepp.analysis.differences import differences, frontier
 from moepp.analysis.figures import Figure, compact
@@ -16,6 +16,7 @@ from moepp.analysis.page import Page
 from moepp.analysis.routing_charts import routing_charts
 from moepp.analysis.runs import Run, compared_keys
 from moepp.analysis.token_pages import read_tables, text_markup, token_figures
+from moepp.analysis.validation_charts import validation_charts
 from moepp.errors import RunError
 from moepp.io import files
 from moepp.runs.report import ReportInputs
@@ -36,7 +37,7 @@ def write_run_page(run: Run, inputs: ReportInputs, folder: Path) -> Path:
     page.cards(_cards(run))
     drawn: list[Figure] = []
     for heading, figures in (
-        ("Learning", curve_charts([run])),
+        ("Learning", [*curve_charts([run]), *validation_charts([run])]),
         ("Routing", routing_charts(run)),
         ("Tokens", tokens),
         ("Cost", cost_charts([run])),
@@ -91,7 +92,7 @@ def write_comparison(runs: Sequence[Run], folder: Path, sort: str = "eval_loss",
     if len(runs) == 1:
         differ = "There is no other run to compare it with."
     page = Page(title, f"{differ} Numbers come from the runs' metrics.jsonl.")
-    page.notes([*left_out, *(f"{run.name}: {note}" for run in runs for note in run.notes)])
+    page.notes([*comparison_notes(runs, left_out), *uneven_seeds(seeds)])
     page.table(rows, "One row per run, the best first")
     files.make_folder(folder)
     write_table(folder / TABLE, rows)
@@ -103,12 +104,15 @@ def write_comparison(runs: Sequence[Run], folder: Path, sort: str = "eval_loss",
         twin, table = against
         note = (
             "Losses minus those of the setting without zero-computation experts, at the furthest point that both reach "
-            "(below 0: better than it), ± their standard error over seeds; costs as multiples of its costs per token."
+            "(below 0: better than it), ± their standard error over seeds (-: one seed, whose spread is not known; a "
+            "difference below two of them is none); costs as multiples of its costs per token. Losses are "
+            f"{compared_loss(runs)}; - where two have no tokens or operations in common."
         )
         page.section(f"Against {twin.label}", note)
         page.table(table, "One row per setting")
         write_table(folder / DIFFERENCES, table)
-    curves, costs = [figure for figure in (frontier(runs), *curve_charts(runs)) if figure], cost_charts(runs)
+    curves = [figure for figure in (frontier(runs), *curve_charts(runs), *validation_charts(runs)) if figure]
+    costs = cost_charts(runs)
     for heading, figures in (("Learning", curves), ("Cost", costs)):
         if figures:
             page.section(heading)
@@ -116,6 +120,19 @@ def write_comparison(runs: Sequence[Run], folder: Path, sort: str = "eval_loss",
     page.section("Each run")
     page.plain_table(("run", "directory"), [(run.name, str(run.path)) for run in runs], "Where the runs lie", False)
     return _write(page, [*curves, *costs], folder)
+
+
+def comparison_notes(runs: Sequence[Run], left_out: Sequence[str] = ()) -> list[str]:
+    """Return what a reader of a comparison must know first: of many runs that are not at their end, one line."""
+    unfinished = [(run, total) for run in runs if (total := run.total_steps) is not None and run.steps < total]
+    notes = list(left_out)
+    if unfinished:
+        steps = ", ".join(f"{run.name} (step {run.steps:,} of {total:,})" for run, total in unfinished)
+        notes.append(f"Not at their end: {steps}.")
+    furthest = max(run.tokens for run in runs)
+    if behind := [run.name for run in runs if 2 * run.tokens < furthest]:
+        notes.append(f"Drawn but not compared in captions, being not half as far as the longest: {', '.join(behind)}.")
+    return notes + [f"{run.name}: {note}" for run in runs for note in run.faults]
 
 
 def _cards(run: Run) -> list[tuple[str, str, str]]:

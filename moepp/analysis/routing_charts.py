@@ -99,13 +99,13 @@ def _layer_map(
     if not layers:
         return None
     tokens = sorted({token for series in layers.values() for token in series.tokens})
-    stride = -(-len(tokens) // _MAX_COLUMNS)
-    kept = tokens[stride - 1 :: stride]
+    columns, start = time_columns(tokens, _interval(run))
     by_layer = [dict(zip(series.tokens, series.values, strict=True)) for series in layers.values()]
-    values_LP = [[values.get(token, float("nan")) for token in kept] for values in by_layer]
+    shown = [None if column is None else tokens[column] for column in columns]
+    values_LP = [[values.get(token, float("nan")) for token in shown] for values in by_layer]
 
     def draw(axes: Axes, palette: Palette) -> None:
-        _image(axes, values_LP, unit, (0, kept[-1], len(layers) - 0.5, -0.5))
+        _image(axes, values_LP, unit, (start, tokens[-1], len(layers) - 0.5, -0.5))
         _layer_ticks(axes, list(layers))
         axes.set_xlabel(TOKENS)
         axes.set_ylabel("layer")
@@ -114,8 +114,44 @@ def _layer_map(
     last = {layer: series.values[-1] for layer, series in layers.items()}
     rows = [(str(layer), f"{series.values[0]:.3f}", f"{series.values[-1]:.3f}") for layer, series in layers.items()]
     name = metric.replace("_", "-")
+    left_out = len(tokens) - len({column for column in columns if column is not None})
+    text = caption(last) + (
+        f" {left_out} of {len(tokens)} records are too close to others to be drawn." * bool(left_out)
+    )
     source = f"{family}/layer_<i>/{metric}"
-    return Figure(name, title, caption(last), draw, ("layer", "first", "last"), rows, source)
+    return Figure(name, title, text, draw, ("layer", "first", "last"), rows, source)
+
+
+def _interval(run: Run) -> float:
+    """Tokens between two records, as configured; of a step where that is not known."""
+    steps = run.config.train.log_interval if run.config is not None else 1
+    return steps * run.tokens / max(run.steps, 1)
+
+
+def time_columns(tokens: Sequence[int], interval: float) -> tuple[list[int | None], float]:
+    """Return which record each of equally wide columns shows, up to the last record, and where the first one begins.
+
+    A record is about what lies between it and the one before; about no more than twice the usual distance, so that what
+    was not measured stays empty. A run that was first measured late begins there.
+
+    Args:
+        tokens: of the records, ascending.
+        interval: between records, where there is one alone.
+    """
+    import numpy as np
+
+    gaps = np.diff(tokens)
+    usual = float(np.median(gaps)) if len(gaps) else float(interval)
+    start = max(0.0, tokens[0] - usual)
+    number = max(1, round((tokens[-1] - start) / (gaps.min() if len(gaps) else usual)))
+    edges = np.linspace(start, tokens[-1], min(number, _MAX_COLUMNS) + 1)
+    ends = edges[1:] - 1e-9 * (tokens[-1] - start)  # a column that ends with a record shows it
+    found = np.searchsorted(tokens, ends)
+    width = edges[1] - edges[0]
+    columns: list[int | None] = [
+        int(one) if tokens[one] - end <= 2 * usual - 0.5 * width else None for one, end in zip(found, ends, strict=True)
+    ]
+    return columns, start
 
 
 def _image(
@@ -192,15 +228,16 @@ def _experts_over_time(history: Sequence[RoutingSnapshot]) -> Figure | None:
     moved, first = (
         np.abs(after.share_LE - before.share_LE).sum(axis=1).mean() / 2 for before, after in (points[-2:], points[:2])
     )
-    points = points[:: -(-len(points) // _MAX_COLUMNS)]
-    points = points if points[-1] is last else [*points, last]
+    columns, start = time_columns([one.tokens for one in points], 1.0)
     keep = max(1, min(len(layers), _MAX_ROWS // len(names)))
     shown = sorted({round(n * (len(layers) - 1) / max(keep - 1, 1)) for n in range(keep)})
     share_PLE = np.stack([one.share_LE for one in points])[:, shown]
-    values_RP = share_PLE.reshape(len(points), -1).T * len(names)
+    values_PR = share_PLE.reshape(len(points), -1) * len(names)
+    blank = np.full(values_PR.shape[1], np.nan)
+    values_RP = np.stack([blank if column is None else values_PR[column] for column in columns], axis=1)
 
     def draw(axes: Axes, palette: Palette) -> None:
-        extent = (points[0].tokens, points[-1].tokens, len(values_RP) - 0.5, -0.5)
+        extent = (start, points[-1].tokens, len(values_RP) - 0.5, -0.5)
         _image(axes, values_RP, "share over an even share", extent, lowest=0.0)
         for number in range(1, len(shown)):
             axes.axhline(number * len(names) - 0.5, color="white", linewidth=1)
@@ -215,6 +252,10 @@ def _experts_over_time(history: Sequence[RoutingSnapshot]) -> Figure | None:
         f"Between the last two snapshots {moved:.1%} of the choices moved to another expert, between the first two "
         f"{first:.1%} (mean over layers)."
     )
+    if len(shown) < len(layers):
+        caption += f" {len(shown)} of {len(layers)} layers are drawn."
+    if len(points) < len(history):
+        caption += f" {len(history) - len(points)} snapshots of other layers or experts are left out."
     rows = [
         (f"{layers[n]}", name, f"{share_PLE[0, i, e]:.3f}", f"{share_PLE[-1, i, e]:.3f}")
         for i, n in enumerate(shown)

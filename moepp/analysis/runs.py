@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,6 +30,9 @@ logger = logging.getLogger(__name__)
 _NOT_COMPARED = re.compile(
     r"(run\.(name|dir|seed|resume)|data\.cache_dir|logging\..*|checkpoint\..*|train\.log_interval)"
 )
+
+_MAIN = ("train/loss", "eval/loss", "train/grad_norm")
+_NAMED = 4  # metrics that a note names
 
 SPLIT_NAME = "data.paths"
 """What the validation part of ``data.paths`` is called beside sets of ``data.validation``, whose names have no dot."""
@@ -101,10 +105,6 @@ class Run:
         """Expert kinds that were logged, FFN first."""
         return sorted(self.names(r"routing/layer_[0-9]{1,9}/share_(\w{1,60})"), key=lambda kind: kind != "ffn")
 
-    def not_finite(self, metric: str) -> int:
-        """Return how many records hold no finite value of a metric that they name: NaN and infinity become null."""
-        return sum(metric in record and record[metric] is None for record in self.records)
-
     def names(self, pattern: str) -> dict[str, str]:
         """Return the metrics whose whole name a pattern matches, by the pattern's first group."""
         compiled = re.compile(pattern)
@@ -175,24 +175,45 @@ class Run:
     @cached_property
     def routing(self) -> list[RoutingSnapshot]:
         """Choices of every expert and gate weights over the training; empty where none were kept."""
-        try:
-            return read_routing(self.path)
-        except RunError as error:
-            logger.warning("%s: no history of its routing is drawn: %s", self.name, error)
-            return []
+        return self._routing[0]
 
     @cached_property
+    def _routing(self) -> tuple[list[RoutingSnapshot], str]:
+        try:
+            return read_routing(self.path), ""
+        except RunError as error:
+            logger.warning("%s: no history of its routing is drawn: %s", self.name, error)
+            return [], str(error)
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps that its configuration asks for; None where that cannot be read."""
+        train = self.tree.get("train")
+        steps = train.get("steps") if isinstance(train, Mapping) else None
+        return steps if type(steps) is int and steps > 0 else None
+
+    @property
     def notes(self) -> list[str]:
-        """What a reader of this run's numbers must know first: what is missing, not finite or not done."""
+        """What a reader of this run's page must know first: that it is not done, and :attr:`faults`."""
+        total = self.total_steps
+        unfinished = [f"Not at its end: step {self.steps:,} of {total:,}."] if total and self.steps < total else []
+        history = f"No history of its routing is drawn: {self._routing[1]}" if self._routing[1] else ""
+        return [*unfinished, *self.faults, *([history] if history else [])]
+
+    @cached_property
+    def faults(self) -> list[str]:
+        """What is missing of its numbers, or not finite."""
         found = []
-        total = self.config.train.steps if self.config is not None else None
-        if total is not None and self.steps < total:
-            found.append(f"Not at its end: step {self.steps:,} of {total:,}.")
         if self.config is None:
             found.append("Its configuration is missing or cannot be read by this version: no operations are counted.")
-        for metric in ("train/loss", "eval/loss", "train/grad_norm"):
-            if count := self.not_finite(metric):
+        counts = Counter(name for record in self.records for name, value in record.items() if value is None)
+        for metric in _MAIN:
+            if count := counts.pop(metric, 0):
                 found.append(f"{metric} is not finite in {count} of {len(self.records)} records, which are left out.")
+        if counts:
+            named = ", ".join(f"{name} ({count})" for name, count in counts.most_common(_NAMED))
+            more = f" and {len(counts) - _NAMED} other metrics" if len(counts) > _NAMED else ""
+            found.append(f"Not finite in some records, which are left out: {named}{more}.")
         if skipped := self.series("train/skipped_steps").last:
             found.append(f"{skipped:.0f} steps were skipped: not finite, or loss spikes.")
         return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +10,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moepp.analysis.figures import shorten
+from moepp.analysis.run_state import state_of
 from moepp.analysis.runs import Run, Series
+from moepp.analysis.validation_charts import validation_sets
 from moepp.errors import MoeppError, RunError
 from moepp.io.untrusted import printable, read_json
 from moepp.runs.directory import RunDir
@@ -22,12 +24,13 @@ if TYPE_CHECKING:
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _WIDTH = 48
 _LAYERS = 16
+_SETS = 8  # validation sets that are shown
+_NAME = 13  # letters of their names
 _WARNINGS = 4
 _TAIL_BYTES = 200_000
 _SERIOUS = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b")
 _ERROR = re.compile(r"\b(ERROR|CRITICAL)\b")
 _RANK = re.compile(r"rank-([0-9]{1,9})")
-_HOLDER = re.compile(r"process ([0-9]{1,10}) on (\S{1,253})")  # what moepp.runs.lock writes
 _SHOWN_RANKS = 5
 _RECENT = 20
 _NARROW = 80  # columns of a terminal below which the extremes are left out
@@ -54,8 +57,8 @@ def duration(seconds: float) -> str:
 def remaining_seconds(run: Run) -> float | None:
     """Return the time that is left at the newest throughput; None where the end or the throughput is not known."""
     speed = run.series("throughput/tokens_per_second").last
-    total = run.tree.get("train", {}).get("steps") if isinstance(run.tree.get("train"), dict) else None
-    if not speed or not isinstance(total, int) or not run.steps:
+    total = run.total_steps
+    if not speed or total is None or not run.steps:
         return None
     return max(0.0, (total - run.steps) * (run.tokens / run.steps) / speed)
 
@@ -91,38 +94,26 @@ def panel(run: Run, now: float | None = None, width: int = 100) -> RenderableTyp
     if (layers := _layers(run, width)) is not None:
         parts.append(layers)
     parts += [Text(_ranks(run)), Text(_saved(run, now))]
-    broken = [note for note in run.notes if "not finite" in note]  # "last" is then not of the last record
+    broken = [note for note in run.faults if "ot finite in" in note]  # "last" is then not of the last record
     parts += [Text(line, style="yellow") for line in (*broken, *warnings_of(run))]
     return Group(*parts)
 
 
 def _headline(run: Run, now: float) -> str:
-    total = run.tree.get("train", {}).get("steps") if isinstance(run.tree.get("train"), dict) else None
+    total = run.total_steps
     age = max(0.0, now - RunDir(run.path).metrics_file.stat().st_mtime)
-    parts = [run.name, f"step {run.steps:,}" + (f" of {total:,}" if isinstance(total, int) else "")]
-    parts += [f"{run.tokens:,} tokens", f"last record {duration(age)} ago", state(run)]
-    left = remaining_seconds(run)
+    found = state_of(run.path, run, now)
+    parts = [run.name, f"step {run.steps:,}" + (f" of {total:,}" if total is not None else "")]
+    parts += [f"{run.tokens:,} tokens", f"last record {duration(age)} ago", found.text]
+    left = remaining_seconds(run) if found.goes_on else None
     if left:
         parts.append(f"about {duration(left)} left at this pace")
     return "  |  ".join(parts)
 
 
-def state(run: Run) -> str:
-    """Return whether the run is done, or its process lives, as far as files and this host tell."""
-    total = run.tree.get("train", {}).get("steps") if isinstance(run.tree.get("train"), dict) else None
-    if isinstance(total, int) and run.steps >= total:
-        return "finished"
-    try:
-        with (run.path / ".lock").open("rb") as stream:
-            holder = _HOLDER.match(stream.read(200).decode("utf-8", "replace"))
-    except OSError:
-        return "not running here"
-    if holder is None:
-        return "not running here"
-    name = printable(holder[0], 100)
-    if holder[2] != socket.gethostname() or not Path("/proc").is_dir():
-        return f"last held by {name}"
-    return f"running: {name}" if Path("/proc", holder[1]).is_dir() else f"not running: {name} has ended"
+def waiting(path: Path, now: float | None = None) -> str:
+    """Return the line of a run that has logged nothing yet."""
+    return f"{printable(path.name)}  |  {state_of(path, None, time.time() if now is None else now).text}"
 
 
 def _ranks(run: Run) -> str:
@@ -170,10 +161,12 @@ def _curves(run: Run, width: int) -> RenderableType:
     table = Table(box=None, pad_edge=False)
     for heading in ("", "last", *(() if is_narrow else ("lowest", "highest")), ""):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    sets = list(validation_sets([run]).items())
     length = max(8, min(_WIDTH, width - (36 if is_narrow else 58)))
     for label, metric, pattern in (
         ("training loss, nats", "train/loss", "{:.4f}"),
         ("validation loss, nats", "eval/loss", "{:.4f}"),
+        *((f"loss on {_short(name)}", key, "{:.4f}") for name, key in sets[:_SETS]),
         ("tokens per second", "throughput/tokens_per_second", "{:,.0f}"),
         ("FFN experts per token", "routing/ffn_per_token", "{:.3f}"),
         ("gradient norm", "train/grad_norm", "{:.3g}"),
@@ -183,7 +176,13 @@ def _curves(run: Run, width: int) -> RenderableType:
         if series:
             numbers = [pattern.format(v) for v in (series.values[-1], min(series.values), max(series.values))]
             table.add_row(label, *(numbers[:1] if is_narrow else numbers), sparkline(series.values, length))
+    if len(sets) > _SETS:
+        table.add_row(f"and {len(sets) - _SETS} other sets", *[""] * (len(table.columns) - 1))
     return table
+
+
+def _short(name: str) -> str:
+    return shorten(printable(name), _NAME)
 
 
 def _layers(run: Run, width: int) -> RenderableType | None:
@@ -202,6 +201,8 @@ def _layers(run: Run, width: int) -> RenderableType | None:
         load = loads[layer].last if layer in loads else None
         bar = "█" * round(length * share) + "░" * (length - round(length * share))
         table.add_row(str(layer), f"{share:.1%}", bar, "-" if load is None else f"{load:.2f}")
+    if step > 1:
+        table.add_row("", "", f"every {step} layers", "")
     return table
 
 

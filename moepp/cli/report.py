@@ -62,7 +62,10 @@ def _report_one(path: Path, args: argparse.Namespace) -> int:
 
     for option in ("sort", "table"):
         if getattr(args, option) is not None:
-            raise ConfigError(f"--{option} orders several runs, and {printable(path)} is one; leave it out")
+            does = {"sort": "orders", "table": "writes the table of"}[option]
+            raise ConfigError(
+                f"--{option} {does} several runs, and {printable(path)} is one; leave it out, or name a folder of runs"
+            )
     run_dir = RunDir(path)
     inputs = read_inputs(run_dir)
     entropy = args.unigram_entropy if args.unigram_entropy is not None else inputs.unigram_entropy
@@ -79,8 +82,8 @@ def _report_one(path: Path, args: argparse.Namespace) -> int:
 
 
 def _report_several(places: Sequence[str], args: argparse.Namespace) -> int:
-    from moepp.analysis.comparison import compare, heading_of, text_of, write_table
-    from moepp.analysis.report import write_comparison
+    from moepp.analysis.comparison import compare, headings, shown_columns, text_of, write_table
+    from moepp.analysis.report import comparison_notes, write_comparison
     from moepp.analysis.runs import find_runs
     from moepp.runs.report import table_lines
 
@@ -95,9 +98,11 @@ def _report_several(places: Sequence[str], args: argparse.Namespace) -> int:
     if args.table is not None:
         write_table(Path(args.table), rows)
     page = write_comparison(runs, folder, sort, found.left_out)
-    columns = list(rows[0])
+    for note in comparison_notes(runs, found.left_out):
+        print(terminal_text(f"note: {note}"))
+    columns = shown_columns(rows)
     cells = [[text_of(column, row[column]) for column in columns] for row in rows]
-    print(terminal_text("\n".join(table_lines([heading_of(column) for column in columns], cells))))
+    print(terminal_text("\n".join(table_lines(headings(columns), cells))))
     print(f"page: {printable(page)}")
     return 0
 

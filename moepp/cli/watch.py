@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 EXAMPLE = "moepp watch runs/tiny"
-_WAITING = "waiting for the first record"
 _REST = 9  # times the time that a look took
 
 
@@ -33,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.live import Live
 
     from moepp.analysis.runs import read_run
-    from moepp.analysis.watch import has_records, panel
+    from moepp.analysis.watch import has_records, panel, waiting
     from moepp.runs.directory import RunDir
 
     path = Path(args.run_dir).expanduser().resolve()
@@ -47,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         )
     console = Console(highlight=False)
     if args.once or not sys.stdout.isatty():
-        console.print(panel(read_run(path), width=console.width) if has_records(path) else _WAITING)
+        console.print(panel(read_run(path), width=console.width) if has_records(path) else waiting(path))
         return 0
     with Live(console=console, auto_refresh=False) as live, suppress(KeyboardInterrupt):  # the usual way to end it
         while True:
@@ -61,9 +60,9 @@ def run(args: argparse.Namespace) -> int:
 def look(path: Path, width: int) -> RenderableType:
     """Return what is seen now; what cannot be read while the run writes it is said, and read again at the next look."""
     from moepp.analysis.runs import read_run
-    from moepp.analysis.watch import has_records, panel
+    from moepp.analysis.watch import has_records, panel, waiting
 
     try:
-        return panel(read_run(path), width=width) if has_records(path) else _WAITING
+        return panel(read_run(path), width=width) if has_records(path) else waiting(path)
     except (MoeppError, OSError) as error:
         return printable(f"cannot be read now: {error}")

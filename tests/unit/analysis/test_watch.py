@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import socket
 from pathlib import Path
@@ -10,10 +11,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from moepp.analysis.run_state import state_of
 from moepp.analysis.runs import read_run
-from moepp.analysis.watch import duration, panel, remaining_seconds, sparkline, state, warnings_of
+from moepp.analysis.watch import duration, panel, remaining_seconds, sparkline, warnings_of
 from moepp.cli.main import main
 from moepp.cli.watch import look
+from moepp.runs.lock import RunLock
 from tests.run_files import make_run
 
 
@@ -54,20 +57,113 @@ def test_the_newest_of_everything_is_shown(tmp_path):
     assert warnings_of(read_run(path))[0].startswith("rank-1: ")
 
 
-def test_state_of_a_run_is_what_its_files_and_this_host_tell(tmp_path):
-    done = read_run(make_run(tmp_path, "done"))
-    assert state(done) == "finished"
+@pytest.fixture
+def lock(tmp_path):
+    """A run of which this process holds the lock, written to since."""
     path = make_run(tmp_path, "one", records=2)
-    assert state(read_run(path)) == "not running here"
-    lock = path / ".lock"
-    lock.write_text(f"process {os.getpid()} on {socket.gethostname()}\nabc\n")
-    assert state(read_run(path)) == f"running: process {os.getpid()} on {socket.gethostname()}"
-    lock.write_text(f"process 4194305 on {socket.gethostname()}\nabc\n")
-    assert state(read_run(path)) == f"not running: process 4194305 on {socket.gethostname()} has ended"
-    lock.write_text("process 1 on another-host\nabc\n")
-    assert state(read_run(path)) == "last held by process 1 on another-host"
-    lock.write_bytes(b"\xff\x00 process")
-    assert state(read_run(path)) == "not running here"
+    with_lock = RunLock.acquire(path / ".lock")
+    touch(path / ".lock", NOW - 100)
+    touch(path / "metrics.jsonl", NOW - 5)
+    yield path
+    with_lock.release()
+
+
+NOW = 2_000_000_000.0
+
+
+def touch(path: Path, time: float) -> None:
+    os.utime(path, (time, time))
+
+
+def state(path: Path, now: float = NOW) -> tuple[str, str]:
+    found = state_of(path, read_run(path) if (path / "metrics.jsonl").stat().st_size else None, now)
+    return found.name, found.text
+
+
+def headline(path: Path, now: float = NOW) -> str:
+    return shown(path, now, width=400).splitlines()[0]
+
+
+def checkpoint(path: Path, step: int) -> None:
+    (path / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+
+
+def test_a_running_run_says_how_long_it_will_take(lock):
+    me = f"process {os.getpid()} on {socket.gethostname()}"
+    assert state(lock) == ("running", f"running: {me}")
+    assert "10 s left at this pace" in headline(lock)  # 20 steps of 100 tokens at 200 tokens per second
+    checkpoint(lock, 20)
+    assert state(lock)[0] == "running"
+
+
+def test_a_run_whose_records_are_overdue_is_silent_and_promises_no_end(lock):
+    assert state(lock, NOW + 110)[0] == "running"
+    name, text = state(lock, NOW + 3600)
+    assert name == "silent" and "lives, but records are overdue" in text
+    assert "left" not in headline(lock, NOW + 3600)
+
+
+def test_a_run_that_was_started_again_has_no_new_record_yet(lock):
+    touch(lock / ".lock", NOW - 2)
+    name, text = state(lock)
+    assert name == "continued" and text.startswith("running: ") and "no record since it was started again" in text
+    assert "left at this pace" in headline(lock)
+
+
+def test_a_run_whose_process_has_ended_says_what_is_saved_and_promises_no_end(tmp_path):
+    path = make_run(tmp_path, "one", records=2)
+    ended = f"process {os.getpid()} on {socket.gethostname()}"  # it lives, and has not the lock: another of its number
+    (path / ".lock").write_text(f"{ended}\nabc\n")
+    assert state(path)[0] == "killed" and "nothing is saved" in state(path)[1]
+    checkpoint(path, 10)
+    wanted = f"not running: {ended} has ended; it would go on from step 10, 10 steps before its last record"
+    assert state(path) == ("killed", wanted)
+    checkpoint(path, 20)
+    assert state(path) == ("stopped", f"not running: {ended} has ended; all of it is saved: start it again to go on")
+    assert "left at" not in headline(path)
+
+
+def test_a_finished_run_is_finished_whoever_has_it(tmp_path):
+    path = make_run(tmp_path, "done")
+    assert state(path) == ("finished", "finished") and "left" not in headline(path)
+    lock = RunLock.acquire(path / ".lock")
+    assert state(path) == ("finished", f"finished; process {os.getpid()} on {socket.gethostname()} still writes")
+    lock.release()
+    assert state(path) == ("finished", "finished")
+
+
+def test_of_another_host_only_its_records_tell(tmp_path):
+    path = make_run(tmp_path, "one", records=2)
+    (path / ".lock").write_text("process 1 on another-host\nabc\n")
+    touch(path / "metrics.jsonl", NOW - 5)
+    assert state(path) == ("elsewhere", "on another host: process 1 on another-host")
+    assert "left at this pace" in headline(path)
+    assert state(path, NOW + 3600) == ("silent", "no new record; last held by process 1 on another-host")
+    assert "left at" not in headline(path, NOW + 3600)
+    for broken in (b"\xff\x00 process", b""):
+        (path / ".lock").write_bytes(broken)
+        assert state(path)[0] == "idle" and "left at" not in headline(path)
+
+
+def test_a_run_without_a_record_says_whether_one_will_come(lock):
+    (lock / "metrics.jsonl").write_text("")
+    me = f"process {os.getpid()} on {socket.gethostname()}"
+    assert state(lock) == ("waiting", f"waiting for the first record; running: {me}")
+    (lock / ".lock").write_text("process 1 on another-host\n")
+    assert state(lock) == ("waiting", "waiting for the first record; last held by process 1 on another-host")
+    (lock / ".lock").write_text(f"process 4194305 on {socket.gethostname()}\n")
+    assert state(lock)[0] == "killed" and "has ended" in state(lock)[1]
+    (lock / ".lock").unlink()
+    assert state(lock) == ("waiting", "waiting for the first record; not running here")
+
+
+def test_named_validation_sets_are_shown(tmp_path):
+    path = make_run(tmp_path, "one")
+    with (path / "metrics.jsonl").open("a") as file:
+        for number in range(10):
+            file.write(json.dumps({"step": 40, "tokens": 4000, f"eval/set{number}/loss": 5.5 + number}) + "\n")
+    text = shown(path)
+    assert "loss on set0" in text and "5.5000" in text and "12.5000" in text and "and 2 other sets" in text
 
 
 def test_health_of_the_ranks_names_logs_errors_and_who_is_slow(tmp_path):
@@ -100,7 +196,7 @@ def test_a_look_at_what_is_being_written_says_so_and_raises_nothing(tmp_path):
     (path / "metrics.jsonl").write_text('oops\n{"step": 1, "tokens": 8}\n')
     assert "cannot be read now" in rendered(look(path, 100))
     (path / "metrics.jsonl").write_text("")
-    assert rendered(look(path, 100)).strip() == "waiting for the first record"
+    assert "waiting for the first record; not running here" in rendered(look(path, 100))
 
 
 def rendered(view: object) -> str:
