@@ -1,7 +1,8 @@
 """Every way in which the host waits for a device, found without one.
 
 The meta device stands for the accelerator: its tensors have no values, so whatever reads one fails, and operations are
-seen before they run. What sends numbers there is a blocking copy on an accelerator, and counts as a wait too.
+seen before they run. What sends numbers there is a blocking copy on an accelerator, and counts as a wait too; so does a
+copy that need not block, from memory whose pages are not locked.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -24,10 +26,25 @@ METHODS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "
 CONSTRUCTORS = ("tensor", "as_tensor", "asarray", "from_numpy", "nonzero", "bincount", "masked_select")
 
 
+class LockedPages:
+    """What :meth:`torch.Tensor.pin_memory` gave, where there is no device to lock pages for."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, torch.Tensor] = {}  # alive, or another tensor may get the address
+
+    def lock(self, tensor: torch.Tensor) -> torch.Tensor:
+        copy = tensor.clone()
+        self.kept[copy.untyped_storage().data_ptr()] = copy
+        return copy
+
+    def has(self, tensor: torch.Tensor) -> bool:
+        return tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() in self.kept
+
+
 class _Operations(TorchDispatchMode):
-    def __init__(self, found: Counter[str]) -> None:
+    def __init__(self, found: Counter[str], locked: LockedPages) -> None:
         super().__init__()
-        self.found = found
+        self.found, self.locked = found, locked
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = func._schema.name.removeprefix("aten::"), kwargs or {}
@@ -40,8 +57,11 @@ class _Operations(TorchDispatchMode):
         out = func(*args, **kwargs)
         is_copy = name in ("_to_copy", "copy_", "copy")
         does_not_block = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
-        if is_copy and not does_not_block and len({t.device.type for t in _tensors((args, kwargs, out))}) > 1:
-            self.found[f"{name} between devices"] += 1
+        if is_copy and len({t.device.type for t in _tensors((args, kwargs, out))}) > 1:
+            if not does_not_block:
+                self.found[f"{name} between devices"] += 1
+            elif not any(self.locked.has(tensor) for tensor in _tensors((args, out))):
+                self.found[f"{name} of pages that are not locked"] += 1
         return out
 
 
@@ -70,8 +90,13 @@ def _tensors(values: Any) -> list[torch.Tensor]:
 @contextmanager
 def device_waits(device: str = "meta") -> Iterator[Counter[str]]:
     """Collect what makes the host wait, by name; ``device`` is the kind that stands for the accelerator."""
-    found: Counter[str] = Counter()
-    with _Operations(found), _Constructors(found, device):
+    found, locked = Counter[str](), LockedPages()
+    with (
+        patch.object(torch.Tensor, "pin_memory", lambda tensor: locked.lock(tensor)),
+        patch.object(torch.Tensor, "is_pinned", lambda tensor: locked.has(tensor)),
+        _Operations(found, locked),
+        _Constructors(found, device),
+    ):
         yield found
 
 

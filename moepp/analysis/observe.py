@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moepp.analysis.token_view import TokenView
 from moepp.config import MoEConfig
+from moepp.distributed.device import to_device
 from moepp.errors import ConfigError, DataError
 from moepp.evaluation.scoring import token_losses
 from moepp.model.transformer import Transformer
@@ -108,7 +109,7 @@ def observe(model: Transformer, tokens_NX: np.ndarray, change: Change = Change()
     losses, routing = [], [[] for _ in layers]
     with _changed(layers, change, device):
         for start in range(0, num_sequences, per_batch):
-            batch = torch.from_numpy(tokens_NX[start : start + per_batch].astype(np.int64)).to(device)
+            batch = to_device(torch.from_numpy(tokens_NX[start : start + per_batch].astype(np.int64)), device)
             with _watched(layers) as seen:
                 hidden_BSD = model(batch[:, :-1]).hidden
             losses.append(token_losses(model, hidden_BSD, batch[:, 1:]).numpy())
@@ -168,7 +169,7 @@ class _Draw:
 
     def __call__(self, num_tokens: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.change.seed)
-        return (torch.rand(num_tokens, generator=generator) < self.change.swap_share).to(self.device)
+        return to_device(torch.rand(num_tokens, generator=generator) < self.change.swap_share, self.device)
 
 
 def _swapping(router: Router, draw: _Draw) -> Callable[[Tensor], Any]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moepp.distributed.device import to_device
 from moepp.evaluation.scoring import token_losses
 from moepp.model.transformer import Transformer, TransformerLayer
 from moepp.moe import MoELayer
@@ -92,8 +93,8 @@ def view_evaluation(
         seen[1, index, mine][row_B1, own_Bs] = loss_Bs
         seen[2, index, mine][row_B1, own_Bs] = model.sequence.own(batches[index][0].cpu()).double()
     device = batches[0][0].device
-    seen = sum_over_ranks(seen.to(device)).cpu().reshape(3, -1, length).numpy()
-    counts_LZ = sum_over_ranks(counts_LZ.to(device)).cpu().numpy()
+    seen = sum_over_ranks(to_device(seen, device)).cpu().reshape(3, -1, length).numpy()
+    counts_LZ = sum_over_ranks(to_device(counts_LZ, device)).cpu().numpy()
     shares_LZ = counts_LZ / np.maximum(counts_LZ.sum(axis=1, keepdims=True), 1)
     shares = {kind: shares_LZ[:, column] for column, kind in enumerate(kinds) if moe.expert_counts[kind]}
     return TokenView(seen[2].astype(np.int64), seen[1], seen[0], shares)

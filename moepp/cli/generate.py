@@ -16,6 +16,7 @@ import torch
 from moepp.arguments import add_model_arguments, add_plugin_option, add_sharing_options, may_be_empty, require_at_least
 from moepp.data.tokenizer import Tokenizer
 from moepp.distributed import comm
+from moepp.distributed.device import to_device
 from moepp.distributed.groups import joined, read_launch_environment
 from moepp.errors import ConfigError
 from moepp.evaluation.load import DTYPES, build_model, find_model, open_tokenizer, print_remarks, tokenizer_remarks
@@ -86,7 +87,7 @@ def continuation(
     An empty prompt starts a document: it means the token that ended the one before.
     """
     ids = tokenizer.encode(prompt) or [tokenizer.eod_id]
-    ids_1S = torch.tensor([ids], device=generator.device)
+    ids_1S = to_device(torch.tensor([ids]), generator.device)
     new: list[int] = []
     shown = len(tokenizer.decode(ids))
     eod = tokenizer.eod_id

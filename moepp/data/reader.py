@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moepp.config import RunPlan
-from moepp.distributed.device import use_in_thread
+from moepp.distributed.device import lock_pages, use_in_thread
 
 Batch = tuple[Tensor, Tensor]
 """Inputs and labels of one micro-batch, int64 [B, S]."""
@@ -33,7 +33,6 @@ class BatchReader:
         self._data = data
         self._plan = plan
         self._device = device
-        self._is_pinned = device.type != "cpu"
         self._thread: ThreadPoolExecutor | None = None
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
@@ -63,6 +62,4 @@ class BatchReader:
 
     def _read(self, step: int) -> list[Batch]:
         batches = [self._data.train_batch(step, micro_step) for micro_step in range(self._plan.accumulation_steps)]
-        if not self._is_pinned:
-            return batches
-        return [(ids_BS.pin_memory(), labels_BS.pin_memory()) for ids_BS, labels_BS in batches]
+        return [(lock_pages(ids, self._device), lock_pages(labels, self._device)) for ids, labels in batches]

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from moepp.distributed.agreement import name_ranks
@@ -67,6 +68,20 @@ def use_in_thread(device: torch.device) -> None:
     """Make ``device`` the current one of the calling thread: a new thread starts with the first of the host."""
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index or 0)
+
+
+def lock_pages(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host in memory from which ``device`` can copy while the host goes on.
+
+    A copy from other memory makes the host wait until it is done, whatever ``non_blocking`` says. torch keeps such
+    memory for the next tensor of its size, and gives it away no sooner than copies from it have ended.
+    """
+    return tensor if device.type == "cpu" or tensor.is_pinned() else tensor.pin_memory()
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host on ``device``; the host does not wait for the copy."""
+    return lock_pages(tensor, device).to(device, non_blocking=True)
 
 
 def are_hidden(environ: Mapping[str, str] = os.environ) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moepp.data.tokenizer import Tokenizer
+from moepp.distributed.device import to_device
 from moepp.model.generate import GREEDY, Sampling, stream
 from moepp.model.transformer import Transformer
 from moepp.ops import log_softmax
@@ -65,13 +66,14 @@ def score_rows(model: Transformer, rows: Sequence[Row]) -> list[list[tuple[float
     ids_BS = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
     for i, row in enumerate(rows):
         ids_BS[i, : lengths[i]] = torch.from_numpy(row.input_ids)
-    hidden_BSD = model(ids_BS.to(device)).hidden
+    hidden_BSD = model(to_device(ids_BS, device)).hidden
 
     # Only positions that predict a token of a continuation go through the output matrix.
     spans = [(i, lengths[i] - len(tokens), tokens) for i, row in enumerate(rows) for tokens in row.continuations]
-    row_C = torch.tensor([i for i, _, tokens in spans for _ in tokens], device=device)
-    position_C = torch.tensor([start + k for _, start, tokens in spans for k in range(len(tokens))], device=device)
-    target_C = torch.from_numpy(np.concatenate([tokens for *_, tokens in spans]).astype(np.int64)).to(device)
+    row_C = torch.tensor([i for i, _, tokens in spans for _ in tokens])
+    position_C = torch.tensor([start + k for _, start, tokens in spans for k in range(len(tokens))])
+    target_C = torch.from_numpy(np.concatenate([tokens for *_, tokens in spans]).astype(np.int64))
+    row_C, position_C, target_C = to_device(torch.stack((row_C, position_C, target_C)), device)
     logprob_C, greedy_C = _token_logprobs(model, hidden_BSD[row_C, position_C], target_C)
 
     scores: list[list[tuple[float, bool]]] = [[] for _ in rows]
@@ -120,12 +122,12 @@ def continue_prompts(
         mask_BS[i, longest - len(prompt.input_ids) :] = 1
     tokens = stream(
         model,
-        ids_BS.to(device),
+        to_device(ids_BS, device),
         first.max_new_tokens,
         replace(first.sampling, never=tuple(tokenizer.unused_ids(model.cfg.vocab_size))),
         eos_id=tokenizer.eod_id,
         generator=torch.Generator(device=device).manual_seed(SAMPLING_SEED + batch_index),
-        attention_mask=mask_BS.to(device),
+        attention_mask=to_device(mask_BS, device),
     )
     written: list[list[int]] = [[] for _ in prompts]
     texts = [""] * len(prompts)

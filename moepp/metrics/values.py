@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moepp.distributed.device import to_device
+
 Reduce = Callable[[Tensor], Tensor]
 """Takes a tensor of this rank, returns it summed over all ranks (for example a bound ``comm.all_reduce_sum``)."""
 
@@ -100,7 +102,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
     device = next((part.device for part in parts if part.device.type != "cpu"), torch.device("cpu"))
     own = [index for index, part in enumerate(parts) if part.device.type == "cpu"]
     if device.type != "cpu" and own:
-        moved = torch.cat([parts[index] for index in own]).to(device, non_blocking=True)
+        moved = to_device(torch.cat([parts[index] for index in own]), device)
         for index, part in zip(own, moved.split([parts[index].numel() for index in own]), strict=True):
             parts[index] = part
     return torch.cat(parts)

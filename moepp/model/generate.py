@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moepp.distributed import comm
+from moepp.distributed.device import to_device
 from moepp.errors import ConfigError
 from moepp.model.attention import KVCache
 from moepp.model.transformer import Transformer
@@ -133,7 +134,7 @@ def _next_token(
 def sample(logits_BV: Tensor, sampling: Sampling = GREEDY, generator: torch.Generator | None = None) -> Tensor:
     """Return one token per row, [B, 1] int64."""
     if sampling.never:
-        never = torch.tensor(sampling.never, device=logits_BV.device)
+        never = to_device(torch.tensor(sampling.never), logits_BV.device)
         logits_BV = logits_BV.index_fill(1, never, -math.inf)
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=-1, keepdim=True)

@@ -10,6 +10,7 @@ import torch
 from moepp.config import Config
 from moepp.data import Tokenizer
 from moepp.distributed import comm
+from moepp.distributed.device import to_device
 from moepp.errors import RunError, WriteError
 from moepp.io import files
 from moepp.model.generate import generate
@@ -52,7 +53,7 @@ def write_samples(parts: Parts, run_path: Path, eod_id: int | None) -> None:
     for index in range(cfg.train.samples):
         # With expert parallelism all ranks must continue the first rank's prompt.
         prompt = comm.broadcast_object(parts.data.eval_batch(index, 0)[0][0, :PROMPT_TOKENS].tolist())
-        ids = torch.tensor(prompt, device=groups.device)
+        ids = to_device(torch.tensor(prompt), groups.device)
         out = generate(
             parts.model,
             ids.unsqueeze(0),

@@ -28,6 +28,7 @@ from moepp.checkpoint import (
 from moepp.config import to_dict
 from moepp.data.reader import BatchReader
 from moepp.distributed import comm
+from moepp.distributed.device import to_device
 from moepp.engine.engine import ScheduledEngine, StepResult
 from moepp.errors import CheckpointError, Preempted, TrainingError
 from moepp.registry import ROUTERS
@@ -317,8 +318,7 @@ class Trainer:
         return learning_rate(step, self.cfg.train.steps, self.cfg.optim)
 
     def to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        device = self.groups.device
-        return batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
+        return to_device(batch[0], self.groups.device), to_device(batch[1], self.groups.device)
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         return comm.all_reduce_sum(tensor, self.groups.world)

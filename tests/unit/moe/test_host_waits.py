@@ -125,6 +125,7 @@ WAYS: dict[str, Callable[[torch.Tensor], object]] = {
     "as_tensor": lambda t: torch.as_tensor([1.0], device=t.device),
     "to the device": lambda t: torch.ones(2).to(t.device),
     "to another tensor's place": lambda t: torch.ones(2).to(t),
+    "to the device from pages that are not locked": lambda t: torch.ones(2).to(t.device, non_blocking=True),
     "copy_ from the host": lambda t: torch.empty_like(t).copy_(torch.ones(t.shape)),
     "cpu": lambda t: t.cpu(),
     "to the host": lambda t: t.to("cpu"),
