@@ -15,7 +15,6 @@ from moepp.data.reader import BatchReader
 from moepp.distributed.device import lock_pages, to_device
 from moepp.evaluation import scoring
 from moepp.evaluation.scoring import Prompt, Row
-from moepp.metrics.values import Value, reduce_values
 from moepp.model.generate import Sampling, sample
 from moepp.training.trainer import Trainer
 from tests.host_waits import device_waits
@@ -93,13 +92,6 @@ def test_prompts_and_tokens_that_are_never_drawn(monkeypatch):
         assert scoring.continue_prompts(MODEL, tokenizer, [Prompt(np.arange(3, dtype=np.int32), 4)], 0) == [""]
         assert sample(torch.zeros(1, 8, device=META), Sampling(0.0, never=(1, 2))).device == META
     assert [tensor.device for tensor in given] == [META, META] and not found
-
-
-def test_values_of_the_host_that_are_logged():
-    values = {"a": Value.sum(torch.ones(2)), "b": Value.sum(torch.ones(1, device=META))}
-    with device_waits() as found:
-        assert reduce_values(values, lambda tensor: torch.zeros(len(tensor)))["a"].shape == (2,)
-    assert not found
 
 
 def copies(source: str) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 
 from moepp.config import MoEConfig
 from moepp.metrics import StepStats, Value, reduce_values
+from tests.host_waits import device_waits
 
 
 class Ranks:
@@ -81,7 +82,9 @@ def test_what_the_host_counts_joins_what_the_device_sums() -> None:
         sent.append(tensor)
         return torch.arange(3.0, dtype=torch.float64)  # the meta device has no numbers
 
-    reduced = reduce_values(parts, keep)
+    with device_waits() as found:
+        reduced = reduce_values(parts, keep)
+    assert not found
     assert (sent[0].device.type, sent[0].numel()) == ("meta", 3)
     assert (reduced["device"].tolist(), float(reduced["host"])) == ([0, 1], 2)
 
