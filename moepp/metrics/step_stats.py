@@ -71,7 +71,7 @@ class StepStats:
                 loss_sum.new_zeros(shape) for shape in (self._layers_shape(), self._load_shape())
             )
         elif stats:
-            columns_LC = torch.stack([_columns(layer) for layer in stats]).to(torch.float64)
+            columns_LC = _columns(stats)
             # Weighed by the tokens behind them, means add up over micro-batches and ranks of any size.
             columns_LC[:, len(COUNTS) :] *= columns_LC[:, :1]
             new["layers"] = self._placed(columns_LC)
@@ -168,10 +168,12 @@ class StepStats:
         )
 
 
-def _columns(layer: MoEStats) -> Tensor:
-    """Return counts, means and shares of one layer, [C]."""
-    scalars = torch.stack([getattr(layer, name).detach() for name in COLUMNS])
-    return torch.cat((scalars, layer.share_Z.detach().to(scalars.dtype)))
+@torch.no_grad()
+def _columns(stats: Sequence[MoEStats]) -> Tensor:
+    """Return counts, means and shares of the layers, fp64 [L, C], in as many operations for any number of layers."""
+    scalars = [torch.stack([getattr(layer, name) for layer in stats]).to(torch.float64) for name in COLUMNS]
+    shares = torch.stack([layer.share_Z for layer in stats]).to(torch.float64)
+    return torch.cat((torch.stack(scalars, dim=1), shares), dim=1)
 
 
 def _accumulate(into: dict[str, Tensor], new: dict[str, Tensor]) -> None:

@@ -1,11 +1,15 @@
 """A closer look at what a router does: entropy, logits, and gate weights with and without the gating residual.
 
-It costs a few small operations and is taken on the steps that are logged, not on all.
+It is taken on the steps that are logged, not on all. All layers are looked at together: most operations are as many
+whatever the number of layers.
 
-Shapes: T tokens, E experts of every kind, K experts per token, C columns, W columns of gate weights.
+Shapes: L layers, T tokens, E experts of every kind, K experts per token, C columns, W columns of gate weights.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +18,7 @@ from moepp import ops
 from moepp.config import MoEConfig
 from moepp.moe.gates import Gates, compute_gates
 from moepp.moe.router import Router
+from moepp.ops.constants import numbers
 
 BINS = 20  # of a histogram of gate weights, equal parts of [0, 1]
 MEANS = ("entropy", "z_loss", "logit_norm")
@@ -38,9 +43,26 @@ def num_columns(cfg: MoEConfig) -> int:
     return 1 + len(MEANS) + len(gate_names(cfg)) * (2 + BINS)
 
 
+@dataclass(frozen=True)
+class RouterCall:
+    """What one call of a router left behind, to be looked at once all layers have been called.
+
+    Attributes:
+        router: that was called.
+        logits_TE: after the gating residual, before any normalisation.
+        prev_logits_TE: of the MoE layer before; None in the first.
+        gates: made of the logits.
+    """
+
+    router: Router
+    logits_TE: Tensor
+    prev_logits_TE: Tensor | None
+    gates: Gates
+
+
 @torch.no_grad()
-def observe(router: Router, logits_TE: Tensor, prev_logits_TE: Tensor | None, gates: Gates) -> Tensor:
-    """Return sums over the tokens of one call of a layer, fp64 [C].
+def observe(calls: Sequence[RouterCall]) -> Tensor:
+    """Return sums over the tokens of each call, fp64 [L, C]; the calls are of layers of one model and the same tokens.
 
     - entropy: of the experts' scores, made to sum to 1, in nats.
     - z_loss: squared log of the sum of the logits' exponentials (ST-MoE, arXiv 2202.08906, Eq. 5).
@@ -48,28 +70,40 @@ def observe(router: Router, logits_TE: Tensor, prev_logits_TE: Tensor | None, ga
     - gate weights: before capacity drops. A router that chooses in its own way is not asked what it would choose
       without residuals: its columns repeat those with them.
     """
-    probs_TE = gates.probs_TE / gates.probs_TE.sum(dim=1, keepdim=True)
+    cfg, num_layers = calls[0].router.cfg, len(calls)
+    logits_LTE = torch.stack([call.logits_TE for call in calls])
+    probs_LTE = torch.stack([call.gates.probs_TE for call in calls])
+    probs_LTE = probs_LTE / probs_LTE.sum(dim=2, keepdim=True)
     means = (
-        -torch.special.xlogy(probs_TE, probs_TE).sum(dtype=torch.float64),
-        torch.logsumexp(logits_TE, dim=1).square().sum(dtype=torch.float64),
-        torch.linalg.vector_norm(logits_TE, dim=1).sum(dtype=torch.float64),
+        -torch.special.xlogy(probs_LTE, probs_LTE).sum(dim=(1, 2), dtype=torch.float64),
+        torch.logsumexp(logits_LTE, dim=2).square().sum(dim=1, dtype=torch.float64),
+        torch.linalg.vector_norm(logits_LTE, dim=2).sum(dim=1, dtype=torch.float64),
     )
-    names, choices = gate_names(router.cfg), CHOICES[: router.cfg.top_k]
-    weights_TW = gates.weights_TK[:, : len(choices)]
-    if len(names) > len(choices):
-        without_TW = weights_TW
-        if prev_logits_TE is not None and router.gate_map is not None and type(router).choose is Router.choose:
-            plain_TE = ops.add_linear_fp32(logits_TE, prev_logits_TE, -router.gate_map.weight)
-            without_TW = compute_gates(plain_TE, router.cfg).weights_TK[:, : len(choices)]
-        weights_TW = torch.cat((weights_TW, without_TW), dim=1)
-    bins_TW = (weights_TW * BINS).long().clamp(0, BINS - 1)
-    bins_TW += torch.arange(len(names), device=bins_TW.device) * BINS
-    histogram = ops.count_experts(bins_TW.flatten(), len(names) * BINS)
+    tokens_L = means[0].new_full((num_layers,), logits_LTE.shape[1])
+    choices, num_gates = CHOICES[: cfg.top_k], len(gate_names(cfg))
+    columns = [[call.gates.weights_TK[:, : len(choices)] for call in calls]]
+    if num_gates > len(choices):
+        columns.append([_without_residual(call)[:, : len(choices)] for call in calls])
+    weights_LTW = torch.cat([torch.stack(own) for own in columns], dim=2)
+    bins_LTW = (weights_LTW * BINS).long().clamp(0, BINS - 1)
+    bins_LTW += numbers(num_gates, bins_LTW, step=BINS)
+    bins_LTW += numbers(num_layers, bins_LTW, step=num_gates * BINS)[:, None, None]
+    histograms = ops.count_experts(bins_LTW.flatten(), num_layers * num_gates * BINS)
     return torch.cat(
         (
-            torch.stack((means[0].new_full((), len(logits_TE)), *means)),
-            weights_TW.sum(dim=0, dtype=torch.float64),
-            weights_TW.square().sum(dim=0, dtype=torch.float64),
-            histogram.to(torch.float64),
-        )
+            torch.stack((tokens_L, *means), dim=1),
+            weights_LTW.sum(dim=1, dtype=torch.float64),
+            weights_LTW.square().sum(dim=1, dtype=torch.float64),
+            histograms.view(num_layers, -1).to(torch.float64),
+        ),
+        dim=1,
     )
+
+
+def _without_residual(call: RouterCall) -> Tensor:
+    """Return the gate weights that the layer would make without its gating residual, [T, K]."""
+    router, prev_logits_TE = call.router, call.prev_logits_TE
+    if prev_logits_TE is None or router.gate_map is None or type(router).choose is not Router.choose:
+        return call.gates.weights_TK
+    plain_TE = ops.add_linear_fp32(call.logits_TE, prev_logits_TE, -router.gate_map.weight)
+    return compute_gates(plain_TE, router.cfg).weights_TK

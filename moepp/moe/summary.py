@@ -19,6 +19,7 @@ from moepp.config import MoEConfig
 from moepp.distributed import comm
 from moepp.distributed.sequence import SequenceParallel
 from moepp.moe.losses import balance_loss
+from moepp.moe.observation import RouterCall, observe
 from moepp.moe.parallel import ExpertParallel
 from moepp.moe.stats import MoEStats
 
@@ -34,7 +35,7 @@ class RoutingRecord:
         ffn_counts_E: assignments that each FFN expert computes for this rank's tokens, int64.
         num_dropped: dropped assignments of any kind, scalar int64; None: capacity was not applied.
         remote_assignments: of the computed ones, those whose expert lives on another rank.
-        observation: see :mod:`moepp.moe.observation`; None: the layer was not asked for it.
+        call: of the router, for :mod:`moepp.moe.observation`; None: nobody looks at it.
     """
 
     probs_TE: Tensor
@@ -43,7 +44,7 @@ class RoutingRecord:
     ffn_counts_E: Tensor
     num_dropped: Tensor | None
     remote_assignments: int
-    observation: Tensor | None = None
+    call: RouterCall | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class PendingSummary:
         dropped = [record.num_dropped for record in records if record.num_dropped is not None]
         dropped_L = torch.stack(dropped) / num_assignments if dropped else load_LE.new_zeros(num_layers)
         zero = load_LE.new_zeros(())
+        calls = [record.call for record in records if record.call is not None]
+        observations = iter(observe(calls) if calls else ())
         per_token_L, tokens_L = ffn_L / max(num_tokens, 1), load_LE.new_full((num_layers,), num_tokens)
         return [
             MoEStats(
@@ -101,7 +104,7 @@ class PendingSummary:
                 remote_assignments=load_LE.new_full((), count) if (count := record.remote_assignments) else zero,
                 balance_loss=balances_L[row].detach(),
                 z_loss=zero if record.z_loss is None else record.z_loss.detach(),
-                observation=record.observation,
+                observation=None if record.call is None else next(observations),
             )
             for row, record in enumerate(records)
         ]

@@ -55,20 +55,30 @@ class Recorder:
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
         """Measure the step that is taken within it."""
-        stats, model = self._parts.comm_stats, self._parts.model
+        stats = self._parts.comm_stats
         rows_before, sent_before = stats.row_bytes, stats.by_kind()
-        is_logged = self.is_logged(number)
-        self._watch = self._norms.watch if is_logged else None
-        model.set_observed(is_logged)
-        try:
-            with self.clock.step():
-                yield
-        finally:
-            model.set_observed(False)
+        self._watch = self._norms.watch if self.is_logged(number) else None
+        with self.clock.step():
+            yield
         self._sent_rows = stats.row_bytes - rows_before
         self._sent.update(stats.by_kind() - sent_before)
         self._steps += 1
         self._parts.throughput.add(self._parts.plan.tokens_per_step)
+
+    @contextmanager
+    def observation(self) -> Iterator[None]:
+        """Look closely at the routers within it, if the present step is logged: its forward and backward passes.
+
+        Not at passes that only count choices, whose statistics nobody takes.
+        """
+        if self._watch is None:
+            yield
+            return
+        self._parts.model.set_observed(True)
+        try:
+            yield
+        finally:
+            self._parts.model.set_observed(False)
 
     @property
     def watch(self) -> Watch | None:

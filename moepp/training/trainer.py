@@ -143,7 +143,8 @@ class Trainer:
             with clock.stage("data"):
                 batches = [self.to_device(in_host_memory) for in_host_memory in self.batches.read(batch, has_next)]
             share_LE = self._global_selection_share(batches)
-            loss_sums = self.runner.train(batches, share_LE, self.stats)
+            with recorder.observation():
+                loss_sums = self.runner.train(batches, share_LE, self.stats)
             with clock.stage("reduction"):
                 ce_sum, aux_sum = self.sum_over_ranks(loss_sums).tolist()
             is_finite = math.isfinite(ce_sum + aux_sum)
