@@ -19,7 +19,7 @@ from moepp.moe.dispatch import AllToAllDispatcher, Assignments, LocalDispatcher
 from moepp.moe.experts import FFNExperts, ZeroComputation
 from moepp.moe.gates import Gates
 from moepp.moe.losses import router_z_loss
-from moepp.moe.observation import RouterCall
+from moepp.moe.observation import remember
 from moepp.moe.parallel import ExpertParallel
 from moepp.moe.registered import RegisteredModule
 from moepp.moe.router import make_router
@@ -155,7 +155,7 @@ class MoELayer(nn.Module):
             ffn_counts_E=assignments.ffn.counts_E,
             num_dropped=assignments.num_dropped,
             remote_assignments=metadata.remote_assignments,
-            call=RouterCall(self.router, logits_TE, prev_logits_TE, gates) if self.observes else None,
+            call=remember(self.router, logits_TE, prev_logits_TE, gates) if self.observes else None,
         )
         out = UnsummarizedOutput(out_TD.view(x.shape), logits_TE, record)
         return self._summarize(out, selection_share_E) if summarize else out

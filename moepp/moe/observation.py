@@ -48,16 +48,25 @@ class RouterCall:
     """What one call of a router left behind, to be looked at once all layers have been called.
 
     Attributes:
-        router: that was called.
+        cfg: of the layer.
         logits_TE: after the gating residual, before any normalisation.
-        prev_logits_TE: of the MoE layer before; None in the first.
+        plain_TE: without the gating residual; None where there is none, or the router chooses in its own way.
         gates: made of the logits.
     """
 
-    router: Router
+    cfg: MoEConfig
     logits_TE: Tensor
-    prev_logits_TE: Tensor | None
+    plain_TE: Tensor | None
     gates: Gates
+
+
+@torch.no_grad()
+def remember(router: Router, logits_TE: Tensor, prev_logits_TE: Tensor | None, gates: Gates) -> RouterCall:
+    """Keep what :func:`observe` needs of a call, while the router's weights are there."""
+    plain_TE = None
+    if prev_logits_TE is not None and router.gate_map is not None and type(router).choose is Router.choose:
+        plain_TE = ops.add_linear_fp32(logits_TE, prev_logits_TE, -router.gate_map.weight)
+    return RouterCall(router.cfg, logits_TE.detach(), plain_TE, gates)
 
 
 @torch.no_grad()
@@ -70,7 +79,7 @@ def observe(calls: Sequence[RouterCall]) -> Tensor:
     - gate weights: before capacity drops. A router that chooses in its own way is not asked what it would choose
       without residuals: its columns repeat those with them.
     """
-    cfg, num_layers = calls[0].router.cfg, len(calls)
+    cfg, num_layers = calls[0].cfg, len(calls)
     logits_LTE = torch.stack([call.logits_TE for call in calls])
     probs_LTE = torch.stack([call.gates.probs_TE for call in calls])
     probs_LTE = probs_LTE / probs_LTE.sum(dim=2, keepdim=True)
@@ -102,8 +111,4 @@ def observe(calls: Sequence[RouterCall]) -> Tensor:
 
 def _without_residual(call: RouterCall) -> Tensor:
     """Return the gate weights that the layer would make without its gating residual, [T, K]."""
-    router, prev_logits_TE = call.router, call.prev_logits_TE
-    if prev_logits_TE is None or router.gate_map is None or type(router).choose is not Router.choose:
-        return call.gates.weights_TK
-    plain_TE = ops.add_linear_fp32(call.logits_TE, prev_logits_TE, -router.gate_map.weight)
-    return compute_gates(plain_TE, router.cfg).weights_TK
+    return (call.gates if call.plain_TE is None else compute_gates(call.plain_TE, call.cfg)).weights_TK

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ class Recorder:
         self.stats = StepStats(cfg.model.moe_layers, cfg.model.moe, parts.model.moe_rows)
         self._norms = ModuleNorms(cfg.model.num_layers, parts.groups.device)
         self._loss_watch = LossWatch(cfg.model.vocab_size, cfg.optim.lr)
+        self._flops = flops_per_token(cfg.model, cfg.data.seq_len, ffn_per_token=1.0)
         self._sent: Counter[str] = Counter()  # bytes by kind since the last record
         self._sent_rows = 0  # bytes of the present step
         self._steps = 0  # since the last record
@@ -117,10 +119,11 @@ class Recorder:
         self._remark(record, step)
 
     def _throughput(self, record: Mapping[str, float]) -> dict[str, float]:
-        model, seq_len = self._parts.cfg.model, self._parts.cfg.data.seq_len
         ffn_per_token = record.get("routing/ffn_per_token", 0.0)
-        found = self._parts.throughput.read(flops_per_token(model, seq_len, ffn_per_token).forward_backward)
-        assignments = found["throughput/tokens_per_second"] * ffn_per_token * len(model.moe_layers)
+        flops = replace(self._flops, ffn_experts=ffn_per_token * self._flops.ffn_experts)
+        found = self._parts.throughput.read(flops.forward_backward)
+        layers = len(self._parts.cfg.model.moe_layers)
+        assignments = found["throughput/tokens_per_second"] * ffn_per_token * layers
         return found | {"throughput/ffn_assignments_per_second": assignments}
 
     def _is_kept(self, step: int) -> bool:
