@@ -59,8 +59,10 @@ PRELOADED = (
     "torch.distributed.fsdp",
     "torch.distributed.pipelining",
     "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # imported with every optimizer: it compiles, which takes 1 s
     "pytest",
     "moepp.engine.deepspeed",
+    "moepp.engine.fsdp",
     "moepp.engine.native",
     "moepp.training.trainer",
     "tests.dist",

@@ -64,17 +64,25 @@ TINY = (
 
 SEQUENCES_PER_EPOCH = 60  # about: 7.5 steps of 8 sequences
 
-# What a run imports, sooner or later: once in the server, not in each of its children.
+# What a run imports, sooner or later: once in the server, not in each of its children. Not what starts a thread, as
+# pyarrow does.
 PRELOADED = (
     "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
     "hydra._internal.core_plugins.basic_sweeper",
     "hydra._internal.hydra",
     "hydra.core.override_parser.overrides_parser",
+    "moepp.analysis.token_tables",
+    "moepp.cli.train",
     "moepp.data.megatron",
     "moepp.engine.deepspeed",
+    "moepp.engine.fsdp",
     "moepp.engine.native",
     "moepp.training.main",
+    "moepp.training.pipeline",
     "moepp.training.run",
+    "moepp.training.token_tables",
+    "torch._dynamo",
 )
 
 
@@ -283,6 +291,8 @@ def _serve() -> None:
     import torch
 
     torch.set_num_threads(1)
+    threads = os.listdir("/proc/self/task")
+    assert len(threads) == 1, f"a module of PRELOADED has started threads: {threads}"
     ended: dict[int, int] = {}
     _reply(answers, "ready")
     for line in sys.stdin:
