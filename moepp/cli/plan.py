@@ -7,9 +7,19 @@ activations are about what autograd keeps, without temporary tensors and the all
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from moepp.config import Config, configs_folder, explain_hydra_error, from_hydra, register_defaults, validate
+from moepp.config import (
+    Config,
+    configs_folder,
+    explain_hydra_error,
+    from_hydra,
+    refuse_incomplete_overrides,
+    register_defaults,
+    validate,
+)
 from moepp.errors import ConfigError
+from moepp.io.untrusted import printable
 
 EXAMPLE = "moepp plan --ranks 64 model=moepp_7b data.seq_len=2048 train.global_batch_size=2048 parallel.pipeline=8"
 GIB, MIB = 2**30, 2**20
@@ -19,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("--ranks", type=int, required=True, metavar="N", help="processes of the run")
     parser.add_argument(
+        "--config-dir", metavar="FOLDER", help="your own configuration files, as for train.py: model/, data/ and others"
+    )
+    parser.add_argument(
         "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="configuration of the run, as for train.py"
     )
 
@@ -27,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     """Print a table with a row per place of the pipeline."""
     if args.ranks < 1:
         raise ConfigError(f"--ranks={args.ranks} is below its minimum 1; raise it")
-    cfg = _compose(args.overrides)
+    cfg = _compose(args.overrides, args.config_dir)
     plan = validate(cfg, args.ranks)
     from moepp.bench.tables import format_table
     from moepp.distributed.layout import Layout
@@ -65,15 +78,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _compose(overrides: list[str]) -> Config:
+def _compose(overrides: list[str], config_dir: str | None) -> Config:
     """Return what train.py would run with these overrides; the data need not be there."""
-    from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from moepp.training import sweep
+
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise ConfigError(
+            f"--config-dir {printable(config_dir)} is not a folder; name one that holds model/, data/ or other groups"
+        )
     register_defaults()
+    refuse_incomplete_overrides(overrides)
+    sources = sweep.Sources(str(configs_folder()), config_dir, "config")
     try:
-        with initialize_config_dir(str(configs_folder()), version_base=None):
-            return from_hydra(compose("config", ["data.paths=[not-read]", *overrides]))
+        return from_hydra(sweep.configuration(sources, ["data.paths=[not-read]", *overrides]))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain_hydra_error(error)) from error

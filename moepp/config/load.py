@@ -198,12 +198,21 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
             return str(value)
         if isinstance(option, type) and type(value) is option:
             return value
-    example = f", for example {path}=[{show(value)}]" if _is_list(options) and isinstance(value, int | float) else ""
-    if isinstance(value, str) and _is_list(options):
-        example = f", for example {path}=[{printable(value, 60)}]"
     raise ConfigError(
-        f"{path}={show(value)} has the wrong type {type(value).__name__}; give {_describe(options)}{example}"
+        f"{path}={show(value)} has the wrong type {type(value).__name__}; "
+        f"give {_describe(options)}{_example(value, options, path)}"
     )
+
+
+def _example(value: Any, options: tuple[Any, ...], path: str) -> str:
+    """Return how a list, or a mapping of lists, is written instead of this value; "" for what needs no example."""
+    if any(typing.get_origin(option) is Mapping and _is_list(typing.get_args(option)[1:]) for option in options):
+        return f" of names and lists, for example {path}={{wiki: [data/wiki/text]}} or {path}.wiki=[data/wiki/text]"
+    if not _is_list(options):
+        return ""
+    if isinstance(value, str):
+        return f", for example {path}=[{printable(value, 60)}]"
+    return f", for example {path}=[{show(value)}]" if isinstance(value, int | float) else ""
 
 
 def _require_plain(value: Any, path: str) -> None:

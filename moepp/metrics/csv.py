@@ -4,15 +4,44 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moepp.errors import MoeppError
 from moepp.io import files
 from moepp.metrics.jsonl import read_records
 
+logger = logging.getLogger(__name__)
+
 FILE = "metrics.csv"
+
+
+def retire(run_dir: Path, step: int) -> None:
+    """Give the table of an earlier start, which this one does not write on, a name that says where it ends.
+
+    ``metrics.csv`` would look whole and end early; what it lacks is in metrics.jsonl. Nothing where there is none. What
+    cannot be moved is said, and ends nothing.
+
+    Args:
+        run_dir: the run's directory, whose metrics.jsonl ends at ``step``.
+        step: optimizer steps done before this start.
+    """
+    table = run_dir / FILE
+    if not table.is_file():
+        return
+    try:
+        if step == 0:  # none of its rows is of this run: metrics.jsonl.<n> has them
+            table.unlink()
+            return
+        CsvSink(run_dir)  # anew, without the rows that will be computed again
+        target = run_dir / f"metrics.until-step-{step}.csv"
+        files.move(table, target, replace=True)
+        logger.info("logging.csv=false: %s is now %s, for it ends there; metrics.jsonl goes on", FILE, target.name)
+    except (MoeppError, OSError) as error:
+        logger.warning("%s ends before this start, and stays: %s", FILE, error)
 
 
 class CsvSink:

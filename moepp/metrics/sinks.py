@@ -12,7 +12,7 @@ from moepp.config.load import to_dict
 from moepp.config.schema import Config
 from moepp.errors import MoeppError
 from moepp.metrics.console import BarSink, LineSink
-from moepp.metrics.csv import CsvSink
+from moepp.metrics.csv import CsvSink, retire
 from moepp.metrics.jsonl import JsonlSink
 from moepp.metrics.routing import RoutingSnapshot
 from moepp.metrics.routing_file import RoutingSink
@@ -176,6 +176,8 @@ def open_sinks(
         sinks.append(RoutingSink(run_dir, start_step))
         if cfg.logging.csv:
             sinks.append(CsvSink(run_dir))
+        else:
+            retire(run_dir, start_step)
         if cfg.logging.wandb.mode != "disabled":
             wandb = WandbSink(run_dir, cfg.logging.wandb, cfg.run.name, to_dict(cfg), is_resumed=start_step > 0)
             wandb.step_offset, wandb.draw = step_offset, draw

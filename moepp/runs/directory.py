@@ -4,6 +4,7 @@ config.yaml            resolved configuration; config.<n>.yaml: those of earlier
 environment.json       versions, commit, device (never the process environment); environment.<n>.json likewise
 metrics.jsonl          one record per line; metrics.jsonl.<n>: of earlier starts that left no checkpoint
 routing.jsonl          what the routers did, one snapshot per line; routing.jsonl.<n> likewise
+metrics.csv            the records as a table (logging.csv); metrics.until-step-<n>.csv: where a start went on without
 tokens/                FFN experts by token at the end of training, as parquet
 checkpoints/step-*/    written by moepp.checkpoint
 wandb/  log/           W&B's files; console output, one file per rank

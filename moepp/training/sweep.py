@@ -136,6 +136,24 @@ def _refuse_several_processes() -> None:
         )
 
 
+def configuration(sources: Sources, overrides: Sequence[str]) -> DictConfig:
+    """Return what one run would get of these overrides, without Hydra's part.
+
+    Raises:
+        HydraException: nothing can be composed.
+    """
+    cfg = _compose(sources.loader(), sources.config_name, overrides, RunMode.RUN)
+    HydraConfig.instance().set_config(cfg)  # what ${hydra:...} refers to
+    return _without_hydra(cfg)
+
+
+def _without_hydra(cfg: DictConfig) -> DictConfig:
+    cfg = copy.deepcopy(cfg)
+    with flag_override(cfg, ["struct", "readonly"], [False, False]):
+        del cfg["hydra"]
+    return cfg
+
+
 def _compose(loader: ConfigLoaderImpl, name: str, overrides: Sequence[str], mode: RunMode) -> DictConfig:
     overrides = list(overrides)
     while True:
@@ -197,11 +215,8 @@ class _Draft:
     def task(self) -> DictConfig:
         """Return the configuration without Hydra's part."""
         self.activate()
-        cfg = copy.deepcopy(self.cfg)
-        assert cfg is not None
-        with flag_override(cfg, ["struct", "readonly"], [False, False]):
-            del cfg["hydra"]
-        return cfg
+        assert self.cfg is not None
+        return _without_hydra(self.cfg)
 
     def show(self, what: str, package: str | None, resolve: bool) -> str:
         """Return the configuration, or the part ``package`` of it, as YAML."""

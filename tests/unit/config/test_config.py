@@ -85,6 +85,12 @@ def test_whole_numbers_serve_as_numbers_and_numbers_as_texts():
         ("optim.betas", [0.9, float("nan")], "optim.betas[1]=nan is not a finite number; give one"),
         ("data.paths", "a", "data.paths='a' has the wrong type str; give a list, for example data.paths=[a]"),
         ("data.paths", ["a", ["b"]], "data.paths[1]=['b'] has the wrong type list; give a text"),
+        (
+            "data.validation",
+            "data/x",
+            "data.validation='data/x' has the wrong type str; give a mapping of names and lists, for example "
+            "data.validation={wiki: [data/wiki/text]} or data.validation.wiki=[data/wiki/text]",
+        ),
         ("eval.limit", "all", "eval.limit='all' has the wrong type str; give an integer or null"),
         ("model.moe", None, "model.moe=null is not allowed; give a mapping"),
         ("model.moe", 3, "model.moe=3 must be a mapping of keys; `train.py --help` lists them"),

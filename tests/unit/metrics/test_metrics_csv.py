@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,9 @@ from moepp.config.schema import WandbConfig
 from moepp.metrics.csv import FILE, CsvSink
 from moepp.metrics.jsonl import JsonlSink, read_records
 from moepp.metrics.routing import RoutingSnapshot
-from moepp.metrics.sinks import SinkGroup
+from moepp.metrics.sinks import SinkGroup, open_sinks
 from moepp.metrics.wandb import WandbSink
+from tests.data_files import make_config
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -50,6 +52,23 @@ def test_new_metrics_get_columns_and_old_rows_stay_in_them(tmp_path: Path) -> No
         ("1", "", ""),
         ("2", "", "1.0"),
     ]
+
+
+def test_a_run_that_goes_on_without_a_table_leaves_none_that_ends_early(tmp_path: Path) -> None:
+    with open_group(tmp_path) as sinks:
+        for step in (1, 2, 3):
+            sinks.log({"a": float(step)}, step, 64 * step)
+    cfg = make_config(["data/demo"])
+    cfg = replace(cfg, logging=replace(cfg.logging, csv=False, wandb=replace(cfg.logging.wandb, mode="disabled")))
+    (tmp_path / "metrics.until-step-2.csv").write_text("of a start before\n")
+    with open_sinks(tmp_path, cfg, start_step=2) as sinks:
+        sinks.log({"a": 3.5}, 3, 192)
+    assert not (tmp_path / FILE).exists()
+    with (tmp_path / "metrics.until-step-2.csv").open(newline="") as stream:
+        assert [row["a"] for row in csv.DictReader(stream)] == ["1.0", "2.0"]
+    with open_group(tmp_path, start_step=3) as sinks:  # and with one again, it is whole
+        sinks.log({"a": 4.0}, 4, 256)
+    assert [row["a"] for row in rows(tmp_path)] == ["1.0", "2.0", "3.5", "4.0"]
 
 
 def test_a_table_that_cannot_be_written_is_reported_once_and_ends_nothing(
