@@ -260,7 +260,8 @@ def _norm_chart(groups: Sequence[Group]) -> Figure | None:
     caption = f"Largest: {extremes(largest, '{:.3g}')}."
     if logged:
         limit = f"={min(limits)}" if len(limits) == 1 else ""
-        caption += f" {above} of {logged} logged steps are above optim.grad_clip{limit} and were clipped."
+        caption += f" {above or 'None'} of {logged} logged steps {'is' if above == 1 else 'are'} above "
+        caption += f"optim.grad_clip{limit}, from where gradients are scaled down."
     labels = (TOKENS, "global gradient norm before clipping")
     curves = [curve for _, curve in drawn.curves]
     return curve_figure("grad-norm", "Gradient norm", caption + drawn.remarks, curves, labels, metric, 0)

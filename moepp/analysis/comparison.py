@@ -121,11 +121,11 @@ def group_seeds(runs: Sequence[Run]) -> list[dict[str, Any]]:
         rows = [row_of(run, keys, more) for run in group.runs]
         tokens = [row["tokens"] for row in rows]
         row: dict[str, Any] = {"setting": group.label, "runs": len(rows)}
-        row |= {"fewest_tokens": min(tokens), "most_tokens": max(tokens)}
         for column in ("eval_loss", *sets, "train_loss", "ffn_per_token", "tokens_per_second"):
             numbers = [r[column] for r in rows if r[column] is not None]
             mean, spread = mean_and_spread(numbers) if numbers else (None, None)
             row |= {column: mean, f"{column}_spread": spread}
+        row |= {"fewest_tokens": min(tokens), "most_tokens": max(tokens)}
         found.append(row | dict(zip(keys, setting(group.runs[0], keys), strict=True)))
     return found
 

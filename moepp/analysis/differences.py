@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _TAU = "model.moe.tau"
+_TOLD = 4  # settings on the line of which each step is told
 _MARKERS = ("o", "s", "^", "D")  # colours repeat, the pair does not for 32 points
 
 
@@ -196,9 +197,14 @@ def _used(run: Run) -> float | None:
 def _gains(best: Sequence[_Point]) -> str:
     if len(best) == 1:
         return f"By the means, {best[0].label} is both the cheapest and the best."
+    line = "By the means, no setting is both cheaper and better than those on the line."
+    if len(best) > _TOLD:
+        steps, start = [(best[0], best[-1])], f"{line} {len(best)} lie on it. The cheapest and the best: "
+    else:
+        steps, start = list(pairwise(best)), f"{line} "
     gains = [
         f"{a.label} to {b.label}: {a.loss.value - b.loss.value:.3f} nats for {b.cost / a.cost:.2f} times the "
         f"parameters ({verdict(a.loss, b.loss)})"
-        for a, b in pairwise(best)
+        for a, b in steps
     ]
-    return f"By the means, no setting is both cheaper and better than those on the line. {'; '.join(gains)}."
+    return f"{start}{'; '.join(gains)}."

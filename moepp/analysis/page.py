@@ -89,6 +89,11 @@ def _text(text: object) -> str:
     return html.escape(terminal_text(str(text)), quote=True)
 
 
+def _breakable(text: str) -> str:
+    """Return a name that may be broken behind underscores, so that columns are no wider than their numbers."""
+    return _text(text).replace("_", "_<wbr>")
+
+
 def _figure(figure: Figure) -> str:
     numbers = ""
     if figure.rows:
@@ -102,12 +107,11 @@ def _figure(figure: Figure) -> str:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str, numeric: set[int]) -> str:
     def cell(column: int, text: str) -> str:
         kind = ' class="number"' if column in numeric else ""
-        return f'<th scope="row">{_text(text)}</th>' if column == 0 else f"<td{kind}>{_text(text)}</td>"
+        return f'<th scope="row">{_breakable(text)}</th>' if column == 0 else f"<td{kind}>{_text(text)}</td>"
 
     def heading(column: int, name: str) -> str:
-        # Keys may be broken behind their underscores, so that columns are no wider than their numbers.
         kind = ' class="number"' if column in numeric else ""
-        return f'<th scope="col"{kind}>{_text(name).replace("_", "_<wbr>")}</th>'
+        return f'<th scope="col"{kind}>{_breakable(name)}</th>'
 
     head = "".join(heading(column, name) for column, name in enumerate(header))
     body = "".join("<tr>" + "".join(cell(c, text) for c, text in enumerate(row)) + "</tr>" for row in rows)

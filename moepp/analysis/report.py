@@ -15,7 +15,8 @@ from moepp.analysis.figures import Figure, compact
 from moepp.analysis.page import Page
 from moepp.analysis.routing_charts import routing_charts
 from moepp.analysis.runs import Run, compared_keys
-from moepp.analysis.token_pages import read_tables, text_markup, token_figures
+from moepp.analysis.task_kinds import task_kinds
+from moepp.analysis.token_pages import read_tables, task_figures, text_markup, token_figures
 from moepp.analysis.validation_charts import validation_charts
 from moepp.errors import RunError
 from moepp.io import files
@@ -62,12 +63,14 @@ def write_run_page(run: Run, inputs: ReportInputs, folder: Path) -> Path:
 
 
 def _tokens(run: Run) -> tuple[list[Figure], str, list[str]]:
-    """Return figures and a text sample of the run's tables of tokens, and what is wrong with them."""
+    """Return figures and a text sample of the run's tables of tokens and tasks, and what is wrong with them."""
+    tasks, source, problems = task_kinds(run)
     try:
         tables, place = read_tables(run.path)
     except RunError as error:
-        return [], "", [f"The tables of tokens are left out: {error}"]
-    return (token_figures(tables, place), text_markup(tables["text"]), []) if tables else ([], "", [])
+        return task_figures(tasks, source), "", [*problems, f"The tables of tokens are left out: {error}"]
+    figures = token_figures(tables, place) if tables else []
+    return [*figures, *task_figures(tasks, source)], text_markup(tables["text"]) if tables else "", problems
 
 
 def write_comparison(runs: Sequence[Run], folder: Path, sort: str = "eval_loss", left_out: Sequence[str] = ()) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moepp.analysis.figures import Figure, Palette, legend
+from moepp.analysis.figures import Figure, Palette, bar_labels, legend
 from moepp.analysis.model_pages import bar_figure, line_figure
 from moepp.analysis.parquet import read_parquet
 from moepp.analysis.token_tables import FOLDER, Rows, explained_by_type
@@ -116,21 +116,27 @@ def _trend_figure(name: str, title: str, rows: Rows, source: str) -> Figure | No
     return line_figure(name, title, caption, {"FFN experts": (x, y)}, labels, source)
 
 
-def _source_figure(rows: Rows, source: str) -> Figure | None:
-    """Draw the shares of expert kinds by data source, mean over layers (Fig. 8 of the paper)."""
+def _source_figure(
+    rows: Rows, source: str, names: tuple[str, str] = ("sources", "Expert kinds by data source")
+) -> Figure | None:
+    """Draw the shares of expert kinds by data source or task, mean over layers (Fig. 8 of the paper).
+
+    ``names``: of the file, and the heading.
+    """
     if not rows:
         return None
     sources = list(dict.fromkeys(row["source"] for row in rows))
     kinds = [name for name in rows[0] if name not in ("source", "layer", "tokens")]
-    shares = {kind: [_mean([r[kind] for r in rows if r["source"] == name]) for name in sources] for kind in kinds}
+    shares = {
+        kind: [_mean([r.get(kind, 0.0) for r in rows if r["source"] == name]) for name in sources] for kind in kinds
+    }
 
     def draw(axes: Axes, palette: Palette) -> None:
         left = [0.0] * len(sources)
         for number, (kind, values) in enumerate(shares.items()):
             axes.barh(range(len(sources)), values, 0.6, left=left, color=palette.series(number), label=kind)
             left = [sum(pair) for pair in zip(left, values, strict=True)]
-        axes.set_yticks(range(len(sources)), [plain_label(name) for name in sources])
-        axes.invert_yaxis()
+        bar_labels(axes, [plain_label(name) for name in sources])
         axes.set_xlim(0, 1)
         axes.set_xlabel("share of the router's choices, mean over layers")
         legend(axes)
@@ -138,9 +144,15 @@ def _source_figure(rows: Rows, source: str) -> Figure | None:
     ffn = dict(zip(sources, shares["ffn"], strict=True))
     most, least = max(ffn, key=ffn.__getitem__), min(ffn, key=ffn.__getitem__)
     caption = f"Share of FFN experts: {ffn[most]:.1%} ({plain_label(most)})"
-    caption += f" to {ffn[least]:.1%} ({plain_label(least)})." if len(sources) > 1 else "; one source was read."
+    caption += f" to {ffn[least]:.1%} ({plain_label(least)})." if len(sources) > 1 else "; nothing else was read."
     table = [(name, *(f"{shares[kind][n]:.3f}" for kind in kinds)) for n, name in enumerate(sources)]
-    return Figure("sources", "Expert kinds by data source", caption, draw, ("source", *kinds), table, source)
+    return Figure(*names, caption, draw, (names[0].removesuffix("s"), *kinds), table, source)
+
+
+def task_figures(rows: Rows, source: str) -> list[Figure]:
+    """Return the shares of expert kinds by evaluation task (Fig. 8 of the paper); none without tasks."""
+    figure = _source_figure(rows, source, ("tasks", "Expert kinds by evaluation task"))
+    return [] if figure is None else [figure]
 
 
 def _mean(values: Sequence[float]) -> float:

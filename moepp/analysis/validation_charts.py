@@ -11,7 +11,7 @@ from moepp.analysis.figures import Figure
 from moepp.analysis.runs import SPLIT_NAME, Run
 
 _LOSS = (TOKENS, "cross-entropy, nats per token")
-_BENCHMARK = r"eval/(.+/(?!loss$|perplexity$)(?!\w*stderr)[^/]+)"
+_BENCHMARK = r"eval/(.+/(?!loss$|perplexity$)(?!\w*stderr|share_)[^/]+)"
 
 
 def validation_charts(runs: Sequence[Run]) -> list[Figure]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -214,7 +215,7 @@ def _lead(subjects: list[Subject]) -> str:
 def _tokens(args: argparse.Namespace, subjects: list[Subject]) -> Findings:
     from moepp.analysis.model_pages import Findings
     from moepp.analysis.observe import Change, observe, pool_observed
-    from moepp.analysis.token_pages import gate_figures, text_markup, token_figures
+    from moepp.analysis.token_pages import gate_figures, task_figures, text_markup, token_figures
     from moepp.analysis.token_tables import gate_weights, token_tables
 
     [one] = subjects
@@ -225,10 +226,28 @@ def _tokens(args: argparse.Namespace, subjects: list[Subject]) -> Findings:
         without = observe(one.model, one.pooled, Change(residuals=False))
     rows = token_tables({source: found.view for source, found in seen.items()}, decode)
     figures, markup = token_figures(rows), text_markup(rows["text"])
+    if one.found.run_dir is not None:
+        rows["tasks"], source = _task_kinds(one.found.run_dir.path)
+        figures += task_figures(rows["tasks"], source)
     rows["gates"] = gate_weights(pool_observed(list(seen.values())), without)
     figures += gate_figures(rows["gates"])
     rows = {name: table for name, table in rows.items() if table}  # no text without a tokenizer
     return Findings(f"How {one.name} routes tokens", _lead(subjects), rows, figures, markup)
+
+
+def _task_kinds(run_path: Path) -> tuple[Rows, str]:
+    """Return the expert kinds by evaluation task that the run's evaluations have counted, and where they are from."""
+    from moepp.analysis.runs import Run, read_run
+    from moepp.analysis.task_kinds import task_kinds
+
+    try:
+        run = read_run(run_path)
+    except RunError:  # imported weights have no records; eval/*.json may be there
+        run = Run(run_path, [])
+    rows, source, remarks = task_kinds(run)
+    for remark in remarks:
+        print(f"left out: {printable(remark)}", file=sys.stderr)
+    return rows, source
 
 
 def _communication(args: argparse.Namespace, subjects: list[Subject]) -> Findings:

@@ -43,7 +43,8 @@ def evaluate_tasks(
         batch_size: sequences per rank and forward pass.
 
     Returns:
-        ``eval/<task>/<metric>`` -> value; accuracies are fractions.
+        ``eval/<task>/<metric>`` -> value, accuracies as fractions; ``eval/<task>/share_<kind>`` -> share of an expert
+        kind in the choices of its tokens, mean over layers.
 
     Raises:
         ConfigError, DataError: an unknown task, or documents that are missing or damaged.
@@ -106,7 +107,7 @@ def evaluate_benchmark(
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit} leaves no document; use 1 or more, or none for all")
-    backend = HarnessModel(shared, progress)
+    backend, before = HarnessModel(shared, progress), shared.kinds
     with quiet_harness():
         # Standard errors of accuracies are computed below, without the harness's bootstrap of perplexities.
         found: Any = harness_evaluate(
@@ -115,6 +116,7 @@ def evaluate_benchmark(
     by_task = {name: _metrics(found["results"][name]) for name in benchmark.tasks}
     sizes = {name: int(found["results"][name]["sample_len"]) for name in benchmark.tasks}
     metrics, stderr = _pool(by_task, sizes)
+    kinds = shared.kinds - before
     return BenchmarkResult(
         name=benchmark.name,
         metrics=metrics,
@@ -127,6 +129,8 @@ def evaluate_benchmark(
         origin=benchmark.origin,
         notes=benchmark.notes,
         tasks=by_task if len(by_task) > 1 else {},
+        tokens=kinds.tokens,
+        kinds=kinds.shares,
     )
 
 

@@ -36,6 +36,8 @@ class BenchmarkResult:
         truncated: requests whose beginning did not fit the model.
         origin, notes: of the documents.
         tasks: metrics of each task, where there are several.
+        tokens: that were read, without padding; 0 of a model without MoE layers.
+        kinds: share of each expert kind in the choices of a MoE layer, by layer.
     """
 
     name: str
@@ -49,10 +51,17 @@ class BenchmarkResult:
     origin: str
     notes: tuple[str, ...] = ()
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
+    tokens: int = 0
+    kinds: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
         return TITLES.get(self.name, self.name)
+
+    @property
+    def mean_kinds(self) -> dict[str, float]:
+        """Share of each expert kind, mean over layers."""
+        return {kind: sum(shares) / len(shares) for kind, shares in self.kinds.items()}
 
     @property
     def score(self) -> str | None:
@@ -75,9 +84,14 @@ def read_results(path: Path) -> list[BenchmarkResult]:
 
 def _result_from(tree: dict[str, Any]) -> BenchmarkResult:
     result = BenchmarkResult(**{**tree, "notes": tuple(tree["notes"])})
-    counts = (result.shots, result.documents, result.requests, result.truncated)
+    counts = (result.shots, result.documents, result.requests, result.truncated, result.tokens)
     numbers = [*result.metrics.values(), *result.stderr.values()] + ([] if result.chance is None else [result.chance])
-    texts = [result.name, result.origin, *result.notes, *result.metrics, *result.stderr]
+    texts = [result.name, result.origin, *result.notes, *result.metrics, *result.stderr, *result.kinds]
+    layers = [list(shares) for shares in result.kinds.values()]
+    if not all(type(share) in (int, float) and 0 <= share <= 1 for shares in layers for share in shares):
+        raise ValueError("a share of an expert kind is not between 0 and 1")
+    if len({len(shares) for shares in layers}) > 1 or [] in layers:
+        raise ValueError("expert kinds have not equally many layers")
     if not all(type(count) is int and 0 <= count < 1 << 60 for count in counts):
         raise ValueError("a count is no integer of 0 or more")
     if not all(type(number) in (int, float, type(None)) for number in numbers):
@@ -104,8 +118,9 @@ class Subject:
 
 
 def flat_metrics(results: Sequence[BenchmarkResult]) -> dict[str, float]:
-    """``eval/<task>/<metric>`` -> value, for metric records."""
-    return {f"eval/{r.name}/{metric}": value for r in results for metric, value in r.metrics.items()}
+    """``eval/<task>/<metric>`` and ``eval/<task>/share_<expert kind>`` -> value, for metric records."""
+    metrics = {f"eval/{r.name}/{metric}": value for r in results for metric, value in r.metrics.items()}
+    return metrics | {f"eval/{r.name}/share_{kind}": v for r in results for kind, v in r.mean_kinds.items()}
 
 
 def accuracy_stderr(accuracies: Sequence[float], sizes: Sequence[int]) -> float:
@@ -136,7 +151,19 @@ def table_text(results: Sequence[BenchmarkResult], subject: Subject) -> str:
     if len(scored) > 1:
         rows.insert(-1, rule)
     rows.insert(1, rule)
-    return "\n".join([_headline(subject), "", *rows, "", *_footnotes(results)])
+    return "\n".join([_headline(subject), "", *rows, "", *_footnotes(results), *_kinds_lines(results)])
+
+
+def _kinds_lines(results: Sequence[BenchmarkResult]) -> list[str]:
+    """Return the shares of expert kinds by benchmark; nothing of a model that has but one kind."""
+    counted = [result for result in results if len(result.kinds) > 1]
+    if not counted:
+        return []
+    kinds = list(counted[0].kinds)
+    header = ["expert kinds, % of choices", *kinds, "tokens"]
+    lines = [[r.title, *(_percent(r.mean_kinds[kind]) for kind in kinds), f"{r.tokens:,}"] for r in counted]
+    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+    return ["", *(_aligned(line, widths) for line in [header, *lines]), "mean over MoE layers, of all tokens read"]
 
 
 def _headline(subject: Subject) -> str:

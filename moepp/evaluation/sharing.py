@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from moepp.data.tokenizer import Tokenizer
 from moepp.distributed import comm
 from moepp.distributed.groups import ParallelGroups
 from moepp.errors import MoeppError, PeerError
+from moepp.evaluation.kinds import KindCounts, counted_kinds
 from moepp.evaluation.scoring import Prompt, Row, continue_prompts, score_rows
 from moepp.model.transformer import Transformer
 
@@ -31,6 +33,9 @@ class SharedModel:
     Args:
         model: this rank's share, on its device.
         batch_size: sequences per rank and forward pass.
+
+    Attributes:
+        kinds: experts that the tokens of all requests have chosen so far, over all ranks.
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, groups: ParallelGroups, batch_size: int) -> None:
@@ -38,6 +43,8 @@ class SharedModel:
         self.tokenizer = tokenizer
         self.groups = groups
         self.batch_size = batch_size
+        self.kinds = KindCounts()
+        self._own_kinds = KindCounts()  # of this rank, in the present set of requests
 
     def run(self, lead: Callable[[], T]) -> T:
         """Call ``lead`` on rank 0, where :meth:`score` and :meth:`generate` may be used; its result on every rank.
@@ -89,9 +96,12 @@ class SharedModel:
 
     def _answer(self, kind: str, content: Sequence[Any]) -> list[Any]:
         """Do this rank's share of the work and return everyone's results in the order of ``content``."""
+        self._own_kinds = KindCounts()
         own = self._score_own(content) if kind == "score" else self._generate_own(content)
-        parts = comm.gather_objects(own, self.groups.world)
-        merged = {index: result for part in parts for index, result in part}
+        parts = comm.gather_objects((own, self._own_kinds), self.groups.world)
+        for _, counts in parts:
+            self.kinds += counts
+        merged = {index: result for part, _ in parts for index, result in part}
         return [merged[index] for index in range(len(content))]
 
     def _score_own(self, rows: Sequence[Row]) -> list[tuple[int, Any]]:
@@ -101,8 +111,13 @@ class SharedModel:
         for first in range(0, len(batches), groups.world_size):
             own = first + groups.rank
             batch = batches[own] if own < len(batches) else []
-            scores = score_rows(self.model, [rows[i] for i in batch] or _IDLE)
+            asked = [rows[i] for i in batch]
+            lengths = torch.tensor([len(row.input_ids) for row in asked or _IDLE])
+            mask_BS = torch.arange(int(lengths.max())) < lengths[:, None]  # padded on the right
+            with counted_kinds(self.model, mask_BS) as counts:
+                scores = score_rows(self.model, asked or _IDLE)
             results += zip(batch, scores, strict=False)
+            self._own_kinds += counts[0] if counts and asked else KindCounts()
         return results
 
     def _generate_own(self, prompts: Sequence[Prompt]) -> list[tuple[int, Any]]:
@@ -112,8 +127,13 @@ class SharedModel:
         results: list[tuple[int, Any]] = []
         for number in range(groups.rank // groups.ep_size, len(batches), groups.edp_size):
             batch = batches[number]
-            texts = continue_prompts(self.model, self.tokenizer, [prompts[i] for i in batch], number)
+            lengths = torch.tensor([len(prompts[i].input_ids) for i in batch])
+            longest = int(lengths.max())
+            mask_BS = torch.arange(longest) >= longest - lengths[:, None]  # padded on the left
+            with counted_kinds(self.model, mask_BS) as counts:
+                texts = continue_prompts(self.model, self.tokenizer, [prompts[i] for i in batch], number)
             results += zip(batch, texts, strict=True)
+            self._own_kinds += counts[0] if counts and groups.ep_rank == 0 else KindCounts()
         return results if groups.ep_rank == 0 else []
 
 

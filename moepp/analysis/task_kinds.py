@@ -1,0 +1,49 @@
+"""Shares of expert kinds by evaluation task: what ``moepp eval`` and evaluations during training have counted."""
+
+from __future__ import annotations
+
+from moepp.analysis.runs import Run
+from moepp.analysis.token_tables import Rows
+from moepp.errors import RunError
+from moepp.evaluation.results import read_results
+
+
+def task_kinds(run: Run) -> tuple[Rows, str, list[str]]:
+    """Return rows as those of :func:`moepp.analysis.token_tables.kinds_by_layer`, where they are from, and remarks.
+
+    The newest results of each task count: those of ``eval/*.json``, layer by layer; of tasks that only training has
+    evaluated the last record, whose shares are means over layers (``layer`` is None).
+    """
+    rows: Rows = []
+    found: dict[str, str] = {}
+    remarks = []
+    for path in sorted((run.path / "eval").glob("*.json"), reverse=True):  # the newest step first, then the time
+        try:
+            results = read_results(path)
+        except RunError as error:
+            remarks.append(f"Expert kinds by task: {error}")
+            continue
+        for result in results:
+            if result.kinds and result.name not in found:
+                found[result.name] = f"eval/{path.name}"
+                rows += [
+                    {"source": result.name, "layer": layer, "tokens": result.tokens}
+                    | {kind: shares[layer] for kind, shares in result.kinds.items()}
+                    for layer in range(len(next(iter(result.kinds.values()))))
+                ]
+    logged = _logged(run)
+    rows += [
+        {"source": task, "layer": None, "tokens": None} | shares for task, shares in logged.items() if task not in found
+    ]
+    places = [*dict.fromkeys(found.values()), *(["eval/<task>/share_<kind>"] if logged.keys() - found.keys() else [])]
+    return rows, ", ".join(places), remarks
+
+
+def _logged(run: Run) -> dict[str, dict[str, float]]:
+    """Return the last logged share of each kind by task."""
+    found: dict[str, dict[str, float]] = {}
+    for name, key in run.names(r"eval/(.{1,200}/share_\w{1,60})").items():
+        task, _, kind = name.rpartition("/share_")
+        if (last := run.series(key).last) is not None:
+            found.setdefault(task, {})[kind] = last
+    return {task: shares for task, shares in found.items() if "ffn" in shares}
