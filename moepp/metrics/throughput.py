@@ -9,7 +9,9 @@ from contextlib import contextmanager
 
 # Dense peak FLOP/s by device: (pattern of the device's name, bf16, fp32). From the vendors' documents, without sparsity
 # ("halved" where a document gives the sparse number alone); bf16 with fp32 accumulation; fp32 is the plain (not TF32)
-# rate, which is what torch uses by default. None: no bf16 units, or not known. What is not listed has no MFU.
+# rate, which is what torch uses by default. None: no bf16 units, or not known. What is not listed has no MFU. Each bf16
+# number was found again in a second place that quotes the document, mostly torchtitan's own table with its links; what
+# was not (H200 NVL), or what two cards share a name for (RTX 3080), is left out.
 _PEAK_FLOPS: tuple[tuple[str, float | None, float | None], ...] = (
     (r"\bV100-SXM2\b", None, 15.7e12),  # NVIDIA V100 data sheet
     (r"\bV100-PCIE\b", None, 14e12),  # NVIDIA V100 data sheet
@@ -19,24 +21,22 @@ _PEAK_FLOPS: tuple[tuple[str, float | None, float | None], ...] = (
     (r"\bA40\b", 149.7e12, 37.4e12),  # NVIDIA A40 data sheet
     (r"\bA10\b", 125e12, 31.2e12),  # NVIDIA A10 data sheet
     (r"\bL4\b", 121e12, 30.3e12),  # NVIDIA L4 data sheet, halved
-    (r"\bL40\b", 181e12, 90.5e12),  # NVIDIA L40 data sheet
+    (r"\bL40\b", 181e12, 90.5e12),  # NVIDIA L40 data sheet; half of the L40S's though their chips are alike
     (r"\bL40S\b", 362e12, 91.6e12),  # NVIDIA L40S data sheet
-    (r"\bH20\b", 148e12, 44e12),  # NVIDIA H20 data sheet
+    (r"\bH20\b", 148e12, 44e12),  # no public data sheet; NVIDIA's numbers as torchtitan has them
     (r"\bH(100|800) PCIe\b", 756e12, 51e12),  # NVIDIA H100 data sheet, halved; the H800 differs in NVLink and fp64
     (r"\bH100\b.*\bHBM2e\b", 756e12, 51e12),  # NVIDIA H100 data sheet, halved: the PCIe card's other name
     (r"\bH100 NVL\b", 835e12, 60e12),  # NVIDIA H100 data sheet, halved
     (r"\bH100\b.*\bHBM3\b", 989.4e12, 66.9e12),  # NVIDIA H100 data sheet, SXM
     (r"\bH800$", 989.4e12, 66.9e12),  # as the H100 SXM
-    (r"\bH200 NVL\b", 835e12, 60e12),  # NVIDIA H200 data sheet, halved
-    (r"\bH200\b", 989.4e12, 66.9e12),  # NVIDIA H200 data sheet, SXM
+    (r"\bH200\b(?! NVL)", 989.4e12, 66.9e12),  # NVIDIA H200 data sheet, SXM
     (r"\bGH200\b", 989.4e12, 66.9e12),  # NVIDIA GH200 data sheet
-    (r"\bB200\b", 2250e12, 75e12),  # NVIDIA HGX B200 data sheet, an eighth of the board, halved
-    (r"\bGB200\b", 2500e12, 80e12),  # NVIDIA GB200 NVL72 data sheet, one of its 72 GPUs, halved
-    (r"\bB300\b", 2250e12, 75e12),  # NVIDIA HGX B300 data sheet, an eighth of the board, halved
+    (r"\bB200\b", 2250e12, 75e12),  # NVIDIA HGX B200 data sheet: 36 PFLOP/s with sparsity, 8 GPUs
+    (r"\bGB200\b", 2500e12, 80e12),  # NVIDIA GB200 NVL72 data sheet: 360 PFLOP/s with sparsity, 72 GPUs
+    (r"\bB300\b", 2250e12, 75e12),  # NVIDIA HGX B300 data sheet: 36 PFLOP/s with sparsity, 8 GPUs
     (r"\bRTX A5000$", 111.1e12, 27.8e12),  # NVIDIA RTX A5000 data sheet, halved
     (r"\bRTX A6000$", 154.8e12, 38.7e12),  # NVIDIA RTX A6000 data sheet, halved
     (r"\bRTX 6000 Ada Generation$", 364.2e12, 91.1e12),  # NVIDIA Ada architecture white paper for workstations
-    (r"\bRTX 3080$", 59.5e12, 29.8e12),  # NVIDIA Ampere GA102 architecture white paper
     (r"\bRTX 3090$", 71e12, 35.6e12),  # NVIDIA Ampere GA102 architecture white paper
     (r"\bRTX 4080$", 97.5e12, 48.7e12),  # NVIDIA Ada architecture white paper
     (r"\bRTX 4090$", 165.2e12, 82.6e12),  # NVIDIA Ada architecture white paper
@@ -48,8 +48,8 @@ _PEAK_FLOPS: tuple[tuple[str, float | None, float | None], ...] = (
     (r"\bMI300A\b", 980.6e12, 122.6e12),  # AMD Instinct MI300A data sheet
     (r"\bMI300X\b", 1307.4e12, 163.4e12),  # AMD Instinct MI300X data sheet
     (r"\bMI325X\b", 1307.4e12, 163.4e12),  # AMD Instinct MI325X data sheet
-    (r"\bMI350X\b", 2306.9e12, 144.2e12),  # AMD Instinct MI350X data sheet
-    (r"\bMI355X\b", 2516.6e12, 157.3e12),  # AMD Instinct MI355X data sheet
+    (r"\bMI350X\b", 2306.9e12, 144.2e12),  # AMD Instinct MI350X product page, which rounds to 2.3 PFLOP/s
+    (r"\bMI355X\b", 2516.6e12, 157.3e12),  # AMD Instinct MI355X product page, which rounds to 2.5 PFLOP/s
 )
 
 

@@ -139,8 +139,8 @@ def _weight_gradient(grad_RM: Tensor, rows_RN: Tensor, ends_E: Tensor, no_rows_E
 def leaves_empty_groups(device: torch.device) -> bool:
     """Return whether torch's kernel may leave the memory of a group without rows as it was, and not fill in zeros.
 
-    On Blackwell it does (pytorch/pytorch#172439); on Hopper it does not, and one product on poisoned memory has to
-    agree before anybody relies on it. To set zeros anyway costs a pass over all experts' gradients.
+    A B200 was reported to do so and Hopper not to (pytorch/pytorch#172439, open), and on Hopper one product on poisoned
+    memory has to agree before anybody relies on it. To set zeros anyway costs a pass over all experts' gradients.
     """
     if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9:
         return True

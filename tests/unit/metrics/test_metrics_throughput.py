@@ -60,7 +60,8 @@ def test_unknown_peak_gives_no_mfu() -> None:
         ("NVIDIA H800 PCIe", 756e12),
         ("NVIDIA H800 NVL", None),
         ("NVIDIA H20", 148e12),
-        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA GeForce RTX 3080", None),  # of 10 and of 12 GB
         ("NVIDIA GH200 480GB", 989.4e12),
         ("NVIDIA A800-SXM4-80GB", 312e12),
         ("NVIDIA A100 80GB PCIe", 312e12),
