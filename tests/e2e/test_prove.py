@@ -26,16 +26,18 @@ from tests.gpu import (
     compiled,
     distributed,
     fakes,
+    faults,
     kernels,
     layer,
+    layouts,
     machine,
     own_tests,
     prove,
     speed,
     training,
 )
-from tests.gpu.checks import CHECKS, KERNEL_CHECKS, STAGES, Check
-from tests.gpu.prove import Proof, main, parse_numbers, proven
+from tests.gpu.checks import CALLS, CHECKS, KERNEL_CHECKS, STAGES, START_SECONDS, Check
+from tests.gpu.prove import Proof, _allowed, main, parse_numbers, proven
 from tests.gpu.report import Place, Report, deviation
 from tests.gpu.worker import run_check
 
@@ -174,6 +176,30 @@ def test_every_check_is_numbered_once_and_belongs_to_one_stage():
     assert sorted(number for stage in STAGES for number in stage) == numbers
 
 
+def test_checks_have_budgets_that_fit_into_the_calls_that_the_page_names():
+    assert all(0 < check.budget <= check.limit for check in CHECKS)
+    for numbers, seconds in CALLS:
+        stages = sum(not set(stage).isdisjoint(numbers) for stage in STAGES)
+        assert sum(CHECKS[number].budget for number in numbers) + stages * START_SECONDS <= seconds
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    for numbers, seconds in CALLS:
+        assert f"--checks {numbers[0]}-{numbers[-1]}" in page and f"under {seconds:g} s" in page
+
+
+def test_a_check_that_takes_longer_than_its_budget_says_so_on_a_gpu(tmp_path):
+    lines: list[str] = []
+    check = Check(0, "slow", "", budget=5)
+    record = {"status": "passed", "findings": [], "notes": {}, "skipped": [], "seconds": 6.2}
+    for device in ("cuda", "cpu"):
+        proof = Proof(device, tmp_path, say=lines.append)
+        proof._keep(check, record)
+        assert proof.records[0]["budget"] == (5 if device == "cuda" else None)
+    assert "6.2 s  took longer than its 5 s" in lines[0] and "longer" not in lines[1] and "6.2 s" in lines[1]
+    proof = Proof("cuda", tmp_path)
+    assert _allowed(proof, CHECKS[:8]) == f" (meant: {sum(c.budget for c in CHECKS[:8]) + 3 * START_SECONDS:.0f} s)"
+    assert _allowed(Proof("cpu", tmp_path), CHECKS) == ""
+
+
 def test_numbers_of_checks_are_read_and_bad_ones_refused_in_one_line(tmp_path, capsys):
     assert parse_numbers("0-2,1", range(5)) == [0, 1, 2]
     kept = tmp_path / "kept"
@@ -302,6 +328,22 @@ def test_the_exchange_check_fails_for_rows_that_come_back_in_another_order(monke
     )
     names = failing(distributed.check_exchange)
     assert "float32, 1 chunks: output" in names and "bfloat16, 2 chunks: gradient of x" in names
+
+
+def test_the_checks_of_two_ranks_fail_for_faults_that_only_they_can_have(monkeypatch):
+    monkeypatch.setattr(distributed, "_run_cases", faults.run_cases_with_faults)
+    monkeypatch.setattr(distributed, "train", faults.train_with_faults)
+    names = failing(distributed.check_two_ranks)
+    assert {"spread, 1 chunks, rank 0", "spread, 2 chunks, rank 1", "bfloat16, rank 0"} <= set(names)
+    assert "5 steps, spread routing: deviation from one rank" in names
+
+    right = layouts._layouts
+    monkeypatch.setattr(
+        layouts, "_layouts", lambda place: {name: right(place)[name] for name in ("tensor", "context", "pipeline")}
+    )
+    monkeypatch.setattr(layouts, "train", faults.train_with_faults)
+    names = failing(layouts.check_layouts)
+    assert names == [f"{name}: deviation from one rank" for name in ("tensor", "context", "pipeline")]
 
 
 def test_the_training_and_engine_checks_fail_for_other_losses(monkeypatch):

@@ -24,7 +24,7 @@ from typing import Any
 
 from moepp.arguments import Parser
 from moepp.errors import ConfigError, MoeppError
-from tests.gpu.checks import CHECKS, KERNEL_CHECKS, STAGES, Check
+from tests.gpu.checks import CHECKS, KERNEL_CHECKS, STAGES, START_SECONDS, Check
 from tests.gpu.report import FAILED, PASSED, SKIPPED, STATUSES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,7 +114,8 @@ class Proof:
 
     def _keep(self, check: Check, record: Record) -> None:
         """Print a check's line and write everything found so far: the machine may be gone a minute later."""
-        record = record | {"number": check.number, "title": check.title}
+        budget = check.budget if self.device == "cuda" else None
+        record = record | {"number": check.number, "title": check.title, "budget": budget}
         self.records.append(record)
         self.say(line_of(record))
         for name, rows in record["notes"].items():
@@ -159,6 +160,8 @@ def line_of(record: Record) -> str:
     parts += [f"{name} {_short(value)}" for name, value in record["notes"].items() if not _is_table(value)]
     if record["status"] == PASSED:
         parts.append(f"{len(record['findings'])} expectations held")
+    if record["budget"] is not None and record["seconds"] > record["budget"]:
+        parts.insert(0, f"took longer than its {record['budget']:g} s")
     text = "; ".join(" ".join(part.split()) for part in parts)
     return f"{record['status']:<8}{record['number']:>3}  {record['title']}  {record['seconds']:.1f} s  {text}"
 
@@ -234,6 +237,15 @@ def parse_numbers(text: str, known: Sequence[int]) -> list[int]:
     return sorted(set(numbers))
 
 
+def _allowed(proof: Proof, checks: Sequence[Check]) -> str:
+    """The seconds that these checks were meant to take, where they have budgets: on a GPU."""
+    if proof.device != "cuda":
+        return ""
+    numbers = {check.number for check in checks}
+    stages = sum(not numbers.isdisjoint(stage) for stage in STAGES)
+    return f" (meant: {sum(check.budget for check in checks) + stages * START_SECONDS:.0f} s)"
+
+
 def _require_device(device: str) -> None:
     from tests.devices import GPU, why_no_gpu
 
@@ -275,11 +287,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     proof = Proof(args.device, args.out.resolve(), args.seconds, lambda line: print(line, flush=True))
     failures = proof.run(checks)
     counts = {status: sum(record["status"] == status for record in proof.records) for status in STATUSES}
-    print(
-        ", ".join(f"{count} {status}" for status, count in counts.items()),
-        f"in {time.monotonic() - start:.0f} s;",
-        args.out / "proof.json",
-    )
+    counted = ", ".join(f"{count} {status}" for status, count in counts.items())
+    print(f"{counted} in {time.monotonic() - start:.0f} s{_allowed(proof, checks)};", args.out / "proof.json")
     for entry in proof.as_record()["proven"]:
         key = (entry["kernels_version"], tuple(entry["capability"]))
         print(f"proven for runtime.kernels=auto on {entry['name']}: add {key} to PROVEN in moepp/ops/triton/proven.py")
