@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moepp.distributed.device import to_device
 from moepp.engine.engine import OwnPart
 from moepp.engine.norms import squared_norms
 from moepp.metrics.routing import spaced
@@ -67,9 +68,9 @@ class ModuleNorms:
             members[layer * len(MODULES) + module].append(index)
         most = max(map(len, members))
         rows = [row + [len(parts)] * (max(most, 1) - len(row)) for row in members]
-        self._members_PM = torch.tensor(rows).to(self._device, non_blocking=True)
+        self._members_PM = to_device(torch.tensor(rows), self._device)
         copies = torch.tensor([part.copies for part in parts], dtype=torch.float64)
-        self._copies_N = copies.to(self._device, non_blocking=True)
+        self._copies_N = to_device(copies, self._device)
 
     @property
     def _shape(self) -> tuple[int, int, int]:

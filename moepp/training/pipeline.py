@@ -16,6 +16,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 
 from moepp.config import Config, RunPlan
 from moepp.distributed.comm import CommStats
+from moepp.distributed.device import to_device
 from moepp.distributed.groups import ParallelGroups
 from moepp.distributed.stage_clock import StageClock
 from moepp.engine.engine import ScheduledEngine
@@ -102,11 +103,11 @@ class PipelineRunner:
         cfg = self._model.cfg
         shape = (len(cfg.moe_layers), cfg.moe.num_experts)
         counts_LE = torch.zeros(shape, dtype=torch.float64, device=self._groups.device)
-        rows = list(self._model.moe_rows)
+        rows = to_device(torch.tensor(self._model.moe_rows, dtype=torch.int64), self._groups.device)
         for parts in self._run(self._forward_schedule(), batches, None, with_labels=False):
             loads = [layer.load_E for part in parts for layer in part.stats]
             if loads:
-                counts_LE[rows] += torch.stack(loads).to(counts_LE)
+                counts_LE.index_add_(0, rows, torch.stack(loads).to(counts_LE))  # not [list]: that waits for its copy
         return counts_LE
 
     def _run(

@@ -16,6 +16,7 @@ from moepp.distributed.device import lock_pages, to_device
 from moepp.evaluation import scoring
 from moepp.evaluation.scoring import Prompt, Row
 from moepp.model.generate import Sampling, sample
+from moepp.training.pipeline import PipelineRunner
 from moepp.training.trainer import Trainer
 from tests.host_waits import device_waits
 
@@ -92,6 +93,18 @@ def test_prompts_and_tokens_that_are_never_drawn(monkeypatch):
         assert scoring.continue_prompts(MODEL, tokenizer, [Prompt(np.arange(3, dtype=np.int32), 4)], 0) == [""]
         assert sample(torch.zeros(1, 8, device=META), Sampling(0.0, never=(1, 2))).device == META
     assert [tensor.device for tensor in given] == [META, META] and not found
+
+
+def test_choices_that_a_pipeline_counts():
+    runner: Any = PipelineRunner.__new__(PipelineRunner)
+    cfg = SimpleNamespace(moe_layers=(0, 1, 2), moe=SimpleNamespace(num_experts=4))
+    runner._model, runner._groups = SimpleNamespace(cfg=cfg, moe_rows=(0, 2)), SimpleNamespace(device=META)
+    load = SimpleNamespace(load_E=torch.ones(4, device=META))
+    runner._run = lambda *_, **__: [[SimpleNamespace(stats=[load]), SimpleNamespace(stats=[load])]] * 2
+    runner._forward_schedule = lambda: None
+    with device_waits() as found:
+        assert runner.count_choices([]).shape == (3, 4)
+    assert not found
 
 
 def copies(source: str) -> list[str]:
