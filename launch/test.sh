@@ -9,7 +9,7 @@ usage: launch/test.sh [--all | --exhaustive] [pytest arguments ...]
 Sets up .venv, then runs ruff (lint and format), pyright on the code, and pytest.
 
   --all         the slow tests too
-  --exhaustive  these, and every combination of layouts
+  --exhaustive  these, every combination of layouts, and many repeats
   -h, --help    this text
 
 Everything else goes to pytest, which runs in the project's root: launch/test.sh tests/unit -k router

@@ -132,19 +132,22 @@ def ended(program: str, timeout: float) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.slow
-def test_a_cuda_build_without_a_driver_imports_everything():
-    program = """
+PROGRAMS = {
+    "imports everything": """
 import importlib, pkgutil, moepp
 for module in pkgutil.walk_packages(moepp.__path__, "moepp."):
     if not module.name.endswith("__main__") and ".hf.code" not in module.name:
         importlib.import_module(module.name)
-"""
-    run = ended(program, 240)
-    assert run.returncode == 0, run.stderr[-2000:]
+""",
+    "collects the tests": """
+import pytest
+raise SystemExit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider"]))
+""",
+}
 
 
 @pytest.mark.slow
-def test_a_cuda_build_without_a_driver_collects_the_tests():
-    run = ended('import pytest; raise SystemExit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider"]))', 280)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_cuda_build_without_a_driver(name, two_at_a_time):
+    run = two_at_a_time("name", lambda name: ended(PROGRAMS[name], 280))
     assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
