@@ -1,7 +1,8 @@
-"""What measuring costs: the same training step with nothing measured, between two records, and with a record.
+"""What measuring costs: the same training step without a recorder, between two records, and with a record.
 
 All of them train one model in one process, taking turns, with the trainer and the sinks of a run: metrics.jsonl,
-routing.jsonl and the log. W&B gets its records in a thread of its own, which is not counted.
+routing.jsonl, which gets a line with every record here, and the log. W&B gets its records in a thread of its own, which
+is not counted.
 
 Shapes: B sequences, S tokens per sequence.
 """
@@ -10,7 +11,8 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -80,6 +82,38 @@ class _RandomData:
         return batches / 8
 
 
+class _NoStats:
+    """Takes the statistics of a run that measures nothing."""
+
+    def ignore(self, *_: object) -> None:
+        """Do nothing."""
+
+    add_micro_batch = commit = discard = ignore
+
+
+class _NoRecorder:
+    """Stands for the recorder of such a run; its clock is off."""
+
+    watch = None
+
+    def __init__(self, clock: StageClock) -> None:
+        self.clock = clock
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def observation(self) -> Iterator[None]:
+        yield
+
+    def commit(self) -> None:
+        """Do nothing."""
+
+    def is_logged(self, step: int) -> bool:
+        return False
+
+
 def run(options: Options) -> list[Record]:
     """Return a row for each way of measuring, compared within every round."""
     [records] = run_processes(_compare, 1, options, device_type=options.device.type)
@@ -129,6 +163,10 @@ def _make_steps(options: Options, folder: Path) -> dict[str, Callable[[], None]]
             versions={},
         )
         trainer = Trainer(parts)
+
+        if name == NOTHING:
+            trainer.recorder = cast(Any, _NoRecorder(comm_stats.clock))
+            trainer.stats = cast(Any, _NoStats())
 
         def step() -> None:
             comm_stats.clock.is_on = name != NOTHING
