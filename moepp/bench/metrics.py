@@ -123,7 +123,7 @@ def run(options: Options) -> list[Record]:
 def _compare(_rank: int, _world_size: int, options: Options) -> list[Record]:
     choose_kernels(options.kernels, options.device)  # a process that was started for it has chosen none
     with tempfile.TemporaryDirectory(prefix="moepp-bench-") as folder:
-        steps = _make_steps(options, Path(folder))
+        steps = make_steps(options, Path(folder))
         times: dict[str, list[float]] = {name: [] for name in steps}
         clock = clock_for(options.device, torch.get_num_threads())
         names = list(steps)
@@ -136,7 +136,11 @@ def _compare(_rank: int, _world_size: int, options: Options) -> list[Record]:
     return _rows(times, options.log_interval)
 
 
-def _make_steps(options: Options, folder: Path) -> dict[str, Callable[[], None]]:
+def make_steps(options: Options, folder: Path) -> dict[str, Callable[[], None]]:
+    """Return what takes one step for each way of measuring, all with one model; needs a process group of one.
+
+    The files of a way's records are in the directory of its name in ``folder``.
+    """
     cfg = options.config("detailed", _NEVER)
     groups, plan = build_groups(Layout(1), options.device), make_plan(cfg, 1)
     comm_stats = comm.CommStats(clock=StageClock(options.device))

@@ -45,6 +45,11 @@ def squared_norms(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
         return torch.zeros(0, dtype=torch.float64, device=device)
     if device.type == "cpu":
         return torch.stack([squared_norm(tensor) for tensor in tensors])
+    return squared_norms_at_once(tensors)
+
+
+def squared_norms_at_once(tensors: Sequence[Tensor]) -> Tensor:
+    """Return what :func:`squared_norms` does, as it does on an accelerator; slow on the CPU."""
     norms = torch._foreach_norm([tensor.detach() for tensor in tensors], 2, dtype=torch.float64)  # pyright: ignore[reportPrivateImportUsage]
     return torch.stack(norms).square()
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from moepp.engine.norms import squared_norm
+from moepp.engine.norms import squared_norm, squared_norms, squared_norms_at_once
 
 
 def numbers(kind: str) -> torch.Tensor:
@@ -47,3 +47,12 @@ def test_any_shape_and_strides():
 def test_what_is_not_finite_stays_so(value):
     assert not math.isfinite(float(squared_norm(torch.tensor([1.0, value, 2.0]))))
     assert math.isfinite(float(squared_norm(torch.full((3,), 3e38))))  # its float32 square would not be
+
+
+def test_many_tensors_at_once_have_each_its_sum():
+    kinds = ("random", "large ones first", "one large one in each part")
+    tensors = [numbers(kind)[: 2**20 + 3].view(-1, 1) for kind in kinds] + [torch.empty(0, 3), torch.tensor(3.0)]
+    exact = [math.fsum((tensor.double() ** 2).flatten().tolist()) for tensor in tensors]
+    for found in (squared_norms(tensors, torch.device("cpu")), squared_norms_at_once(tensors)):
+        assert found.dtype == torch.float64 and found.tolist() == pytest.approx(exact, rel=1e-11)
+    assert squared_norms([], torch.device("cpu")).tolist() == []
