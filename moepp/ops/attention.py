@@ -22,6 +22,7 @@ AttentionMask: TypeAlias = Any
 """A tensor (bool: True where a query may attend; else added to the scores) [1 or B, 1, Q, K], a ``BlockMask`` of
 FlexAttention, or None: causal, the last query sees the last key."""
 
+_FLASH_HEAD_SIZE = 256  # the largest that flash attention takes
 _FLEX_HEAD_SIZE = 16  # the smallest that FlexAttention's kernels take
 
 
@@ -36,15 +37,28 @@ def attend(query_BHQd: Tensor, key_BGKd: Tensor, value_BGKd: Tensor, mask: Atten
         out_BHQd = _flex_attention()(query_BHQd, key_BGKd, value_BGKd, block_mask=mask, enable_gqa=is_grouped)
         return out_BHQd.to(dtype)
     num_queries, num_keys = query_BHQd.shape[2], key_BGKd.shape[2]
-    is_causal = mask is None and num_queries == num_keys
-    if mask is None and 1 < num_queries < num_keys:
-        mask = _causal_to_the_last_key(num_queries, num_keys)
+    is_causal, is_last = mask is None and num_queries == num_keys, mask is None and 1 < num_queries < num_keys
+    # The kernels that know of the last key do not all know of groups.
+    if is_grouped and (is_last or not _takes_groups(query_BHQd, mask)):
         groups, is_grouped = query_BHQd.shape[1] // key_BGKd.shape[1], False
-        if groups > 1:  # the kernels that know such a mask do not all know of groups
-            key_BGKd, value_BGKd = (t.repeat_interleave(groups, dim=1) for t in (key_BGKd, value_BGKd))
+        key_BGKd, value_BGKd = (t.repeat_interleave(groups, dim=1) for t in (key_BGKd, value_BGKd))
+    if is_last:
+        mask = _causal_to_the_last_key(num_queries, num_keys)
     return F.scaled_dot_product_attention(
         query_BHQd, key_BGKd, value_BGKd, attn_mask=mask, is_causal=is_causal, enable_gqa=is_grouped
     ).to(dtype)
+
+
+def _takes_groups(query_BHQd: Tensor, mask: AttentionMask) -> bool:
+    """Return whether a fused kernel for such inputs reads a key head for several query heads.
+
+    On accelerators flash attention alone does, which takes neither float32 nor masks nor large heads. For all else
+    torch would hold the scores of all pairs, without a word (pytorch/pytorch#154363).
+    """
+    if query_BHQd.device.type == "cpu":
+        return True
+    is_short = query_BHQd.dtype in (torch.bfloat16, torch.float16)
+    return mask is None and is_short and query_BHQd.shape[3] <= _FLASH_HEAD_SIZE
 
 
 def document_mask(
