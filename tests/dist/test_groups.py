@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -35,6 +37,31 @@ def test_groups_reduce_over_the_ranks_of_the_layout(pool_4, layout):
     sizes = (layout.world_size, layout.pipeline, layout.context, layout.tensor, layout.expert)
     for rank, sums in enumerate(pool_4.run(_groups, sizes)):
         assert sums == {kind: sum(10**peer for peer in layout.peers(kind, rank)) for kind in KINDS}
+
+
+def _connected(rank: int) -> list[tuple[tuple[int, ...], str]]:
+    """What is connected at once for a GPU while groups are made; here they are gloo's."""
+    found: list[tuple[tuple[int, ...], str]] = []
+
+    class Backend:
+        def eager_connect_single_device(self, device: torch.device) -> None:
+            found.append((ranks[-1], str(device)))
+
+    ranks: list[tuple[int, ...]] = []
+
+    def get_backend(group: dist.ProcessGroup, device: torch.device) -> Backend:
+        ranks.append(tuple(dist.get_process_group_ranks(group)))
+        return Backend()
+
+    with patch.object(dist.ProcessGroup, "_get_backend", get_backend):
+        build_groups(Layout(4, expert=2), torch.device("cuda", 3))
+    return found
+
+
+def test_each_group_of_several_ranks_connects_its_device_when_it_is_made(pool_4):
+    for rank, found in enumerate(pool_4.run(_connected)):
+        pair, other = (rank // 2 * 2, rank // 2 * 2 + 1), (rank % 2, rank % 2 + 2)
+        assert found == [(other, "cuda:3"), (pair, "cuda:3")]  # edp, then ep; the world's was made before
 
 
 def _wrong_world(rank: int) -> None:
