@@ -197,7 +197,9 @@ def estimate(curve: Curve, x: float) -> Estimate:
 
 
 def extremes(values: Sequence[tuple[float, str]], pattern: str) -> str:
-    """List a few values by name; of many, the lowest and the highest."""
+    """List a few values by name; of many, the lowest and the highest; a single one needs no name."""
+    if len(values) == 1:
+        return pattern.format(values[0][0])
     if len(values) <= 4:
         return ", ".join(f"{label} {pattern.format(value)}" for value, label in values)
     (low, lowest), (high, highest) = min(values), max(values)

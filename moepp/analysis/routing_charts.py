@@ -101,7 +101,7 @@ def _layer_map(
     tokens = sorted({token for series in layers.values() for token in series.tokens})
     columns, start = time_columns(tokens, _interval(run))
     by_layer = [dict(zip(series.tokens, series.values, strict=True)) for series in layers.values()]
-    shown = [None if column is None else tokens[column] for column in columns]
+    shown = [-1 if column is None else tokens[column] for column in columns]  # no record is at -1: an empty column
     values_LP = [[values.get(token, float("nan")) for token in shown] for values in by_layer]
 
     def draw(axes: Axes, palette: Palette) -> None:

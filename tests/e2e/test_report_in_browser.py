@@ -46,16 +46,19 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "_png", lambda draw: b"")
-        return _write_pages(folder)
+        return _write_pages(folder, patch)
 
 
-def _write_pages(folder: Path) -> dict[str, Path]:
+def _write_pages(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Path]:
     run = make_run(folder / "runs", "a-run-with-a-rather-long-name-seed-1", seed=1)
     make_run(folder / "runs", "a-run-with-a-rather-long-name-seed-2", seed=2, shift=0.1)
     make_run(folder / "runs", "vanilla", ffn=1.5, vanilla=True)
     write_routing(run)
     write_token_tables(run)
     one = write_run_page(read_run(run), ReportInputs(samples=("Once [...] upon a time",)), folder / "one")
+    # Drawing costs more than all that is looked at here: other pages show one drawing under all names.
+    drawing = curve_charts([read_run(run)])[0].svg
+    patch.setattr(figures, "_svg", lambda name, *_: drawing.replace("loss-over-tokens-", f"{name}-"))
     found = find_runs([str(folder / "runs")])
     several = write_comparison(found.runs, folder / "several", left_out=("x is left out",))
     page = Page("Short", "A page.")
