@@ -8,7 +8,7 @@ from moepp.metrics.sinks import Sink, SinkGroup, open_sinks
 from moepp.metrics.step_stats import StepStats
 from moepp.metrics.throughput import Throughput, peak_flops_per_second
 from moepp.metrics.values import Value, reduce_values
-from moepp.metrics.wandb import require_wandb_login
+from moepp.metrics.wandb import require_wandb_login, require_wandb_settings
 
 __all__ = [
     "Sink",
@@ -21,5 +21,6 @@ __all__ = [
     "peak_flops_per_second",
     "reduce_values",
     "require_wandb_login",
+    "require_wandb_settings",
     "setup_logging",
 ]

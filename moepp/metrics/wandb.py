@@ -61,6 +61,32 @@ def require_wandb_login(mode: str) -> None:
     )
 
 
+def require_wandb_settings(mode: str) -> None:
+    """Check before training that W&B takes what the process environment's ``WANDB_`` variables say.
+
+    Raises:
+        ConfigError: it refuses one.
+    """
+    if mode == "disabled":
+        return
+    import wandb
+
+    try:
+        wandb.Settings().update_from_env_vars(os.environ)
+    except ValueError as error:
+        raise ConfigError(f"{_refused_setting(error)}; correct or unset it") from error
+
+
+def _refused_setting(error: ValueError) -> str:
+    """Say in one line which variable W&B refuses; pydantic's errors list what is wrong with each field."""
+    details: Any = error.errors()[0] if hasattr(error, "errors") else {}  # pyright: ignore[reportAttributeAccessIssue]
+    if not details.get("loc"):
+        return f"W&B refuses a WANDB_ variable of the environment: {_in_one_line(error)}"
+    name = f"WANDB_{'_'.join(map(str, details['loc'])).upper()}"
+    variable = name if name in os.environ else f"the setting {details['loc'][0]} of a WANDB_ variable"
+    return f"{variable}={details['input']} in the environment is nothing that W&B takes: {details['msg']}"
+
+
 class WandbSink:
     """Logs every record to one W&B run whose files lie in ``<run_dir>/wandb``.
 

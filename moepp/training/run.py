@@ -28,7 +28,7 @@ from moepp.engine.deepspeed import require_accelerator
 from moepp.errors import DataError, MoeppError
 from moepp.metrics.logs import close_logging, setup_logging
 from moepp.metrics.tensorboard import require_tensorboard
-from moepp.metrics.wandb import require_wandb_login
+from moepp.metrics.wandb import require_wandb_login, require_wandb_settings
 from moepp.model.accounting import count_parameters, parts_without_flops
 from moepp.model.precision import DTYPES
 from moepp.runs.directory import RunClaim, RunDir
@@ -73,9 +73,9 @@ def run_training(cfg: Config) -> None:
 def _run(cfg: Config, plan: RunPlan, groups: ParallelGroups, watch: PeerWatch) -> None:
     """Check what can be checked, then train in the run's directory."""
     comm.limit_waits(comm.PATIENCE_SECONDS)
+    comm.on_first_rank(lambda: _require_sinks(cfg))
     corpora = comm.run_together(lambda: check_data(cfg))
     _compare_ranks(cfg, groups)
-    comm.on_first_rank(lambda: _require_sinks(cfg))
     if cfg.eval.tasks:
         _check_tasks(cfg, groups)
     remark, remarked_here = find_differences(processor_facts(groups.device, DTYPES[cfg.train.precision]), groups.world)
@@ -109,6 +109,7 @@ def _run(cfg: Config, plan: RunPlan, groups: ParallelGroups, watch: PeerWatch) -
 
 def _require_sinks(cfg: Config) -> None:
     require_wandb_login(cfg.logging.wandb.mode)
+    require_wandb_settings(cfg.logging.wandb.mode)
     if cfg.logging.tensorboard:
         require_tensorboard()
 

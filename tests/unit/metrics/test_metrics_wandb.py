@@ -19,7 +19,7 @@ import pytest
 
 from moepp.config.schema import LoggingConfig, WandbConfig
 from moepp.errors import ConfigError
-from moepp.metrics import SinkGroup, open_sinks, require_wandb_login
+from moepp.metrics import SinkGroup, open_sinks, require_wandb_login, require_wandb_settings
 from moepp.metrics.jsonl import read_records
 from moepp.metrics.wandb import WandbSink, why_not_own
 
@@ -184,6 +184,25 @@ def test_online_without_a_key_is_refused_without_importing_wandb(
         WandbSink(tmp_path, replace(WandbConfig(), mode="online"), "n", {}, is_resumed=False)
     require_wandb_login("offline")
     require_wandb_login("disabled")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("WANDB_MODE", "bogus"), ("WANDB_INIT_TIMEOUT", "soon"), ("WANDB_X_FILE_STREAM_RETRY_MAX", "x")]
+)
+def test_variables_that_wandb_refuses_are_said_before_training(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"{name}={value} in the environment .*; correct or unset it") as caught:
+        require_wandb_settings("offline")
+    assert "\n" not in str(caught.value)
+    require_wandb_settings("disabled")
+
+
+@pytest.mark.parametrize("value", ["online", "offline", "disabled", "dryrun"])
+def test_variables_that_wandb_takes_pass(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("WANDB_MODE", value)
+    require_wandb_settings("offline")
 
 
 def test_online_with_a_key_in_the_environment_passes(no_login: Path, monkeypatch: pytest.MonkeyPatch) -> None:
