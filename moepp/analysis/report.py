@@ -16,7 +16,7 @@ from moepp.analysis.page import Page
 from moepp.analysis.routing_charts import routing_charts
 from moepp.analysis.runs import Run, compared_keys
 from moepp.analysis.task_kinds import task_kinds
-from moepp.analysis.token_pages import read_tables, task_figures, text_markup, token_figures
+from moepp.analysis.token_pages import missing_tables, read_tables, task_figures, text_markup, token_figures
 from moepp.analysis.validation_charts import validation_charts
 from moepp.errors import RunError
 from moepp.io import files
@@ -69,6 +69,7 @@ def _tokens(run: Run) -> tuple[list[Figure], str, list[str]]:
         tables, place = read_tables(run.path)
     except RunError as error:
         return task_figures(tasks, source), "", [*problems, f"The tables of tokens are left out: {error}"]
+    problems += missing_tables(tables, place)
     figures = token_figures(tables, place) if tables else []
     return [*figures, *task_figures(tasks, source)], text_markup(tables["text"]) if tables else "", problems
 

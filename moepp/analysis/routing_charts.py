@@ -276,7 +276,8 @@ def _gate_chart(snapshot: RoutingSnapshot) -> Figure | None:
         "second_without_residual": "second, without residuals",
     }
     shown = {labels[name]: np.nanmean(snapshot.gates[name], axis=0) for name in labels if name in snapshot.gates}
-    shown = {label: shares for label, shares in shown.items() if np.isfinite(shares).all()}
+    unknown = [label for label, shares in shown.items() if not np.isfinite(shares).all()]
+    shown = {label: shares for label, shares in shown.items() if label not in unknown}
     if not shown:
         return None
     bins = len(next(iter(shown.values())))
@@ -284,6 +285,7 @@ def _gate_chart(snapshot: RoutingSnapshot) -> Figure | None:
     curves = [Curve(label, centres, shares.tolist()) for label, shares in shown.items()]
     means = {curve.label: float(np.dot(curve.x, curve.y) / max(sum(curve.y), 1e-30)) for curve in curves}
     caption = "Mean weight: " + ", ".join(f"{label} {mean:.3f}" for label, mean in means.items()) + "."
+    caption += f" Left out, not being finite: {', '.join(unknown)}." if unknown else ""
 
     def draw(axes: Axes, palette: Palette) -> None:
         for number, curve in enumerate(curves):

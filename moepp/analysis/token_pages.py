@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from moepp.analysis.figures import Figure, Palette, bar_labels, legend
 from moepp.analysis.model_pages import bar_figure, line_figure
 from moepp.analysis.parquet import read_parquet
-from moepp.analysis.token_tables import FOLDER, Rows, explained_by_type
+from moepp.analysis.token_tables import FOLDER, LEAST_READ, Rows, explained_by_type
 from moepp.io.untrusted import terminal_text
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def read_tables(run_path: Path) -> tuple[dict[str, Rows], str]:
         RunError: a table is damaged, or of another version.
     """
     for folder in (FOLDER, f"analysis/{FOLDER}"):
-        if not (run_path / folder / "kinds.parquet").exists():
+        if not any((run_path / folder / f"{name}.parquet").exists() for name in _COLUMNS):
             continue
         tables = {}
         for name, columns in _COLUMNS.items():
@@ -46,6 +46,13 @@ def read_tables(run_path: Path) -> tuple[dict[str, Rows], str]:
             tables[name] = read_parquet(path, columns) if path.exists() else []
         return tables, f"{folder}/"
     return {}, ""
+
+
+def missing_tables(tables: Mapping[str, Rows], place: str) -> list[str]:
+    """Say which tables are not there that every run with tables has: types and text may be empty."""
+    always = ("positions", "frequencies", "losses", "kinds")
+    missing = [f"{place}{name}.parquet" for name in always if tables and not tables[name]]
+    return [f"Missing, and not drawn: {', '.join(missing)}."] if missing else []
 
 
 def token_figures(tables: Mapping[str, Rows], place: str = "") -> list[Figure]:
@@ -81,6 +88,7 @@ def _type_figure(rows: Rows, source: str) -> Figure | None:
             f"{least['ffn_per_token']:.2f}. A token's type explains {max(share, 0):.0%} of the variance between "
             "tokens, chance deducted."
         )
+    caption += f" Types that were read less than {LEAST_READ} times are left out."
     label = "FFN experts per token, mean over layers"
     header = ("token", "read", "FFN experts", "± over its tokens", "loss of the next", "in context")
     table = [
@@ -193,7 +201,8 @@ def text_markup(rows: Rows) -> str:
         text = html.escape(terminal_text(str(row["text"])), quote=True)
         shade = f"border-color:{colour};background:color-mix(in srgb, var(--series-2) {percent // 6}%, transparent)"
         spans.append(f'<span style="{shade}" title="{value:.2f} FFN experts">{text}</span>')
-    note = f"The more FFN experts a token uses, the stronger its shade and line: from {low:.2f} to {high:.2f}."
+    start = f"The first {len(rows)} tokens of the first sequence. "
+    note = f"{start}The more FFN experts a token uses, the stronger its shade and line: from {low:.2f} to {high:.2f}."
     if high <= low:
-        note = f"Every token uses {low:.2f} FFN experts, so none is shaded."
+        note = f"{start}Every token uses {low:.2f} FFN experts, so none is shaded."
     return f'<h2>Text</h2><p>{note}</p><p class="text-sample">{"".join(spans)}</p>'

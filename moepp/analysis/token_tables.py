@@ -17,6 +17,7 @@ from moepp.analysis.token_view import TokenView, pool
 Rows = list[dict[str, Any]]
 Decode = Callable[[Sequence[int]], str]
 FOLDER = "tokens"  # of a run: where training leaves the tables
+LEAST_READ = 5  # times that a token type must be read to be in a table
 _CONTEXT = 8  # tokens before an example
 _EXAMPLES = 3
 _BUCKETS = 10
@@ -42,7 +43,7 @@ def token_tables(sources: Mapping[str, TokenView], decode: Decode | None = None)
     }
 
 
-def by_type(seen: TokenView, decode: Decode | None = None, least: int = 5) -> Rows:
+def by_type(seen: TokenView, decode: Decode | None = None, least: int = LEAST_READ) -> Rows:
     """Return one row per token type that occurs ``least`` times or more, the most FFN experts first.
 
     Columns: token, text, count, ffn_per_token (mean over layers and occurrences), ffn_std (over occurrences), loss (of

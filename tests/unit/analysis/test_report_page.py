@@ -158,6 +158,10 @@ def test_tables_of_tokens_and_the_routing_history_are_on_the_page_or_missed_with
         assert f"{title}" in page, title
     assert 'class="text-sample"' in page and "books &amp; &lt;b&gt;code" in page and "<b>code" not in page
     assert "From tokens/types.parquet" in page and "From routing.jsonl" in page
+    (path / "tokens/kinds.parquet").unlink()
+    assert report(str(path)) == 0
+    page = (path / "report.html").read_text()
+    assert "Missing, and not drawn: tokens/kinds.parquet." in page and "By loss of the next" in page
     (path / "tokens/losses.parquet").write_bytes(b"no table")
     (path / "routing.jsonl").write_text('oops\n{"step": 1, "tokens": 2}\noops\n')
     assert report(str(path)) == 0
