@@ -21,7 +21,8 @@ _SHOWN = {
     "throughput/tokens_per_second": "{:,.0f} tokens/s",
     "throughput/mfu": "MFU {:.1%}",
 }
-_OWN_EVALUATION = re.compile(r"eval/(.+/(?!perplexity$)(?!\w*_stderr)[^/]+)")  # perplexities follow from losses
+# Perplexities follow from losses; shares of expert kinds by task are for files and charts.
+_OWN_EVALUATION = re.compile(r"eval/(.+/(?!perplexity$|share_)(?!\w*_stderr)[^/]+)")
 _BAR_SHOWS = ("train/loss", "eval/loss", "throughput/tokens_per_second", "routing/ffn_per_token")
 
 

@@ -346,6 +346,7 @@ def test_line_shows_progress_and_the_time_left(caplog: pytest.LogCaptureFixture)
 def test_line_shows_every_named_validation_set_and_benchmark(caplog: pytest.LogCaptureFixture) -> None:
     sink = LineSink(total_steps=2, clock=lambda: 0.0)
     record = {"eval/wiki/loss": 5.5, "eval/wiki/perplexity": 244.7, "eval/sciq/acc": 0.25, "eval/sciq/acc_stderr": 0.1}
+    record |= {"eval/sciq/share_ffn": 0.6}
     with caplog.at_level(logging.INFO, logger="moepp"):
         sink.log(record, 2, 128)
     assert caplog.messages == ["step 2/2 | 128 tokens | eval wiki loss 5.5000 | eval sciq acc 0.2500"]
