@@ -72,7 +72,7 @@ def require_wandb_settings(mode: str) -> None:
     import wandb
 
     try:
-        wandb.Settings().update_from_env_vars(os.environ)
+        wandb.Settings().update_from_env_vars(dict(os.environ))
     except ValueError as error:
         raise ConfigError(f"{_refused_setting(error)}; correct or unset it") from error
 
