@@ -27,8 +27,11 @@ def collect(folder: Path) -> None:
     runs = sorted(find_runs([str(folder)]).runs, key=lambda run: run.name)
     write("curves", [row for run in runs for row in _curve(run)])
     write("layers", [row for run in runs for row in _layers(run)])
-    known = {(row["run"], row["step"]) for row in read("sources")} if (FOLDER / "sources.csv").exists() else set()
-    write("sources", [row for run in runs for row in _by_source(run, known)])
+    names = {run.name for run in runs}
+    known = [row for row in read("sources") if row["run"] in names] if (FOLDER / "sources.csv").exists() else []
+    for run in runs:
+        known += _by_source(run, {(row["run"], str(row["step"])) for row in known})
+        write("sources", sorted(known, key=lambda row: row["run"]))  # each time: a later call need not repeat it
     for name in ("long-context", "robustness", "communication"):
         table = folder.with_name(f"{folder.name}-analysis") / name / f"{name}.parquet"
         if table.is_file():
@@ -68,7 +71,7 @@ def _layers(run: Any) -> Rows:
 
 
 def _by_source(run: Any, known: set[tuple[str, str]]) -> Rows:
-    """Return loss and routing of the last checkpoint of a finished run on every source's validation documents."""
+    """Return loss and routing of a finished run's last checkpoint on every source's documents; nothing if known."""
     import numpy as np
 
     from moepp.analysis.observe import observe
@@ -84,7 +87,7 @@ def _by_source(run: Any, known: set[tuple[str, str]]) -> Rows:
     if cfg is None or cfg.data.weights is None or step != cfg.train.steps:
         return []  # trained on something else, or not to its end
     if (run.name, str(step)) in known:
-        return [row for row in read("sources") if row["run"] == run.name]
+        return []
     with joined(read_launch_environment(), 1, 600.0, command_facts(()), "cpu") as groups:
         model = build_model(found, groups)
         for prefix, weight in zip(cfg.data.paths, cfg.data.weights, strict=True):

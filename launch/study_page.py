@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -149,20 +150,55 @@ def equal_tokens(tokens: int, names: Sequence[str]) -> str:
 
 
 def ablations() -> str:
-    """Compare every run at the first common point with MoE++ of the same seed."""
+    """Compare every run with MoE++ of the same seed, early and at the end; runs that got to the end come first."""
     found, rows = curves(), []
     for name, one in found.items():
         setting, seed = name.rsplit("-", 1)
         base = found.get(f"moepp-{seed}")
-        loss, reference = one.loss_at(EARLY), base.loss_at(EARLY) if base else None
-        if setting == "moepp" or loss is None or reference is None:
+        if setting == "moepp" or base is None:
             continue
-        at = one.tokens.index(EARLY)
-        ffn, load = one.ffn_rows[at] / EARLY, one.max_over_mean[at]
-        rows.append((loss - reference, [title(name), number(loss), number(loss - reference, "{:+.3f}")]))
-        rows[-1][1].extend([number(ffn, "{:.2f}"), number(load, "{:.2f}")])
-    header = ["run", "loss, nats", "minus MoE++ of the same seed", "FFN experts per token", "FFN load, max/mean"]
-    return table(header, [row for _, row in sorted(rows, key=lambda row: row[0])])
+        early, last = (_difference(one, base, tokens) for tokens in (EARLY, LAST))
+        if early is None:
+            continue
+        at = one.tokens.index(EARLY if last is None else LAST)
+        cells = [title(name), number(one.losses[at]), number(early, "{:+.3f}"), number(last, "{:+.3f}")]
+        cells += [number(one.ffn_rows[at] / one.tokens[at], "{:.2f}"), number(one.max_over_mean[at], "{:.2f}")]
+        rows.append(((last is None, early if last is None else last), cells))
+    header = ["run", "loss where it ends, nats", "minus MoE++ of the same seed, 2.46 M tokens", "8.19 M tokens"]
+    header += ["FFN experts per token", "FFN load, max/mean"]
+    return table(header, [cells for _, cells in sorted(rows, key=lambda row: row[0])])
+
+
+def _difference(one: Curve, base: Curve, tokens: int) -> float | None:
+    loss, reference = one.loss_at(tokens), base.loss_at(tokens)
+    return None if loss is None or reference is None else loss - reference
+
+
+def seeds() -> str:
+    """Tabulate the pair over its seeds: mean and standard deviation of each, and of their difference by seed."""
+    found, rows = curves(), []
+    for tokens in (EARLY, LAST):
+        pairs = [(one, found.get(one.twin)) for name, one in found.items() if name.rsplit("-", 1)[0] == "moepp"]
+        both = [(one.loss_at(tokens), twin.loss_at(tokens)) for one, twin in pairs if twin is not None]
+        rows.append([f"{tokens / 1e6:.2f} million tokens, the curves' 32,768 tokens", *_spread(both)])
+    by_run = _sources_at_the_end()
+    pairs = [(name, name.replace("moepp", "vanilla")) for name in by_run if name.rsplit("-", 1)[0] == "moepp"]
+    both = [(mixture(by_run[one]), mixture(by_run[twin])) for one, twin in pairs if twin in by_run]
+    rows.append(["8.19 million tokens, the mixture of larger sets", *_spread(both)])
+    return table(["measured at", "seeds", "MoE++", "vanilla twin", "MoE++ minus twin", "by seed"], rows)
+
+
+def _spread(pairs: Sequence[tuple[float | None, float | None]]) -> list[str]:
+    full = [(one, twin) for one, twin in pairs if one is not None and twin is not None]
+    gaps = [one - twin for one, twin in full]
+
+    def cell(values: Sequence[float], pattern: str) -> str:
+        text = number(fmean(values), pattern)
+        return f"{text} ± {stdev(values):.3f}" if len(values) > 1 else text
+
+    ones, twins = [one for one, _ in full], [twin for _, twin in full]
+    by_seed = ", ".join(number(gap, "{:+.3f}") for gap in gaps)
+    return [str(len(full)), cell(ones, "{:.3f}"), cell(twins, "{:.3f}"), cell(gaps, "{:+.3f}"), by_seed]
 
 
 def progress() -> str:
@@ -173,10 +209,7 @@ def progress() -> str:
 
 def larger_set() -> str:
     """Tabulate the loss of the checkpoints at the last step on every source's validation documents."""
-    by_run: dict[str, Rows] = {}
-    for row in read("sources"):
-        by_run.setdefault(row["run"], []).append(row)
-    done = {name: rows for name, rows in by_run.items() if rows[0]["step"] == "1000"}
+    done = _sources_at_the_end()
     if VANILLA not in done:
         return "\n"
     names = [row["source"] for row in done[VANILLA]]
@@ -185,6 +218,13 @@ def larger_set() -> str:
         losses = [number(float(row["loss"]), "{:.2f}") for row in own]
         rows.append([title(name), number(mixture(own)), *losses])
     return table(["run", "mixture", *names], rows)
+
+
+def _sources_at_the_end() -> dict[str, Rows]:
+    by_run: dict[str, Rows] = {}
+    for row in read("sources"):
+        by_run.setdefault(row["run"], []).append(row)
+    return {name: rows for name, rows in by_run.items() if rows[0]["step"] == "1000"}
 
 
 def layers() -> str:
@@ -250,10 +290,11 @@ def filled(page: str) -> str:
     Raises:
         KeyError: a mark that names no table.
     """
-    seeds = [f"{setting}-seed{n}" for n in (1, 2, 3) for setting in ("moepp", "vanilla")]
-    main = [*seeds, "tau_0.25-seed1", "tau_0.5-seed1", "tau_1-seed1", "no_gating_residual-seed1"]
+    pair = [f"{setting}-seed{n}" for n in (1, 2, 3) for setting in ("moepp", "vanilla")]
+    main = [*pair, "tau_0.25-seed1", "tau_0.5-seed1", "tau_1-seed1", "no_gating_residual-seed1"]
     parts: dict[str, str] = {
-        "main": equal_tokens(LAST, main),
+        "main": equal_tokens(LAST, [*main, *OTHER_PAIRS]),
+        "seeds": seeds(),
         "early": equal_tokens(EARLY, [*main, *OTHER_PAIRS]),
         "layers": layers(),
         "ablations": ablations(),
