@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from moepp.distributed.device import to_device
 from moepp.model.transformer import Transformer
 from moepp.moe import MoELayer
 
@@ -61,8 +62,9 @@ def counted_kinds(model: Transformer, mask_BS: Tensor) -> Iterator[list[KindCoun
 
     Args:
         model: whole in depth, as evaluations have it.
-        mask_BS: which tokens are no padding; bool on any device.
+        mask_BS: which tokens are no padding; bool, on the host.
     """
+    mask_T1 = to_device(mask_BS.reshape(-1, 1), next(model.parameters()).device)
     layers = [module for module in model.modules() if isinstance(module, MoELayer)]
     counts: list[Tensor | None] = [None] * len(layers)
 
@@ -71,9 +73,8 @@ def counted_kinds(model: Transformer, mask_BS: Tensor) -> Iterator[list[KindCoun
             if counts[number] is not None:  # a token that it wrote
                 return
             ids_TK = layer.router.choose(output.router_logits).topk_ids_TK  # pyright: ignore[reportAttributeAccessIssue]
-            ids_TK = ids_TK[mask_BS.flatten().to(ids_TK.device)]
             slices = layer.cfg.kind_slices.values()
-            inside = [((ids_TK >= one.start) & (ids_TK < one.stop)).sum() for one in slices]
+            inside = [((ids_TK >= one.start) & (ids_TK < one.stop) & mask_T1).sum() for one in slices]
             counts[number] = torch.stack(inside)
 
         return hook
