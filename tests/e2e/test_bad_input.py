@@ -18,7 +18,7 @@ import pytest
 from tests.data_files import numbered_documents, write_indexed, write_word_tokenizer
 from tests.train_processes import TINY, TrainRun, TrainServer
 
-LIMIT_SECONDS = 60.0
+LIMIT_SECONDS = 120.0
 EXIT_BAD_INPUT = 2
 
 
