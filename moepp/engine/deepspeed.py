@@ -24,7 +24,7 @@ from moepp.distributed.parameters import group_parameters, is_expert_parameter, 
 from moepp.distributed.stage_clock import StageClock
 from moepp.engine.deepspeed_state import own_zero_parts, read_zero_state, write_zero_state
 from moepp.engine.engine import Fetch, OwnPart, StepResult, Watch, make_optimizer, read_plain_state, write_plain_state
-from moepp.engine.norms import global_norm, squared_norms
+from moepp.engine.norms import global_norm, rough_squared_norms, squared_norms
 from moepp.errors import ConfigError
 
 
@@ -161,7 +161,7 @@ class DeepSpeedEngine:
             return self._step_without_zero(update, watch)
         if watch is not None:  # the norm is DeepSpeed's
             parts = list(own_zero_parts(self.model))
-            watch(parts, squared_norms([part.gradient for part in parts], self._groups.device))
+            watch(parts, rough_squared_norms([part.gradient for part in parts], self._groups.device))
         if not update:
             self._make_gradient_infinite()
         self._engine.step()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moepp.distributed.device import to_device
 from moepp.engine.engine import OwnPart
-from moepp.engine.norms import squared_norms
+from moepp.engine.norms import rough_squared_norms
 from moepp.metrics.routing import spaced
 from moepp.metrics.values import Value
 
@@ -52,7 +52,7 @@ class ModuleNorms:
         if known != self._known or not known:
             self._find_places(parts)
             self._known = known
-        weight_squares_N = squared_norms([part.weight for part in parts], self._device)
+        weight_squares_N = rough_squared_norms([part.weight for part in parts], self._device)
         squares_2N = torch.stack((gradient_squares_N, weight_squares_N)) / self._copies_N
         squares_2P = F.pad(squares_2N, (0, 1))[:, self._members_PM].sum(dim=2)
         self._squares = squares_2P.T.reshape(self._shape)
