@@ -77,7 +77,8 @@ def test_one_reason_for_all_is_raised_once(tmp_path):
 SWEEP = """
 import signal, sys
 from pathlib import Path
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell,
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and this one under nohup
 from tests.unit.training import test_sweep_jobs as t
 t.training_jobs._COMMAND = (sys.executable, "-c", t.PROGRAM)
 folder = Path(sys.argv[1])
