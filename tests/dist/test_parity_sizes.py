@@ -44,7 +44,8 @@ def _plain_squared_norm(gradient: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _sums(function: Any) -> Iterator[None]:
-    with patch.object(native, "squared_norm", function):
+    """Sum the squares of each gradient by ``function``."""
+    with patch.object(native, "squared_norms", lambda tensors, device: torch.stack([function(x) for x in tensors])):
         yield
 
 
