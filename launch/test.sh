@@ -16,43 +16,16 @@ Everything else goes to pytest, which runs in the project's root: launch/test.sh
 TEXT
 }
 
-# Tests of one process keep one core busy, and those of several often wait: at once they take little more than half.
-in_two_halves() {
-    local status=0
-    log="$(mktemp)" # not local: the trap outlives this function
-    echo "== pytest tests/unit, at the same time; what it prints follows"
-    python -m pytest "${pytest_args[@]}" -p no:cacheprovider tests/unit >"$log" 2>&1 &
-    units=$!
-    trap 'kill "$units" 2>/dev/null || true; rm -f "$log"' EXIT
-    echo "== pytest tests/dist tests/e2e tests/gpu"
-    python -m pytest "${pytest_args[@]}" tests/dist tests/e2e tests/gpu || status=$?
-    wait "$units" || status=$?
-    echo "== pytest tests/unit"
-    cat "$log"
-    return "$status"
-}
-
 pytest_args=()
-has_more=false
-is_whole=false
 for argument in "$@"; do
     case "$argument" in
     -h | --help)
         usage
         exit
         ;;
-    --all)
-        pytest_args+=(-m "not exhaustive")
-        is_whole=true
-        ;;
-    --exhaustive)
-        pytest_args+=(-m "") # an empty expression selects every test
-        is_whole=true
-        ;;
-    *)
-        pytest_args+=("$argument")
-        has_more=true
-        ;;
+    --all) pytest_args+=(-m "not exhaustive") ;;
+    --exhaustive) pytest_args+=(-m "") ;; # an empty expression selects every test
+    *) pytest_args+=("$argument") ;;
     esac
 done
 
@@ -72,9 +45,5 @@ ruff check .
 ruff format --check .
 echo "== pyright"
 pyright
-if "$is_whole" && ! "$has_more"; then
-    in_two_halves
-    exit
-fi
 echo "== pytest"
 exec python -m pytest "${pytest_args[@]}"
