@@ -30,7 +30,7 @@ from moepp.distributed.heartbeat import Process
 from moepp.distributed.launch import LaunchEnvironment
 from moepp.distributed.session import watched
 
-LIMIT_SECONDS = 1.0  # of silence
+LIMIT_SECONDS = 2.0  # of silence: more than a busy machine may hold a process up
 END_SECONDS = 30.0  # on a busy machine; idle it takes 2
 LOST = 5  # exit code
 HOST = socket.gethostname()

@@ -143,7 +143,7 @@ def test_loss_spike_is_skipped_and_counted(server: TrainServer, corpus: str, tmp
     [
         pytest.param(NATIVE, id="native"),
         pytest.param(DEEPSPEED, id="deepspeed"),
-        pytest.param([*NATIVE, "parallel.zero_stage=1"], id="zero-1"),
+        pytest.param([*NATIVE, "parallel.zero_stage=1"], id="zero-1", marks=pytest.mark.exhaustive),
         pytest.param(["engine=fsdp", "parallel.expert=2"], id="fsdp"),
         pytest.param(["engine=native", "parallel.pipeline=2", "train.micro_batch_size=2"], id="pipeline"),
     ],

@@ -307,6 +307,7 @@ def test_copies_resized_and_saved_models_compute_the_same(model, folder, ids_BS,
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @torch.no_grad()
 def test_compiled_models_compute_the_same(model, ids_BS):
     compiled = torch.compile(model, backend="eager")

@@ -106,7 +106,7 @@ def test_parameter_names_and_values_stay():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.exhaustive)], ids=str)
 def test_generated_code_agrees(dtype):
     require_compiler(torch.device("cpu"))
     model, plain = build(dtype), build(dtype)

@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 LIMIT_SECONDS = 90.0
+SECOND = (pytest.mark.slow, pytest.mark.exhaustive)  # it goes the way of the first
 # Stands for train.py: notes which signals come, saves for a while, and leaves with the exit code of a saved run.
 TRAINING = """
 import os, signal, sys, time
@@ -82,7 +83,7 @@ def check_end(process: subprocess.Popen[bytes], project: Path, family: list[psut
                 child.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=SECOND)])
 def test_signal_reaches_each_process_once_and_the_exit_code_is_theirs(project: Path, number: signal.Signals) -> None:
     process = start(project)
     wait_for(project / "ready-0", project / "ready-1")
