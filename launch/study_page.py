@@ -177,13 +177,13 @@ def _difference(one: Curve, base: Curve, tokens: int) -> float | None:
 def seeds() -> str:
     """Tabulate the pair over its seeds: mean and standard deviation of each, and of their difference by seed."""
     found, rows = curves(), []
+    ones = [one for name, one in found.items() if name.rsplit("-", 1)[0] == "moepp" and one.twin in found]
     for tokens in (EARLY, LAST):
-        pairs = [(one, found.get(one.twin)) for name, one in found.items() if name.rsplit("-", 1)[0] == "moepp"]
-        both = [(one.loss_at(tokens), twin.loss_at(tokens)) for one, twin in pairs if twin is not None]
+        both = [(one.loss_at(tokens), found[one.twin].loss_at(tokens)) for one in ones]
         rows.append([f"{tokens / 1e6:.2f} million tokens, the curves' 32,768 tokens", *_spread(both)])
     by_run = _sources_at_the_end()
-    pairs = [(name, name.replace("moepp", "vanilla")) for name in by_run if name.rsplit("-", 1)[0] == "moepp"]
-    both = [(mixture(by_run[one]), mixture(by_run[twin])) for one, twin in pairs if twin in by_run]
+    measured = [one for one in ones if one.name in by_run and one.twin in by_run]
+    both = [(mixture(by_run[one.name]), mixture(by_run[one.twin])) for one in measured]
     rows.append(["8.19 million tokens, the mixture of larger sets", *_spread(both)])
     return table(["measured at", "seeds", "MoE++", "vanilla twin", "MoE++ minus twin", "by seed"], rows)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moepp.analysis.charts import behind_text, compared_loss, estimate, far_enough, tokens_per_second
 from moepp.analysis.curves import AXES, Curve, Group, curve_of, curves_of, group_runs, mean_and_spread, short_setting
-from moepp.analysis.evidence import Estimate, verdict
+from moepp.analysis.evidence import Estimate, standard_error, verdict
 from moepp.analysis.figures import NUM_SERIES, Figure, Palette, compact, format_counts, legend
 from moepp.analysis.runs import Run, compared_keys
 from moepp.model.accounting import activated_parameters
@@ -58,18 +57,12 @@ def _difference(group: Group, twin: Group, metric: str) -> dict[str, Any]:
             at = min(ours.x[-1], theirs.x[-1])
             if at >= max(ours.x[0], theirs.x[0]):
                 difference = ours.at(at) - theirs.at(at)
-                error = _error((ours, theirs), at)
+                error = standard_error(estimate(ours, at), estimate(theirs, at))
         row |= {name: difference, f"{name}_error": error}
     for what, of in _PER_TOKEN.items():
         ours, theirs = _mean(group, of), _mean(twin, of)
         row[f"ratio_{what}"] = ours / theirs if ours is not None and theirs else None
     return row
-
-
-def _error(curves: Sequence[Curve], at: float) -> float | None:
-    """Return the standard error of a difference of two means; None where one of them is a single run."""
-    parts = [(spread, curve.seeds) for curve in curves if (spread := curve.spread_at(at)) is not None]
-    return math.sqrt(sum(spread**2 / seeds for spread, seeds in parts)) if len(parts) == len(curves) else None
 
 
 def _expert_operations(run: Run) -> float | None:

@@ -26,14 +26,21 @@ class Estimate:
     seeds: int = 1
 
 
+def standard_error(a: Estimate, b: Estimate) -> float | None:
+    """Return the standard error of a difference of two means; None where one of them has one seed."""
+    if a.spread is None or b.spread is None:
+        return None
+    return math.sqrt(a.spread**2 / a.seeds + b.spread**2 / b.seeds)
+
+
 def chance(a: Estimate, b: Estimate) -> float | None:
     """Return the largest difference of two means that the spread of their seeds explains; None if it is not known.
 
     That is the larger spread of the two, and twice the standard error of their difference if that is more.
     """
-    if a.spread is None or b.spread is None:
+    error = standard_error(a, b)
+    if a.spread is None or b.spread is None or error is None:
         return None
-    error = math.sqrt(a.spread**2 / a.seeds + b.spread**2 / b.seeds)
     return max(a.spread, b.spread, SURE * error)
 
 
