@@ -67,15 +67,18 @@ def rough_squared_norms(tensors: Sequence[Tensor], device: torch.device) -> Tens
     """
     if device.type != "cpu" or not tensors:
         return squared_norms(tensors, device)
-    return torch.stack([_rough_squared_norm(tensor.detach().reshape(-1)) for tensor in tensors])
+    squares = torch.stack([_rough_squared_norm(tensor.detach().reshape(-1)) for tensor in tensors])
+    if squares.isfinite().all():
+        return squares
+    finite = squares.isfinite().tolist()
+    return torch.stack([squares[i] if finite[i] else squared_norm(tensor) for i, tensor in enumerate(tensors)])
 
 
 def _rough_squared_norm(flat: Tensor) -> Tensor:
     whole = flat.numel() // _ROW_ELEMENTS * _ROW_ELEMENTS
     rows = flat[:whole].view(-1, _ROW_ELEMENTS)
     total = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).double().square().sum()
-    total += squared_norm(flat[whole:])
-    return total if total.isfinite() else squared_norm(flat)
+    return total + squared_norm(flat[whole:])
 
 
 def global_norm(squares: Iterable[tuple[Tensor, int]], world: comm.Group, device: torch.device) -> float:

@@ -39,5 +39,5 @@ def test_a_step_waits_for_its_losses_and_for_its_gradient_norm(pool_2, ep, zero)
     for layers, micro_batches, reads in pool_2.run(_waits_of_a_step, ep, 2, zero):
         assert layers > 0 and micro_batches == 2
         in_layers = layers * micro_batches if ep > 1 else 0  # sizes of the blocks of the exchange
-        labels = micro_batches  # which the CPU alone checks before the loss
-        assert reads == {"tolist": 1 + in_layers, "__float__": 1, "__bool__": labels}
+        on_cpu_alone = micro_batches + 1  # labels before the loss; whether the logged norms of the weights are finite
+        assert reads == {"tolist": 1 + in_layers, "__float__": 1, "__bool__": on_cpu_alone}
