@@ -1,7 +1,7 @@
 """The argument parser of every command: what argparse would take without a word is refused in one line.
 
-That is an option given twice (argparse keeps the last), an empty text (a path of "" means the current folder), a
-number that is not finite, and one that no machine word holds.
+Options may stand between positional arguments. Refused are an option given twice (argparse keeps the last), an empty
+text (a path of "" means the current folder), a number that is not finite, and one that no machine word holds.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._seen: set[str] = set()
+        self._is_mixing = False
         self.register("action", None, _StoreOnce)
         self.register("action", "store", _StoreOnce)
         self.register("action", "store_true", _StoreTrueOnce)
@@ -41,7 +42,13 @@ class Parser(argparse.ArgumentParser):
         self._seen.clear()
         if args is not None and self._subparsers is None:  # with them, the right parser reads the options
             self._refuse_unknown_options(args)
-        return super().parse_known_args(args, namespace)
+        if self._subparsers is not None or self._is_mixing:
+            return super().parse_known_args(args, namespace)
+        self._is_mixing = True  # what follows calls this method for the options, then for the rest
+        try:
+            return super().parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_mixing = False
 
     def _refuse_unknown_options(self, args: Sequence[str]) -> None:
         """Refuse an option that does not exist, before one that is missing because of it."""

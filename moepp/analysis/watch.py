@@ -64,24 +64,32 @@ def remaining_seconds(run: Run) -> float | None:
 
 
 def warnings_of(run: Run) -> list[str]:
-    """Return the newest warnings and errors of all ranks' logs, oldest first."""
-    return [f"{rank}: {printable(line, 160)}" for _, rank, line in sorted(_tails(run))[-_WARNINGS:]]
+    """Return the newest warnings and errors of all ranks' logs, oldest first, and which logs cannot be read."""
+    lines, unreadable = _tails(run)
+    found = [f"{rank}: {printable(line, 160)}" for _, rank, line in sorted(lines)[-_WARNINGS:]]
+    return found + [f"{rank}: its log cannot be read: {why}" for rank, why in unreadable[:_WARNINGS]]
 
 
-def _tails(run: Run) -> list[tuple[str, str, str]]:
-    """Return (time, name of the log, line) of the newest warnings and errors; a log that vanishes has none."""
-    found = []
+def _tails(run: Run) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:
+    """Return (time, name of the log, line) of the newest warnings and errors, and (name, cause) of unreadable logs.
+
+    A log that vanishes meanwhile is in neither.
+    """
+    found, unreadable = [], []
     for path in sorted(RunDir(run.path).log.glob("rank-*.txt")):
+        if not _RANK.fullmatch(path.stem):
+            continue
         try:
             with path.open("rb") as stream:
                 stream.seek(max(0, path.stat().st_size - _TAIL_BYTES))
                 lines = stream.read().decode("utf-8", "replace").splitlines()
-        except OSError:
+        except FileNotFoundError:
             continue
-        if not _RANK.fullmatch(path.stem):
+        except OSError as error:
+            unreadable.append((path.stem, str(error.strerror)))
             continue
         found += [(line[:19], path.stem, line) for line in lines if _SERIOUS.search(line)]
-    return found
+    return found, unreadable
 
 
 def panel(run: Run, now: float | None = None, width: int = 100) -> RenderableType:
@@ -124,10 +132,11 @@ def _ranks(run: Run) -> str:
     missing = sorted(set(range(world or 0)) - logs)
     if missing:
         parts.append(f"no log of {_some(missing)}")
-    failed = sorted(
-        {int(match[1]) for line in _tails(run) if (match := _RANK.search(line[1])) and _ERROR.search(line[2])}
-    )
+    lines, unreadable = _tails(run)
+    failed = sorted({int(rank.removeprefix("rank-")) for _, rank, line in lines if _ERROR.search(line)})
     parts.append(f"errors in the log of {_some(failed)}" if failed else "no errors in their logs")
+    if unreadable:
+        parts.append(f"cannot read the log of {_some([int(rank.removeprefix('rank-')) for rank, _ in unreadable])}")
     if slowest := run.series("time/slowest_rank").values[-_RECENT:]:
         rank, count = Counter(int(value) for value in slowest).most_common(1)[0]
         parts.append(f"rank {rank} was the slowest in {count} of the last {len(slowest)} records")

@@ -49,6 +49,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "pipeline_schedule": "interleaved",
         "pipeline_chunks": 2,
     },
+    "PP 2 x EP 2, FSDP2": {"pipeline": 2, "expert": 2, "engine": "fsdp"},
+    "PP 2 interleaved x DP 2, FSDP2": {
+        "pipeline": 2,
+        "pipeline_schedule": "interleaved",
+        "pipeline_chunks": 2,
+        "engine": "fsdp",
+    },
     "PP 2 x TP 2, EP 2": {"pipeline": 2, "tensor": 2, "expert": 2},
     "PP 4": {"pipeline": 4},
 }

@@ -182,11 +182,6 @@ def _validate_engine(cfg: Config) -> None:
         )
     if cfg.engine.name == "fsdp":
         require(
-            cfg.parallel.pipeline == 1,
-            f"parallel.pipeline={cfg.parallel.pipeline} is not supported by engine=fsdp; use engine=native with "
-            "parallel.zero_stage=1, or parallel.pipeline=1",
-        )
-        require(
             not cfg.runtime.compile,
             "runtime.compile=true was not tried with engine=fsdp, whose weights come and go; set it to false, or use "
             "engine=native",

@@ -93,6 +93,10 @@ class ScheduledEngine(Engine, Protocol):
 
     loss_scale: float
 
+    def begin_backward(self, layers: range) -> None:
+        """Be told which layers the next backward goes through: those of one stage, for one micro-batch."""
+        ...
+
 
 def make_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
     """AdamW (fused) or plain SGD over parameter groups that carry their own ``weight_decay``."""

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
 from moepp.config import OptimConfig
@@ -120,6 +120,12 @@ class FSDPEngine:
     def backward(self, loss: Tensor) -> None:
         (loss * self.loss_scale).backward()
 
+    def begin_backward(self, layers: range) -> None:
+        # After a backward torch looks at every unit, and would sum zeros for layers that it did not go through.
+        for index, layer in enumerate(self.model.get_submodule("layers").children()):
+            if isinstance(layer, FSDPModule):
+                layer.set_reduce_scatter_unused_params(index in layers, recurse=False)
+
     def step(self, lr: float, update: bool = True, watch: Watch | None = None) -> StepResult:
         with self._clock.stage("optimizer"):
             return self._update(lr, update, watch)
@@ -213,7 +219,17 @@ def _shard(model: nn.Module, groups: ParallelGroups) -> None:
         # The loss is scaled once for all parameters, so gradients are summed and not divided.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
-        unit.set_reduce_scatter_unused_params(True, recurse=False)
+        if module is not model:  # a stage within a pipeline has nothing to do with what is in no layer
+            unit.set_reduce_scatter_unused_params(True, recurse=False)
+    if groups.pp_size > 1:
+        _let_stages_run(model)
+
+
+def _let_stages_run(model: Any) -> None:
+    """Let the stages of a pipeline gather what is in no layer, which the model's own forward, not called, would do."""
+    register_fsdp_forward_method(model, "run_as_forward")
+    model.run_as_forward(lambda: None)  # torch takes the first unit that runs for the root
+    model.reshard()
 
 
 def _dim_to_cut(shape: torch.Size, ranks: int) -> int:

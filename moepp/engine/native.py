@@ -67,6 +67,9 @@ class NativeEngine:
     def backward(self, loss: Tensor) -> None:
         (loss * self.loss_scale).backward()
 
+    def begin_backward(self, layers: range) -> None:
+        pass  # each gradient counts by itself, whenever it arrives
+
     def step(self, lr: float, update: bool = True, watch: Watch | None = None) -> StepResult:
         with self._clock.stage("reduction"):
             self._reduction.finish()

@@ -91,6 +91,14 @@ class Stage(nn.Module):
         Returns:
             ``(hidden, router logits)`` or ``(hidden,)`` for the next stage; from the last the scaled loss alone.
         """
+        args = x, prev_logits_TE, input_ids_BS, labels_BS
+        if self.is_first or self.is_last:
+            return self.model.run_as_forward(self._run, *args)
+        return self._run(*args)
+
+    def _run(
+        self, x: Tensor, prev_logits_TE: Tensor | None, input_ids_BS: Tensor, labels_BS: Tensor | None
+    ) -> tuple[Tensor, ...]:
         model = self.model
         hidden_BSD = model.embed(input_ids_BS) if self.is_first else x
         inputs = model.attention_inputs(input_ids_BS, hidden_BSD.dtype)

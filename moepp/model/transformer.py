@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from moepp.moe import ExpertParallel, MoELayer, MoEStats
 from moepp.moe.router import Router
 from moepp.moe.summary import PendingSummary, RoutingRecord, start_summary
 from moepp.ops import chunked_cross_entropy, linear
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -268,6 +270,14 @@ class Transformer(nn.Module):
         if not records:
             return None
         return start_summary(records, self.cfg.moe, self.training, self.parallel, self.sequence, selection_share_LE)
+
+    def run_as_forward(self, compute: Callable[..., Result], *args: Any) -> Result:
+        """Return ``compute(*args)``, which uses the embedding, the last norm or the output layer outside of forward.
+
+        An engine may surround it as it does forward. Tensors with gradients belong among ``args``, where hooks find
+        them.
+        """
+        return compute(*args)
 
     def embed(self, input_ids_BS: Tensor) -> Tensor:
         """Look up the embeddings of this rank's tokens, [B, s, D], in whole sequences [B, S]."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from moepp.distributed.groups import ParallelGroups
 from moepp.distributed.stage_clock import StageClock
 from moepp.engine.engine import ScheduledEngine
 from moepp.metrics.step_stats import StepStats
+from moepp.model.precision import DTYPES
 from moepp.model.stage import Stage, StageResult
 from moepp.model.transformer import Transformer
 from moepp.training.runner import Batch
@@ -33,12 +35,14 @@ class _TimedStage(PipelineStage):
     """Says when it computes; the rest of the schedule's time it waits for others."""
 
     clock = StageClock()
+    begin_backward: Callable[[], None]
 
     def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
         with self.clock.stage("forward"):
             return super().forward_one_chunk(*args, **kwargs)
 
     def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        self.begin_backward()
         with self.clock.stage("backward"):
             return super().backward_one_chunk(*args, **kwargs)
 
@@ -68,6 +72,7 @@ class PipelineRunner:
         comm_stats: CommStats,
     ) -> None:
         self._model = model
+        self._engine = engine
         self._groups = groups
         self._num_micro_batches = plan.accumulation_steps
         self._comm_stats = comm_stats
@@ -76,6 +81,7 @@ class PipelineRunner:
         self._num_stages = len(plan.stage_layers)
         tokens = cfg.data.seq_len // groups.layout.replica_size
         self._shape = (plan.micro_batch_size, tokens)
+        self._dtype = DTYPES[cfg.train.precision]  # an engine may keep the parameters in another
         self._has_chunks = cfg.parallel.pipeline_chunks > 1
         self._train = self._make_schedule(_take_loss)
         # One of its own: torch would make all receive buffers anew at every change between training and evaluation.
@@ -165,13 +171,14 @@ class PipelineRunner:
             group=self._groups.pp,
         )
         made.clock = self._comm_stats.clock
+        made.begin_backward = partial(self._engine.begin_backward, stage.layers)
         return made
 
     def _crossing(self, with_logits: bool) -> tuple[Tensor, ...]:
         """Shapes of what crosses a border of stages."""
-        cfg, dtype = self._model.cfg, next(self._model.parameters()).dtype
+        cfg = self._model.cfg
         batch, tokens = self._shape
-        hidden = torch.empty(batch, tokens, cfg.hidden_size, dtype=dtype, device="meta", requires_grad=True)
+        hidden = torch.empty(batch, tokens, cfg.hidden_size, dtype=self._dtype, device="meta", requires_grad=True)
         if not with_logits:
             return (hidden,)
         return hidden, torch.empty(batch * tokens, cfg.moe.num_experts, device="meta", requires_grad=True)

@@ -46,6 +46,7 @@ CHAIN = [
     Layout(2, 2, "deepspeed", 2),
     Layout(4, 2, zero=1, tensor=2, context=2, context_method="gather"),
     Layout(2, 1, **PP, chunks=2),
+    Layout(4, 2, "fsdp", 3, **PP),
     Layout(4, 4, "deepspeed", 1),
     Layout(4, 2, zero=1, tensor=2, **PP),
     Layout(2, 1, "fsdp", 3, tensor=2),
@@ -196,6 +197,7 @@ RESUMED = [
     Layout(2, 2, "fsdp", 3, micro_batch=2),
     Layout(4, 2, zero=1, tensor=2),
     Layout(2, 1, **PP, zero=1),
+    Layout(4, 2, "fsdp", 3, **PP),
 ]
 
 

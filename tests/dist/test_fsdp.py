@@ -20,15 +20,21 @@ from moepp.model.transformer import Transformer
 from moepp.training.trainer import Trainer
 from tests.parity import REFERENCE, TOLERANCE, History, Layout, Setting, deviation, train
 
-SETTING = Setting("sgd", model=(("num_heads", 4), ("num_kv_heads", 2)))
+SETTING = Setting("sgd", model=(("num_layers", 4), ("num_heads", 4), ("num_kv_heads", 2)))
+PP = {"micro_batch": 1, "pipeline": 2}
 LAYOUTS = [
     Layout(2, 2, "fsdp", 3),
     Layout(4, 2, "fsdp", 3, micro_batch=1, recompute=True),
     Layout(4, 4, "fsdp", 3, tensor=2, context=2, context_method="gather"),
     Layout(4, 2, "fsdp", 3, exchange_chunks=2, tensor=2),
     Layout(2, 1, "fsdp", 3, context=2),
+    Layout(4, 2, "fsdp", 3, **PP),
+    Layout(4, 2, "fsdp", 3, **PP, chunks=2, recompute=True),
+    Layout(4, 2, "fsdp", 3, **PP, tensor=2),
+    Layout(4, 2, "fsdp", 3, **PP, context=2),
+    Layout(2, 1, "fsdp", 3, **PP),
 ]
-DEFAULT = (1, 3)
+DEFAULT = (1, 3, 6)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +55,7 @@ def test_twenty_clipped_steps_measure_what_one_process_does(pools, reference, la
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS[:3], ids=str)
+@pytest.mark.parametrize("layout", [*LAYOUTS[:3], LAYOUTS[5]], ids=str)
 def test_adam_with_one_sided_routing(pools, layout):
     setting = dataclasses.replace(SETTING, optimizer="adamw", one_sided=True)
     [wanted] = pools(1).run(train, setting, REFERENCE)
@@ -95,7 +101,8 @@ def _held(rank: int, layout: Layout) -> tuple[int, int]:
         trainer.engine._forget_gathered()  # evaluation leaves embedding and output layer gathered
         parameters = list(trainer.model.parameters())
         assert all(isinstance(parameter, DTensor) and parameter.dtype == torch.float32 for parameter in parameters)
-        held.append(sum(p.to_local().numel() for p in parameters if isinstance(p, DTensor)))
+        shares = [parameter.to_local() for parameter in parameters if isinstance(parameter, DTensor)]
+        held.append(sum(share.numel() for share in shares))
         held.append(sum(parameter.numel() for parameter in parameters))
 
     setting = dataclasses.replace(SETTING, steps=1, precision="bf16")
@@ -103,6 +110,11 @@ def _held(rank: int, layout: Layout) -> tuple[int, int]:
     return held[0], held[1]
 
 
-def test_weights_are_shares_between_steps(pool_2):
-    for own, whole in pool_2.run(_held, Layout(2, 1, "fsdp", 3)):
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(2, 1, "fsdp", 3), pytest.param(Layout(4, 1, "fsdp", 3, **PP, chunks=2), marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_weights_are_shares_between_steps(pools, layout):
+    for own, whole in pools(layout.ranks).run(_held, layout):
         assert own == pytest.approx(whole / 2, rel=0.1)

@@ -36,6 +36,7 @@ LAYOUTS = [
     Layout(4, 2, zero=1, tensor=2, context=2, context_method="gather"),
     Layout(2, 2, "fsdp", 3),
     Layout(4, 2, "fsdp", 3, micro_batch=1, recompute=True, tensor=2),
+    Layout(4, 2, "fsdp", 3, **PP),
     Layout(4, 2, "deepspeed", 2),
 ]
 

@@ -179,6 +179,15 @@ def test_health_of_the_ranks_names_logs_errors_and_who_is_slow(tmp_path):
     assert "ranks: 2; errors in the log of rank 2" in shown(path, width=300)
 
 
+def test_logs_that_cannot_be_read_are_said(tmp_path):
+    path = make_run(tmp_path, "one")
+    (path / "log/rank-3.txt").mkdir(parents=True)
+    (path / "log/notes.txt").mkdir()  # no log of a rank
+    text = " ".join(shown(path, width=300).split())
+    assert "no errors in their logs; cannot read the log of rank 3" in text
+    assert "rank-3: its log cannot be read: Is a directory" in text and "notes" not in text
+
+
 @pytest.mark.parametrize("width", [40, 60, 200])
 def test_lines_fit_the_terminal_and_numbers_stay_whole(tmp_path, width):
     path = make_run(tmp_path, "one")

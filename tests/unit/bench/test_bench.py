@@ -319,6 +319,8 @@ def test_quick_layouts_send_what_the_formulas_say(started_before, tmp_path):
     assert 1 <= sharded["all-gather MB"] / (2 * elements * 3 / 4) < padding
     assert fsdp["reduce-scatter MB"] == pytest.approx(2 * 4 * elements * 3 / 4, rel=0.02)  # of two micro-batches
     assert fsdp["parameters held M"] == pytest.approx(elements / 4, rel=0.02)
+    [micro_batches, stage] = 4, rows["PP 2 interleaved x DP 2, FSDP2"]
+    assert stage["reduce-scatter MB"] == pytest.approx(micro_batches * 4 * stage["parameters held M"], rel=0.02)
     assert rows["PP 4"]["send MB"] > 0 == rows["EP 4"]["send MB"]
     assert rows["EP 4"]["all-to-all MB"] > 0 == plain["all-to-all MB"]
 

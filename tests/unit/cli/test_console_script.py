@@ -84,6 +84,20 @@ def test_an_argument_may_be_empty_where_that_means_something(capsys):
     assert "nothing-here is not a folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report", "nothing-a", "--out", "x", "nothing-b"], "nothing-a is not a directory"),
+        (["analyze", "communication", "nothing-a", "--tokens", "4096", "nothing-b"], "nothing-a is not a"),
+        (["plan", "model=tiny", "--ranks", "0", "optim.lr=1"], "--ranks=0 is below its minimum 1"),
+        (["checkpoint", "list", "nothing-a", "nothing-b"], "unrecognized arguments: nothing-b"),
+    ],
+)
+def test_options_may_stand_between_positional_arguments(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_options_of_two_calls_do_not_count_as_given_twice(capsys):
     for _ in range(2):
         assert main(["report", "nothing-here", "--unigram-entropy", "3"]) == 2
