@@ -181,11 +181,6 @@ def _validate_engine(cfg: Config) -> None:
             f"parallel.{key}={value} is not supported by engine=deepspeed; use engine=native, or parallel.{key}=1",
         )
     if cfg.engine.name == "fsdp":
-        require(
-            not cfg.runtime.compile,
-            "runtime.compile=true was not tried with engine=fsdp, whose weights come and go; set it to false, or use "
-            "engine=native",
-        )
         _refuse_whole_model_work(cfg, "engine=fsdp")
 
 

@@ -195,7 +195,7 @@ def train_for_weights(rank: int, layout: Layout, *how: Any) -> tuple[History, di
     weights: dict[str, torch.Tensor] = {}
 
     def inspect(trainer: Trainer) -> None:
-        weights.update({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
+        weights.update({name: entry["fp32"].clone() for name, entry in trainer.engine.read_state()})
         weights["graphs"] = torch.tensor(counters["stats"]["unique_graphs"])  # before they are forgotten
 
     setting = Setting("sgd", model=(*HEADS, ("num_layers", 4)), optim=(("warmup_steps", 0),), steps=2)
@@ -207,6 +207,8 @@ COMPILED = [
     (Layout(2, 2, context=2, context_method="gather", recompute=True), 20),
     (Layout(2, micro_batch=2, pipeline=2), 6),
     (Layout(4, 4, tensor=2, context=2), 20),
+    (Layout(2, 2, "fsdp", 3, recompute=True), 10),
+    pytest.param(Layout(4, 2, "fsdp", 3, pipeline=2, chunks=2, micro_batch=1), 20, marks=pytest.mark.slow),
     pytest.param(Layout(2, 2, tensor=2, zero=1), 10, marks=pytest.mark.slow),
     pytest.param(Layout(4, 2, pipeline=2, tensor=2, micro_batch=2), 20, marks=pytest.mark.slow),
 ]

@@ -67,7 +67,6 @@ REFUSED = [
         ["eval.tasks=['piqa']", "moepp eval"],
     ),
     (2, parallel(pipeline=2) | {"engine__name": "deepspeed"}, ["parallel.pipeline=2", "use engine=native"]),
-    (2, {"engine__name": "fsdp", "runtime__compile": True}, ["runtime.compile=true", "engine=native"]),
     (2, parallel(tensor=2) | {"engine__name": "deepspeed"}, ["parallel.tensor=2", "use engine=native"]),
     (2, parallel(context=2) | {"engine__name": "deepspeed"}, ["parallel.context=2", "use engine=native"]),
     (4, parallel(tensor=4), ["parallel.tensor=4 does not divide model.num_kv_heads=2", "parallel.tensor of 2 would"]),
