@@ -3,7 +3,7 @@
 # demo.sh and test.sh source this file and call set_up; run by itself it does just that.
 #
 # Variables:
-#   PYTHON        interpreter for a new .venv (default: the first of python3, python3.11 ... that is 3.11 or newer)
+#   PYTHON        interpreter for a new .venv (default: the first of python3, python3.11 ... that pyproject.toml allows)
 #   MOEPP_TORCH   cpu or cuda: the build of torch (default: cuda where there is an NVIDIA GPU, else cpu)
 #
 # Safe to run at any time: a finished environment is reused at once, a changed pyproject.toml updates it, an
@@ -61,8 +61,8 @@ _install() {
         touch "$INCOMPLETE"
         "$python" -m venv "$VENV"
     fi
-    "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-        die "$VENV holds $("$VENV/bin/python" --version), and 3.11 or newer is needed; remove that folder and run again"
+    _is_allowed "$VENV/bin/python" ||
+        die "$VENV holds $("$VENV/bin/python" --version), and $(_allowed) is needed; remove that folder and run again"
     "$VENV/bin/python" -m pip --version >/dev/null 2>&1 ||
         die "$VENV has no pip; remove that folder and run again"
     touch "$INCOMPLETE"
@@ -98,20 +98,37 @@ _clear_if_stale() {
     fi
 }
 
+# The minor versions of Python 3 that pyproject.toml allows: the first, and the first above.
+_bounds() { sed -n 's/^requires-python = ">=3\.\([0-9]*\),<3\.\([0-9]*\)".*/\1 \2/p' "$ROOT/pyproject.toml"; }
+_allowed() {
+    local first above
+    read -r first above < <(_bounds)
+    echo "Python 3.$first to 3.$((above - 1))"
+}
+_is_allowed() {
+    local first above
+    read -r first above < <(_bounds)
+    "$1" -c "import sys; sys.exit(not (3, $first) <= sys.version_info < (3, $above))" 2>/dev/null
+}
+
 _find_python() {
-    local candidate found="" candidates=(python3 python3.11 python3.12 python3.13 python3.14)
+    local candidate found="" candidates=(python3) first above
+    read -r first above < <(_bounds)
+    for ((; first < above; first++)); do
+        candidates+=("python3.$first")
+    done
     if [[ -n "${PYTHON:-}" ]]; then
         candidates=("$PYTHON")
     fi
     for candidate in "${candidates[@]}"; do
-        "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue
+        _is_allowed "$candidate" || continue
         found="$candidate"
         if "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    [[ -n "$found" ]] || die "no Python 3.11 or newer among: ${candidates[*]};" \
+    [[ -n "$found" ]] || die "no $(_allowed) among: ${candidates[*]};" \
         "install one (apt-get install python3 python3-venv) or set PYTHON"
     local package
     package="$("$found" -c 'import sys; print(f"python{sys.version_info[0]}.{sys.version_info[1]}-venv")')"

@@ -1,6 +1,6 @@
 """Say what a layout costs each rank, without starting anything: memory, bytes sent, the pipeline's idle share.
 
-Every rule that a run checks before it starts is checked. The numbers are formulas (docs/layouts.md), not measurements;
+Every rule that a run checks before it starts is checked. The numbers are formulas (docs/parallelism.md), not measurements;
 activations are about what autograd keeps, without temporary tensors and the allocator's gaps.
 """
 
@@ -21,7 +21,7 @@ from moepp.config import (
 from moepp.errors import ConfigError
 from moepp.io.untrusted import printable
 
-EXAMPLE = "moepp plan --ranks 64 model=moepp_7b data.seq_len=2048 train.global_batch_size=2048 parallel.pipeline=8"
+EXAMPLE = "moepp plan --ranks 64 experiment=moepp_7b engine=native parallel.pipeline=8"
 GIB, MIB = 2**30, 2**20
 
 

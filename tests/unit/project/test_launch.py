@@ -42,7 +42,9 @@ def test_help_prints_usage_without_setting_up(script, tmp_path):
 STAND_IN = """#!/usr/bin/env bash
 # A Python whose environments are copies of itself and whose pip only writes down what it was asked for.
 case "$*" in
-*"sys.exit(sys.version_info"*) [[ ! -e "$PROJECT/old-python" ]] ;;
+*"sys.version_info <"*)
+    version="$(cat "$PROJECT/version" 2>/dev/null || echo "3, 11")"
+    exec "$REAL_PYTHON" -c "${2/sys.version_info/($version)}" ;;
 *ensurepip*) [[ ! -e "$PROJECT/no-venv" ]] ;;
 *urlopen*) exit 1 ;;
 "-m venv"*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
@@ -181,15 +183,17 @@ def test_two_setups_at_once_install_once(project):
 @pytest.mark.parametrize(
     ("hindrance", "variables", "message"),
     [
-        ("old-python", {}, "no Python 3.11 or newer"),
+        ("version=3, 10", {}, "no Python 3.11 to 3.13 among: "),
+        ("version=3, 14", {}, "no Python 3.11 to 3.13 among: "),
         ("no-venv", {}, "apt-get install python3"),
         (None, {"MOEPP_TORCH": "tpu"}, "MOEPP_TORCH=tpu is not one of cpu, cuda"),
-        (None, {"PYTHON": "no-such-python"}, "no Python 3.11 or newer among: no-such-python"),
+        (None, {"PYTHON": "no-such-python"}, "no Python 3.11 to 3.13 among: no-such-python"),
     ],
 )
 def test_setup_names_what_is_missing_and_the_remedy(project, hindrance, variables, message):
     if hindrance:
-        (project.folder / hindrance).touch()
+        name, _, content = hindrance.partition("=")
+        (project.folder / name).write_text(content)
     code, messages = project.set_up(**variables)
     assert code != 0 and message in messages
     assert messages.count("\n") == 1
