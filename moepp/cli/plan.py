@@ -1,7 +1,7 @@
 """Say what a layout costs each rank, without starting anything: memory, bytes sent, the pipeline's idle share.
 
-Every rule that a run checks before it starts is checked. The numbers are formulas (docs/parallelism.md), not measurements;
-activations are about what autograd keeps, without temporary tensors and the allocator's gaps.
+Every rule that a run checks before it starts is checked. The numbers are formulas (docs/parallelism.md), not
+measurements; activations are about what autograd keeps, without temporary tensors and the allocator's gaps.
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ class MoELayer(nn.Module):
         cfg: the layer's experts and router.
         hidden_size: D.
         layer_index: number of this layer among the model's MoE layers, from 0; the first has no predecessor.
-        ep_group: ranks that share the FFN experts (``None``: all of them here); short for ``parallel``.
+        ep_group: ranks that share the FFN experts (``None``: all of them here); short for ``parallel``. Seed them
+            alike: see :meth:`reset_parameters`.
         parallel: how experts are spread over ranks.
         sequence: the ranks that share sequences. They are one micro-batch: capacities and f_i count its tokens on all
             of them, so that the numbers are those of one process.
@@ -109,10 +110,17 @@ class MoELayer(nn.Module):
     def reset_parameters(self, std: float = 0.02) -> None:
         """N(0, std) for every weight, N(0, 1) for the constant experts' vectors; registered parts may say otherwise.
 
-        A model draws its weights by name instead (:mod:`moepp.model.init`), the same for every layout.
+        Seed every rank alike (``torch.manual_seed``): then the ranks of an expert-parallel group have one router, and
+        together the experts that one process would have. A model draws its weights by name instead
+        (:mod:`moepp.model.init`), the same for every layout.
         """
         for name, parameter in self.named_parameters():
-            nn.init.normal_(parameter, std=1.0 if name == "zero_computation.value" else std)
+            if name.startswith("experts.") and self.parallel.size > 1:
+                whole = parameter.new_empty(self.parallel.size * len(parameter), *parameter.shape[1:])
+                nn.init.normal_(whole, std=std)
+                parameter.data.copy_(whole.chunk(self.parallel.size)[comm.rank(self.parallel.group)])
+            else:
+                nn.init.normal_(parameter, std=1.0 if name == "zero_computation.value" else std)
         for module in (self.router, *self.zero_computation.children()):
             for name, parameter in module.named_parameters():
                 if isinstance(module, RegisteredModule) and (value := module.init(name)) is not None:

@@ -52,21 +52,26 @@ class RouterCall:
         logits_TE: after the gating residual, before any normalisation.
         plain_TE: without the gating residual; None where there is none, or the router chooses in its own way.
         gates: made of the logits.
+        plain_weights_TK: what a router that chooses in its own way gives without the gating residual.
     """
 
     cfg: MoEConfig
     logits_TE: Tensor
     plain_TE: Tensor | None
     gates: Gates
+    plain_weights_TK: Tensor | None = None
 
 
 @torch.no_grad()
 def remember(router: Router, logits_TE: Tensor, prev_logits_TE: Tensor | None, gates: Gates) -> RouterCall:
     """Keep what :func:`observe` needs of a call, while the router's weights are there."""
-    plain_TE = None
-    if prev_logits_TE is not None and router.gate_map is not None and type(router).choose is Router.choose:
-        plain_TE = ops.add_linear_fp32(logits_TE, prev_logits_TE, -router.gate_map.weight)
-    return RouterCall(router.cfg, logits_TE.detach(), plain_TE, gates)
+    logits_TE = logits_TE.detach()
+    if prev_logits_TE is None or router.gate_map is None:
+        return RouterCall(router.cfg, logits_TE, None, gates)
+    plain_TE = ops.add_linear_fp32(logits_TE, prev_logits_TE, -router.gate_map.weight)
+    if type(router).choose is Router.choose:
+        return RouterCall(router.cfg, logits_TE, plain_TE, gates)
+    return RouterCall(router.cfg, logits_TE, None, gates, router.choose(plain_TE).weights_TK)
 
 
 @torch.no_grad()
@@ -76,8 +81,7 @@ def observe(calls: Sequence[RouterCall]) -> Tensor:
     - entropy: of the experts' scores, made to sum to 1, in nats.
     - z_loss: squared log of the sum of the logits' exponentials (ST-MoE, arXiv 2202.08906, Eq. 5).
     - logit_norm: Euclidean norm of a token's logits after the gating residual, before any normalisation.
-    - gate weights: before capacity drops. A router that chooses in its own way is not asked what it would choose
-      without residuals: its columns repeat those with them.
+    - gate weights: before capacity drops.
     """
     cfg, num_layers = calls[0].cfg, len(calls)
     logits_LTE = torch.stack([call.logits_TE for call in calls])
@@ -111,4 +115,6 @@ def observe(calls: Sequence[RouterCall]) -> Tensor:
 
 def _without_residual(call: RouterCall) -> Tensor:
     """Return the gate weights that the layer would make without its gating residual, [T, K]."""
+    if call.plain_weights_TK is not None:
+        return call.plain_weights_TK
     return (call.gates if call.plain_TE is None else compute_gates(call.plain_TE, call.cfg)).weights_TK

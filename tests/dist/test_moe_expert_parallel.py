@@ -242,6 +242,20 @@ def test_stacked_layers_give_the_gradients_of_unsharded_ones(pools, ranks, token
             torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}")
 
 
+def _fresh_weights(rank: int, ep_size: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    return MoELayer(config(), hidden_size=4, ep_group=subgroups(ep_size)).state_dict()
+
+
+def test_ranks_that_are_seeded_alike_start_with_the_weights_of_one_process(pool_2):
+    [alone, _] = pool_2.run(_fresh_weights, 1)
+    first, second = pool_2.run(_fresh_weights, 2)
+    for name, weight in alone.items():
+        is_shared = name.startswith("experts.")
+        assert torch.equal(torch.cat([first[name], second[name]]) if is_shared else first[name], weight)
+        assert is_shared or torch.equal(second[name], weight)
+
+
 def _build_indivisible(rank: int) -> None:
     MoELayer(config(3), hidden_size=4, ep_group=dist.group.WORLD)
 

@@ -83,6 +83,27 @@ def test_observations_are_those_of_a_loop_over_tokens(kernels: str) -> None:
     )
 
 
+def test_a_router_that_chooses_in_its_own_way_is_asked_what_it_does_without_residuals() -> None:
+    import docs.examples.bias_router  # noqa: F401
+
+    torch.manual_seed(0)
+    layer = MoELayer(replace(MOE, router="bias", gate_normalization="none"), 8, layer_index=1)
+    x_TD, prev_TE = torch.randn(37, 8), torch.randn(37, 6)
+    with torch.no_grad():
+        layer.router.weight.mul_(30)
+        layer.router.gate_map.weight.mul_(40)
+        layer.router.bias.copy_(torch.linspace(-0.3, 0.3, 6))
+    layer.observes = True
+    observation = layer(x_TD, prev_TE).stats.observation
+    assert observation is not None
+    found = table_of(observation.numpy()[None], layer.cfg).per_layer
+    plain_TK = layer.router.choose(x_TD @ layer.router.weight.T).weights_TK.detach()
+    for choice, name in enumerate(("first", "second")):
+        without = found[f"gate_{name}_without_residual"][0]
+        assert without == pytest.approx(float(plain_TK[:, choice].mean()), rel=1e-5)
+        assert found[f"gate_{name}"][0] != pytest.approx(without, rel=0.01)
+
+
 def test_the_first_layer_has_no_residual_and_training_is_the_same_while_observed() -> None:
     torch.manual_seed(0)
     layer = MoELayer(MOE, 8)
