@@ -49,6 +49,18 @@ def make_run(
     return path
 
 
+def change_config(path: Path, **values: Any) -> None:
+    """Set keys in a run's config.yaml; ``__`` in a name stands for a dot."""
+    tree = yaml.safe_load((path / "config.yaml").read_text())
+    for name, value in values.items():
+        *sections, key = name.split("__")
+        section = tree
+        for one in sections:
+            section = section[one]
+        section[key] = value
+    (path / "config.yaml").write_text(yaml.safe_dump(tree))
+
+
 def training_record(number: int, shift: float = 0.0, ffn: float = 1.25) -> dict[str, Any]:
     """Return the metrics of the n-th training record, from 1."""
     record: dict[str, Any] = {"train/loss": 8.0 - number + shift, "train/grad_norm": 1.0}

@@ -19,6 +19,7 @@ from moepp.analysis.runs import Run, compared_keys, setting
 from moepp.analysis.validation_charts import benchmarks, validation_sets
 from moepp.errors import ConfigError
 from moepp.io import files
+from moepp.io.untrusted import printable
 
 # Column -> (heading with its unit, pattern of a number, whether small is good)
 COLUMNS = {
@@ -35,10 +36,12 @@ COLUMNS = {
 }
 _LOSSES = ("eval_loss", "best_eval_loss")
 _TOKENS = {"fewest_tokens": "fewest tokens", "most_tokens": "most tokens"}
+_HEADINGS = _TOKENS | {"also_differs_in": "also differs in"}
 _FIRST = ("eval_loss", "tokens")  # what is read first stands first, before the settings
 _SET = re.compile(r"(best_)?eval_loss/(.+)")
 _RESULT = re.compile(r"eval/(.+)")
 _LONG = 40  # letters of a cell on a page; files have the whole of it
+_WHOLE = 1_000_000  # letters, more than any setting has
 FORMATS = (".csv", ".parquet")
 
 
@@ -154,7 +157,7 @@ def text_of(column: str, value: Any) -> str:
         return COLUMNS[name][1].format(value)
     if name in _TOKENS:
         return f"{value:,.0f}"
-    return f"{value:.4f}" if is_number(name) and isinstance(value, float) else shorten(str(value), _LONG)
+    return f"{value:.4f}" if is_number(name) and isinstance(value, float) else shorten(printable(value, _WHOLE), _LONG)
 
 
 def heading_of(column: str) -> str:
@@ -170,7 +173,7 @@ def heading_of(column: str) -> str:
     elif found := _RESULT.fullmatch(name):
         text = found[1]
     else:
-        text = COLUMNS[name][0] if name in COLUMNS else _TOKENS.get(name, name)
+        text = COLUMNS[name][0] if name in COLUMNS else _HEADINGS.get(name, name)
     return f"± {text}" if column.endswith("_spread") else text
 
 

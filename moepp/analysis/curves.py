@@ -10,9 +10,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import Any
 
 from moepp.analysis.figures import compact
-from moepp.analysis.runs import Run, compared_keys, setting
+from moepp.analysis.runs import Run, compared_keys, setting_key
 from moepp.config.compare import flatten
 
 AXES = {
@@ -80,10 +81,10 @@ class Curve:
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Return the runs by setting, in the order of the first run of each."""
     keys = compared_keys(runs)
-    by_setting: dict[tuple[str, ...], list[Run]] = {}
+    by_setting: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         # Runs whose configuration is not known are no siblings of anything.
-        key = setting(run, keys) if run.settings else (str(run.path),)
+        key = setting_key(run, keys) if run.settings else (str(run.path),)
         by_setting.setdefault(key, []).append(run)
     members = list(by_setting.values())
     labels = [_label(group) for group in members]

@@ -1,7 +1,8 @@
-"""Settings against a baseline, such as MoE++ against its vanilla twin: at equal tokens and at equal operations."""
+"""Settings against their vanilla twins, which lack zero-computation experts: at equal tokens and equal operations."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -18,37 +19,55 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _TAU = "model.moe.tau"
+# In what a vanilla twin differs from MoE++: the experts that it lacks, what belongs to them, and gating residuals.
+_TWIN = re.compile(
+    r"model\.(constant_init_std|moe\.(num_(zero|copy|constant)_experts|extra_experts\..*|tau|gating_residual))"
+)
 _TOLD = 4  # settings on the line of which each step is told
 _MARKERS = ("o", "s", "^", "D")  # colours repeat, the pair does not for 32 points
 
 
-def baseline_of(groups: Sequence[Group]) -> Group | None:
-    """Return the first setting without zero-computation experts, the vanilla MoE; None where there is none."""
-    for group in groups:
-        config = group.runs[0].config
-        if config is not None and config.model.moe_layers and not config.model.moe.num_zero_computation_experts:
-            return group
-    return None
+def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return a row for each setting against its vanilla twin; [] without a twin or without others.
 
+    The twin of a setting has no zero-computation experts and differs from it in the fewest other keys. Settings that
+    are nobody's twin have a row too.
 
-def differences(runs: Sequence[Run]) -> tuple[Group, list[dict[str, Any]]] | None:
-    """Return the vanilla twin and a row for each other setting; None without a twin or without others.
-
-    Columns: setting; seeds of it; against (the twin); ``loss_at_equal_<axis>``: loss minus the twin's, nats, at the
-    largest x that both reach, with ``_error``, its standard error over seeds; ``ratio_<what>``: the setting's over the
-    twin's, per token.
+    Columns: setting; seeds of it; against (the twin); also_differs_in (keys in which a twin should not differ; None if
+    there are none); ``loss_at_equal_<axis>``: loss minus the twin's, nats, at the largest x that both reach, with
+    ``_error``, its standard error over seeds; ``ratio_<what>``: the setting's over the twin's, per token.
     """
     groups = group_runs(runs)
-    twin = baseline_of(groups)
-    others = [group for group in groups if group is not twin]
-    if twin is None or not others:
-        return None
+    vanilla = [group for group in groups if _is_vanilla(group)]
+    pairs = {group.number: _twin_of(group, vanilla) for group in groups if vanilla and not _is_vanilla(group)}
+    twins = [group for group in vanilla if any(twin is group for twin, _ in pairs.values())]
+    if not twins:
+        return []
+    pairs |= {group.number: _twin_of(group, twins) for group in vanilla if all(group is not twin for twin in twins)}
     metric = compared_loss(runs)
-    return twin, [_difference(group, twin, metric) for group in others]
+    return [_difference(group, *pairs[group.number], metric) for group in groups if group.number in pairs]
 
 
-def _difference(group: Group, twin: Group, metric: str) -> dict[str, Any]:
+def _is_vanilla(group: Group) -> bool:
+    config = group.runs[0].config
+    return config is not None and bool(config.model.moe_layers) and not config.model.moe.num_zero_computation_experts
+
+
+def _twin_of(group: Group, vanilla: Sequence[Group]) -> tuple[Group, list[str]]:
+    """Return the nearest of the vanilla settings, and the keys in which it differs though a twin need not."""
+    keys = [
+        [key for key in compared_keys([group.runs[0], twin.runs[0]]) if not _TWIN.fullmatch(key)] for twin in vanilla
+    ]
+    # What is trained and how comes before how its MoE layers are made.
+    distance = [(sum(not key.startswith("model.moe.") for key in differing), len(differing)) for differing in keys]
+    nearest = distance.index(min(distance))
+    return vanilla[nearest], keys[nearest]
+
+
+def _difference(group: Group, twin: Group, differing: Sequence[str], metric: str) -> dict[str, Any]:
+    also = ", ".join(differing) if group.runs[0].settings else "its configuration is not known"
     row: dict[str, Any] = {"setting": group.label, "seeds": len(group.runs), "against": twin.label}
+    row["also_differs_in"] = also or None
     for axis in AXES:
         name = f"loss_at_equal_{axis.replace(' ', '_')}"
         ours, theirs = curve_of(group, metric, axis), curve_of(twin, metric, axis)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -104,17 +105,10 @@ def write_comparison(runs: Sequence[Run], folder: Path, sort: str = "eval_loss",
         page.section("By setting", "Runs that differ in their seed alone: mean and sample standard deviation (±).")
         page.table(seeds, "One row per setting")
         write_table(folder / SEEDS, seeds)
-    if against is not None:
-        twin, table = against
-        note = (
-            "Losses minus those of the setting without zero-computation experts, at the furthest point that both reach "
-            "(below 0: better than it), ± their standard error over seeds (-: one seed, whose spread is not known; a "
-            "difference below two of them is none); costs as multiples of its costs per token. Losses are "
-            f"{compared_loss(runs)}; - where two have no tokens or operations in common."
-        )
-        page.section(f"Against {twin.label}", note)
-        page.table(table, "One row per setting")
-        write_table(folder / DIFFERENCES, table)
+    if against:
+        page.section("Against the vanilla twin", _against_note(against, compared_loss(runs)))
+        page.table(against, "One row per setting")
+        write_table(folder / DIFFERENCES, against)
     curves = [figure for figure in (frontier(runs), *curve_charts(runs), *validation_charts(runs)) if figure]
     costs = cost_charts(runs)
     for heading, figures in (("Learning", curves), ("Cost", costs)):
@@ -124,6 +118,20 @@ def write_comparison(runs: Sequence[Run], folder: Path, sort: str = "eval_loss",
     page.section("Each run")
     page.plain_table(("run", "directory"), [(run.name, str(run.path)) for run in runs], "Where the runs lie", False)
     return _write(page, [*curves, *costs], folder)
+
+
+def _against_note(rows: Sequence[Mapping[str, Any]], metric: str) -> str:
+    """Say what the rows of :func:`differences` are, and which of them compare more than an architecture."""
+    note = (
+        "Losses minus those of the setting without zero-computation experts that differs in the fewest other keys, at "
+        "the furthest point that both reach (below 0: better than it), ± their standard error over seeds (-: one seed, "
+        "whose spread is not known; a difference below two of them is none); costs as multiples of its costs per "
+        f"token. Losses are {metric}; - where two have no tokens or operations in common."
+    )
+    mixed = [
+        f"{row['setting']} and {row['against']} ({row['also_differs_in']})" for row in rows if row["also_differs_in"]
+    ]
+    return f"{note} No twins, for they differ in more: {'; '.join(mixed)}." if mixed else note
 
 
 def comparison_notes(runs: Sequence[Run], left_out: Sequence[str] = ()) -> list[str]:

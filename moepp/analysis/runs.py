@@ -26,9 +26,9 @@ from moepp.runs.report import mean_per_step
 
 logger = logging.getLogger(__name__)
 
-# Where a run lies, what it is called and which random numbers it draws: no part of what it tries out.
+# Where a run lies, what it is called, which random numbers it draws and what it writes: no part of what it tries out.
 _NOT_COMPARED = re.compile(
-    r"(run\.(name|dir|seed|resume)|data\.cache_dir|logging\..*|checkpoint\..*|train\.log_interval)"
+    r"(run\.(name|dir|seed|resume)|data\.cache_dir|(logging|checkpoint|profile)\..*|train\.log_interval)"
 )
 
 _MAIN = ("train/loss", "eval/loss", "train/grad_norm")
@@ -301,6 +301,18 @@ def compared_keys(runs: Sequence[Run]) -> list[str]:
 
 
 def setting(run: Run, keys: Sequence[str]) -> tuple[str, ...]:
-    """Return the run's values of these keys, as text."""
+    """Return the run's values of these keys, as whole texts; pages shorten them."""
     flat = flatten(run.settings)
-    return tuple(printable(flat.get(key, "absent"), 60) for key in keys)
+    return tuple(str(flat.get(key, "absent")) for key in keys)
+
+
+def setting_key(run: Run, keys: Sequence[str]) -> tuple[Any, ...]:
+    """Return what is equal for runs of the same values of these keys, and can be hashed."""
+    flat = flatten(run.settings)
+    return tuple((key in flat, _hashable(flat.get(key))) for key in keys)
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return tuple(sorted((str(key), _hashable(one)) for key, one in value.items()))
+    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value

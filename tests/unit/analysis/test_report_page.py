@@ -102,10 +102,11 @@ def test_settings_are_set_against_the_vanilla_twin_where_both_have_got(tmp_path)
     make_run(tmp_path, "moepp-1", ffn=0.9, shift=0.5, seed=1)
     make_run(tmp_path, "moepp-2", ffn=0.9, shift=0.7, seed=2)
     make_run(tmp_path, "short", tau=0.5, shift=0.25, seed=1, records=2)
-    found = differences(find_runs([str(tmp_path)]).runs)
-    assert found is not None
-    twin, rows = found
-    assert (twin.label, [row["setting"] for row in rows]) == ("twin", ["moepp", "short"])
+    rows = differences(find_runs([str(tmp_path)]).runs)
+    assert [(row["setting"], row["against"], row["also_differs_in"]) for row in rows] == [
+        ("moepp", "twin", None),
+        ("short", "twin", None),
+    ]
     [both, short] = rows
     assert both["loss_at_equal_tokens"] == pytest.approx(0.5)
     # Two seeds that are 0.2 apart on either side: sqrt(0.02 / 2 + 0.02 / 2)
