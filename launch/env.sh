@@ -1,6 +1,5 @@
 # shellcheck shell=bash
-# The environment of every launched process; source it. Nothing else in the project sets variables, but moepp/cpu.py
-# those that MOEPP_CPU means.
+# The environment of every launched process; source it. Variables that one library alone reads are set beside its call.
 # A variable that is set already is left as it is.
 
 MOEPP_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"

@@ -1,4 +1,4 @@
-"""Grids of parameters of which the default run takes a sample, and the slow one the rest."""
+"""Grids of parameters of which the default run takes a sample; the rest is slow, and in tests/dist exhaustive."""
 
 from __future__ import annotations
 
