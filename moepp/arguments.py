@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from moepp.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda", "xpu")  # of runtime.device and --device; "cuda" is AMD's too
+KERNELS = ("auto", "torch", "cpu", "triton")  # of runtime.kernels and --kernels
 _LARGEST = 2**63 - 1
 
 

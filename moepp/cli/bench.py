@@ -9,11 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moepp.arguments import add_device_option
+from moepp.arguments import KERNELS, add_device_option
 from moepp.errors import ConfigError
 
 DTYPES = ("bf16", "fp32")
-KERNELS = ("auto", "torch", "cpu", "triton")  # those of moepp.ops, which would import torch
 
 _TRAIN_SHAPES = {
     "num_layers": "layers (default: 4)",

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from moepp.arguments import DEVICES
+from moepp.arguments import DEVICES, KERNELS
 from moepp.config.model import ModelConfig
 from moepp.config.require import require, require_above, require_at_least, require_choice
 from moepp.io.untrusted import show
@@ -184,7 +184,7 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         require_choice("runtime.device", self.device, DEVICES)
         require_choice("runtime.backend", self.backend, ("auto", "gloo"))
-        require_choice("runtime.kernels", self.kernels, ("auto", "torch", "cpu", "triton"))
+        require_choice("runtime.kernels", self.kernels, KERNELS)
 
 
 @dataclass(frozen=True)

@@ -93,10 +93,6 @@ class ParallelGroups:
         return self.layout.coordinates(self.rank).pipeline
 
     @property
-    def cp_size(self) -> int:
-        return self.layout.context
-
-    @property
     def cp_rank(self) -> int:
         return self.layout.coordinates(self.rank).context
 

@@ -25,8 +25,6 @@ from torch import Tensor
 from moepp.distributed import comm
 from moepp.errors import ConfigError
 
-METHODS = ("ulysses", "gather")
-
 
 @dataclass(frozen=True)
 class SequenceParallel:

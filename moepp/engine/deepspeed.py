@@ -128,7 +128,7 @@ class DeepSpeedEngine:
 
             _mark_experts(model, groups)
             parameter_groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups)
-        config = _config(optim, accumulation_steps, micro_batch_size, is_bf16)
+        config = _config(accumulation_steps, micro_batch_size, is_bf16)
         config["gradient_clipping"] = optim.grad_clip or 0.0 if zero_stage > 0 else 0.0  # without ZeRO it is ours
         # Elsewhere DeepSpeed 0.19.8 loses gradients of more than two buckets; the configuration refuses to ask for it.
         may_overlap = zero_stage == 2 or accumulation_steps == 1
@@ -242,7 +242,7 @@ def _zero_config(stage: int, settings: EngineConfig, overlaps: bool) -> dict[str
     }
 
 
-def _config(optim: OptimConfig, accumulation_steps: int, micro_batch_size: int, is_bf16: bool) -> dict[str, Any]:
+def _config(accumulation_steps: int, micro_batch_size: int, is_bf16: bool) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from moepp.arguments import KERNELS
 from moepp.errors import ConfigError
 from moepp.ops.cpu.build import ELEMENT_BITS, Library, library
 from moepp.ops.triton.proven import is_proven
@@ -25,7 +26,6 @@ from moepp.ops.triton.proven import is_proven
 if TYPE_CHECKING:
     from moepp.ops.triton.kernels import TritonKernels
 
-KERNELS = ("auto", "torch", "cpu", "triton")
 _KEY = "runtime.kernels"
 _chosen = "auto"
 

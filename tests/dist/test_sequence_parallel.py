@@ -319,7 +319,7 @@ def _bytes_sent(rank: int, place: Place) -> dict[str, int]:
     return dict(stats.sequence_bytes)
 
 
-@pytest.mark.parametrize("place", [Place(2), Place(4), *(Place(2, 2, 1, x) for x in sequence.METHODS)], ids=str)
+@pytest.mark.parametrize("place", [Place(2), Place(4), *(Place(2, 2, 1, x) for x in ("ulysses", "gather"))], ids=str)
 def test_forward_sends_what_the_formulas_of_the_layouts_page_say(pools, place):
     cfg, t, c = CONFIGS["dropless"], place.tensor, place.context
     tokens, kv_width = BATCH * SEQ_LEN // c, cfg.num_kv_heads * cfg.head_dim
