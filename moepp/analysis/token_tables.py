@@ -16,6 +16,7 @@ from moepp.analysis.token_view import TokenView, pool
 
 Rows = list[dict[str, Any]]
 Decode = Callable[[Sequence[int]], str]
+Texts = Callable[[Sequence[int]], list[str]]
 FOLDER = "tokens"  # of a run: where training leaves the tables
 LEAST_READ = 5  # times that a token type must be read to be in a table
 _CONTEXT = 8  # tokens before an example
@@ -25,25 +26,28 @@ _BINS = 20
 _TEXT_TOKENS = 240
 
 
-def token_tables(sources: Mapping[str, TokenView], decode: Decode | None = None) -> dict[str, Rows]:
+def token_tables(
+    sources: Mapping[str, TokenView], decode: Decode | None = None, texts: Texts | None = None
+) -> dict[str, Rows]:
     """Return every table by its name: of all sources together, and the kinds of each.
 
     Args:
         sources: what was read, by the name of the data.
         decode: text of token ids; None: ids are shown.
+        texts: text of each token as it stands among others; None: each is decoded by itself.
     """
     seen = pool(list(sources.values()))
     return {
-        "types": by_type(seen, decode),
+        "types": by_type(seen, decode, texts=texts),
         "positions": by_position(seen),
         "frequencies": by_frequency(seen),
         "losses": by_loss(seen),
         "kinds": kinds_by_layer(sources),
-        "text": text_tokens(seen, decode) if decode is not None else [],
+        "text": text_tokens(seen, decode, texts) if decode is not None else [],
     }
 
 
-def by_type(seen: TokenView, decode: Decode | None = None, least: int = LEAST_READ) -> Rows:
+def by_type(seen: TokenView, decode: Decode | None = None, least: int = LEAST_READ, texts: Texts | None = None) -> Rows:
     """Return one row per token type that occurs ``least`` times or more, the most FFN experts first.
 
     Columns: token, text, count, ffn_per_token (mean over layers and occurrences), ffn_std (over occurrences), loss (of
@@ -58,7 +62,8 @@ def by_type(seen: TokenView, decode: Decode | None = None, least: int = LEAST_RE
         if count < least:
             continue
         places = order[start : start + count]
-        row = {"token": token, "text": decode([token]) if decode else str(token), "count": count}
+        text = str(token) if decode is None else _texts([token], decode, texts)[0]
+        row = {"token": token, "text": text, "count": count}
         row |= {"ffn_per_token": float(ffn[places].mean()), "ffn_std": float(ffn[places].std())}
         row |= {"loss": float(losses[places].mean()), "examples": []}
         for place in places[:: max(1, count // _EXAMPLES)][:_EXAMPLES]:
@@ -138,11 +143,15 @@ def kinds_by_layer(sources: Mapping[str, TokenView]) -> Rows:
     return rows
 
 
-def text_tokens(seen: TokenView, decode: Decode) -> Rows:
-    """Return the beginning of the first sequence, token by token."""
-    ids, ffn = seen.input_ids_NS[0][:_TEXT_TOKENS], seen.ffn_NS[0][:_TEXT_TOKENS]
-    pairs = zip(ids.tolist(), ffn.tolist(), strict=True)
-    return [{"position": n, "text": decode([i]), "ffn_per_token": value} for n, (i, value) in enumerate(pairs)]
+def text_tokens(seen: TokenView, decode: Decode, texts: Texts | None = None) -> Rows:
+    """Return the beginning of the first sequence, token by token; joined, the column text reads as that text."""
+    ids, ffn = seen.input_ids_NS[0][:_TEXT_TOKENS].tolist(), seen.ffn_NS[0][:_TEXT_TOKENS].tolist()
+    pairs = zip(_texts(ids, decode, texts), ffn, strict=True)
+    return [{"position": n, "text": text, "ffn_per_token": value} for n, (text, value) in enumerate(pairs)]
+
+
+def _texts(ids: Sequence[int], decode: Decode, texts: Texts | None) -> list[str]:
+    return [decode([i]) for i in ids] if texts is None else texts(ids)
 
 
 def gate_weights(with_residuals: Observed, without: Observed | None) -> Rows:

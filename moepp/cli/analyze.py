@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from moepp.analysis.model_pages import Findings
-    from moepp.analysis.token_tables import Decode, Rows
+    from moepp.analysis.token_tables import Decode, Rows, Texts
     from moepp.model.transformer import Transformer
 
 EXAMPLE = "moepp analyze tokens runs/mine; moepp analyze communication runs/tau-0.25 runs/tau-0.75"
@@ -197,10 +197,10 @@ def _sequences(prefix: str, found: FoundModel, length: int, num_tokens: int) -> 
     return np.stack([tokens_T[i * length : (i + 1) * length + 1] for i in range(count)]).astype(np.int64)
 
 
-def _decoder(args: argparse.Namespace, found: FoundModel) -> Decode | None:
+def _spelling(args: argparse.Namespace, found: FoundModel) -> tuple[Decode | None, Texts | None]:
     if args.tokenizer is None and found.tokenizer is None:
-        return None
-    return open_tokenizer(found, args.tokenizer).decode
+        return None, None
+    return open_tokenizer(found, args.tokenizer).spelling
 
 
 def _lead(subjects: list[Subject]) -> str:
@@ -219,12 +219,12 @@ def _tokens(args: argparse.Namespace, subjects: list[Subject]) -> Findings:
     from moepp.analysis.token_tables import gate_weights, token_tables
 
     [one] = subjects
-    decode = _decoder(args, one.found)
+    spelling = _spelling(args, one.found)
     seen = {source: observe(one.model, tokens) for source, tokens in one.sources.items()}
     without = None
     if one.found.cfg.moe.gating_residual:
         without = observe(one.model, one.pooled, Change(residuals=False))
-    rows = token_tables({source: found.view for source, found in seen.items()}, decode)
+    rows = token_tables({source: found.view for source, found in seen.items()}, *spelling)
     figures, markup = token_figures(rows), text_markup(rows["text"])
     if one.found.run_dir is not None:
         rows["tasks"], source = _task_kinds(one.found.run_dir.path)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from moepp.data.token_texts import TokenTexts
 from moepp.data.tokenizer_guard import no_panic, require_safe
 from moepp.errors import DataError
 from moepp.io.untrusted import load_json, printable, read_text, why_no_file
@@ -112,10 +114,24 @@ class Tokenizer:
         with no_panic(self.path):
             return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ``ids``; special tokens are left out."""
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Return the text of ``ids``; special tokens are left out, or stand there by name."""
         with no_panic(self.path):
-            return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+            return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        """Return the text of each token in running text; see :class:`moepp.data.token_texts.TokenTexts`."""
+        with no_panic(self.path):
+            return self._token_texts.of(ids)
+
+    @property
+    def spelling(self) -> tuple[Callable[[Sequence[int]], str], Callable[[Sequence[int]], list[str]]]:
+        """What shows tokens to people: the text of a sequence with its special tokens, and that of each token."""
+        return partial(self.decode, skip_special=False), self.texts
+
+    @cached_property
+    def _token_texts(self) -> TokenTexts:
+        return TokenTexts(self._tokenizer)
 
     def to_json(self) -> str:
         """Return the tokenizer as JSON, truncation, padding and dropout off."""

@@ -72,8 +72,8 @@ def _write_and_log(trainer: Trainer, views: Mapping[str, TokenView], folder: Pat
     from moepp.analysis.token_tables import token_tables
 
     path, end = trainer.cfg.data.tokenizer, trainer.vocabulary.eod_id
-    decode = Tokenizer(path, eod_id=end).decode if path is not None else None
-    tables = {name: rows for name, rows in token_tables(views, decode).items() if rows}
+    spelling = Tokenizer(path, eod_id=end).spelling if path is not None else (None, None)
+    tables = {name: rows for name, rows in token_tables(views, *spelling).items() if rows}
     _write(tables, folder)
     trainer.parts.sinks.log_tables(_for_wandb(tables), trainer.step, trainer.tokens)
 
