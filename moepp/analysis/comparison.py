@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moepp.analysis.charts import tokens_per_second
+from moepp.analysis.charts import compared_loss, tokens_per_second
 from moepp.analysis.curves import group_runs, mean_and_spread
 from moepp.analysis.figures import shorten
 from moepp.analysis.parquet import write_parquet
@@ -39,6 +39,8 @@ _TOKENS = {"fewest_tokens": "fewest tokens", "most_tokens": "most tokens"}
 _HEADINGS = _TOKENS | {"also_differs_in": "also differs in"}
 _FIRST = ("eval_loss", "tokens")  # what is read first stands first, before the settings
 _SET = re.compile(r"(best_)?eval_loss/(.+)")
+# Ends of a benchmark's column whose small numbers are good ones.
+_SMALL_METRICS = re.compile(r"[/_](perplexity|bits_per_byte|loss|nll|brier_score|[wct]er|mse|mae)(,[^/]*)?$")
 _RESULT = re.compile(r"eval/(.+)")
 _LONG = 40  # letters of a cell on a page; files have the whole of it
 _WHOLE = 1_000_000  # letters, more than any setting has
@@ -84,22 +86,56 @@ def more_columns(runs: Sequence[Run]) -> dict[str, str]:
     return found | {key: key for key in benchmarks(runs).values()}
 
 
-def compare(runs: Sequence[Run], sort: str = "eval_loss") -> list[dict[str, Any]]:
-    """Return a row per run, the best by ``sort`` first, those without that number last.
+def default_sort(runs: Sequence[Run]) -> str:
+    """Return the column by which runs are ordered: the loss that compares them, else that on a named set, else names.
+
+    See :func:`moepp.analysis.charts.compared_loss`.
+    """
+    losses = [compared_loss(runs).replace("/", "_"), *(f"eval_loss/{name}" for name in validation_sets(runs))]
+    known = [column for column in losses if any(run.series(_metric_of(column)) for run in runs)]
+    return known[0] if known else "run"
+
+
+def _metric_of(column: str) -> str:
+    found = _SET.fullmatch(column)
+    return f"eval/{found[2]}/loss" if found else column.replace("_", "/", 1)
+
+
+def order_text(sort: str) -> str:
+    """Say by what and in which direction a table is ordered."""
+    if not is_number(sort):
+        return f"by {sort}, ascending"
+    return f"by {sort}, the {'lowest' if _is_small_good(sort) else 'highest'} first"
+
+
+def _is_small_good(column: str) -> bool:
+    if column in COLUMNS:
+        return COLUMNS[column][2]
+    return bool(_SET.fullmatch(column) or _SMALL_METRICS.search(column))
+
+
+def compare(runs: Sequence[Run], sort: str | None = None) -> list[dict[str, Any]]:
+    """Return a row per run, the best by ``sort`` first, those without that number last; None: :func:`default_sort`.
 
     Raises:
         ConfigError: ``sort`` is no column.
     """
+    sort = default_sort(runs) if sort is None else sort
     keys, more = compared_keys(runs), more_columns(runs)
     choices = ["run", *keys, *COLUMNS, *more]
     if sort not in choices:
         raise ConfigError(f"--sort={sort} is no column; choose one of {', '.join(choices)}")
     rows = [row_of(run, keys, more) for run in runs]
     if sort not in COLUMNS and sort not in more:
-        return sorted(rows, key=lambda row: (_as_number(row[sort]), str(row[sort])))
-    is_small_good = COLUMNS[sort][2] if sort in COLUMNS else bool(_SET.fullmatch(sort))
-    sign = 1 if is_small_good else -1
+        return sorted(rows, key=lambda row: (_as_number(row[sort]), str(row[sort]), row["run"]))
+    sign = 1 if _is_small_good(sort) else -1
     return sorted(rows, key=lambda row: (row[sort] is None, sign * (row[sort] or 0.0), row["run"]))
+
+
+def with_paths(rows: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return rows of runs for a file: with the directory of each, which a page tells elsewhere."""
+    paths = {run.name: str(run.path) for run in runs}
+    return [{**row, "path": paths[row["run"]]} for row in rows]
 
 
 def _as_number(text: str) -> float:

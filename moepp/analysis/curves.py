@@ -98,16 +98,16 @@ def _label(runs: Sequence[Run]) -> str:
     """Return a run's name, or what the names of several have in common: "moepp-seed-1", "moepp-seed-2": "moepp"."""
     if len(runs) == 1:
         return runs[0].name
+    if len({run.path.name for run in runs}) == 1:  # a folder for each seed
+        return runs[0].path.name
     letters = takewhile(lambda column: len(set(column)) == 1, zip(*(run.name for run in runs), strict=False))
     common = "".join(column[0] for column in letters)
-    common = re.sub(r"[-_.=](seed|s)?[-_.=]?[0-9]*$", "", common).rstrip("-_.=")
+    common = re.sub(r"[-_.=](seed|s)?[-_.=]?[0-9]*$", "", common).rstrip("-_.=/")
     return common or ", ".join(run.name for run in runs)
 
 
 def _distinct(labels: Sequence[str], members: Sequence[Sequence[Run]]) -> list[str]:
     names = [", ".join(run.name for run in group) for group in members]
-    if len(set(names)) < len(names):  # the same names in several folders
-        names = [", ".join(f"{run.path.parent.name}/{run.name}" for run in group) for group in members]
     return [names[n] if labels.count(label) > 1 else label for n, label in enumerate(labels)]
 
 

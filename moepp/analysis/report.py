@@ -9,7 +9,15 @@ from typing import Any
 import yaml
 
 from moepp.analysis.charts import compared_loss, curve_charts, tokens_per_second
-from moepp.analysis.comparison import compare, group_seeds, uneven_seeds, write_table
+from moepp.analysis.comparison import (
+    compare,
+    default_sort,
+    group_seeds,
+    order_text,
+    uneven_seeds,
+    with_paths,
+    write_table,
+)
 from moepp.analysis.cost_charts import cost_charts
 from moepp.analysis.differences import differences, frontier
 from moepp.analysis.figures import Figure, compact
@@ -75,13 +83,13 @@ def _tokens(run: Run) -> tuple[list[Figure], str, list[str]]:
     return [*figures, *task_figures(tasks, source)], text_markup(tables["text"]) if tables else "", problems
 
 
-def write_comparison(runs: Sequence[Run], folder: Path, sort: str = "eval_loss", left_out: Sequence[str] = ()) -> Path:
+def write_comparison(runs: Sequence[Run], folder: Path, sort: str | None = None, left_out: Sequence[str] = ()) -> Path:
     """Write ``report.html``, ``figures/*.png`` and tables as CSV of several runs; the page's path.
 
     Args:
         runs: at least one.
         folder: where to write.
-        sort: column of the table.
+        sort: column by which the table is ordered; None: the loss that compares the runs.
         left_out: why some runs of a folder are not among them.
 
     Raises:
@@ -98,9 +106,9 @@ def write_comparison(runs: Sequence[Run], folder: Path, sort: str = "eval_loss",
         differ = "There is no other run to compare it with."
     page = Page(title, f"{differ} Numbers come from the runs' metrics.jsonl.")
     page.notes([*comparison_notes(runs, left_out), *uneven_seeds(seeds)])
-    page.table(rows, "One row per run, the best first")
+    page.table(rows, f"One row per run, {order_text(default_sort(runs) if sort is None else sort)}")
     files.make_folder(folder)
-    write_table(folder / TABLE, rows)
+    write_table(folder / TABLE, with_paths(rows, runs))
     if seeds:
         page.section("By setting", "Runs that differ in their seed alone: mean and sample standard deviation (±).")
         page.table(seeds, "One row per setting")

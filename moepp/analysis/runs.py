@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ _NOT_COMPARED = re.compile(
 
 _MAIN = ("train/loss", "eval/loss", "train/grad_norm")
 _NAMED = 4  # metrics that a note names
+_LEVELS = 3  # of folders below one that is named, in which runs are looked for
 
 SPLIT_NAME = "data.paths"
 """What the validation part of ``data.paths`` is called beside sets of ``data.validation``, whose names have no dot."""
@@ -63,17 +64,19 @@ class Run:
         records: lines of metrics.jsonl.
         tree: its configuration as stored; empty where it cannot be read.
         config: the same, typed; None where this version cannot read it, or parts of it are registered elsewhere.
+        shown: what tells it from other runs whose directories have the same name; "" where nothing need.
     """
 
     path: Path
     records: Sequence[Mapping[str, Any]]
     tree: Mapping[str, Any] = field(default_factory=dict)
     config: Config | None = None
+    shown: str = ""
 
     @property
     def name(self) -> str:
-        """Name of the directory."""
-        return self.path.name
+        """What it is called: its directory's name, with as many folders above it as it takes to tell it from others."""
+        return self.shown or self.path.name
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:
@@ -233,9 +236,10 @@ class FoundRuns:
 
 
 def find_runs(places: Sequence[str]) -> FoundRuns:
-    """Read run directories, and those in a folder of runs (a sweep's).
+    """Read run directories, and those below folders (a sweep's), down to three levels; runs hold no other runs.
 
-    Of a folder, runs that cannot be read or have logged nothing yet are left out.
+    Of a folder, runs that cannot be read or have logged nothing yet are left out. Links to runs count, links to other
+    folders are not followed. Runs whose directories have the same name are told apart by the folders above.
 
     Raises:
         RunError: a place is no run and holds none that can be read, or the metrics of a run that is named itself
@@ -250,21 +254,53 @@ def find_runs(places: Sequence[str]) -> FoundRuns:
         if _is_run(path):
             found.setdefault(path, read_run(path))
             continue
-        folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and _is_run(folder)]
-        if not folders:
+        reasons: list[str] = []
+        folders = list(dict.fromkeys(_runs_below(path, _LEVELS, reasons)))
+        if not folders and not reasons:
             raise RunError(f"{printable(place)} holds no metrics.jsonl and no run; name the directory of a run")
-        reasons = []
+        readable = 0
         for folder in folders:
             try:
                 found.setdefault(folder, read_run(folder))
+                readable += 1
             except RunError as error:
-                reasons.append(f"{folder.name} is left out: {error}")
-        if len(reasons) == len(folders):
+                reasons.append(f"{_below(folder, path)} is left out: {error}")
+        if not readable:
             raise RunError(f"{printable(place)} holds no run that can be read: {reasons[0]}")
         left_out += reasons
     for reason in left_out:
         logger.warning("%s", printable(reason))
-    return FoundRuns(list(found.values()), left_out)
+    return FoundRuns(_told_apart(list(found.values())), left_out)
+
+
+def _runs_below(folder: Path, levels: int, unreadable: list[str]) -> Iterator[Path]:
+    """Yield the directories of runs, resolved; why a folder cannot be looked into goes into ``unreadable``."""
+    try:
+        for path in sorted(folder.iterdir()):
+            if not path.is_dir():
+                continue
+            if _is_run(path):
+                yield path.resolve()
+            elif levels > 1 and not path.is_symlink():
+                yield from _runs_below(path, levels - 1, unreadable)
+    except OSError as error:
+        unreadable.append(f"{folder} is left out: {error.strerror}")
+
+
+def _below(folder: Path, top: Path) -> str:
+    return str(folder.relative_to(top)) if folder.is_relative_to(top) else str(folder)
+
+
+def _told_apart(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs, those of the same name under the shortest end of their path that no other has."""
+    names = []
+    for run in runs:
+        parts = run.path.parts
+        ends = ("/".join(parts[-length:]) for length in range(1, len(parts)))
+        taken = [one.path.parts for one in runs if one is not run and one.path.name == run.path.name]
+        free = (end for end in ends if all("/".join(other[-(end.count("/") + 1) :]) != end for other in taken))
+        names.append(next(free, str(run.path)))
+    return [replace(run, shown=name) for run, name in zip(runs, names, strict=True)]
 
 
 def _is_run(path: Path) -> bool:

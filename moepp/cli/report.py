@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="where report.html and figures/ go; default: the run's directory, or comparison/ beside several runs",
     )
-    parser.add_argument("--sort", metavar="COLUMN", help="several runs: order of the table; default: eval_loss")
+    parser.add_argument(
+        "--sort", metavar="COLUMN", help="several runs: order of the table; default: the loss that compares them"
+    )
     parser.add_argument("--table", metavar="FILE", help="several runs: write the table here too, as .csv or .parquet")
     parser.add_argument(
         "--unigram-entropy",
@@ -82,7 +84,7 @@ def _report_one(path: Path, args: argparse.Namespace) -> int:
 
 
 def _report_several(places: Sequence[str], args: argparse.Namespace) -> int:
-    from moepp.analysis.comparison import compare, headings, shown_columns, text_of, write_table
+    from moepp.analysis.comparison import compare, headings, shown_columns, text_of, with_paths, write_table
     from moepp.analysis.report import comparison_notes, write_comparison
     from moepp.analysis.runs import find_runs
     from moepp.runs.report import table_lines
@@ -93,11 +95,10 @@ def _report_several(places: Sequence[str], args: argparse.Namespace) -> int:
     runs = found.runs
     common = Path(os.path.commonpath([run.path.parent for run in runs]))
     folder = _own_folder(common / "comparison" if args.out is None else Path(args.out))
-    sort = "eval_loss" if args.sort is None else args.sort
-    rows = compare(runs, sort)
+    rows = compare(runs, args.sort)
     if args.table is not None:
-        write_table(Path(args.table), rows)
-    page = write_comparison(runs, folder, sort, found.left_out)
+        write_table(Path(args.table), with_paths(rows, runs))
+    page = write_comparison(runs, folder, args.sort, found.left_out)
     for note in comparison_notes(runs, found.left_out):
         print(terminal_text(f"note: {note}"))
     columns = shown_columns(rows)

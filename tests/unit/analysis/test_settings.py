@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
 
 from moepp.analysis import figures
-from moepp.analysis.comparison import text_of
+from moepp.analysis.comparison import compare, text_of
 from moepp.analysis.curves import group_runs
 from moepp.analysis.differences import differences
 from moepp.analysis.runs import find_runs
@@ -80,3 +81,101 @@ def test_a_setting_without_a_twin_is_set_against_the_nearest_and_the_page_says_i
         "No twins, for they differ in more: moepp-lr-3 and vanilla-lr-1 (optim.lr, train.recompute); vanilla-lr-4"
         in page
     )
+
+
+def log(path: Path, **values: float) -> None:
+    """Append a record at the last step; ``__`` in a name stands for a slash."""
+    record = {"step": 40, "tokens": 4000} | {name.replace("__", "/"): value for name, value in values.items()}
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def forget(path: Path, metric: str) -> None:
+    """Take a metric out of every record."""
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.dumps({name: value for name, value in one.items() if name != metric}) for one in records]
+    (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def caption_of(page: Path) -> str:
+    return page.read_text().split("<caption>", 1)[1].split("</caption>")[0]
+
+
+def test_without_a_validation_loss_runs_are_ordered_by_another_loss(tmp_path):
+    for name, shift, wiki in (("a", 0.5, 3.0), ("b", 0.0, 4.0), ("c", 0.25, 3.5)):
+        path = make_run(tmp_path / "runs", name, shift=shift, tau=0.5 + shift)
+        log(path, eval__wiki__loss=wiki)
+        forget(path, "eval/loss")
+    runs = str(tmp_path / "runs")
+    page = tmp_path / "runs/comparison/report.html"
+    assert main(["report", runs]) == 0 and caption_of(page) == "One row per run, by train_loss, the lowest first"
+    assert [row["run"] for row in compare(find_runs([runs]).runs)] == ["b", "c", "a"]
+    for name in "abc":
+        forget(tmp_path / "runs" / name, "train/loss")
+    assert main(["report", runs]) == 0 and caption_of(page) == "One row per run, by eval_loss/wiki, the lowest first"
+    assert [row["run"] for row in compare(find_runs([runs]).runs)] == ["a", "c", "b"]
+    for name in "abc":
+        forget(tmp_path / "runs" / name, "eval/wiki/loss")
+    assert main(["report", runs]) == 0 and caption_of(page) == "One row per run, by run, ascending"
+
+
+@pytest.mark.parametrize(
+    ("column", "first", "text"),
+    [
+        ("eval/wikitext/word_perplexity", "a", "the lowest first"),
+        ("eval/wikitext/byte_perplexity", "a", "the lowest first"),
+        ("eval/wikitext/bits_per_byte", "a", "the lowest first"),
+        ("eval/piqa/acc", "b", "the highest first"),
+        ("eval/piqa/f1_character", "b", "the highest first"),
+        ("eval_loss", "b", "the lowest first"),
+        ("tokens_per_second", "a", "the highest first"),
+        ("model.moe.tau", "b", "ascending"),
+        ("run", "a", "ascending"),
+    ],
+)
+def test_the_best_is_first_and_the_caption_says_by_what(tmp_path, column, first, text):
+    for name, better in (("a", 0.0), ("b", -0.25)):
+        path = make_run(tmp_path / "runs", name, shift=better, tau=0.75 + better)
+        if column.startswith("eval/"):
+            log(path, **{column: 0.5 - better})
+    assert main(["report", str(tmp_path / "runs"), "--sort", column]) == 0
+    assert caption_of(tmp_path / "runs/comparison/report.html") == f"One row per run, by {column}, {text}"
+    rows = csv.DictReader((tmp_path / "runs/comparison/comparison.csv").open())
+    assert next(rows)["run"] == first
+
+
+def test_runs_of_nested_sweeps_are_found_once_and_told_apart(tmp_path, capsys):
+    top = tmp_path / "runs"
+    for folder, tau in (("a/x", 0.25), ("a/y", 0.5), ("b", 0.75)):
+        make_run(top / folder, "run", tau=tau)
+    make_run(top / "b", "alone", tau=1.0)
+    make_run(top / "b/run", "inner")  # a run's own folders are not looked into
+    make_run(top / "too/many/folders", "deep")
+    (top / "latest").symlink_to(top / "b/run")
+    (top / "loop").symlink_to(top)
+    make_run(top / "a", "broken")
+    (top / "a/broken/metrics.jsonl").write_text("")
+    assert main(["report", str(top), "--table", str(tmp_path / "t.csv")]) == 0
+    said = capsys.readouterr().out
+    for file in (top / "comparison/comparison.csv", tmp_path / "t.csv"):
+        rows = {row["run"]: row for row in csv.DictReader(file.open())}
+        assert {name: row["path"] for name, row in rows.items()} == {
+            "x/run": str(top / "a/x/run"),
+            "y/run": str(top / "a/y/run"),
+            "b/run": str(top / "b/run"),
+            "alone": str(top / "b/alone"),
+        }
+        assert rows["y/run"]["model.moe.tau"] == "0.5"
+    assert "x/run" in said and "note: a/broken is left out" in said
+    page = (top / "comparison/report.html").read_text()
+    assert all(f"<td>{name}" in page or f">{name}</th>" in page for name in ("x/run", "y/run", "b/run"))
+
+
+def test_seeds_in_folders_of_their_own_are_called_by_their_common_name(tmp_path):
+    for seed in (1, 2):
+        make_run(tmp_path / f"seed{seed}", "moepp", seed=seed)
+        make_run(tmp_path / f"seed{seed}", "vanilla", seed=seed, vanilla=True)
+    groups = group_runs(find_runs([str(tmp_path)]).runs)
+    assert [(group.label, [run.name for run in group.runs]) for group in groups] == [
+        (name, [f"seed1/{name}", f"seed2/{name}"]) for name in ("moepp", "vanilla")
+    ]
