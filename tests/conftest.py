@@ -58,6 +58,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.exhaustive)
         elif folder in ("dist", "e2e") and "/".join((folder, *rest)) not in QUICK and not names_files:
             item.add_marker(pytest.mark.slow)
+    if torch.__version__ < "2.13":
+        from moepp.engine.fsdp import why_no_fsdp
+
+        for item in items:
+            if "fsdp" in item.name or item.path.name == "test_fsdp.py":
+                item.add_marker(pytest.mark.skipif(why_no_fsdp() is not None, reason=str(why_no_fsdp())))
     if GPU is None:
         reason = pytest.mark.skip(reason=why_no_gpu())
         for item in items:

@@ -13,8 +13,10 @@ weights of embedding, output layer and one or two layers.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -32,13 +34,28 @@ from moepp.engine.engine import Fetch, OwnPart, StepResult, Watch, make_optimize
 from moepp.engine.norms import global_norm, squared_norms
 from moepp.errors import ConfigError
 
-try:  # private names, and new ones: a mesh for each parameter
-    from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
-except ImportError as error:
-    raise ConfigError(
-        f"engine=fsdp needs a torch whose fully_shard takes a mesh for each parameter, and {torch.__version__} does "
-        "not; install torch 2.13, or use engine=native with parallel.zero_stage=1"
-    ) from error
+# Private names, and new ones: a mesh for each parameter.
+_Names = import_module("torch.distributed.fsdp._fully_shard._fsdp_common")
+
+# The layers look as if somebody might write into their outputs, which nobody does.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
+def why_no_fsdp() -> str | None:
+    """Return why this torch cannot run the engine; None: it can."""
+    if hasattr(_Names, "ShardPlacementResult") and hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        return None
+    return f"torch {torch.__version__} has no fully_shard with a mesh for each parameter; it came with 2.13"
+
+
+def require_fsdp() -> None:
+    """Refuse the engine where torch is too old for it.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if why := why_no_fsdp():
+        raise ConfigError(f"engine=fsdp: {why}; install it, or use engine=native with parallel.zero_stage=1")
 
 
 @dataclass(frozen=True)
@@ -93,6 +110,7 @@ class FSDPEngine:
         accumulation_steps: int,
         clock: StageClock | None = None,
     ) -> None:
+        require_fsdp()
         self.model = model
         self._clock = clock if clock is not None else StageClock()
         self.loss_scale = 1.0 / (accumulation_steps * groups.stage_size)
@@ -191,7 +209,7 @@ def _shard(model: nn.Module, groups: ParallelGroups) -> None:
     """Make every layer, and what is in none, a unit of FSDP2."""
     device = groups.device.type
     meshes = {group: DeviceMesh.from_group(group, device) for group in (groups.stage, groups.dpcp, groups.edp)}
-    infos = {group: FSDPMeshInfo(mesh, shard_mesh_dim=0) for group, mesh in meshes.items()}
+    infos = {group: _Names.FSDPMeshInfo(mesh, shard_mesh_dim=0) for group, mesh in meshes.items()}
     is_bf16 = next(model.parameters()).dtype == torch.bfloat16
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if is_bf16 else None,
@@ -202,7 +220,7 @@ def _shard(model: nn.Module, groups: ParallelGroups) -> None:
 
     def place(parameter: nn.Parameter) -> Any:
         group = placement_of(names[parameter], groups.tp_size > 1).group(groups)
-        return ShardPlacementResult(Shard(_dim_to_cut(parameter.shape, comm.size(group))), infos[group])
+        return _Names.ShardPlacementResult(Shard(_dim_to_cut(parameter.shape, comm.size(group))), infos[group])
 
     layers = [layer for child in model.children() if isinstance(child, nn.ModuleList) for layer in child]
     for module in [*(layer for layer in layers if next(layer.parameters(), None) is not None), model]:

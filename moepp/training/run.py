@@ -59,6 +59,10 @@ def run_training(cfg: Config) -> None:
     device = pick_device(launch.local_rank, cfg.runtime.device, launch.local_size, shared)
     if cfg.engine.name == "deepspeed":
         require_accelerator(device)
+    elif cfg.engine.name == "fsdp":
+        from moepp.engine.fsdp import require_fsdp  # imports torch's FSDP2
+
+        require_fsdp()
     facts = start_facts(cfg, device)
     store = init_process_group(launch, device, cfg.parallel.timeout_seconds, facts, cfg.runtime.backend)
     if launch.rank > 0 and launch.local_rank == 0:  # the first of its host, whose log would be empty

@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from moepp import ops
+from moepp.engine import fsdp
+from moepp.errors import ConfigError
 from moepp.moe.dispatch import AllToAllDispatcher
 from moepp.ops import backend
 from moepp.ops.expert_products import ExpertProducts
@@ -57,13 +59,32 @@ class Without(PathFinder):
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Without
 """
+# And a torch before 2.13, as far as FSDP2 is concerned.
+OLD_TORCH = """
+import builtins
+import sys
+
+NAME = "torch.distributed.fsdp._fully_shard._fsdp_common"
+real = builtins.__import__
+
+def forgetting(*args, **kwargs):
+    found = real(*args, **kwargs)
+    if NAME in sys.modules and vars(sys.modules["torch.distributed.fsdp"]).get("FSDPModule"):
+        vars(sys.modules[NAME]).pop("ShardPlacementResult", None)
+        builtins.__import__ = real
+    return found
+
+builtins.__import__ = forgetting
+"""
 
 
-def prove_without_extras(tmp_path: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
-    """The script in an environment where importing what it must not need fails."""
+def prove_without_extras(
+    tmp_path: Path, *arguments: str, more: str = ""
+) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    """The script in an environment where importing what it must not need fails; ``more`` is run in it at first."""
     blocked, out = tmp_path / "blocked", tmp_path / "out"
     blocked.mkdir()
-    (blocked / "sitecustomize.py").write_text(BLOCKER)
+    (blocked / "sitecustomize.py").write_text(BLOCKER + more)
     environment = os.environ | {"PYTHONPATH": f"{blocked}{os.pathsep}{ROOT}"}
     command = [sys.executable, "-m", "tests.gpu.prove", "--device", "cpu", "--out", str(out), *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
@@ -100,7 +121,8 @@ STATUSES |= {17: "partial"}
 def test_all_other_checks_run_with_torch_triton_numpy_and_transformers_alone(tmp_path_factory, numbers, two_at_a_time):
     def prove_half(numbers: range) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
         half = f"{numbers[0]}-{numbers[-1]}"
-        return prove_without_extras(tmp_path_factory.mktemp("prove"), "--checks", half)
+        more = OLD_TORCH if numbers[0] == 3 else ""  # the second half tries FSDP2
+        return prove_without_extras(tmp_path_factory.mktemp("prove"), "--checks", half, more=more)
 
     done, proof = two_at_a_time("numbers", prove_half)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -125,6 +147,19 @@ def test_a_check_that_raises_hangs_or_dies_leaves_the_others_alone(tmp_path):
     assert "illegal memory access" in lines[1] and "no result within 1 s" in lines[2] and "signal 9" in lines[3]
     assert "needs CUDA: streams" in lines[4]
     assert json.loads((tmp_path / "proof.json").read_text())["checks"] == proof.records
+
+
+def test_fsdp_is_left_out_by_name_where_torch_is_too_old_for_it(monkeypatch):
+    monkeypatch.delattr(fsdp._Names, "ShardPlacementResult")
+    monkeypatch.setattr(training, "ENGINES", (("fsdp", 3),))
+    monkeypatch.setattr(layouts, "PROBES", {})
+    for check in (training.check_engines, layouts.check_layouts):
+        report = Report()
+        check(CPU, report)
+        assert not report.failures and all("fully_shard" in why and "2.13" in why for why in report.skipped)
+        assert report.skipped and all(name.startswith("fsdp, ZeRO-3") for name in report.skipped)
+    with pytest.raises(ConfigError, match=r"engine=fsdp: torch .* use engine=native"):
+        fsdp.require_fsdp()
 
 
 def test_no_check_begins_after_the_time_is_over(tmp_path):

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moepp.engine.fsdp import why_no_fsdp
 from tests import parity
 from tests.dist import WorkerFailure, WorkerPool
 from tests.gpu.report import Place, Report
@@ -30,6 +31,9 @@ def check_layouts(place: Place, report: Report) -> None:
         broken = {name: why for name in PROBES if (why := why_broken(pool, name, device))}
         report.note("collectives of gloo on this device", [name for name in PROBES if name not in broken])
         for name, (setting, layout, needs) in _layouts(place).items():
+            if layout.engine == "fsdp" and (why := why_no_fsdp()):
+                report.skip(f"{name}: {why}")
+                continue
             missing = [f"{one} ({broken[one]})" for one in needs if one in broken]
             if missing:
                 report.skip(f"{name}: gloo lacks {', '.join(missing)}")
@@ -58,6 +62,11 @@ def _layouts(place: Place) -> dict[str, tuple[Setting, Layout, tuple[str, ...]]]
         "tensor": (heads, Layout(2, 2, tensor=2, device=device), ("all_to_all", "all_gather", "reduce_scatter")),
         "context": (heads, Layout(2, 1, context=2, micro_batch=4, device=device), ("all_to_all", "all_gather")),
         "pipeline": (layers, Layout(2, micro_batch=1, pipeline=2, device=device), ("send_receive",)),
+        "fsdp, ZeRO-3, pipeline": (
+            layers,
+            Layout(2, 1, "fsdp", 3, micro_batch=1, pipeline=2, device=device),
+            ("all_gather", "reduce_scatter", "send_receive"),
+        ),
     }
     for engine, zero in ENGINES:
         if engine != "deepspeed":  # it makes groups of its own

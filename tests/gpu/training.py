@@ -16,6 +16,7 @@ from moepp.checkpoint import Checkpointer, load_training_state
 from moepp.config import CheckpointConfig, MoEConfig, OptimConfig
 from moepp.distributed.groups import ParallelGroups, build_groups, new_cpu_group
 from moepp.distributed.layout import Layout as RankLayout
+from moepp.engine.fsdp import why_no_fsdp
 from moepp.engine.native import NativeEngine
 from moepp.metrics.step_stats import StepStats
 from moepp.model.generate import generate
@@ -178,6 +179,9 @@ def check_engines(place: Place, report: Report) -> None:
             name = f"{engine}, ZeRO-{zero}"
             if engine == "deepspeed" and not is_installed("deepspeed"):
                 report.skip(f"{name}: the package deepspeed is not installed")
+                continue
+            if engine == "fsdp" and (why := why_no_fsdp()):
+                report.skip(f"{name}: {why}")
                 continue
             found = train(0, setting, Layout(1, 1, engine, zero, device=device))
             report.at_most(f"{name}: deviation from native", deviation(wanted, found).worst, parity.TOLERANCE)
