@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from moepp.analysis.curves import AXES, Curve, Drawn, Group, curves_of, group_runs
 from moepp.analysis.evidence import Estimate, undecided, verdict
-from moepp.analysis.figures import Figure, Palette, compact, format_counts, legend
+from moepp.analysis.figures import Figure, Palette, compact, format_counts, label_of, legend
 from moepp.analysis.runs import Run, Series
 from moepp.model.accounting import balanced_ffn_per_token, max_ffn_per_token
 
@@ -33,7 +33,7 @@ def plot(axes: Axes, palette: Palette, number: int, curve: Curve) -> None:
     """Draw a curve as the n-th of its axes, in its own colour where it has one."""
     number = number if curve.number is None else curve.number
     marker = {"marker": "o", "markersize": 4} if len(curve.x) < 30 else {}
-    axes.plot(curve.x, curve.y, label=curve.label, linewidth=1.6, **palette.line(number), **marker)
+    axes.plot(curve.x, curve.y, label=label_of(curve.label), linewidth=1.6, **palette.line(number), **marker)
     if curve.spread is not None:
         low, high = ([y + sign * s for y, s in zip(curve.y, curve.spread, strict=True)] for sign in (-1, 1))
         axes.fill_between(curve.x, low, high, color=palette.series(number), alpha=0.2, linewidth=0)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from moepp.analysis.charts import TOKENS, curve_figure, extremes, median
 from moepp.analysis.curves import Curve
-from moepp.analysis.figures import Figure, Palette, bar_labels, compact, format_counts, legend
+from moepp.analysis.figures import Figure, Palette, bar_labels, compact, format_counts, label_of, legend, log_scale
 from moepp.analysis.runs import Run
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def _stage_chart(runs: Sequence[Run]) -> Figure | None:
         left = [0.0] * len(medians)
         for number, name in enumerate(names):
             values = [1000 * stages.get(name, 0.0) for _, stages in medians]
-            axes.barh(range(len(medians)), values, 0.6, left=left, color=palette.series(number), label=name)
+            axes.barh(range(len(medians)), values, 0.6, left=left, color=palette.series(number), label=label_of(name))
             left = [sum(pair) for pair in zip(left, values, strict=True)]
         bar_labels(axes, [run.name for run, _ in medians])
         axes.set_xlabel("milliseconds per step: mean of ranks, median of records")
@@ -173,8 +173,8 @@ def _norms(run: Run, of: str) -> Figure | None:
 
     def draw(axes: Axes, palette: Palette) -> None:
         for number, curve in enumerate(curves):
-            axes.plot(curve.x, curve.y, label=curve.label, linewidth=1.4, **palette.line(number))
-        axes.set_yscale("log")
+            axes.plot(curve.x, curve.y, label=label_of(curve.label), linewidth=1.4, **palette.line(number))
+        log_scale(axes.yaxis)
         axes.set_xlabel(TOKENS)
         axes.set_ylabel(f"{of} norm, logarithmic")
         format_counts(axes.xaxis)

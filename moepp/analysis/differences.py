@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moepp.analysis.charts import behind_text, compared_loss, estimate, far_enough, tokens_per_second
 from moepp.analysis.curves import AXES, Curve, Group, curve_of, curves_of, group_runs, mean_and_spread, short_setting
 from moepp.analysis.evidence import Estimate, standard_error, verdict
-from moepp.analysis.figures import NUM_SERIES, Figure, Palette, compact, format_counts, legend
+from moepp.analysis.figures import NUM_SERIES, Figure, Palette, compact, format_counts, label_of, legend
 from moepp.analysis.runs import Run, compared_keys
 from moepp.model.accounting import activated_parameters
 
@@ -171,7 +171,7 @@ def _draw_frontier(points: Sequence[_Point], best: Sequence[_Point]) -> Callable
             style = {"fmt": _MARKERS[point.number // NUM_SERIES % len(_MARKERS)], "capsize": 3}
             colour = palette.series(point.number)
             place = [point.cost], [point.loss.value]
-            axes.errorbar(*place, yerr=point.loss.spread, color=colour, label=point.label, **style)
+            axes.errorbar(*place, yerr=point.loss.spread, color=colour, label=label_of(point.label), **style)
         axes.margins(0.08)
         axes.set_xlabel("parameters used per token, input embedding left out")
         axes.set_ylabel("loss, nats per token")

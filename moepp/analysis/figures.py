@@ -115,6 +115,7 @@ def _drawing(draw: Draw, palette: Palette, name: str) -> Iterator[Any]:
         "legend.frameon": False,
         "legend.fontsize": 9,
         "axes.formatter.useoffset": False,
+        "text.parse_math": False,  # names of runs, data and tokens may hold dollars
     }
     with matplotlib.rc_context(settings):
         figure = MplFigure(figsize=_INCHES, layout="constrained")
@@ -179,6 +180,20 @@ def format_counts(axis: Any, whole: bool = False) -> None:
 
     axis.set_major_locator(MaxNLocator(5, integer=whole))
     axis.set_major_formatter(Counts(lambda value, _: compact(value)))
+
+
+def label_of(text: str) -> str:
+    """Return a name as the label of something drawn: matplotlib keeps labels with an underscore first to itself."""
+    return f" {text}" if text.startswith("_") else text
+
+
+def log_scale(axis: Any) -> None:
+    """Make an axis logarithmic, with plain numbers at its ticks."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter())
 
 
 def legend(axes: Axes) -> None:

@@ -44,7 +44,7 @@ def _heat_map(values_LE: np.ndarray, names: Sequence[str], layers: Sequence[int]
     axes = figure.subplots()
     image = axes.imshow(values_LE, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0.0)
     step = max(1, -(-len(names) // 16))
-    axes.set_xticks(range(0, len(names), step), names[::step], rotation=60, ha="right", fontsize=7)
+    axes.set_xticks(range(0, len(names), step), names[::step], rotation=60, ha="right", fontsize=7, parse_math=False)
     step = max(1, -(-len(layers) // 12))
     axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]], fontsize=7)
     axes.set_xlabel("expert", fontsize=8)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moepp.analysis.figures import Figure, Palette, format_counts, legend
+from moepp.analysis.figures import Figure, Palette, format_counts, label_of, legend
 from moepp.analysis.page import Page
 from moepp.analysis.parquet import write_parquet
 from moepp.analysis.token_tables import Rows
@@ -72,7 +72,7 @@ def line_figure(
 
     def draw(axes: Axes, palette: Palette) -> None:
         for number, (label, (x, y)) in enumerate(lines.items()):
-            axes.plot(x, y, marker="o", markersize=3.5, linewidth=1.5, label=label, **palette.line(number))
+            axes.plot(x, y, marker="o", markersize=3.5, linewidth=1.5, label=label_of(label), **palette.line(number))
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
         format_counts(axes.xaxis, whole=all(value == int(value) for x, _ in lines.values() for value in x))

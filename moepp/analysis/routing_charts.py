@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moepp.analysis.charts import TOKENS
 from moepp.analysis.curves import Curve
-from moepp.analysis.figures import Figure, Palette, compact, format_counts, legend
+from moepp.analysis.figures import Figure, Palette, compact, format_counts, label_of, legend
 from moepp.analysis.runs import Run
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def _kinds_chart(run: Run) -> Figure | None:
     def draw(axes: Axes, palette: Palette) -> None:
         left = [0.0] * len(layers)
         for number, (kind, values) in enumerate(shares.items()):
-            axes.barh(range(len(layers)), values, 0.8, left=left, color=palette.series(number), label=kind)
+            axes.barh(range(len(layers)), values, 0.8, left=left, color=palette.series(number), label=label_of(kind))
             left = [sum(pair) for pair in zip(left, values, strict=True)]
         _layer_ticks(axes, layers)
         axes.invert_yaxis()
@@ -289,7 +289,14 @@ def _gate_chart(snapshot: RoutingSnapshot) -> Figure | None:
 
     def draw(axes: Axes, palette: Palette) -> None:
         for number, curve in enumerate(curves):
-            axes.plot(curve.x, curve.y, label=curve.label, linewidth=1.6, drawstyle="steps-mid", **palette.line(number))
+            axes.plot(
+                curve.x,
+                curve.y,
+                label=label_of(curve.label),
+                linewidth=1.6,
+                drawstyle="steps-mid",
+                **palette.line(number),
+            )
         axes.set_xlabel("gate weight")
         axes.set_ylabel(f"share of tokens per bin of {1 / bins:.2f}")
         axes.set_ylim(bottom=0)

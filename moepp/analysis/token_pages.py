@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moepp.analysis.figures import Figure, Palette, bar_labels, legend
+from moepp.analysis.figures import Figure, Palette, bar_labels, label_of, legend
 from moepp.analysis.model_pages import bar_figure, line_figure
 from moepp.analysis.parquet import read_parquet
 from moepp.analysis.token_tables import FOLDER, LEAST_READ, Rows, explained_by_type
@@ -102,9 +102,9 @@ def _type_figure(rows: Rows, source: str) -> Figure | None:
 
 
 def plain_label(text: str) -> str:
-    """Return a token as a label: blanks are seen, and nothing in it is mathematics to matplotlib."""
+    """Return a token as a label: blanks and ends of lines are seen."""
     shown = terminal_text(text).replace(" ", "\N{OPEN BOX}").replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}")
-    return shown.replace("$", r"\$")[:24]
+    return shown[:24]
 
 
 def _trend_figure(name: str, title: str, rows: Rows, source: str) -> Figure | None:
@@ -142,7 +142,7 @@ def _source_figure(
     def draw(axes: Axes, palette: Palette) -> None:
         left = [0.0] * len(sources)
         for number, (kind, values) in enumerate(shares.items()):
-            axes.barh(range(len(sources)), values, 0.6, left=left, color=palette.series(number), label=kind)
+            axes.barh(range(len(sources)), values, 0.6, left=left, color=palette.series(number), label=label_of(kind))
             left = [sum(pair) for pair in zip(left, values, strict=True)]
         bar_labels(axes, [plain_label(name) for name in sources])
         axes.set_xlim(0, 1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
+import re
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,8 +20,10 @@ from moepp.analysis.curves import curves_of, group_runs
 from moepp.analysis.differences import frontier
 from moepp.analysis.evidence import Estimate, chance, differ, undecided, verdict
 from moepp.analysis.figures import distinct_counts
+from moepp.analysis.model_pages import bar_figure, line_figure
 from moepp.analysis.routing_charts import routing_charts, time_columns
 from moepp.analysis.runs import find_runs, read_run
+from moepp.analysis.token_pages import plain_label
 from moepp.analysis.validation_charts import validation_charts
 from moepp.cli.main import main
 from tests.run_files import make_run
@@ -231,3 +235,29 @@ def test_heat_maps_begin_where_records_do(tmp_path):
     axes = Figure().subplots()
     figure.draw(axes, figures.Palette(placeholders=False))
     assert axes.images[0].get_extent()[:2] == [1000, 4000]
+
+
+def test_names_reach_the_drawings_as_they_are(tmp_path):
+    names = ("_a", "_b", r"a$\q$", "costs $1 & <b>$2")
+    for number, name in enumerate(names):
+        make_run(tmp_path, name, tau=0.25 * (number + 1), shift=0.1 * number, ffn=0.5 + 0.1 * number)
+    runs = find_runs([str(tmp_path)]).runs
+    lines = line_figure("x", "X", "C.", {name: ([1.0], [2.0]) for name in names}, ("x", "y"))
+    bars = bar_figure("x", "X", "C.", [(plain_label(name), 1.0) for name in names], "l", "s", ((), ()))
+    drawn = [frontier(runs), *curve_charts(runs), *cost_charts(runs), lines, bars]
+    for figure in drawn:
+        assert figure is not None
+        texts = [html.unescape(text).strip() for text in re.findall(r"<text[^>]*>([^<]+)</text>", figure.svg)]
+        told = [text.replace("\N{OPEN BOX}", " ").split(" (")[0] for text in texts]
+        assert set(names) <= set(told), figure.name
+        assert not any("\\$" in cell for row in figure.rows for cell in row), "nothing is escaped in a table"
+
+
+def test_kinds_and_modules_reach_the_drawings_as_they_are(tmp_path):
+    path = make_run(tmp_path, "one")
+    lines = (path / "metrics.jsonl").read_text().replace("norm/weight/attention", "norm/weight/_x$\\\\q$")
+    (path / "metrics.jsonl").write_text(lines.replace("norm/gradient/attention", "norm/weight/b"))
+    [figure] = [one for one in cost_charts([read_run(path)]) if one.name == "weight-norms"]
+    texts = [text.strip() for text in re.findall(r"<text[^>]*>([^<]+)</text>", figure.svg)]
+    assert r"_x$\q$" in texts and not any("mathdefault" in text for text in texts)
+    assert any(re.fullmatch(r"[0-9.e+-]+", text) for text in texts), "a logarithmic axis has numbers"
