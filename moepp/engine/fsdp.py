@@ -4,7 +4,7 @@ A layer is a unit: its weights are gathered before its forward and again before 
 embedding, last norm and output layer stay gathered from forward to backward, as the loss reads them outside of both.
 Every parameter is shared by the ranks that would hold copies of it, so FFN experts lie on the expert-data-parallel ones
 and everything else on those of the stage. Shares are fp32; in bf16 the gathered weights are rounded, and gradients are
-summed in fp32 after each micro-batch. On accelerators FSDP2 gathers the next layer while this one computes.
+summed in fp32 after each micro-batch. The next layer is gathered while this one computes.
 
 With N parameters over P ranks a rank holds 16 N / P bytes (weights, gradients, AdamW's moments) and the gathered
 weights of embedding, output layer and one or two layers.
@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -239,8 +240,22 @@ def _shard(model: nn.Module, groups: ParallelGroups) -> None:
         unit.set_force_sum_reduction_for_comms(True)
         if module is not model:  # a stage within a pipeline has nothing to do with what is in no layer
             unit.set_reduce_scatter_unused_params(True, recurse=False)
+    _gather_ahead(model)
     if groups.pp_size > 1:
         _let_stages_run(model)
+
+
+def _gather_ahead(model: nn.Module) -> None:
+    """Gather each layer's weights while its neighbour computes.
+
+    By itself torch does so only after the model's own forward, which stages do not call, and one layer at a time as the
+    host comes to them: too late where it waits for the counts of an exchange.
+    """
+    layers = list(model.get_submodule("layers").children())
+    for before, after in pairwise(layers):
+        if isinstance(before, FSDPModule) and isinstance(after, FSDPModule):
+            before.set_modules_to_forward_prefetch([after])
+            after.set_modules_to_backward_prefetch([before])
 
 
 def _let_stages_run(model: Any) -> None:

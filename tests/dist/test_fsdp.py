@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
@@ -11,6 +12,8 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor
 
 from moepp.distributed.groups import ParallelGroups
@@ -32,9 +35,9 @@ LAYOUTS = [
     Layout(4, 2, "fsdp", 3, **PP, chunks=2, recompute=True),
     Layout(4, 2, "fsdp", 3, **PP, tensor=2),
     Layout(4, 2, "fsdp", 3, **PP, context=2),
-    Layout(2, 1, "fsdp", 3, **PP),
+    Layout(4, 1, "fsdp", 3, micro_batch=1, pipeline=4),  # stages in the middle, with neither end
 ]
-DEFAULT = (1, 3, 6)
+DEFAULT = (1, 3, 6, 9)
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +121,60 @@ def _held(rank: int, layout: Layout) -> tuple[int, int]:
 def test_weights_are_shares_between_steps(pools, layout):
     for own, whole in pools(layout.ranks).run(_held, layout):
         assert own == pytest.approx(whole / 2, rel=0.1)
+
+
+def _gathers(rank: int, layout: Layout) -> list[str]:
+    """What one step gathers and computes, in the host's order: "gather 1", "forward 1", "backward 1"."""
+    log: list[str] = []
+    unshard, pre_backward = FSDPParamGroup.unshard, FSDPState._pre_backward
+
+    def note(what: str, group: FSDPParamGroup) -> None:
+        found = re.search(r"layers\.(\d+)", str(group._module_fqn))
+        if found and group._param_group_index == 0:
+            log.append(f"{what} {found[1]}")
+
+    def gather(self: FSDPParamGroup, async_op: bool = False) -> None:
+        if self._all_gather_result is None and not self.is_unsharded:
+            note("gather", self)
+        unshard(self, async_op)
+
+    def go_back(self: FSDPState, grad: torch.Tensor) -> torch.Tensor:
+        is_first = self._training_state.name != "PRE_BACKWARD"  # it is called for every output
+        grad = pre_backward(self, grad)
+        if is_first:
+            for group in self._fsdp_param_groups:
+                note("backward", group)
+        return grad
+
+    def inspect(trainer: Trainer) -> None:
+        for number, layer in enumerate(trainer.model.layers):
+            layer.register_forward_pre_hook(lambda *_, number=number: log.append(f"forward {number}"))
+        batches = trainer.batches.read(0, False)  # again: the run is at its end
+        with (
+            patch.object(FSDPParamGroup, "unshard", gather),
+            patch.object(FSDPState, "_pre_backward", go_back),
+            patch.object(trainer.batches, "read", lambda *_: batches),
+        ):
+            log.clear()
+            trainer.train_step()
+
+    train(rank, dataclasses.replace(SETTING, steps=2), layout, inspect=inspect)
+    return log
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(2, 1, "fsdp", 3, micro_batch=2), Layout(4, 1, "fsdp", 3, **PP)], ids=lambda x: f"PP{x.pipeline}"
+)
+def test_a_layer_is_gathered_before_its_neighbour_computes(pools, layout):
+    """Of every layer but a stage's first in forward and its last in backward; and nothing is gathered for nothing."""
+    for log in pools(layout.ranks).run(_gathers, layout):
+        layers = sorted({int(line.split()[1]) for line in log if line.startswith("forward")})
+        forwards, backwards, gathers = (sum(kind in line for line in log) for kind in ("forward", "backward", "gather"))
+        assert forwards >= backwards > 0 and gathers <= forwards + backwards
+        for kind, neighbours in (("forward", layers[1:]), ("backward", layers[:-1])):
+            for layer in neighbours:
+                before = layer - 1 if kind == "forward" else layer + 1
+                for place, line in enumerate(log):
+                    if line == f"{kind} {layer}":
+                        start = max(p for p, one in enumerate(log[:place]) if one == f"{kind} {before}")
+                        assert f"gather {layer}" not in log[start:place], (kind, layer, log)
