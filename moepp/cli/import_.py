@@ -21,8 +21,8 @@ from moepp.config import (
     Config,
     ModelConfig,
     RunPlan,
+    composition_error,
     configs_folder,
-    explain_hydra_error,
     from_hydra,
     register_defaults,
     to_dict,
@@ -32,7 +32,7 @@ from moepp.data.manifest import sha256_of
 from moepp.distributed import comm
 from moepp.distributed.device import KEY
 from moepp.distributed.groups import ParallelGroups, joined, new_cpu_group, read_launch_environment
-from moepp.errors import CheckpointError, ConfigError
+from moepp.errors import CheckpointError
 from moepp.evaluation.load import eod_of_folder
 from moepp.interop import hf, official
 from moepp.interop.weights.files import read_json
@@ -96,8 +96,6 @@ def _configuration(args: argparse.Namespace, source_format: str) -> Config:
         ConfigError: an override that cannot be.
     """
     from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     model = _read_config(args.folder, source_format)
     configs = configs_folder()
@@ -116,8 +114,10 @@ def _configuration(args: argparse.Namespace, source_format: str) -> Config:
             with initialize_config_dir(str(configs), version_base=None):
                 search = [f"hydra.searchpath=[file://{folder}]", f"model={MODEL_NAME}"]
                 return from_hydra(compose("config", [*search, *defaults, *args.overrides]))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain_hydra_error(error)) from error
+    except Exception as error:
+        if (refused := composition_error(error)) is None:
+            raise
+        raise refused from error
 
 
 def _quoted(text: str) -> str:

@@ -12,7 +12,6 @@ from pathlib import Path
 from moepp.config import (
     Config,
     configs_folder,
-    explain_hydra_error,
     from_hydra,
     refuse_incomplete_overrides,
     register_defaults,
@@ -80,9 +79,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _compose(overrides: list[str], config_dir: str | None) -> Config:
     """Return what train.py would run with these overrides; the data need not be there."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
     from moepp.training import sweep
 
     if config_dir is not None and not Path(config_dir).is_dir():
@@ -92,7 +88,4 @@ def _compose(overrides: list[str], config_dir: str | None) -> Config:
     register_defaults()
     refuse_incomplete_overrides(overrides)
     sources = sweep.Sources(str(configs_folder()), config_dir, "config")
-    try:
-        return from_hydra(sweep.configuration(sources, ["data.paths=[not-read]", *overrides]))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain_hydra_error(error)) from error
+    return from_hydra(sweep.configuration(sources, ["data.paths=[not-read]", *overrides]))

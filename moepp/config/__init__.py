@@ -1,11 +1,11 @@
 """Typed configuration: schema, loading from Hydra, and validation."""
 
 from moepp.config.command_line import (
-    explain_hydra_error,
     missing_known_key,
     refuse_incomplete_overrides,
     refuse_unknown_options,
 )
+from moepp.config.composition import composition_error
 from moepp.config.defaults import register_defaults
 from moepp.config.folder import configs_folder
 from moepp.config.load import from_dict, from_hydra, from_stored, import_plugin, import_plugins, known_keys, to_dict
@@ -50,8 +50,8 @@ __all__ = [
     "RuntimeConfig",
     "TrainConfig",
     "WandbConfig",
+    "composition_error",
     "configs_folder",
-    "explain_hydra_error",
     "from_dict",
     "from_hydra",
     "from_stored",

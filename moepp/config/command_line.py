@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from moepp.config.load import known_keys
 from moepp.config.suggest import unknown_key_message
 from moepp.errors import ConfigError
+from moepp.io.untrusted import printable, why_no_file
 
 _QUOTING = "quote a text with commas, brackets, blanks or equals signs, as 'key=\"a,b\"' or 'key=[\"a=b\"]'"
 _FORMS = "write a list as key=[a,b], and names with values as key={name: value}"
@@ -34,21 +36,56 @@ def explain_hydra_error(error: Exception) -> str:
         return f"{match[1]} gives several values; add -m to sweep over them"
     if match := re.search(r"Could not find '([^']+)/([^']*)' Available options in '[^']+': (.*?) Config search", text):
         group, name, choices = match.groups()
+        if (unusable := _unusable_file(text, group, name)) is not None:
+            return unusable
         own = f"; a file {group}/{name}.yaml of your own is found below --config-dir FOLDER"
         return f"{group}={name} does not exist in configs/{group}; choose one of {', '.join(choices.split())}{own}"
     if (match := re.match(r"Could not override '([^']+)'", text)) and _CAN_BE_ADDED.search(text):
         return unknown_key_message(match[1], known_keys())
     if (match := re.match(r"Error merging override (.+)", text)) and "Cannot merge" in str(error.__cause__):
         return f"{match[1]} is a list where names and values belong, or the other way round; {_FORMS}"
-    if match := re.match(r"Cannot find primary config '([^']+)'", text):
-        return f"--config-name {match[1]} does not exist in configs/ or --config-dir; name one that does"
-    if match := re.match(r"Additional config directory '([^']+)' not found", text):
-        return f"--config-dir {match[1]} is not a folder; name one that holds model/, data/ or other groups"
-    if match := re.match(r"Primary config directory not found\. .*'([^']+)'", text):
-        return f"--config-path {match[1]} is not a folder; name one that holds config.yaml"
-    if match := re.match(r"(\S+) appears more than once in the final defaults list", text):
-        return f"{match[1]} is chosen already; write {match[1]}=NAME without a plus to choose another"
+    for pattern, template in _PLAIN:
+        if match := re.match(pattern, text):
+            return template.format(*match.groups())
     return text
+
+
+# What Hydra says, and how it is said here.
+_PLAIN = (
+    (
+        r"Cannot find primary config '([^']+)'",
+        "--config-name {0} does not exist in configs/ or --config-dir; name one that does",
+    ),
+    (
+        r"Additional config directory '([^']+)' not found",
+        "--config-dir {0} is not a folder; name one that holds model/, data/ or other groups",
+    ),
+    (
+        r"Primary config directory not found\. .*'([^']+)'",
+        "--config-path {0} is not a folder; name one that holds config.yaml",
+    ),
+    (
+        r"(\S+) appears more than once in the final defaults list",
+        "{0} is chosen already; write {0}=NAME without a plus to choose another",
+    ),
+    (
+        r"In '([^']+)': ConfigTypeError .*Cannot merge DictConfig with ListConfig",
+        "{0}.yaml holds a list where keys and values belong; write lines of the form KEY: VALUE",
+    ),
+    (
+        r"In '([^']+)': Could not load '([^']+)'\.",
+        "{0}.yaml names {1} in its defaults list, which does not exist; correct the list",
+    ),
+)
+
+
+def _unusable_file(text: str, group: str, name: str) -> str | None:
+    """Return what is wrong with a configuration that lies in one of the folders that Hydra lists, but is no file."""
+    for folder in re.findall(r"path=file://(.*?)(?= provider=|$)", text):
+        file = Path(folder, group, name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
+        if file.is_symlink() or file.exists():
+            return f"{group}={name}: {printable(file)} {why_no_file(file)}; put a YAML file there"
+    return None
 
 
 _CAN_BE_ADDED = re.compile(r"To append to your config|Key '[^']+' is not in struct")

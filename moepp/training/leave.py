@@ -15,26 +15,23 @@ EXIT_CRASHED = 1  # as Python does
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells do
 
 
-def leave(error: Exception) -> NoReturn:
+def leave(error: MoeppError) -> NoReturn:
     """Print what a user can cause as one line, and exit with the same code on every rank.
 
     The first rank prints it; others only if their error says so, for example because it is theirs alone.
     """
-    from moepp.config import explain_hydra_error
     from moepp.distributed.launch import record_exit_code
     from moepp.distributed.refusal import print_once
 
-    message = terminal_text(str(error) if isinstance(error, MoeppError) else explain_hydra_error(error))
-    if isinstance(error, PeerError) or getattr(
-        error, "cannot_meet", False
-    ):  # every rank has seen another thing, and the first may be the one that failed
+    message = terminal_text(str(error))
+    # Where ranks have not met, or one was lost, each has seen another thing, and the first may be the one that failed.
+    if isinstance(error, PeerError) or error.cannot_meet:
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:
-        print_once(message, here=getattr(error, "said_here", False))
+        print_once(message, here=error.said_here)
     sys.stdout.flush()
-    code = getattr(error, "exit_code", MoeppError.exit_code)
-    record_exit_code(code)
-    os._exit(code)  # exit handlers may wait for ranks that have left
+    record_exit_code(error.exit_code)
+    os._exit(error.exit_code)  # exit handlers may wait for ranks that have left
 
 
 def leave_crashed() -> None:

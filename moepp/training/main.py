@@ -19,10 +19,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
-from omegaconf.errors import OmegaConfBaseException
 
 from moepp import cpu
 from moepp.config import (
+    composition_error,
     configs_folder,
     from_hydra,
     missing_known_key,
@@ -47,11 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         cpu.chosen()  # a wrong kind is an error before any work
         code = _run(arguments)
-    except (MoeppError, HydraException, OmegaConfBaseException) as error:
+    except MoeppError as error:
         leave(error)
     except KeyboardInterrupt:
         leave_interrupted()
-    except Exception:
+    except Exception as error:
+        if (refused := composition_error(error)) is not None:
+            leave(refused)
         leave_crashed()
         raise
     if code:
@@ -99,7 +101,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.error = _refuse  # pyright: ignore[reportAttributeAccessIssue]
     if "--version" in arguments:  # Hydra's parser would print Hydra's
         return argparse.Namespace(version=True)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     options.version = False
     sweep.take_mode(options)
     given = [name for name in _EXCLUSIVE if getattr(options, name)]

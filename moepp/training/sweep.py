@@ -30,7 +30,7 @@ from hydra.types import RunMode
 from omegaconf import Container, DictConfig, OmegaConf, flag_override, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from moepp.config import explain_hydra_error, from_hydra, missing_known_key, to_dict, validate
+from moepp.config import composition_error, from_hydra, missing_known_key, to_dict, validate
 from moepp.config.compare import changed_values, differing_keys
 from moepp.errors import ConfigError, MoeppError, RunError
 from moepp.runs.directory import check_run_dir
@@ -140,9 +140,14 @@ def configuration(sources: Sources, overrides: Sequence[str]) -> DictConfig:
     """Return what one run would get of these overrides, without Hydra's part.
 
     Raises:
-        HydraException: nothing can be composed.
+        ConfigError: nothing can be composed.
     """
-    cfg = _compose(sources.loader(), sources.config_name, overrides, RunMode.RUN)
+    try:
+        cfg = _compose(sources.loader(), sources.config_name, overrides, RunMode.RUN)
+    except Exception as error:
+        if (refused := composition_error(error)) is None:
+            raise
+        raise refused from error
     HydraConfig.instance().set_config(cfg)  # what ${hydra:...} refers to
     return _without_hydra(cfg)
 
@@ -186,8 +191,10 @@ class _Draft:
                 cfg.hydra.mode = RunMode.MULTIRUN
             self.cfg = cfg
             self._find_path()
-        except (HydraException, OmegaConfBaseException) as error:
-            self.error = ConfigError(explain_hydra_error(error))
+        except Exception as error:
+            self.error = composition_error(error)
+            if self.error is None:
+                raise
 
     def _find_path(self) -> None:
         assert self.cfg is not None

@@ -53,6 +53,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "no_json.json").write_text("{oh")
     (folder / "other.json").write_text('{"vocab": 3}')
     (folder / "plain_file").write_text("text")
+    (folder / "own/model").mkdir(parents=True)
+    (folder / "own/model/mine.yaml").write_text("num_layers: [")
     (folder / "notes").mkdir()
     (folder / "notes" / "todo.txt").write_text("mine")
     return folder
@@ -83,6 +85,7 @@ CASES = {
     "no equals sign": bad("train.steps", "'train.steps' cannot be read", "write key=value"),
     "bracket left open": bad("optim.betas=[0.9,", "cannot be read", "key=[a,b]"),
     "list without brackets": bad("data.split=90,5,5", "data.split=90,5,5 gives several values", "add -m to sweep"),
+    "own file that is no YAML": bad("--config-dir={files}/own  model=mine", "own/model/mine.yaml line 1: ", ranks=2),
     "reference to nothing": bad("run.name='${nothing}'", "run.name does not resolve", "'nothing' not found"),
     # Types and choices.
     "text for a number": bad("train.steps=many", "train.steps='many' has the wrong type", "give an integer"),

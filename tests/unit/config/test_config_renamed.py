@@ -9,7 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
-from moepp.config import configs_folder, explain_hydra_error, from_dict, from_stored, known_keys, register_defaults
+from moepp.config import composition_error, configs_folder, from_dict, from_stored, known_keys, register_defaults
 from moepp.config.suggest import RENAMED
 from moepp.errors import ConfigError
 
@@ -37,7 +37,7 @@ def test_renamed_key_is_an_error_that_names_todays(old):
     with initialize_config_dir(config_dir=str(configs_folder()), version_base=None):
         with pytest.raises(HydraException) as refused:
             compose("config", [f"{old}=1"])
-        assert explain_hydra_error(refused.value) == expected
+        assert str(composition_error(refused.value)) == expected
     with pytest.raises(ConfigError) as caught:  # in a file of --config-dir, or with ++
         from_dict(_stored(old, 1))
     assert str(caught.value) == expected
