@@ -190,7 +190,8 @@ def _sequences(prefix: str, found: FoundModel, length: int, num_tokens: int) -> 
         what = "validation tokens" if is_own else "tokens"
         remedy = "lower --seq-len" if len(tokens_T) > 1 else "name other data with --data PREFIX"
         raise DataError(f"{prefix} has {len(tokens_T)} {what}, fewer than one sequence of {length} + 1; {remedy}")
-    if tokens_T[: count * length + 1].max() >= found.cfg.vocab_size:
+    read_T = tokens_T[: count * length + 1]
+    if read_T.max() >= found.cfg.vocab_size or read_T.min() < 0:
         raise DataError(
             f"{prefix} has token ids beyond the model's vocabulary of {found.cfg.vocab_size}; give its data"
         )

@@ -153,6 +153,14 @@ def open_indexed(prefix: str, *, key: str = "data.paths", interrupted_append: bo
             f"{prefix}.json describes {manifest.bin_bytes} + {manifest.idx_bytes} bytes and {prefix}.bin/.idx have "
             f"{bin_bytes} + {idx_bytes}; they do not belong together: prepare {prefix} again"
         )
+    if manifest is not None:
+        told = manifest.documents, manifest.tokens, manifest.dtype
+        found = file.documents, file.num_tokens, dtype.name
+        if told != found:
+            raise DataError(
+                f"{prefix}.json tells of {told[0]} documents with {told[1]} tokens of {told[2]}, and {prefix}.idx of "
+                f"{found[0]} with {found[1]} of {found[2]}; they do not belong together: prepare {prefix} again"
+            )
     return file
 
 

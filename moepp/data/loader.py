@@ -84,12 +84,35 @@ class Data:
         first = step * self._cfg.train.global_batch_size
         first += (micro_step * plan.data_size + self._data_rank) * plan.micro_batch_size
         samples = [dataset[first + i] for i in range(plan.micro_batch_size)]
+        self._require_token_ids(split, samples)
         return _stack([sample["tokens"] for sample in samples]), _stack([sample["labels"] for sample in samples])
+
+    def _require_token_ids(self, split: str, samples: list[dict[str, Any]]) -> None:
+        """Refuse ids that the model has no embedding for: a damaged .bin may be as long as it should be.
+
+        Looked at by NumPy, in the thread that reads: on an accelerator such an id would end the process.
+        """
+        for sample in samples:
+            for ids_S in (sample["tokens"].numpy(), sample["labels"].numpy()):
+                low, high = int(ids_S.min()), int(ids_S.max())
+                if low >= 0 and high < self._cfg.model.vocab_size:
+                    continue
+                paths = self._cfg.data.validation[split.removeprefix(_SET)] if split.startswith(_SET) else None
+                path = (paths or self._cfg.data.paths)[int(sample.get("dataset_id", 0))]  # blends tell which
+                error = DataError(
+                    f"{path}.bin holds the token id {low if low < 0 else high}, and model.vocab_size is "
+                    f"{self._cfg.model.vocab_size}; it is damaged: copy it again, or prepare it again"
+                )
+                error.said_here = True  # other ranks read other sequences
+                raise error
+
+
+_SET = "valid "
 
 
 def _key(name: str) -> str:
     """Return how a set of ``data.validation`` is called among the splits."""
-    return f"valid {name}"
+    return f"{_SET}{name}"
 
 
 def _stack(rows: list[torch.Tensor]) -> torch.Tensor:

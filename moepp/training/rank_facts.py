@@ -6,6 +6,7 @@ files, which may be copies on each host).
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -37,14 +38,16 @@ def file_facts(cfg: Config) -> dict[str, str]:
     Raises:
         DataError: a file cannot be read.
     """
-    paths = [f"{prefix}{suffix}" for prefix in cfg.data.paths for suffix in (".idx", ".bin")]
+    # Benchmarks (eval.data) are no part: the first rank alone reads them.
+    prefixes = dict.fromkeys([*cfg.data.paths, *itertools.chain(*cfg.data.validation.values())])
+    paths = [f"{prefix}{suffix}" for prefix in prefixes for suffix in (".idx", ".bin")]
     paths += _files_in(cfg.init.path) if cfg.init.path is not None else []
     blocks = max(_FEWEST_BLOCKS, min(_MOST_BLOCKS, _ALL_BLOCKS // len(paths)))
     facts = {}
     try:
         for path in paths:
             facts[path] = f"({os.path.getsize(path):,} bytes, digest {sampled_digest(Path(path), blocks)[:12]})"
-        for prefix in cfg.data.paths:
+        for prefix in prefixes:
             manifest = read_manifest(prefix)
             if manifest is not None:
                 checksums = f"{manifest.bin_sha256[:12]}, {manifest.idx_sha256[:12]}, {manifest.tokenizer_sha256[:12]}"

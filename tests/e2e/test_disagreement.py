@@ -72,7 +72,8 @@ def test_differing_source_of_a_plugin_is_refused(server, corpus, tmp_path, diffe
     assert run.output(0).startswith("error: rank 1 has the source of plugin plugin_of_test (digest ")
 
 
-def test_differing_copy_of_the_data_is_refused(server, tmp_path):
+@pytest.mark.parametrize("overrides", [["data.paths=[text]"], ["data.validation={held: [text]}"]])
+def test_differing_copy_of_the_data_is_refused(server, corpus, tmp_path, overrides):
     """The same lengths, another text: only the content tells."""
     for name, seed in (("a", 0), ("b", 0)):
         (tmp_path / name).mkdir()
@@ -82,7 +83,7 @@ def test_differing_copy_of_the_data_is_refused(server, tmp_path):
     tokens[-2] ^= 1
     other.write_bytes(tokens)
     folders = [("change_folder", rank, str(tmp_path / name)) for rank, name in enumerate("ab")]
-    run = refused(server, tmp_path / "run", ["data.paths=[text]"], {}, folders)
+    run = refused(server, tmp_path / "run", [corpus, *overrides], {}, folders)
     for rank in range(2):
         (line,) = run.output(rank).splitlines()[-1:]
         assert line.startswith("error: rank 1 has text.bin (") and line.endswith("; copy the same files to every host")

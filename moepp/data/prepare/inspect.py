@@ -45,7 +45,13 @@ def unigram_entropy(prefix: str, split: str | None = None, part: str = "valid") 
         raise DataError(f"{prefix} has no token in {'it' if split is None else part}; the entropy is undefined")
     counts_V = np.zeros(file.token_id_range()[1] + 1, dtype=np.int64)
     for start in range(0, len(tokens_T), SCAN_CHUNK_TOKENS):
-        counts_V += np.bincount(tokens_T[start : start + SCAN_CHUNK_TOKENS], minlength=len(counts_V))
+        chunk_T = tokens_T[start : start + SCAN_CHUNK_TOKENS]
+        if chunk_T.min() < 0 or chunk_T.max() >= len(counts_V):
+            raise DataError(
+                f"{prefix}.bin holds token ids from {chunk_T.min()} to {chunk_T.max()}, and 0 to {len(counts_V) - 1} "
+                "are known; it is damaged: copy it again, or prepare it again"
+            )
+        counts_V += np.bincount(chunk_T, minlength=len(counts_V))
     share_V = counts_V[counts_V > 0] / len(tokens_T)
     return float(-(share_V * np.log(share_V)).sum())
 

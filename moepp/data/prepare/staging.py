@@ -7,11 +7,13 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 from moepp.errors import DataError
 from moepp.io.files import is_at, sync_folder, write_whole
 from moepp.io.locks import NoLocksError, try_lock
 from moepp.io.owners import require_own
+from moepp.io.untrusted import printable, read_json
 
 NOTE = "publishing.json"
 
@@ -104,14 +106,30 @@ def _remove_unfinished(folder: str) -> None:
     note = os.path.join(folder, NOTE)
     if not os.path.isfile(note):
         return
-    with open(note, encoding="utf-8") as stream:
-        plan = json.load(stream)
-    if os.path.lexists(plan["last"]):
+    new, last = _read_note(note)
+    if os.path.lexists(last):
         return  # it had got to its end
-    for file in plan["files"]:
+    for path, inode in new:
         with contextlib.suppress(FileNotFoundError):
-            if os.lstat(file["path"]).st_ino == file["inode"]:
-                os.remove(file["path"])
+            if os.lstat(path).st_ino == inode:
+                os.remove(path)
+
+
+def _read_note(note: str) -> tuple[list[tuple[str, int]], str]:
+    """Return the new files with their inodes, and the last file.
+
+    Raises:
+        DataError: the note was damaged, so nobody knows what is unfinished.
+    """
+    remedy = f"remove {os.path.dirname(note)}, and what an interrupted preparation has left beside it"
+    plan = read_json(Path(note), error=DataError, remedy=remedy)
+    try:
+        new = [(file["path"], file["inode"]) for file in plan["files"]]
+        if all(type(path) is str and type(inode) is int for path, inode in [*new, (plan["last"], 0)]):
+            return new, plan["last"]
+    except (TypeError, KeyError):
+        pass
+    raise DataError(f"{printable(note)} is not the note of a preparation; {remedy}")
 
 
 def _empty(folder: str) -> None:

@@ -210,6 +210,23 @@ def test_a_split_without_a_sequence_is_refused_when_asked_for(paths: tuple[str, 
         data.eval_batch(0, 0)
 
 
+@pytest.mark.parametrize(("token", "shown"), [(700, 700), (-7, -7)])
+def test_a_damaged_token_ends_in_one_line_with_its_path(tmp_path: Path, token: int, shown: int) -> None:
+    """The .bin is as long as it should be, and a manifest would vouch for it."""
+    good = write_indexed(tmp_path / "good", numbered_documents(LENGTHS), "int32")
+    bad = write_indexed(tmp_path / "bad", [[1, 2, 3, 4, token, 6, 7, 8, 9]] * 40, "int32")
+    build = {"model__vocab_size": 600, "data__weights": [1, 1]}
+    for changes in (build | {"data__weights": None}, build):
+        paths = [bad] if changes["data__weights"] is None else [good, bad]
+        with pytest.raises(DataError, match=rf"{bad}\.bin holds the token id {shown}, .* 600; it is damaged") as caught:
+            _stream(_build(paths, **changes), 4)
+        assert caught.value.said_here
+    named = _build([good], model__vocab_size=600, data__validation={"wiki": [bad]})
+    assert len(_stream(named, 4)) == 4 * G
+    with pytest.raises(DataError, match=rf"{bad}\.bin holds the token id {shown}"):
+        named.eval_batch(0, 0, "wiki")
+
+
 def test_steps_outside_the_run_are_an_error(paths: tuple[str, str]) -> None:
     data = _build(paths[:1])
     for step, micro_step in ((-1, 0), (0, 1), (0, -1), (1000, 0)):
