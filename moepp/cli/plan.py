@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
                 "weights GiB": cost.weights / GIB,
                 "gradients GiB": cost.gradients / GIB,
                 "optimizer GiB": cost.optimizer / GIB,
+                **({"gathered GiB": cost.gathered / GIB} if plan.zero_stage == 3 else {}),
                 "activations GiB": cost.activations / GIB,
                 "pipeline buffers GiB": cost.buffers / GIB,
                 "total GiB": cost.total / GIB,

@@ -6,6 +6,7 @@ rank, T = B·s, D width, F expert width. Nothing here is measured.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -29,6 +30,8 @@ class StageCost:
         layers: global indices of its layers.
         parameters: held by the rank.
         weights, gradients, optimizer: bytes; the optimizer's are masters and moments.
+        gathered: bytes that ZeRO-3 holds for a while, about: the ends' weights, those of a layer and of the next, and a
+            layer's gradients before they are shared, with their copy in fp32.
         activations: bytes kept between forward and backward, all micro-batches in flight together, about.
         buffers: bytes in which torch's schedule receives hidden states, router logits and their gradients.
     """
@@ -38,13 +41,15 @@ class StageCost:
     weights: int
     gradients: int
     optimizer: int
+    gathered: int
     activations: int
     buffers: int
 
     @property
     def total(self) -> int:
         """Bytes of all of them."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
+        state = self.weights + self.gradients + self.optimizer + self.gathered
+        return state + self.activations + self.buffers
 
 
 @dataclass(frozen=True)
@@ -80,13 +85,18 @@ def stage_costs(cfg: Config, plan: RunPlan, layout: Layout) -> list[StageCost]:
 
 def _cost(cfg: Config, plan: RunPlan, layout: Layout, place: int) -> StageCost:
     held = list(_held(cfg, plan, layout, place))
-    size, own = _BYTES[cfg.train.precision], sum(count for count, _ in held)
+    size, own = _BYTES[cfg.train.precision], sum(part.count for part in held)
     stage, moments = plan.zero_stage, 8 if cfg.optim.name == "adamw" else 0
-    shared = sum(count / copies for count, copies in held)
+    shared = sum(part.count / part.copies for part in held)
     masters = moments + (4 if size == 2 else 0)  # in fp32 the weights are the masters
-    weights, gradients = own * size, own * 4
+    weights, gradients, gathered = own * size, own * 4, 0
     if stage == 3:  # fp32 shares alone
         weights, gradients, masters = shared * 4, shared * 4, moments
+        by_layer = Counter[int | None]()
+        for part in held:
+            by_layer[part.layer] += part.count
+        ends, largest = by_layer.pop(None, 0), max(by_layer.values())
+        gathered = size * (ends + 2 * largest) + (size + 4) * largest
     elif stage == 2:
         gradients = shared * 4
     layers = tuple(layer for index in _stages(plan, layout, place) for layer in plan.stage_layers[index])
@@ -96,6 +106,7 @@ def _cost(cfg: Config, plan: RunPlan, layout: Layout, place: int) -> StageCost:
         weights=round(weights),
         gradients=round(gradients),
         optimizer=round(masters * (shared if stage else own)),
+        gathered=gathered,
         activations=round(_activations(cfg, plan, layout, place)),
         buffers=round(_buffers(cfg, plan, layout, place)),
     )
@@ -105,8 +116,17 @@ def _stages(plan: RunPlan, layout: Layout, place: int) -> range:
     return range(place, len(plan.stage_layers), layout.pipeline)
 
 
-def _held(cfg: Config, plan: RunPlan, layout: Layout, place: int) -> Iterator[tuple[int, int]]:
-    """Yield the elements of each parameter on a rank, and how many ranks hold the same ones."""
+@dataclass(frozen=True)
+class _Held:
+    """The elements of a parameter on a rank, how many ranks hold the same ones, and the layer; None: of the ends."""
+
+    count: int
+    copies: int
+    layer: int | None
+
+
+def _held(cfg: Config, plan: RunPlan, layout: Layout, place: int) -> Iterator[_Held]:
+    """Yield every parameter that a rank holds."""
     own, last = _stages(plan, layout, place), len(plan.stage_layers) - 1
     layers = {layer for index in own for layer in plan.stage_layers[index]}
     split = {"dense": 1, "tensor": layout.tensor, "expert": layout.expert}
@@ -114,13 +134,11 @@ def _held(cfg: Config, plan: RunPlan, layout: Layout, place: int) -> Iterator[tu
         model = Transformer(cfg.model)
     for name, parameter in model.named_parameters():
         first, _, rest = name.partition(".")
-        if first == "layers":
-            is_held = int(rest.partition(".")[0]) in layers
-        else:
-            is_held = (0 if first == "embed_tokens" else last) in own
+        layer = int(rest.partition(".")[0]) if first == "layers" else None
+        is_held = layer in layers if layer is not None else (0 if first == "embed_tokens" else last) in own
         if is_held:
             parts = split[placement_of(name, layout.tensor > 1).kind]
-            yield parameter.numel() // parts, layout.stage_size // parts
+            yield _Held(parameter.numel() // parts, layout.stage_size // parts, layer)
 
 
 def _tokens(cfg: Config, plan: RunPlan, layout: Layout) -> float:
@@ -199,11 +217,12 @@ def traffic(cfg: Config, plan: RunPlan, layout: Layout, place: int) -> Traffic:
     steps, layers = plan.accumulation_steps, _cost(cfg, plan, layout, place).layers
     passes = _passes(cfg, plan)
     sums = 0.0
-    for count, copies in _held(cfg, plan, layout, place):
-        share = count * (copies - 1) / copies
-        # Reduce-scatter and all-gather, of fp32 or of weights; stage 3 gathers twice for every micro-batch.
-        stage_3 = steps * (4 + 2 * size)
-        sums += share * {0: 8, 3: stage_3}.get(plan.zero_stage, 4 + size)
+    for part in _held(cfg, plan, layout, place):
+        share = part.count * (part.copies - 1) / part.copies
+        # Reduce-scatter and all-gather, of fp32 or of weights. Stage 3 gathers layers in each pass of each micro-batch,
+        # the ends from forward to backward.
+        gathers = 2 + _is_counted(cfg, plan) if part.layer is not None else 1
+        sums += share * {0: 8, 3: steps * (4 + gathers * size)}.get(plan.zero_stage, 4 + size)
     moe_layers = len(set(layers) & set(model.moe_layers))
     rows = balanced_ffn_per_token(model.moe) * tokens * (1 - 1 / layout.expert)
     gathered = tokens * model.hidden_size * (layout.tensor - 1)  # all-gather before, reduce-scatter after attention

@@ -23,10 +23,14 @@ from moepp.bench.stages import OTHER, attribute
 from moepp.bench.tables import format_table
 from moepp.bench.timing import measure, summarize
 from moepp.bench.train import OURS, Options, Step
+from moepp.cli.bench import _QUICK_LAYOUT
 from moepp.cli.main import main
+from moepp.config import make_plan
+from moepp.distributed.layout import Layout as RankLayout
 from moepp.errors import ConfigError, RunError
 from moepp.ops import use_kernels
 from moepp.ops.backend import cpu_kernels
+from moepp.training.estimate import traffic
 from tests.dist import WorkerPool
 
 CPU = torch.device("cpu")
@@ -319,6 +323,11 @@ def test_quick_layouts_send_what_the_formulas_say(started_before, tmp_path):
     assert 1 <= sharded["all-gather MB"] / (2 * elements * 3 / 4) < padding
     assert fsdp["reduce-scatter MB"] == pytest.approx(2 * 4 * elements * 3 / 4, rel=0.02)  # of two micro-batches
     assert fsdp["parameters held M"] == pytest.approx(elements / 4, rel=0.02)
+    options = layouts.Options(**_QUICK_LAYOUT)
+    for name in ("DP 4, FSDP2 (ZeRO-3)", "EP 4, FSDP2"):  # a pipeline's first stage gathers its ends once more at times
+        cfg = options.config(layouts.LAYOUTS[name])
+        formula = traffic(cfg, make_plan(cfg, 4), RankLayout.of(cfg.parallel, 4), 0).gradients / 1e6
+        assert rows[name]["reduce-scatter MB"] + rows[name]["all-gather MB"] == pytest.approx(formula, rel=0.02), name
     [micro_batches, stage] = 4, rows["PP 2 interleaved x DP 2, FSDP2"]
     assert stage["reduce-scatter MB"] == pytest.approx(micro_batches * 4 * stage["parameters held M"], rel=0.02)
     assert rows["PP 4"]["send MB"] > 0 == rows["EP 4"]["send MB"]
