@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 from moepp.analysis.figures import Figure, Palette, format_counts, label_of, legend
 from moepp.analysis.page import Page
-from moepp.analysis.parquet import write_parquet
+from moepp.analysis.page_folder import write_page
 from moepp.analysis.token_tables import Rows
-from moepp.io import files
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,24 +34,21 @@ class Findings:
     markup: str = ""
 
 
-def write_findings(findings: Findings, folder: Path) -> Path:
+def write_findings(findings: Findings, folder: Path, question: str = "tokens") -> Path:
     """Write ``report.html``, ``<table>.parquet`` and ``figures/*.png``; return the page's path.
+
+    What an earlier page of the question had there, and this one has not, is removed.
 
     Raises:
         WriteError: the folder cannot be written.
     """
-    page = Page(findings.title, findings.lead)
+    page = Page(findings.title, findings.lead, f"moepp analyze {question}")
     page.section("What was seen")
     page.figures(findings.figures)
     if findings.markup:
         page.markup(findings.markup)
-    files.make_folder(folder / "figures")
-    for name, rows in findings.tables.items():
-        write_parquet(folder / f"{name}.parquet", rows)
-    for figure in findings.figures:
-        files.write_whole(folder / "figures" / f"{figure.name}.png", figure.png)
-    files.write_whole(folder / "report.html", page.render())
-    return folder / "report.html"
+    tables = {f"{name}.parquet": rows for name, rows in findings.tables.items()}
+    return write_page(page, findings.figures, folder, tables)
 
 
 def columns_of(rows: Rows, names: Sequence[str]) -> list[tuple[str, ...]]:

@@ -37,6 +37,7 @@ class Observed:
         weights_LNSK: their gate weights.
         entropy_LNS: of the router's probabilities, nats.
         cfg: the layers' experts.
+        layers: index of the transformer layer of each MoE layer; () where all layers are MoE layers.
     """
 
     input_ids_NS: np.ndarray
@@ -45,6 +46,7 @@ class Observed:
     weights_LNSK: np.ndarray
     entropy_LNS: np.ndarray
     cfg: MoEConfig
+    layers: tuple[int, ...] = ()
 
     @property
     def ffn_NS(self) -> np.ndarray:
@@ -55,7 +57,7 @@ class Observed:
     def view(self) -> TokenView:
         """What tables are made of."""
         shares = {kind: self.share(kind) for kind, count in self.cfg.expert_counts.items() if count}
-        return TokenView(self.input_ids_NS, self.losses_NS, self.ffn_NS, shares)
+        return TokenView(self.input_ids_NS, self.losses_NS, self.ffn_NS, shares, self.layers)
 
     def share(self, kind: str) -> np.ndarray:
         """Return the share of a layer's choices that are of this kind, [L]."""
@@ -70,7 +72,7 @@ def pool_observed(seen: Sequence[Observed]) -> Observed:
         return seen[0]
     by_sequence = {"input_ids_NS": 0, "losses_NS": 0, "ids_LNSK": 1, "weights_LNSK": 1, "entropy_LNS": 1}
     joined = {name: np.concatenate([getattr(one, name) for one in seen], axis) for name, axis in by_sequence.items()}
-    return Observed(**joined, cfg=seen[0].cfg)
+    return Observed(**joined, cfg=seen[0].cfg, layers=seen[0].layers)
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ def observe(model: Transformer, tokens_NX: np.ndarray, change: Change = Change()
     ids, weights, entropy = (
         np.stack([torch.cat([one[part] for one in found]).numpy() for found in routing]) for part in range(3)
     )
-    return Observed(tokens_NX[:, :-1], np.concatenate(losses), ids, weights, entropy[..., 0], layers[0].cfg)
+    cfg, indices = layers[0].cfg, model.cfg.moe_layers
+    return Observed(tokens_NX[:, :-1], np.concatenate(losses), ids, weights, entropy[..., 0], cfg, indices)
 
 
 @contextmanager

@@ -20,10 +20,14 @@ class Page:
     Attributes:
         title: heading of the page.
         lead: one sentence below it.
+        writer: the command that writes it.
+        files: what is written beside it, by names relative to it.
     """
 
     title: str
     lead: str
+    writer: str = "moepp report"
+    files: Sequence[str] = ()
     _parts: list[str] = field(default_factory=list)
 
     def notes(self, notes: Sequence[str]) -> None:
@@ -77,7 +81,8 @@ class Page:
         return (
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            '<meta name="color-scheme" content="light dark"><meta name="generator" content="moepp report">'
+            f'<meta name="color-scheme" content="light dark"><meta name="generator" content="{_text(self.writer)}">'
+            f'<meta name="files" content="{_text(" ".join(self.files))}">'
             f"<title>{_text(self.title)}</title><style>{style}</style></head>"
             f"<body><main><h1>{_text(self.title)}</h1><p>{_text(self.lead)}</p>"
             + "\n".join(self._parts)

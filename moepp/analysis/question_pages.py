@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from moepp.analysis.figures import Figure
 from moepp.analysis.model_pages import line_figure
@@ -51,7 +51,8 @@ def communication_figures(rows: Rows) -> list[Figure]:
 
 def long_context_figures(rows: Rows) -> list[Figure]:
     """Draw agreement, entropy and loss by position."""
-    figures, trained = [], rows[0]["trained_length"]
+    figures = []
+    trained = {row["model"]: row["trained_length"] for row in rows}
     series = list(dict.fromkeys((row["model"], row["residuals"]) for row in rows))
     several = len({model for model, _ in series}) > 1
     for column, title, unit in (
@@ -63,14 +64,20 @@ def long_context_figures(rows: Rows) -> list[Figure]:
         for model, residuals in series:
             label = f"{model}, {residuals}" if several else residuals
             x, y = lines[label] = _pick(rows, "first", column, model=model, residuals=residuals)
-            within = [value for place, value in zip(x, y, strict=True) if place < trained]
+            within = [value for place, value in zip(x, y, strict=True) if place < trained[model]]
             ends.append(f"{label}: {sum(within) / len(within):.3f} within the trained length, {y[-1]:.3f} at the end")
-        caption = f"{'; '.join(ends)}. Trained on {trained} tokens."
+        caption = f"{'; '.join(ends)}. {_trained_text(trained)}"
         if column == "agreement":
             caption += " The first window is the beginning of the sequence itself, so it agrees by construction."
         labels = ("position in the sequence", unit)
         figures.append(line_figure(f"long-{column}", title, caption, lines, labels, "long-context.parquet"))
     return figures
+
+
+def _trained_text(trained: Mapping[str, int]) -> str:
+    if len(set(trained.values())) == 1:
+        return f"Trained on {next(iter(trained.values()))} tokens."
+    return f"Trained on sequences of {', '.join(f'{length} ({model})' for model, length in trained.items())} tokens."
 
 
 _QUARTERS = {0: "all tokens", 1: "easiest quarter", 2: "second", 3: "third", 4: "hardest quarter"}

@@ -16,27 +16,27 @@ from moepp.analysis.comparison import (
     order_text,
     uneven_seeds,
     with_paths,
-    write_table,
 )
 from moepp.analysis.cost_charts import cost_charts
 from moepp.analysis.differences import differences, frontier
 from moepp.analysis.figures import Figure, compact
 from moepp.analysis.page import Page
+from moepp.analysis.page_folder import write_page
 from moepp.analysis.routing_charts import routing_charts
 from moepp.analysis.runs import Run, compared_keys
 from moepp.analysis.task_kinds import task_kinds
 from moepp.analysis.token_pages import missing_tables, read_tables, task_figures, text_markup, token_figures
 from moepp.analysis.validation_charts import validation_charts
 from moepp.errors import RunError
-from moepp.io import files
 from moepp.runs.report import ReportInputs
 
-PAGE, FIGURES = "report.html", "figures"
 TABLE, SEEDS, DIFFERENCES = "comparison.csv", "seeds.csv", "differences.csv"
 
 
 def write_run_page(run: Run, inputs: ReportInputs, folder: Path) -> Path:
     """Write ``report.html`` and ``figures/*.png`` of one run; the page's path.
+
+    What an earlier page had there, and this one has not, is removed.
 
     Raises:
         WriteError: the folder cannot be written.
@@ -68,7 +68,7 @@ def write_run_page(run: Run, inputs: ReportInputs, folder: Path) -> Path:
     else:
         page.markup("<p>There is no checkpoint.</p>")
     page.details("config.yaml", yaml.safe_dump(dict(run.tree), sort_keys=True))
-    return _write(page, drawn, folder)
+    return write_page(page, drawn, folder)
 
 
 def _tokens(run: Run) -> tuple[list[Figure], str, list[str]]:
@@ -85,6 +85,8 @@ def _tokens(run: Run) -> tuple[list[Figure], str, list[str]]:
 
 def write_comparison(runs: Sequence[Run], folder: Path, sort: str | None = None, left_out: Sequence[str] = ()) -> Path:
     """Write ``report.html``, ``figures/*.png`` and tables as CSV of several runs; the page's path.
+
+    What an earlier page had there, and this one has not, is removed.
 
     Args:
         runs: at least one.
@@ -107,16 +109,15 @@ def write_comparison(runs: Sequence[Run], folder: Path, sort: str | None = None,
     page = Page(title, f"{differ} Numbers come from the runs' metrics.jsonl.")
     page.notes([*comparison_notes(runs, left_out), *uneven_seeds(seeds)])
     page.table(rows, f"One row per run, {order_text(default_sort(runs) if sort is None else sort)}")
-    files.make_folder(folder)
-    write_table(folder / TABLE, with_paths(rows, runs))
+    tables = {TABLE: with_paths(rows, runs)}
     if seeds:
         page.section("By setting", "Runs that differ in their seed alone: mean and sample standard deviation (±).")
         page.table(seeds, "One row per setting")
-        write_table(folder / SEEDS, seeds)
+        tables[SEEDS] = seeds
     if against:
         page.section("Against the vanilla twin", _against_note(against, compared_loss(runs)))
         page.table(against, "One row per setting")
-        write_table(folder / DIFFERENCES, against)
+        tables[DIFFERENCES] = against
     curves = [figure for figure in (frontier(runs), *curve_charts(runs), *validation_charts(runs)) if figure]
     costs = cost_charts(runs)
     for heading, figures in (("Learning", curves), ("Cost", costs)):
@@ -125,7 +126,7 @@ def write_comparison(runs: Sequence[Run], folder: Path, sort: str | None = None,
             page.figures(figures)
     page.section("Each run")
     page.plain_table(("run", "directory"), [(run.name, str(run.path)) for run in runs], "Where the runs lie", False)
-    return _write(page, [*curves, *costs], folder)
+    return write_page(page, [*curves, *costs], folder, tables)
 
 
 def _against_note(rows: Sequence[Mapping[str, Any]], metric: str) -> str:
@@ -181,11 +182,3 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
         source = "1 - comm/dispatch_bytes over comm/dispatch_bytes_vanilla, means over steps"
         cards.append(("expert-parallel traffic saved", f"{1 - sent / vanilla:.1%}", source))
     return cards
-
-
-def _write(page: Page, drawn: Sequence[Figure], folder: Path) -> Path:
-    files.make_folder(folder / FIGURES)
-    for figure in drawn:
-        files.write_whole(folder / FIGURES / f"{figure.name}.png", figure.png)
-    files.write_whole(folder / PAGE, page.render())
-    return folder / PAGE

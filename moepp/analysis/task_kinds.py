@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moepp.analysis.runs import Run
 from moepp.analysis.token_tables import Rows
+from moepp.analysis.token_view import layer_indices
 from moepp.errors import RunError
 from moepp.evaluation.results import read_results
 
@@ -26,10 +27,12 @@ def task_kinds(run: Run) -> tuple[Rows, str, list[str]]:
         for result in results:
             if result.kinds and result.name not in found:
                 found[result.name] = f"eval/{path.name}"
+                own = run.config.model.moe_layers if run.config is not None else ()
+                count = len(next(iter(result.kinds.values())))
                 rows += [
                     {"source": result.name, "layer": layer, "tokens": result.tokens}
-                    | {kind: shares[layer] for kind, shares in result.kinds.items()}
-                    for layer in range(len(next(iter(result.kinds.values()))))
+                    | {kind: shares[row] for kind, shares in result.kinds.items()}
+                    for row, layer in enumerate(layer_indices(result.layers or own, count))
                 ]
     logged = _logged(run)
     rows += [

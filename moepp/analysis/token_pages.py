@@ -169,22 +169,24 @@ def _mean(values: Sequence[float]) -> float:
 
 def gate_figures(rows: Rows) -> list[Figure]:
     """Draw the first and second choice's mean gate weight by layer (Fig. 6 of the paper)."""
+    named = {"with": ", with residuals", "without": ", residuals cut", "none": ""}
     lines = {}
     for residuals in dict.fromkeys(row["residuals"] for row in rows):
         for choice in (1, 2):
             part = [row for row in rows if row["residuals"] == residuals and row["choice"] == choice]
             if part:
-                lines[f"choice {choice}, {residuals}"] = ([r["layer"] for r in part], [r["mean"] for r in part])
-    pairs = zip(lines["choice 1, with"][1], lines.get("choice 1, without", ([], []))[1], strict=False)
-    shifts = [abs(a - b) for a, b in pairs]
-    caption = ""
-    if shifts:
-        caption = f"Cutting the gating residuals moves the first choice's mean weight by up to {max(shifts):.3f}. "
-    if second := lines.get("choice 2, with"):
+                lines[f"choice {choice}{named[residuals]}"] = ([r["layer"] for r in part], [r["mean"] for r in part])
+    own = named[rows[0]["residuals"]]
+    cut = lines.get(f"choice 1{named['without']}")
+    caption = "" if own else "The model has no gating residuals. "
+    if cut is not None:
+        shift = max(abs(a - b) for a, b in zip(lines[f"choice 1{own}"][1], cut[1], strict=True))
+        caption = f"Cutting the gating residuals moves the first choice's mean weight by up to {shift:.3f}. "
+    if second := lines.get(f"choice 2{own}"):
         caption += f"The second choice weighs {min(second[1]):.3f} to {max(second[1]):.3f} of 1, by layer."
     else:
         caption += "Each token chooses one expert."
-    labels = ("MoE layer", "mean gate weight")
+    labels = ("layer", "mean gate weight")
     return [line_figure("gate-weights", "Gate weights", caption, lines, labels, "gates.parquet")]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from moepp.analysis.observe import Observed
-from moepp.analysis.token_view import TokenView, pool
+from moepp.analysis.token_view import TokenView, layer_indices, pool
 
 Rows = list[dict[str, Any]]
 Decode = Callable[[Sequence[int]], str]
@@ -134,11 +134,14 @@ def _means(seen: TokenView, part: Any) -> dict[str, Any]:
 
 
 def kinds_by_layer(sources: Mapping[str, TokenView]) -> Rows:
-    """Return the share of each expert kind by data source and MoE layer; the shares of a row sum to 1."""
+    """Return the share of each expert kind by data source and MoE layer; the shares of a row sum to 1.
+
+    ``layer`` is the index of the transformer layer, from 0, as in metrics.
+    """
     rows = []
     for source, seen in sources.items():
-        for layer in range(len(next(iter(seen.shares.values())))):
-            shares = {kind: float(share_L[layer]) for kind, share_L in seen.shares.items()}
+        for row, layer in enumerate(layer_indices(seen.layers, len(next(iter(seen.shares.values()))))):
+            shares = {kind: float(share_L[row]) for kind, share_L in seen.shares.items()}
             rows.append({"source": source, "layer": layer, "tokens": int(seen.ffn_NS.size)} | shares)
     return rows
 
@@ -154,16 +157,17 @@ def _texts(ids: Sequence[int], decode: Decode, texts: Texts | None) -> list[str]
     return [decode([i]) for i in ids] if texts is None else texts(ids)
 
 
-def gate_weights(with_residuals: Observed, without: Observed | None) -> Rows:
+def gate_weights(seen: Observed, cut: Observed | None) -> Rows:
     """Return how the gate weights of the first and second choice are distributed, with and without residuals (Fig. 6).
 
-    Columns: residuals, layer, choice (1 is the best), mean, std, histogram (shares of 20 equal bins of [0, 1]).
+    Columns: residuals ("with", "without": cut from a model that has them; "none": of one that has none), layer (index
+    of the transformer layer), choice (1 is the best), mean, std, histogram (shares of 20 equal bins of [0, 1]).
     """
     rows = []
-    for name, one in (("with", with_residuals), ("without", without)):
+    for name, one in (("with" if seen.cfg.gating_residual else "none", seen), ("without", cut)):
         if one is None:
             continue
-        for layer, weights in enumerate(one.weights_LNSK):
+        for layer, weights in zip(layer_indices(one.layers, len(one.weights_LNSK)), one.weights_LNSK, strict=True):
             for choice in range(min(2, weights.shape[-1])):
                 values = weights[..., choice].ravel()
                 histogram = np.histogram(values, bins=_BINS, range=(0, 1))[0] / values.size

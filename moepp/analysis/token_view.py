@@ -32,12 +32,19 @@ class TokenView:
         losses_NS: cross-entropy of the token that follows, nats.
         ffn_NS: FFN experts among its choices, mean over layers.
         shares: share of each expert kind in the choices of a layer, [L].
+        layers: index of the transformer layer of each MoE layer; () where all layers are MoE layers.
     """
 
     input_ids_NS: np.ndarray
     losses_NS: np.ndarray
     ffn_NS: np.ndarray
     shares: dict[str, np.ndarray]
+    layers: tuple[int, ...] = ()
+
+
+def layer_indices(layers: Sequence[int], count: int) -> Sequence[int]:
+    """Return the index of the transformer layer of each of ``count`` MoE layers, as metrics name it."""
+    return layers if len(layers) == count else range(count)
 
 
 def pool(views: Sequence[TokenView]) -> TokenView:
@@ -51,6 +58,7 @@ def pool(views: Sequence[TokenView]) -> TokenView:
         np.concatenate([view.losses_NS for view in views]),
         np.concatenate([view.ffn_NS for view in views]),
         {kind: np.average([view.shares[kind] for view in views], axis=0, weights=weights) for kind in kinds},
+        views[0].layers,
     )
 
 
@@ -97,7 +105,7 @@ def view_evaluation(
     counts_LZ = sum_over_ranks(to_device(counts_LZ, device)).cpu().numpy()
     shares_LZ = counts_LZ / np.maximum(counts_LZ.sum(axis=1, keepdims=True), 1)
     shares = {kind: shares_LZ[:, column] for column, kind in enumerate(kinds) if moe.expert_counts[kind]}
-    return TokenView(seen[2].astype(np.int64), seen[1], seen[0], shares)
+    return TokenView(seen[2].astype(np.int64), seen[1], seen[0], shares, model.cfg.moe_layers)
 
 
 @contextmanager

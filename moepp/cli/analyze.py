@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"moepp analyze runs in one process, and {environment.world_size} were started; start one")
     with joined(environment, 1, TIMEOUT_SECONDS, command_facts(args.plugins), args.device) as groups:
         findings = _QUESTIONS[args.what](args, _distinct([_open(args, one, groups) for one in found]))
-    page = write_findings(findings, folder)
+    page = write_findings(findings, folder, args.what)
     for figure in findings.figures:
         print(f"{figure.title}: {printable(figure.caption)}")
     print(f"tables: {', '.join(printable(folder / f'{name}.parquet') for name in findings.tables)}")
@@ -129,11 +129,13 @@ def _check_models(args: argparse.Namespace, found: list[FoundModel]) -> None:
 
 
 def _folder(args: argparse.Namespace, found: FoundModel) -> Path:
+    from moepp.analysis.page_folder import own_folder
+
     if args.out is not None:
-        return Path(args.out)
+        return own_folder(Path(args.out), f"moepp analyze {args.what}")
     if found.run_dir is None:
         raise ConfigError(f"{found.subject.source} is no run, so there is no place for the tables; give --out FOLDER")
-    return found.run_dir.path / "analysis" / args.what
+    return own_folder(found.run_dir.path / "analysis" / args.what, f"moepp analyze {args.what}")
 
 
 def _open(args: argparse.Namespace, found: FoundModel, groups: ParallelGroups) -> Subject:

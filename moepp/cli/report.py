@@ -15,7 +15,6 @@ from moepp.runs.directory import RunDir
 from moepp.runs.report import read_inputs, summary_text, write_report
 
 EXAMPLE = "moepp report runs/tiny; moepp report runs/moepp runs/vanilla --out comparison"
-_MARK = b'name="generator" content="moepp report"'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _report_one(path: Path, args: argparse.Namespace) -> int:
+    from moepp.analysis.page_folder import own_folder
     from moepp.analysis.report import write_run_page
     from moepp.analysis.runs import read_run
 
@@ -72,7 +72,7 @@ def _report_one(path: Path, args: argparse.Namespace) -> int:
     inputs = read_inputs(run_dir)
     entropy = args.unigram_entropy if args.unigram_entropy is not None else inputs.unigram_entropy
     inputs = replace(inputs, unigram_entropy=entropy if entropy is not None else _entropy_of_data(run_dir))
-    folder = _own_folder(path if args.out is None else Path(args.out))
+    folder = own_folder(path if args.out is None else Path(args.out), "moepp report", path)
     if args.out is None:
         text = write_report(run_dir, inputs)
     else:
@@ -85,6 +85,7 @@ def _report_one(path: Path, args: argparse.Namespace) -> int:
 
 def _report_several(places: Sequence[str], args: argparse.Namespace) -> int:
     from moepp.analysis.comparison import compare, headings, shown_columns, text_of, with_paths, write_table
+    from moepp.analysis.page_folder import own_folder
     from moepp.analysis.report import comparison_notes, write_comparison
     from moepp.analysis.runs import find_runs
     from moepp.runs.report import table_lines
@@ -94,7 +95,7 @@ def _report_several(places: Sequence[str], args: argparse.Namespace) -> int:
     found = find_runs(places)
     runs = found.runs
     common = Path(os.path.commonpath([run.path.parent for run in runs]))
-    folder = _own_folder(common / "comparison" if args.out is None else Path(args.out))
+    folder = own_folder(common / "comparison" if args.out is None else Path(args.out), "moepp report")
     rows = compare(runs, args.sort)
     if args.table is not None:
         write_table(Path(args.table), with_paths(rows, runs))
@@ -106,14 +107,6 @@ def _report_several(places: Sequence[str], args: argparse.Namespace) -> int:
     print(terminal_text("\n".join(table_lines(headings(columns), cells))))
     print(f"page: {printable(page)}")
     return 0
-
-
-def _own_folder(folder: Path) -> Path:
-    """Return the folder, unless a page lies there that this command did not write."""
-    page = folder / "report.html"
-    if page.exists() and _MARK not in page.read_bytes()[:4096]:
-        raise RunError(f"{printable(page)} was not written by moepp report; choose another --out")
-    return folder
 
 
 def _entropy_of_data(run_dir: RunDir) -> float | None:

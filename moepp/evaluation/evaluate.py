@@ -131,6 +131,7 @@ def evaluate_benchmark(
         tasks=by_task if len(by_task) > 1 else {},
         tokens=kinds.tokens,
         kinds=kinds.shares,
+        layers=list(shared.model.cfg.moe_layers) if kinds.shares else [],
     )
 
 

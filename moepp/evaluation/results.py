@@ -38,6 +38,7 @@ class BenchmarkResult:
         tasks: metrics of each task, where there are several.
         tokens: that were read, without padding; 0 of a model without MoE layers.
         kinds: share of each expert kind in the choices of a MoE layer, by layer.
+        layers: index of the transformer layer of each of them; [] in files of earlier versions.
     """
 
     name: str
@@ -53,6 +54,7 @@ class BenchmarkResult:
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
     tokens: int = 0
     kinds: dict[str, list[float]] = field(default_factory=dict)
+    layers: list[int] = field(default_factory=list)
 
     @property
     def title(self) -> str:
@@ -92,7 +94,9 @@ def _result_from(tree: dict[str, Any]) -> BenchmarkResult:
         raise ValueError("a share of an expert kind is not between 0 and 1")
     if len({len(shares) for shares in layers}) > 1 or [] in layers:
         raise ValueError("expert kinds have not equally many layers")
-    if not all(type(count) is int and 0 <= count < 1 << 60 for count in counts):
+    if result.layers and any(len(result.layers) != len(shares) for shares in layers):
+        raise ValueError("there are not as many layers as shares of expert kinds")
+    if not all(type(count) is int and 0 <= count < 1 << 60 for count in (*counts, *result.layers)):
         raise ValueError("a count is no integer of 0 or more")
     if not all(type(number) in (int, float, type(None)) for number in numbers):
         raise ValueError("a metric is no number")

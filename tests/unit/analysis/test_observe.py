@@ -10,8 +10,9 @@ import torch
 
 from moepp.analysis import token_tables as tables
 from moepp.analysis.observe import Change, Observed, observe, pool_observed, swap_kinds
+from moepp.analysis.question_pages import long_context_figures
 from moepp.analysis.questions import communication, long_context, robustness
-from moepp.analysis.token_pages import token_figures
+from moepp.analysis.token_pages import gate_figures, token_figures
 from moepp.analysis.token_view import TokenView, pool, view_evaluation
 from moepp.config import ModelConfig, MoEConfig
 from moepp.errors import ConfigError, DataError
@@ -23,11 +24,12 @@ MOE = MoEConfig(
 )
 
 
-def make_model(**changes: object) -> Transformer:
+def make_model(layers: dict[str, int] | None = None, **changes: object) -> Transformer:
     moe = MoEConfig(**({f: getattr(MOE, f) for f in MOE.__dataclass_fields__} | changes))
     cfg = ModelConfig(
         vocab_size=50, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, max_seq_len=64, moe=moe, init_std=0.3
     )
+    cfg = replace(cfg, **(layers or {}))
     model = Transformer(cfg)
     init_parameters(model, 3)
     return model.eval()
@@ -194,6 +196,42 @@ def test_an_evaluation_that_is_watched_shows_what_reading_the_sequences_shows():
     for kind, share_L in seen.shares.items():
         np.testing.assert_allclose(view.shares[kind], share_L)
     assert "cross_entropy" not in vars(model) and not any(layer.moe._forward_hooks for layer in model.layers)
+
+
+def test_layers_are_called_as_in_metrics_where_only_some_are_moe_layers():
+    model, data = make_model({"num_layers": 4, "moe_layer_interval": 2, "dense_ffn_hidden_size": 16}), tokens(2)
+    seen = observe(model, data)
+    batch = [(torch.from_numpy(data)[:, :-1], torch.from_numpy(data)[:, 1:])]
+    with torch.no_grad():
+        view = view_evaluation(model, batch, lambda batches: model.loss(*batches[0]), (0, 1), lambda tensor: tensor)
+    for one in (seen.view, view, pool([view, view]), pool_observed([seen, seen]).view):
+        assert [row["layer"] for row in tables.kinds_by_layer({"a": one})] == [1, 3]
+    assert [row["layer"] for row in tables.gate_weights(seen, seen)] == [1, 1, 3, 3] * 2
+
+
+def test_a_model_without_gating_residuals_is_not_said_to_have_any():
+    cut = tables.gate_weights(hand_made(), hand_made())
+    assert [row["residuals"] for row in cut] == ["with", "with", "without", "without"]
+    assert "Cutting the gating residuals moves" in gate_figures(cut)[0].caption
+    rows = tables.gate_weights(replace(hand_made(), cfg=replace(MOE, gating_residual=False)), None)
+    assert [row["residuals"] for row in rows] == ["none", "none"]
+    [figure] = gate_figures(rows)
+    assert figure.caption.startswith("The model has no gating residuals. The second choice weighs")
+    assert [row[0] for row in figure.rows] == ["choice 1", "choice 2"]
+
+
+def test_each_model_has_its_own_trained_length():
+    names = {"model": "m", "residuals": "r", "last": 0, "entropy": 1.0, "loss": 1.0}
+    rows = [
+        names | {"model": model, "trained_length": trained, "first": first, "agreement": float(first)}
+        for model, trained in (("short", 8), ("long", 16))
+        for first in (0, 8, 16)
+    ]
+    caption = long_context_figures(rows)[0].caption
+    assert "short, r: 0.000 within the trained length" in caption
+    assert "long, r: 4.000 within the trained length" in caption
+    assert "Trained on sequences of 8 (short), 16 (long) tokens." in caption
+    assert "Trained on 8 tokens." in long_context_figures(rows[:3])[0].caption
 
 
 def test_traffic_counts_ffn_assignments_alone():

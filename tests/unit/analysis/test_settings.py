@@ -171,6 +171,43 @@ def test_runs_of_nested_sweeps_are_found_once_and_told_apart(tmp_path, capsys):
     assert all(f"<td>{name}" in page or f">{name}</th>" in page for name in ("x/run", "y/run", "b/run"))
 
 
+def test_a_folder_holds_nothing_of_an_earlier_comparison(tmp_path, capsys):
+    out = tmp_path / "out"
+    for seed in (1, 2):
+        make_run(tmp_path / "runs", f"moepp-{seed}", seed=seed)
+        log(make_run(tmp_path / "runs", f"vanilla-{seed}", seed=seed, vanilla=True), eval__wiki__loss=3.0)
+    assert main(["report", str(tmp_path / "runs"), "--out", str(out)]) == 0
+    (out / "figures/mine.png").write_text("mine")
+    (out / "mine.csv").write_text("mine")
+    first = {str(path.relative_to(out)) for path in out.rglob("*.*")}
+    assert first >= {"seeds.csv", "differences.csv", "figures/loss-1-wiki.png", "figures/frontier.png"}
+    runs = [str(tmp_path / f"runs/{name}") for name in ("moepp-1", "moepp-2")]
+    for path in runs:
+        change_config(Path(path), optim__lr=0.001 * int(path[-1]))
+    assert main(["report", *runs, "--out", str(out)]) == 0
+    left = {str(path.relative_to(out)) for path in out.rglob("*.*")}
+    assert first - left == {"seeds.csv", "differences.csv", "figures/loss-1-wiki.png"} and left < first
+    assert {"mine.csv", "figures/mine.png"} <= left, "what somebody else put there stays"
+    (out / "seeds.csv").write_text("of an earlier version, whose page names no files")
+    (out / "report.html").write_text((out / "report.html").read_text().replace('name="files"', ""))
+    assert main(["report", *runs, "--out", str(out)]) == 0 and not (out / "seeds.csv").exists()
+    assert main(["report", *runs, "--out", runs[0]]) == 2
+    assert "is the directory of a run" in capsys.readouterr().err
+
+
+def test_a_runs_page_removes_its_own_old_figures_and_no_other_file(tmp_path):
+    path = make_run(tmp_path, "one")
+    assert main(["report", str(path)]) == 0
+    before = {file.name for file in (path / "figures").iterdir()}
+    page = (path / "report.html").read_text().replace("figures/memory.png", "figures/memory.png metrics.jsonl ../x.png")
+    (path / "report.html").write_text(page)
+    (tmp_path / "x.png").write_text("x")
+    forget(path, "memory/peak_allocated_bytes")
+    assert main(["report", str(path)]) == 0
+    assert before - {file.name for file in (path / "figures").iterdir()} == {"memory.png"}
+    assert (path / "metrics.jsonl").exists() and (tmp_path / "x.png").exists()
+
+
 def test_seeds_in_folders_of_their_own_are_called_by_their_common_name(tmp_path):
     for seed in (1, 2):
         make_run(tmp_path / f"seed{seed}", "moepp", seed=seed)

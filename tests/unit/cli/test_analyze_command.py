@@ -12,12 +12,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from moepp.analysis.figures import Figure
+from moepp.analysis.model_pages import Findings, write_findings
 from moepp.cli import analyze as command
 from moepp.cli.main import main
 from moepp.config import DataConfig
 from moepp.errors import DataError
 from tests.data_files import write_indexed, write_word_tokenizer
 from tests.official_cases import released_config, released_tensors, write_released
+from tests.run_files import make_run
 
 FLAGS = {"vocab_size": 40, "pad_token_id": "absent", "num_experts": [8]}
 
@@ -35,6 +38,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def leave_earlier_page(folder: Path, what: str) -> None:
+    """Write a page of the same question with a table and a figure that the next one does not have."""
+    findings = Findings("t", "l", {"gone": [{"a": 1}]}, [Figure("gone", "T", "C.", lambda axes, palette: None)])
+    write_findings(findings, folder, what)
+    assert (folder / "gone.parquet").exists() and (folder / "figures/gone.png").exists()
+
+
 @pytest.mark.parametrize(
     ("what", "tables"),
     [
@@ -47,6 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_question_writes_tables_and_a_page(place, tmp_path, capsys, what, tables):
     sources = ["--data", str(place / "text")] + (["--data", str(place / "other")] if what == "tokens" else [])
     options = ["--tokens", "96", "--seq-len", "16", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    leave_earlier_page(tmp_path / "out", what)
     assert main(["analyze", what, str(place / "model"), *sources, *options]) == 0
     assert {path.stem for path in (tmp_path / "out").glob("*.parquet")} == tables
     page = (tmp_path / "out/report.html").read_text()
@@ -82,6 +93,26 @@ def test_a_model_without_zero_computation_experts_is_named_before_any_is_read(pl
     models = [str(place / "model"), f"{place}/model/../model"]
     assert main(["analyze", "robustness", *models, "--data", str(place / "text"), "--out", str(tmp_path / "o")]) == 2
     assert "model has no zero-computation experts, so nothing can be swapped" in capsys.readouterr().err
+
+
+def test_a_page_of_something_else_and_a_run_are_never_written_over(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "_open", None)  # nothing is read
+    arguments = ["analyze", "tokens", str(place / "model"), "--data", str(place / "text"), "--out"]
+    run = make_run(tmp_path, "run")
+    for name, text in (
+        ("mine", "<p>mine</p>"),
+        ("other", '<meta name="generator" content="moepp analyze robustness">'),
+        ("report", '<meta name="generator" content="moepp report">'),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.html").write_text(text)
+        assert main([*arguments, str(tmp_path / name)]) == 2
+        assert "report.html was not written by moepp analyze tokens" in capsys.readouterr().err
+        assert [(path.name, path.read_text()) for path in (tmp_path / name).iterdir()] == [("report.html", text)]
+    before = sorted(path.name for path in run.iterdir())
+    assert main([*arguments, str(run)]) == 2
+    assert "is the directory of a run" in capsys.readouterr().err
+    assert sorted(path.name for path in run.iterdir()) == before
 
 
 @pytest.mark.parametrize(

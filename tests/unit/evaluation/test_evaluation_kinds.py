@@ -30,7 +30,7 @@ from moepp.model.transformer import Transformer
 from moepp.moe import MoELayer
 from moepp.runs.report import ReportInputs
 from tests.evaluation_cases import one_process, tiny_config, tiny_model, write_benchmarks, write_byte_tokenizer
-from tests.run_files import make_run
+from tests.run_files import change_config, make_run
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_each_benchmark_has_its_own_shares(shared: SharedModel, tmp_path: Path):
     [alone] = evaluate_all(shared, load_benchmarks(["boolq"], data), limit=3)
     assert both[1].kinds == alone.kinds != both[0].kinds and both[1].tokens == alone.tokens > 0
     layers = [sum(shares) for shares in zip(*alone.kinds.values(), strict=True)]
-    assert layers == pytest.approx([1.0] * len(layers))
+    assert layers == pytest.approx([1.0] * len(layers)) and alone.layers == list(range(len(layers)))
     flat = flat_metrics(both)
     assert flat["eval/boolq/share_ffn"] == pytest.approx(np.mean(alone.kinds["ffn"]))
     assert "expert kinds, % of choices" in table_text(both, Subject("x"))
@@ -120,6 +120,11 @@ def test_the_page_of_a_run_shows_the_newest_shares_of_each_task(tmp_path: Path, 
         ("sciq", 1, pytest.approx(0.6)),
         ("piqa", None, 0.3),
     ]
+    write_results(path / "eval/00000060-a.json", [replace(result("sciq", 0.2), layers=[1, 3])], Subject("run"), {})
+    assert [row["layer"] for row in task_kinds(read_run(path))[0][:2]] == [1, 3], "as metrics name them"
+    change_config(path, model__num_layers=4, model__moe_layer_interval=2, model__dense_ffn_hidden_size=8)
+    (path / "eval/00000060-a.json").unlink()
+    assert [row["layer"] for row in task_kinds(read_run(path))[0][:2]] == [1, 3], "files that do not say so"
     assert source == "eval/00000040-a.json, eval/<task>/share_<kind>" and not remarks
     assert list(benchmarks([read_run(path)])) == ["piqa/acc"], "shares are no results of a benchmark"
     (path / "eval/00000050-a.json").write_text("{")
@@ -133,6 +138,9 @@ def test_damaged_shares_are_refused(tmp_path: Path, kinds: dict):
     write_results(tmp_path / "r.json", [replace(result("sciq", 0.4), kinds=kinds)], Subject("run"), {})
     with pytest.raises(RunError, match="is not a file that `moepp eval` wrote"):
         read_results(tmp_path / "r.json")
+    write_results(tmp_path / "l.json", [replace(result("sciq", 0.4), layers=[1])], Subject("run"), {})
+    with pytest.raises(RunError, match="not as many layers"):
+        read_results(tmp_path / "l.json")
     write_results(tmp_path / "old.json", [result("sciq", 0.4)], Subject("run"), {})
     content = json.loads((tmp_path / "old.json").read_text())
     del content["results"][0]["kinds"], content["results"][0]["tokens"]
