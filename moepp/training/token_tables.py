@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from moepp.data import Tokenizer
 from moepp.distributed import comm
@@ -20,7 +22,10 @@ logger = logging.getLogger(__name__)
 
 Tables = Mapping[str, list[dict[str, Any]]]
 """Rows by the name of their table."""
+Source = str | np.ndarray | None
+"""What is read: see :func:`view_tokens`."""
 MOST_TOKENS = 65536  # that are read, in whole global batches, at least one of each set
+_MOST_PATHS = 32  # of data.paths that are viewed by themselves
 _MOST_TYPES = 1000  # token types in a table of W&B: those with the most and the fewest FFN experts
 
 
@@ -36,25 +41,56 @@ def write_token_tables(trainer: Trainer, run_path: Path) -> None:
         logger.info("no tables of tokens are written: there are no held-out batches (train.eval_batches=0)")
         return
     from moepp.analysis import token_tables
-    from moepp.analysis.runs import SPLIT_NAME
 
-    sets = trainer.validation_sets
-    views = {name or SPLIT_NAME: view_tokens(trainer, name, MOST_TOKENS // len(sets)) for name in sets}
+    sources = held_out_sources(trainer)
+    views = {name: view_tokens(trainer, source, MOST_TOKENS // len(sources)) for name, source in sources.items()}
     comm.on_first_rank(lambda: _write_and_log(trainer, views, run_path / token_tables.FOLDER))
 
 
-def view_tokens(trainer: Trainer, name: str | None = None, most: int = MOST_TOKENS) -> TokenView:
+def held_out_sources(trainer: Trainer) -> dict[str, Source]:
+    """Return what is viewed by itself, by its name: each set of ``data.validation``, and each of ``data.paths``.
+
+    A path counts by its validation part, under its file's name where that tells it from others; one path alone is
+    called "data.paths". Which are left out is logged.
+    """
+    from moepp.analysis.runs import SPLIT_NAME
+
+    cfg, files = trainer.cfg, trainer.parts.corpora.files
+    sets: dict[str, Source] = {name: name for name in cfg.data.validation}
+    if not cfg.data.evaluates_split:
+        return sets
+    if len(files) == 1:
+        return {SPLIT_NAME: None, **sets}
+    names = [Path(file.prefix).name for file in files]
+    names = names if len({*names, *sets}) == len(names) + len(sets) else [file.prefix for file in files]
+    paths, unusable = {}, []
+    for name, file in zip(names, files, strict=True):
+        tokens_T = file.tokens_of_split(cfg.data.split, "valid")[: MOST_TOKENS + trainer.plan.tokens_per_step]
+        if len(tokens_T) <= cfg.data.seq_len or int(tokens_T.max()) >= cfg.model.vocab_size:
+            unusable.append(name)
+        elif len(paths) < _MOST_PATHS:
+            paths[name] = tokens_T
+        else:
+            unusable.append(name)
+    if unusable:
+        logger.warning("the tables of tokens leave out of data.paths: %s", ", ".join(unusable))
+    return {**paths, **sets} or {SPLIT_NAME: None}
+
+
+def view_tokens(trainer: Trainer, source: Source = None, most: int = MOST_TOKENS) -> TokenView:
     """Read held-out batches and return what their tokens cost, the same in every layout; collective.
 
     Args:
         trainer: of the run.
-        name: of a set of ``data.validation``; None: the validation part of ``data.paths``.
+        source: name of a set of ``data.validation``; tokens [T], which are read in whole sequences, from the first on
+            and over again where they end; None: the validation part of ``data.paths``.
         most: tokens, but at least a global batch.
     """
     from moepp.analysis.token_view import view_evaluation
 
     cfg, groups = trainer.cfg, trainer.groups
-    plan, data = trainer.plan, trainer.parts.data
+    plan = trainer.plan
+    batch_of = _reader(trainer, source)
     number = max(1, min(cfg.train.eval_batches, most // plan.tokens_per_step))
     steps = range(plan.accumulation_steps)
 
@@ -63,9 +99,27 @@ def view_tokens(trainer: Trainer, name: str | None = None, most: int = MOST_TOKE
             trainer.runner.evaluate(batches[first : first + len(steps)])
 
     with trainer.evaluation():
-        batches = [trainer.to_device(data.eval_batch(index, step, name)) for index in range(number) for step in steps]
+        batches = [trainer.to_device(batch_of(index, step)) for index in range(number) for step in steps]
         replica = groups.data_rank, groups.data_size
         return view_evaluation(trainer.model, batches, evaluate, replica, trainer.sum_over_ranks)
+
+
+def _reader(trainer: Trainer, source: Source) -> Callable[[int, int], Batch]:
+    """Return what gives the micro-batch of this replica in a global batch, as the run's data do."""
+    if source is None or isinstance(source, str):
+        return lambda index, micro_step: trainer.parts.data.eval_batch(index, micro_step, source)
+    import torch
+
+    plan, length, size = trainer.plan, trainer.cfg.data.seq_len, trainer.cfg.train.global_batch_size
+    count = (len(source) - 1) // length
+
+    def read(index: int, micro_step: int) -> Batch:
+        first = index * size + (micro_step * plan.data_size + trainer.groups.data_rank) * plan.micro_batch_size
+        starts_B = (first + np.arange(plan.micro_batch_size)) % count * length
+        tokens_BX = torch.from_numpy(source[starts_B[:, None] + np.arange(length + 1)].astype(np.int64))
+        return tokens_BX[:, :-1].contiguous(), tokens_BX[:, 1:].contiguous()
+
+    return read
 
 
 def _write_and_log(trainer: Trainer, views: Mapping[str, TokenView], folder: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from moepp.analysis.token_view import TokenView
 from moepp.training.token_tables import view_tokens
+from moepp.training.trainer import Trainer
 from tests.parity import REFERENCE, History, Layout, Setting, train
 
 # Nothing is dropped here, so that numbers do not depend on the ranks; layers 1 and 3 are MoE layers.
@@ -32,22 +33,30 @@ LAYOUTS = [
 OF_TIME_AND_PLACE = ("time/", "throughput/", "comm/", "memory/")
 
 
-def _train(rank: int, layout: Layout) -> tuple[History, TokenView]:
+def _train(rank: int, layout: Layout) -> tuple[History, TokenView, TokenView]:
     views: list[TokenView] = []
-    history = train(rank, SETTING, layout, inspect=lambda trainer: views.append(view_tokens(trainer)))
-    return history, views[0]
+
+    def view(trainer: Trainer) -> None:
+        views.append(view_tokens(trainer))
+        vocabulary = trainer.cfg.model.vocab_size
+        source_T = np.random.default_rng(0).integers(0, vocabulary, 20 * trainer.cfg.data.seq_len + 1, np.uint16)
+        views.append(view_tokens(trainer, source_T, 2 * trainer.plan.tokens_per_step))
+
+    history = train(rank, SETTING, layout, inspect=view)
+    return history, views[0], views[1]
 
 
 @pytest.fixture(scope="module")
-def reference(pool_1) -> tuple[History, TokenView]:
+def reference(pool_1) -> tuple[History, TokenView, TokenView]:
     return pool_1.run(_train, REFERENCE)[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_metric_is_that_of_one_process(pool_2, reference, layout):
-    expected, tokens = reference
-    for history, view in pool_2.run(_train, layout):
+    expected, tokens, of_path = reference
+    for history, view, path_view in pool_2.run(_train, layout):
         _check_tokens(view, tokens)
+        _check_tokens(path_view, of_path)
         for wanted, found in zip(expected.records, history.records, strict=True):
             kept = {name: value for name, value in found.items() if not name.startswith(OF_TIME_AND_PLACE)}
             wanted = {name: value for name, value in wanted.items() if not name.startswith(OF_TIME_AND_PLACE)}
