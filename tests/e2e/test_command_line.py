@@ -59,9 +59,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Settings that name data of its own: 60 documents of 40 tokens."""
     folder = tmp_path_factory.mktemp("data")
     documents = [[(5 * i + j * j) % 62 for j in range(40)] for i in range(60)]
-    write_indexed(folder / "text", documents)
+    write_indexed(folder / "text", documents[:30])
+    write_indexed(folder / "code", documents[30:])
     write_word_tokenizer(folder / "tokenizer.json", num_words=62)
-    return [f"data.paths=[{folder}/text]", f"data.tokenizer={folder}/tokenizer.json"]
+    return [f"data.paths=[{folder}/text,{folder}/code]", f"data.tokenizer={folder}/tokenizer.json"]
 
 
 def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -144,7 +145,7 @@ def test_python_trains_in_one_process_into_a_complete_run_directory(one_process)
     media = {path.name.split("_")[0] for path in run_dir.glob("wandb/offline-run-*/files/media/*/*/*")}
     assert media >= {"experts", "ffn", "types", "positions", "frequencies", "losses", "kinds", "text"}
     rows = pq.read_table(run_dir / "tokens/kinds.parquet").to_pylist()
-    assert [row["layer"] for row in rows] == [0, 1] and {row["source"] for row in rows} == {"data.paths"}
+    assert [(row["source"], row["layer"]) for row in rows] == [("text", 0), ("text", 1), ("code", 0), ("code", 1)]
     assert all(sum(row[kind] for kind in ("ffn", "constant", "copy", "zero")) == pytest.approx(1) for row in rows)
     assert all(record["comm/dispatch_bytes"] == 0 for record in records if "train/loss" in record)
 
