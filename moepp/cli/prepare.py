@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     from moepp.data.prepare.arguments import add_read_arguments
     from moepp.data.prepare.inputs import SUFFIXES
-    from moepp.data.prepare.pipeline import MAX_LOST_SHARE
+    from moepp.data.prepare.options import MAX_LOST_SHARE
     from moepp.data.prepare.train_tokenizer import DEFAULT_VOCAB_SIZE
 
     parser.add_argument(

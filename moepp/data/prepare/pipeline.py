@@ -6,7 +6,6 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,14 +16,14 @@ from moepp.data.manifest import Manifest, sha256_of
 from moepp.data.megatron_core import import_lazily
 from moepp.data.prepare.encode import Batch, Encoded, encode_documents
 from moepp.data.prepare.inputs import InputFile, find_inputs
+from moepp.data.prepare.options import PrepareOptions, check_options, check_output, require_kept
 from moepp.data.prepare.order import UNKNOWN_INPUT, one_sided_splits, reorder, shuffled
-from moepp.data.prepare.readers import DocumentReader, ReadOptions
+from moepp.data.prepare.readers import DocumentReader
 from moepp.data.prepare.staging import publish, staging_folder
 from moepp.data.prepare.tally import Tally
 from moepp.data.prepare.train_tokenizer import train_on_files
 from moepp.data.tokenizer import Tokenizer
 from moepp.errors import DataError, MoeppError
-from moepp.io.files import make_folder
 from moepp.io.untrusted import printable
 from moepp.io.write_errors import write_error
 
@@ -32,24 +31,6 @@ from moepp.io.write_errors import write_error
 BATCH_CHARACTERS = 1 << 19
 COPY_CHUNK_BYTES = 1 << 24
 LARGEST_UINT16_VOCABULARY = 65_500  # Megatron's bound (indexed_dataset.py, DType.optimal_dtype)
-MAX_LOST_SHARE = 0.01
-
-
-@dataclass(frozen=True)
-class PrepareOptions:
-    """How to turn text into PREFIX.bin, PREFIX.idx and PREFIX.json."""
-
-    output: str  # PREFIX
-    tokenizer: str  # path of tokenizer.json
-    train_vocab: int | None = None  # train a tokenizer of this many tokens on the input first, and write it
-    read: ReadOptions = field(default_factory=ReadOptions)
-    eod_token: str | None = None  # None: the first of moepp.data.tokenizer.EOD_TOKENS that the tokenizer has
-    max_lost_share: float = MAX_LOST_SHARE  # of the characters, which the tokenizer may be unable to represent
-    shuffle: int | None = None  # seed of the order of the documents; None: the order of the input
-    workers: int = 1  # processes
-    append: bool = False  # add to what PREFIX holds
-    overwrite: bool = False  # replace what PREFIX (and, if it is trained, the tokenizer) holds
-    progress: bool = True  # progress bar, on a terminal
 
 
 def prepare(inputs: Sequence[str], options: PrepareOptions, say: Callable[[str], None] = lambda _: None) -> Manifest:
@@ -67,10 +48,11 @@ def prepare(inputs: Sequence[str], options: PrepareOptions, say: Callable[[str],
     Raises:
         DataError: unusable input, tokenizer or output, or an input without any text.
     """
-    _check_options(options)
+    check_options(options)
     found = find_inputs(inputs)
     for remark in found.remarks():
         say(remark)
+    require_kept(found.files, options)
     with staging_folder(options.output) as folder:
         check_output(options)
         try:
@@ -85,37 +67,6 @@ def prepare(inputs: Sequence[str], options: PrepareOptions, say: Callable[[str],
             raise
         except OSError as error:
             raise write_error(error.errno, options.output) from error
-
-
-def _check_options(options: PrepareOptions) -> None:
-    if options.workers < 1:
-        raise DataError(f"--workers={options.workers} is below 1; give the number of processes")
-    if not 0 <= options.max_lost_share <= 1:
-        raise DataError(f"--max-lost-share={options.max_lost_share} is not between 0 and 1; give a share such as 0.01")
-    if options.shuffle is not None and options.shuffle < 0:
-        raise DataError(f"--shuffle={options.shuffle} is below 0; give a seed of 0 or more")
-
-
-def check_output(options: PrepareOptions) -> None:
-    """Refuse to replace what PREFIX holds, or to add to nothing, unless the options say so.
-
-    Raises:
-        DataError: the output exists or not, against ``append`` and ``overwrite``.
-    """
-    prefix = options.output
-    present = [prefix + suffix for suffix in (".bin", ".idx", ".json") if os.path.exists(prefix + suffix)]
-    if options.append and options.overwrite:
-        raise DataError("--append keeps what the output holds and --overwrite replaces it; give one of them")
-    if options.append and not present:
-        raise DataError(f"--append: there is no {prefix}.bin/.idx to add to; leave --append out")
-    if present and not options.append and not options.overwrite:
-        raise DataError(f"{present[0]} exists; choose another --output, or give --append or --overwrite")
-    if options.train_vocab is not None and os.path.exists(options.tokenizer) and not options.overwrite:
-        raise DataError(f"tokenizer {options.tokenizer} exists; leave training out to use it, or give --overwrite")
-    if options.train_vocab is not None:  # found out now, not after the work
-        make_folder(parent := os.path.dirname(os.path.abspath(options.tokenizer)))
-        if not os.access(parent, os.W_OK | os.X_OK):
-            raise DataError(f"cannot write {options.tokenizer}: Permission denied; choose a folder you may write to")
 
 
 def _tokenizer(files: list[InputFile], options: PrepareOptions, folder: str) -> Tokenizer:

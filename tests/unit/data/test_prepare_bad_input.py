@@ -94,6 +94,42 @@ def test_output_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFix
     assert "cannot write" in error and "choose a folder you may write to" in error
 
 
+@pytest.mark.parametrize("output", ["data/", "data/.", "..", "./"])
+def test_output_that_names_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], output: str) -> None:
+    error = _run(tmp_path, capsys, "--output", f"{tmp_path}/{output}")
+    assert f"--output {tmp_path}/{output} names a folder; name the files in it, as {tmp_path}/" in error
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "t.json"}
+
+
+def test_places_that_no_file_can_take_are_found_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "x.idx").mkdir()
+    train = ("--train-tokenizer", "300", "--overwrite")
+    monkeypatch.setattr("moepp.data.prepare.pipeline.train_on_files", None)  # the work
+    error = _run(tmp_path, capsys, "--output", f"{tmp_path}/out", *train, tokenizer=str(tmp_path / "folder"))
+    assert f"cannot write {tmp_path}/folder: it is a folder" in error
+    error = _run(tmp_path, capsys, "--output", f"{tmp_path}/x", *train, tokenizer=str(tmp_path / "n.json"))
+    assert f"cannot write {tmp_path}/x.idx: it is a folder" in error
+    with monkeypatch.context() as mounted:
+        mounted.setattr("os.path.ismount", lambda path: path.endswith("n.json"))
+        error = _run(tmp_path, capsys, "--output", f"{tmp_path}/out", *train, tokenizer=str(tmp_path / "n.json"))
+    assert f"cannot write {tmp_path}/n.json: it is a mount point" in error
+
+
+def test_what_is_read_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = write_word_tokenizer(tmp_path / "x.json")
+    for extra in ((), ("--train-tokenizer", "300")):
+        error = _run(tmp_path, capsys, "--output", f"{tmp_path}/x", "--overwrite", *extra, tokenizer=tokenizer)
+        assert f"--tokenizer {tokenizer} is also what --output {tmp_path}/x writes" in error
+    (tmp_path / "in.json").write_text('{"text": "w1"}')
+    (tmp_path / "link").symlink_to(tmp_path)
+    error = _run(tmp_path, capsys, f"{tmp_path}/in.json", "--output", f"{tmp_path}/link/in", "--overwrite")
+    assert f"{tmp_path}/in.json is an input and would be replaced" in error
+    assert (tmp_path / "in.json").read_text() == '{"text": "w1"}'
+
+
 @pytest.mark.parametrize(
     ("number", "remedy"), [(errno.ENOSPC, "free space at"), (errno.EFBIG, "ulimit -f"), (errno.EDQUOT, "remove files")]
 )
