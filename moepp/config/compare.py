@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from moepp.config.defaults import MISSING, default_tree
 from moepp.config.load import upgrade
 from moepp.io.untrusted import printable
 
@@ -32,7 +33,7 @@ def breaking_differences(
         untrained: no step was taken yet (imported weights): only what the weights were made for must stay.
         same_data: the content of datasets and tokenizer was compared, so that their paths may differ.
     """
-    old, new = upgrade(old), upgrade(new)
+    old, new = _whole(old), _whole(new)
     fixed = {key for key in _keys(old, new) if _must_agree(key, untrained, same_data)}
     return _differences(old, new, fixed)
 
@@ -41,9 +42,19 @@ def other_differences(
     old: Mapping[str, Any], new: Mapping[str, Any], *, untrained: bool = False, same_data: bool = False
 ) -> list[str]:
     """Return "key: old -> new" for every other key that changed; arguments as for :func:`breaking_differences`."""
-    old, new = upgrade(old), upgrade(new)
+    old, new = _whole(old), _whole(new)
     free = {key for key in _keys(old, new) if not _must_agree(key, untrained, same_data)}
     return _differences(old, new, free)
+
+
+def _whole(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stored configuration, flat, with the defaults of keys that are newer than it."""
+    found = flatten(upgrade(tree))
+    for key, value in flatten(default_tree()).items():
+        has_parts = any(other.startswith(f"{key}.") for other in found)
+        if value != MISSING and key not in found and not has_parts:
+            found[key] = value
+    return found
 
 
 def differing_keys(trees: Sequence[Mapping[str, Any]]) -> set[str]:

@@ -14,7 +14,7 @@ from typing import Any
 from moepp.config.schema import Config
 
 BASE = "base"
-_MISSING = "???"  # Hydra's mark of a key that has to be set
+MISSING = "???"  # Hydra's mark of a key that has to be set
 
 
 def register_defaults() -> None:
@@ -38,5 +38,5 @@ def default_tree(cls: type = Config) -> dict[str, Any]:
             value = entry.default_factory()
             tree[key] = list(value) if isinstance(value, tuple | list) else dict(value)
         else:
-            tree[key] = _MISSING
+            tree[key] = MISSING
     return tree
