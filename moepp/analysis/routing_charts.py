@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moepp.analysis.charts import TOKENS
 from moepp.analysis.curves import Curve
 from moepp.analysis.figures import Figure, Palette, compact, format_counts, label_of, legend
+from moepp.analysis.images import gate_distributions
 from moepp.analysis.runs import Run
 
 if TYPE_CHECKING:
@@ -269,13 +270,7 @@ def _gate_chart(snapshot: RoutingSnapshot) -> Figure | None:
     """Draw how gate weights are distributed, with and without what the gating residuals add (Fig. 6)."""
     import numpy as np
 
-    labels = {
-        "first": "first choice",
-        "second": "second choice",
-        "first_without_residual": "first, without residuals",
-        "second_without_residual": "second, without residuals",
-    }
-    shown = {labels[name]: np.nanmean(snapshot.gates[name], axis=0) for name in labels if name in snapshot.gates}
+    shown = gate_distributions(snapshot)
     unknown = [label for label, shares in shown.items() if not np.isfinite(shares).all()]
     shown = {label: shares for label, shares in shown.items() if label not in unknown}
     if not shown:

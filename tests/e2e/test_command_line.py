@@ -143,7 +143,7 @@ def test_python_trains_in_one_process_into_a_complete_run_directory(one_process)
     check_records(records)
     assert list((run_dir / "wandb").glob("offline-run-*/*.wandb")), "W&B is offline by default"
     media = {path.name.split("_")[0] for path in run_dir.glob("wandb/offline-run-*/files/media/*/*/*")}
-    assert media >= {"experts", "ffn", "types", "positions", "frequencies", "losses", "kinds", "text"}
+    assert media >= {"experts", "ffn", "gates", "types", "positions", "frequencies", "losses", "kinds", "text"}
     rows = pq.read_table(run_dir / "tokens/kinds.parquet").to_pylist()
     assert [(row["source"], row["layer"]) for row in rows] == [("text", 0), ("text", 1), ("code", 0), ("code", 1)]
     assert all(sum(row[kind] for kind in ("ffn", "constant", "copy", "zero")) == pytest.approx(1) for row in rows)
