@@ -1,8 +1,8 @@
 """What measuring costs: the same training step without a recorder, between two records, and with a record.
 
 All of them train one model in one process, taking turns, with the trainer and the sinks of a run: metrics.jsonl,
-routing.jsonl, which gets a line with every record here, and the log. W&B gets its records in a thread of its own, which
-is not counted.
+routing.jsonl, which gets a line with every record here, and the log. W&B gets its records in a thread of its own, whose
+cost is a table of its own.
 
 Shapes: B sequences, S tokens per sequence.
 """
@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from moepp.bench import layouts
+from moepp.bench import layouts, wandb_cost
 from moepp.bench.processes import run_processes
 from moepp.bench.tables import Record
 from moepp.bench.timing import clock_for
@@ -29,6 +29,7 @@ from moepp.data import Corpora, Vocabulary
 from moepp.distributed import comm
 from moepp.distributed.groups import Layout, build_groups
 from moepp.distributed.stage_clock import StageClock
+from moepp.metrics.jsonl import read_records
 from moepp.metrics.sinks import open_sinks
 from moepp.metrics.throughput import Throughput
 from moepp.ops import choose_kernels
@@ -114,13 +115,13 @@ class _NoRecorder:
         return False
 
 
-def run(options: Options) -> list[Record]:
-    """Return a row for each way of measuring, compared within every round."""
-    [records] = run_processes(_compare, 1, options, device_type=options.device.type)
-    return records
+def run(options: Options) -> dict[str, list[Record]]:
+    """Return a row for each way of measuring, compared within every round; and for each kind of record what W&B costs."""
+    [tables] = run_processes(_compare, 1, options, device_type=options.device.type)
+    return tables
 
 
-def _compare(_rank: int, _world_size: int, options: Options) -> list[Record]:
+def _compare(_rank: int, _world_size: int, options: Options) -> dict[str, list[Record]]:
     choose_kernels(options.kernels, options.device)  # a process that was started for it has chosen none
     with tempfile.TemporaryDirectory(prefix="moepp-bench-") as folder:
         steps = make_steps(options, Path(folder))
@@ -133,7 +134,8 @@ def _compare(_rank: int, _world_size: int, options: Options) -> list[Record]:
                 steps[name]()
                 if turn >= 2:
                     times[name].append(clock() - start)
-    return _rows(times, options.log_interval)
+        records = {name: read_records(Path(folder, way, "metrics.jsonl"))[-1] for name, way in RECORDS.items()}
+    return {"metrics": _rows(times, options.log_interval), "wandb": wandb_cost.run(records, 10 * options.rounds)}
 
 
 def make_steps(options: Options, folder: Path) -> dict[str, Callable[[], None]]:

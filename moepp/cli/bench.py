@@ -281,4 +281,4 @@ def _metrics(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     options = metrics.Options(shape, device, args.rounds or (2 if args.quick else 20), args.kernels)
     settings |= {"threads": 1, "rounds": options.rounds}
     shapes = ("num_layers", "hidden_size", "ffn_hidden_size", "vocab_size", "seq_len", "global_batch_size")
-    return settings | {name: getattr(shape, name) for name in shapes}, {"metrics": metrics.run(options)}
+    return settings | {name: getattr(shape, name) for name in shapes}, metrics.run(options)

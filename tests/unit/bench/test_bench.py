@@ -275,12 +275,15 @@ def test_quick_exchange_benchmark_sends_exactly_the_formula(tmp_path):
 
 @pytest.mark.slow
 def test_quick_metrics_benchmark_measures_what_it_names(tmp_path):
-    rows = {row["measured"]: row for row in run_quick("metrics", tmp_path)["tables"]["metrics"]}
+    tables = run_quick("metrics", tmp_path)["tables"]
+    rows = {row["measured"]: row for row in tables["metrics"]}
     assert list(rows) == ["nothing", "between records", "record, brief", "record, detailed"]
     assert rows["nothing"]["x nothing"] == 1 and all(row["step ms"] > 0 for row in rows.values())
     for name in ("record, brief", "record, detailed"):
         expected = 100 * (0.9 * rows["between records"]["x nothing"] + 0.1 * rows[name]["x nothing"] - 1)
         assert rows[name]["overhead, a record every 10 steps, %"] == pytest.approx(expected)
+    brief, detailed = tables["wandb"]
+    assert 0 < brief["keys"] < detailed["keys"] and brief["ms of processor time per record"] > 0
 
 
 @pytest.mark.slow
