@@ -116,7 +116,7 @@ class _NoRecorder:
 
 
 def run(options: Options) -> dict[str, list[Record]]:
-    """Return a row for each way of measuring, compared within every round, and what W&B costs for each kind of record."""
+    """Return a row for each way of measuring, compared within every round, and what W&B costs for a record."""
     [tables] = run_processes(_compare, 1, options, device_type=options.device.type)
     return tables
 
