@@ -17,8 +17,16 @@ from moepp.moe import ExpertParallel
 from tests.dist import subgroups
 from tests.moe_cases import Case, Observed, assert_agrees, build_layer, draw_case, expect, make_inputs, run_layer
 
-DTYPES = (torch.float64, torch.float32)
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 4), (4, 2)]  # ranks, expert-parallel size
+WITH_FLOAT32 = [(2, 2), (4, 2)]  # besides float64
+
+
+def grid(layouts: list[tuple[int, int]]) -> pytest.MarkDecorator:
+    """Each layout in float64, some in float32; the rest is exhaustive."""
+    rare = [pytest.mark.slow]
+    cases = [pytest.param(*layout, torch.float64) for layout in layouts]
+    cases += [pytest.param(*layout, torch.float32, marks=[] if layout in WITH_FLOAT32 else rare) for layout in layouts]
+    return pytest.mark.parametrize(("ranks", "ep_size", "dtype"), cases)
 
 
 def config(ffn: int = 4, constant: int = 2, copy: int = 1, zero: int = 1, **fields: Any) -> MoEConfig:
@@ -68,8 +76,7 @@ def check_traffic(case: Case, observed: list[Observed]) -> None:
             assert rank.comm_stats.row_bytes >= 2 * int(rank.stats["remote_assignments"]) * row
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("ranks", "ep_size"), LAYOUTS)
+@grid(LAYOUTS)
 def test_random_configurations_agree_with_the_oracle_on_every_rank(pools, ranks, ep_size, dtype, device):
     check(pools(ranks), [draw_case(1000 + seed, dtype, ranks, ep_size) for seed in range(40)], device)
 
@@ -93,8 +100,7 @@ ROUTINGS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("ranks", "ep_size"), [(2, 2), (4, 4), (4, 2)])
+@grid([(2, 2), (4, 4), (4, 2)])
 def test_forced_routings_agree_with_the_oracle_on_every_rank(pools, ranks, ep_size, dtype, device):
     cases = []
     for capacity in (None, 0.9):
