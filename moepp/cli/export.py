@@ -13,17 +13,19 @@ from torch import Tensor
 from moepp.arguments import add_plugin_option, add_tokenizer_options
 from moepp.checkpoint import list_checkpoints, verify
 from moepp.checkpoint.storage import TensorReader
-from moepp.cli.model_card import model_card
+from moepp.cli.model_card import TAG, model_card
 from moepp.data.tokenizer import Tokenizer
 from moepp.errors import CheckpointError, ConfigError
 from moepp.evaluation.load import DTYPES, FoundModel, find_model, open_tokenizer, print_remarks, tokenizer_remarks
 from moepp.interop import hf, official
 from moepp.interop.hf.config import hf_config
+from moepp.interop.official.config import MODEL_TYPE as RELEASED_TYPE
 from moepp.interop.official.config import released_config
 from moepp.interop.official.save import DTYPE_NAMES, ReadParameter, write_released
 from moepp.interop.weights import whole_parameters
-from moepp.interop.weights.write import export_folder, write_json
+from moepp.interop.weights.write import export_folder, read_beside, write_json
 from moepp.io import files
+from moepp.io.untrusted import MAX_JSON_BYTES, read_json, read_text
 from moepp.runs.directory import RunDir
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?")
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         write = partial(write_released, code_repo=args.code_repo)
         released_config(found.cfg, token_ids, DTYPE_NAMES[dtype])
-    _refuse_foreign_folder(folder)
+    _refuse_foreign_folder(folder, checkpoint, found, tokenizer)
     problems = verify(checkpoint)
     if problems:
         raise CheckpointError(
@@ -161,13 +163,44 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_seq_len: int) -> li
     return ["tokenizer.json", "tokenizer_config.json"]
 
 
-def _refuse_foreign_folder(folder: Path) -> None:
+def _refuse_foreign_folder(folder: Path, checkpoint: Path, found: FoundModel, tokenizer: Tokenizer | None) -> None:
+    """Refuse a folder that holds anything but an earlier export, or what the run itself is made of."""
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; name a new folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "generation_config.json").is_file():
+    if not folder.is_dir():
+        return
+    if any(folder.iterdir()) and not _is_export(folder):
         raise CheckpointError(f"{folder} holds other files and no earlier export; name a new folder")
     if folder.resolve() == Path.cwd():
         raise CheckpointError(f"{folder} is the working directory, which an export would replace; name a new folder")
+    cfg = found.run_config
+    parts = {
+        "init.path": cfg.init.path if cfg is not None else None,
+        "the tokenizer": None if tokenizer is None else tokenizer.path,
+        "the checkpoint": checkpoint,
+    }
+    for what, part in parts.items():
+        if part is not None and Path(part).expanduser().resolve().is_relative_to(folder.resolve()):
+            raise CheckpointError(
+                f"{folder} would be replaced, and holds {what} of the run ({part}); name a new folder"
+            )
+    if beside := read_beside(folder):
+        raise CheckpointError(
+            f"{folder} holds {', '.join(beside)}, which would be read beside the new export; move them away, or name a "
+            "new folder"
+        )
+
+
+def _is_export(folder: Path) -> bool:
+    """Return whether a folder is what this command wrote; released weights have the same type, but another card."""
+    try:
+        tree = read_json(folder / "config.json", error=CheckpointError)
+        kind = tree.get("model_type") if isinstance(tree, dict) else None
+        if kind == RELEASED_TYPE:
+            return TAG in read_text(folder / "README.md", MAX_JSON_BYTES, CheckpointError)
+        return kind == hf.MODEL_TYPE
+    except CheckpointError:
+        return False
 
 
 def _bytes(text: str) -> int:

@@ -19,6 +19,7 @@ from moepp.metrics.jsonl import read_records
 from moepp.model.accounting import activated_parameters, count_parameters
 from moepp.runs.directory import RunDir
 
+TAG = "\n- moepp\n"  # in the metadata of every model card
 _NO_FOLDING = 1 << 20  # a text continued on a line of its own could end the block that it stands in
 _PAPER = "https://arxiv.org/abs/2410.07348"
 _CODE = {
@@ -43,7 +44,7 @@ def model_card(
     cfg = found.run_config
     assert cfg is not None  # checkpoints carry the configuration of their run
     sections = [
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- moe\n- moe++\n- moepp\n---",
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- moe\n- moe++{TAG}---",
         f"# {_plain(cfg.run.name)}",
         _summary(found, dtype),
         _loading(form, tokenizer is not None),

@@ -29,6 +29,11 @@ _WRITTEN = re.compile(
     r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
     r"|\w+_moepp\.py"
 )
+# Files that loaders read beside those, or instead of them, and that no export writes.
+_READ_BESIDE = re.compile(
+    r"special_tokens_map\.json|added_tokens\.json|chat_template\.(jinja|json)|tokenizer\.model|spiece\.model"
+    r"|vocab\.(json|txt)|merges\.txt|pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?|adapter_.*|.*\.safetensors"
+)
 
 
 def write_tensors(
@@ -95,6 +100,12 @@ def export_folder(folder: Path) -> Iterator[Path]:
         for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
             if not _WRITTEN.fullmatch(entry.name) and not (new / entry.name).exists():
                 files.link_tree(entry, new / entry.name)
+
+
+def read_beside(folder: Path) -> list[str]:
+    """Return the names of files in ``folder`` that would be kept, and mix with a new export when it is loaded."""
+    names = (entry.name for entry in folder.iterdir())
+    return sorted(name for name in names if _READ_BESIDE.fullmatch(name) and not _WRITTEN.fullmatch(name))
 
 
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:

@@ -188,6 +188,41 @@ def test_bad_exports_are_refused(imported, tmp_path, capsys):
     assert not Path(out).exists()
 
 
+def test_only_an_earlier_export_is_replaced(imported, tmp_path, capsys):
+    run, model = str(imported / "run"), tmp_path / "model"
+
+    def kept(message: str, *more: str) -> None:
+        before = {path.name: path.read_bytes() for path in model.iterdir()}
+        refused(["export", run, str(model), *more], message, capsys)
+        assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+    shutil.copytree(RELEASED, model)  # released weights have a generation_config.json, too
+    (model / "generation_config.json").write_text("{}")
+    kept("holds other files and no earlier export")
+    for config in ('{"model_type": "llama"}', "[]", "{", "{}"):
+        (model / "config.json").write_text(config)
+        kept("holds other files and no earlier export")
+    refused(["export", run, str(imported / "released")], "no earlier export", capsys)
+    shutil.rmtree(model)
+    for form in ("official", "moepp"):
+        assert main(["export", run, str(model), "--format", form]) == 0
+        (model / "notes.md").write_text("mine")
+    capsys.readouterr()
+    assert (model / "modeling_moepp.py").exists() and (model / "notes.md").read_text() == "mine"
+    for name in ("special_tokens_map.json", "chat_template.jinja", "pytorch_model-00001-of-00002.bin", "vocab.json"):
+        (model / name).write_text("")
+        kept(f"holds {name}, which would be read beside the new export; move them away")
+        (model / name).unlink()
+    kept("would be replaced, and holds the tokenizer of the run", "--tokenizer", str(model / "tokenizer.json"))
+    shutil.copytree(imported / "run", tmp_path / "run")
+    info = tmp_path / "run/checkpoints/step-00000000/info.json"
+    tree = json.loads(info.read_text())
+    tree["config"]["init"]["path"] = str(model)
+    info.write_text(json.dumps(tree))
+    run = str(tmp_path / "run")
+    kept(f"would be replaced, and holds init.path of the run ({model})")
+
+
 def test_a_model_that_the_released_code_cannot_express_is_refused_with_a_hint(tmp_path, capsys):
     from dataclasses import replace
 
