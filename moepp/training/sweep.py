@@ -30,13 +30,13 @@ from hydra.types import RunMode
 from omegaconf import Container, DictConfig, OmegaConf, flag_override, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from moepp.config import composition_error, from_hydra, missing_known_key, to_dict, validate
+from moepp.config import Config, composition_error, from_hydra, missing_known_key, to_dict, validate
 from moepp.config.compare import changed_values, differing_keys
 from moepp.errors import ConfigError, MoeppError, RunError
 from moepp.runs.directory import check_run_dir
+from moepp.training.inputs import InputChecks
 from moepp.training.jobs import Job, run_jobs
 
-_LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 _BASIC = ("hydra._internal.core_plugins.basic_launcher.", "hydra._internal.core_plugins.basic_sweeper.")
 # What a run is identified by besides its model, data and seed when a sweep is started again: a run of another sweep
 # under the same name must not pass for a job of this one.
@@ -124,9 +124,7 @@ def plan(sources: Sources, overrides: Sequence[str]) -> Plan | None:
 
 
 def _refuse_several_processes() -> None:
-    if not any(name in os.environ for name in _LAUNCH_VARIABLES):
-        return
-    from moepp.distributed.groups import read_launch_environment
+    from moepp.distributed.launch import read_launch_environment
 
     world_size = read_launch_environment().world_size
     if world_size > 1:
@@ -280,21 +278,24 @@ class Plan:
     def __init__(self, drafts: list[_Draft]) -> None:
         self._drafts = drafts
         self._values = _swept_values([draft.overrides for draft in drafts])
+        self._cfgs: dict[int, Config] = {}
         self._trees: dict[int, dict[str, Any]] = {}
         for draft in self._sound():
             try:
                 cfg = from_hydra(draft.task())
                 validate(cfg, 1)
-                self._trees[draft.num] = to_dict(cfg)
+                self._cfgs[draft.num], self._trees[draft.num] = cfg, to_dict(cfg)
             except MoeppError as error:
                 draft.error = error
 
     def jobs(self) -> list[Job]:
-        """Return the jobs, ready to run, after checking their directories."""
+        """Return the jobs, ready to run, after checking their directories and the files that they will read."""
         swept = differing_keys(list(self._trees.values())) - {"run.name", "run.dir"}
+        inputs = InputChecks()
         for draft in self._sound():
             try:
-                _check_directory(draft, self._trees[draft.num], swept)
+                is_new = _check_directory(draft, self._trees[draft.num], swept)
+                inputs.check(self._cfgs[draft.num], is_new)
             except MoeppError as error:
                 draft.error = error
         return [
@@ -320,8 +321,11 @@ class Plan:
         return ConfigError.exit_code if any(draft.error for draft in self._drafts) else 0
 
 
-def _check_directory(draft: _Draft, tree: dict[str, Any], swept: set[str]) -> None:
+def _check_directory(draft: _Draft, tree: dict[str, Any], swept: set[str]) -> bool:
     """Refuse a directory that the job could not use, or that holds a run of other values than its own.
+
+    Returns:
+        Whether it holds no run that the job would continue.
 
     Raises:
         RunError: the directory and what is wrong with it.
@@ -334,6 +338,7 @@ def _check_directory(draft: _Draft, tree: dict[str, Any], swept: set[str]) -> No
             f"run.dir={draft.path} already holds a run with other values ({', '.join(differences)}); give the sweep "
             "another run.name, or the values of the run"
         )
+    return held is None
 
 
 def _swept_values(jobs: Sequence[Sequence[str]]) -> list[str]:

@@ -20,8 +20,9 @@ SOURCES = Sources(str(CONFIGS), None, "config")
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of its own and no launcher around."""
+    """A folder of its own, no launcher around, and data that are there (test_sweep_inputs.py: that are not)."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("moepp.training.inputs.InputChecks.check", lambda *_: None)
     for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
 
@@ -183,6 +184,15 @@ def test_sweep_over_several_processes_is_refused(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert len(jobs("optim.lr=1e-3,2e-3")) == 2
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name)
+    for size, rank in (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK")):  # by mpirun
+        with monkeypatch.context() as started:
+            started.setenv(size, "2")
+            with pytest.raises(ConfigError, match=rf"{size}=2 but RANK and WORLD_SIZE are not set, .*\${rank}"):
+                make("optim.lr=1,2")
+            started.setenv(size, "1")
+            assert len(jobs("optim.lr=1e-3,2e-3")) == 2
 
 
 def test_setting_that_would_be_ignored_is_refused():
