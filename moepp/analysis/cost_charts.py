@@ -152,7 +152,8 @@ def _memory(run: Run) -> Figure | None:
     curves = [Curve(name.replace("_", " "), *run.over(key, "tokens")) for name, key in names.items() if run.series(key)]
     if not curves:
         return None
-    most = max(curves, key=lambda curve: max(curve.y))
+    # Where there is an accelerator, its memory is what runs out.
+    most = max([curve for curve in curves if curve.label != "host peak"] or curves, key=lambda curve: max(curve.y))
     half = most.y[len(most.y) // 2 :]
     grown = half[-1] / half[0] - 1 if half[0] else 0.0
     caption = (

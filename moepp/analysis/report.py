@@ -173,6 +173,8 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
         cards.append(("tokens per second", f"{speed:,.0f}", "throughput/tokens_per_second, median"))
     if peak := run.series("memory/peak_allocated_bytes").values:
         cards.append(("peak memory", f"{compact(max(peak))}B", "memory/peak_allocated_bytes, largest"))
+    if peak := run.series("memory/host_peak_bytes").values:
+        cards.append(("peak memory of the host", f"{compact(max(peak))}B", "memory/host_peak_bytes, largest"))
     if run.flops:
         cards.append(
             ("operations, forward and backward", compact(run.flops.values[-1]), "routing/ffn_per_token and config.yaml")

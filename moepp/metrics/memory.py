@@ -1,6 +1,9 @@
-"""Memory of the accelerator, as torch's allocator counts it."""
+"""Memory of the accelerator, as torch's allocator counts it, and of the host."""
 
 from __future__ import annotations
+
+import resource
+import sys
 
 import torch
 
@@ -25,3 +28,13 @@ def memory_values(device: torch.device) -> dict[str, Value]:
     }
     torch.accelerator.reset_peak_memory_stats(device)
     return {name: Value.max(torch.tensor(count, dtype=torch.float64)) for name, count in counts.items()}
+
+
+def host_memory_values() -> dict[str, Value]:
+    """Return ``memory/host_peak_bytes``: the most that a rank's process held of the host's memory since it started.
+
+    That is its resident size, without what workers and other processes hold; of the fullest rank.
+    """
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but on macOS
+    peak *= 1 if sys.platform == "darwin" else 1024
+    return {"memory/host_peak_bytes": Value.max(torch.tensor(peak, dtype=torch.float64))}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moepp.distributed import comm
 from moepp.engine.engine import Watch
-from moepp.metrics.memory import memory_values
+from moepp.metrics.memory import host_memory_values, memory_values
 from moepp.metrics.norms import ModuleNorms
 from moepp.metrics.stage_times import stage_metrics, stage_values
 from moepp.metrics.step_stats import StepStats
@@ -102,7 +102,7 @@ class Recorder:
         parts = self._parts
         groups, logging_cfg = parts.groups, parts.cfg.logging
         values = self.stats.values() | stage_values(self.clock) | self._sent_values() | self._norms.values()
-        values |= memory_values(groups.device)
+        values |= memory_values(groups.device) | host_memory_values()
         reduced = reduce_values(values, self._sum, groups.rank, groups.world_size)
         is_detailed = logging_cfg.routing == "detailed"
         table = self.stats.routing(reduced)

@@ -48,6 +48,7 @@ SETTINGS = [
 STEP_METRICS = {
     *("train/loss", "train/balance_loss", "train/grad_norm", "optim/lr"),
     *("throughput/tokens_per_second", "throughput/tokens_per_second_per_device"),
+    "memory/host_peak_bytes",
     *("routing/ffn_per_token", "routing/drop_fraction", "comm/dispatch_bytes", "comm/dispatch_bytes_vanilla"),
     *(f"routing/layer_{i}/share_{kind}" for i in (0, 1) for kind in ("ffn", "constant", "copy", "zero")),
     *(f"routing/layer_{i}/max_over_mean" for i in (0, 1)),

@@ -197,6 +197,19 @@ def test_runs_without_the_numbers_of_a_cost_chart_are_named(tmp_path):
     assert "Left out, for they send no rows between ranks: b." in found["Expert-parallel traffic"]
 
 
+def test_memory_of_the_host_is_drawn_and_that_of_an_accelerator_is_told(tmp_path):
+    path = make_run(tmp_path, "one")
+    for tokens in (5000, 6000):
+        add(path, tokens, memory__host_peak_bytes=9e9)
+    [figure] = [one for one in cost_charts([read_run(path)]) if one.name == "memory"]
+    assert "At most 4 GB (peak allocated)" in figure.caption and "host peak" in figure.svg
+    without(path, "memory/peak_allocated_bytes")
+    [figure] = [one for one in cost_charts([read_run(path)]) if one.name == "memory"]
+    assert "At most 9 GB (host peak)" in figure.caption
+    assert main(["report", str(path)]) == 0
+    assert "<dt>peak memory of the host</dt><dd>9 GB</dd>" in (path / "report.html").read_text()
+
+
 def test_ticks_never_read_the_same():
     assert distinct_counts([1.0e6, 1.5e6, 2.0e6]) == ["1 M", "1.5 M", "2 M"]
     assert distinct_counts([8_191_000, 8_192_000, 8_193_000]) == ["8.191 M", "8.192 M", "8.193 M"]

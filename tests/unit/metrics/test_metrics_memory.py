@@ -1,11 +1,14 @@
-"""Memory of an accelerator, which is imitated."""
+"""Memory of an accelerator, which is imitated, and of the host."""
 
 from __future__ import annotations
+
+import resource
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from moepp.metrics.memory import memory_values
+from moepp.metrics.memory import host_memory_values, memory_values
 from moepp.metrics.values import reduce_values
 
 GPU = torch.device("cuda", 3)
@@ -57,3 +60,23 @@ def test_large_memories_are_counted_exactly(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(torch.accelerator, name, lambda device: 2**38 + 1)
     monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", lambda device: None)
     assert float(memory_values(GPU)["memory/reserved_bytes"].data) == 2**38 + 1
+
+
+@pytest.mark.parametrize(("system", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_the_hosts_memory_is_that_of_the_fullest_rank_in_bytes(monkeypatch: pytest.MonkeyPatch, system, unit) -> None:
+    monkeypatch.setattr("sys.platform", system)
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=300))
+
+    def add_other_rank(own: torch.Tensor) -> torch.Tensor:
+        assert own.tolist() == [0, 300 * unit]
+        return own + torch.tensor([500.0, 0.0])
+
+    reduced = reduce_values(host_memory_values(), add_other_rank, 1, 2)
+    assert {name: float(value) for name, value in reduced.items()} == {"memory/host_peak_bytes": max(500.0, 300 * unit)}
+
+
+def test_the_hosts_memory_grows_with_what_is_held() -> None:
+    before = float(host_memory_values()["memory/host_peak_bytes"].data)
+    held = torch.ones(16 << 20)  # 64 MiB
+    after = float(host_memory_values()["memory/host_peak_bytes"].data)
+    assert 50e6 < before <= after < 1e12 and float(held[0]) == 1
