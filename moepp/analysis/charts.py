@@ -21,10 +21,19 @@ TOKENS = AXES["tokens"]
 _SEEDS = " Lines of several seeds are means, bands one sample standard deviation."
 
 
-def curve_charts(runs: Sequence[Run]) -> list[Figure]:
-    """Return loss, throughput and norms over the training."""
+def curve_charts(runs: Sequence[Run], unigram_entropy: float | None = None) -> list[Figure]:
+    """Return loss, throughput and norms over the training.
+
+    Args:
+        runs: one, or several that are compared.
+        unigram_entropy: of the corpus's token frequencies, nats; a line on the losses of one run.
+    """
     groups = group_runs(runs)
-    drawn = [*(_loss_chart(groups, axis) for axis in AXES), _ffn_chart(groups), _throughput_chart(groups)]
+    drawn = [
+        *(_loss_chart(groups, axis, unigram_entropy) for axis in AXES),
+        _ffn_chart(groups),
+        _throughput_chart(groups),
+    ]
     drawn.append(_norm_chart(groups))
     return [figure for figure in drawn if figure is not None]
 
@@ -48,12 +57,18 @@ def curve_figure(
     source: str,
     bottom: float | None = None,
     top: float | None = None,
+    level: tuple[str, float] | None = None,
 ) -> Figure:
-    """Draw curves; ``labels`` of x and y with their units, ``bottom`` and ``top`` of the y axis."""
+    """Draw curves; ``labels`` of x and y with their units, ``bottom`` and ``top`` of the y axis.
+
+    ``level``: name and y of a horizontal line.
+    """
 
     def draw(axes: Axes, palette: Palette) -> None:
         for number, curve in enumerate(curves):
             plot(axes, palette, number, curve)
+        if level is not None:
+            axes.axhline(level[1], label=level[0], color=palette["muted"], linestyle="--", linewidth=1.2)
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
         if bottom is not None:
@@ -70,12 +85,14 @@ def curve_figure(
         spread = "-" if curve.spread is None else f"{curve.spread[-1]:.4g}"
         numbers = (compact(curve.x[-1]), f"{curve.y[-1]:.6g}", spread, f"{min(curve.y):.6g}", f"{median(curve.y):.6g}")
         rows.append((curve.label, *numbers))
+    if level is not None:
+        rows.append((level[0], "-", f"{level[1]:.6g}", "-", "-", "-"))
     header = ("curve", f"last {labels[0].split(',')[0]}", "last", "± at the last", "lowest", "median")
     has_spread = any(curve.spread is not None for curve in curves)
     return Figure(name, title, caption + (_SEEDS if has_spread else ""), draw, header, rows, source)
 
 
-def _loss_chart(groups: Sequence[Group], axis: str) -> Figure | None:
+def _loss_chart(groups: Sequence[Group], axis: str, unigram_entropy: float | None = None) -> Figure | None:
     name, title = f"loss-over-{axis.replace(' ', '-')}", f"Loss over {axis}"
     labels = (AXES[axis], "cross-entropy, nats per token")
     if len(groups) == 1 and len(groups[0].runs) == 1:
@@ -88,7 +105,12 @@ def _loss_chart(groups: Sequence[Group], axis: str) -> Figure | None:
         }
         if not curves:
             return None
-        return curve_figure(name, title, _single_loss_caption(run), list(curves.values()), labels, ", ".join(curves))
+        caption, level = _single_loss_caption(run), None
+        if unigram_entropy is not None:
+            level = "unigram entropy", unigram_entropy
+            caption += f" The dashed line is the unigram entropy, {unigram_entropy:.3f} nats: token frequencies alone."
+        drawn, source = list(curves.values()), ", ".join(curves)
+        return curve_figure(name, title, caption, drawn, labels, source, level=level)
     metric = compared_loss([run for group in groups for run in group.runs])
     return compared_chart((name, title), curves_of(groups, metric, axis), axis, labels, _with_axis(metric, axis))
 

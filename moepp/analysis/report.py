@@ -47,7 +47,7 @@ def write_run_page(run: Run, inputs: ReportInputs, folder: Path) -> Path:
     page.cards(_cards(run))
     drawn: list[Figure] = []
     for heading, figures in (
-        ("Learning", [*curve_charts([run]), *validation_charts([run])]),
+        ("Learning", [*curve_charts([run], inputs.unigram_entropy), *validation_charts([run])]),
         ("Routing", routing_charts(run)),
         ("Tokens", tokens),
         ("Cost", cost_charts([run])),

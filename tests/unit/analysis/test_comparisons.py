@@ -197,7 +197,7 @@ def test_runs_without_the_numbers_of_a_cost_chart_are_named(tmp_path):
     assert "Left out, for they send no rows between ranks: b." in found["Expert-parallel traffic"]
 
 
-def test_memory_of_the_host_is_drawn_and_that_of_an_accelerator_is_told(tmp_path):
+def test_memory_of_the_host_is_drawn_and_that_of_an_accelerator_is_told(tmp_path, monkeypatch):
     path = make_run(tmp_path, "one")
     for tokens in (5000, 6000):
         add(path, tokens, memory__host_peak_bytes=9e9)
@@ -206,8 +206,23 @@ def test_memory_of_the_host_is_drawn_and_that_of_an_accelerator_is_told(tmp_path
     without(path, "memory/peak_allocated_bytes")
     [figure] = [one for one in cost_charts([read_run(path)]) if one.name == "memory"]
     assert "At most 9 GB (host peak)" in figure.caption
+    monkeypatch.setattr(figures, "_svg", lambda *of: "<svg></svg>")
     assert main(["report", str(path)]) == 0
     assert "<dt>peak memory of the host</dt><dd>9 GB</dd>" in (path / "report.html").read_text()
+
+
+def test_the_unigram_entropy_is_a_line_on_the_losses_of_a_run(tmp_path, monkeypatch):
+    path = make_run(tmp_path, "one")
+    [chart, *_] = curve_charts([read_run(path)], 6.125)
+    assert re.search("<text[^>]*>unigram entropy<", chart.svg), "it is in the legend"
+    assert ("unigram entropy", "-", "6.125") in [tuple(row[:3]) for row in chart.rows]
+    assert "unigram entropy" not in curve_charts([read_run(path)])[0].svg
+    monkeypatch.setattr(figures, "_svg", lambda *of: "<svg></svg>")
+    for options, folder in (([], path), (["--out", str(tmp_path / "out")], tmp_path / "out")):
+        assert main(["report", str(path), "--unigram-entropy", "6.125", *options]) == 0
+        charts = [part for part in (folder / "report.html").read_text().split("<h3>") if "unigram entropy" in part]
+        assert [part.split("<")[0] for part in charts] == ["Loss over tokens", "Loss over operations"]
+        assert all("The dashed line is the unigram entropy, 6.125 nats" in part for part in charts)
 
 
 def test_ticks_never_read_the_same():
