@@ -125,20 +125,28 @@ def waiting(path: Path, now: float | None = None) -> str:
 
 
 def _ranks(run: Run) -> str:
-    """Return how many ranks there are, which have no log or an error in it, and which others wait for."""
+    """Return how many ranks there are, which have no log or an error in it, and which others wait for.
+
+    What earlier starts left, perhaps on more ranks, does not count.
+    """
     logs = {int(match[1]) for path in RunDir(run.path).log.glob("rank-*.txt") if (match := _RANK.fullmatch(path.stem))}
     world = _world_size(run)
+    logs = {rank for rank in logs if world is None or rank < world}
     parts = [f"ranks: {len(logs)}" + (f" of {world}" if world is not None else "")]
     missing = sorted(set(range(world or 0)) - logs)
     if missing:
         parts.append(f"no log of {_some(missing)}")
-    lines, unreadable = _tails(run)
-    failed = sorted({int(rank.removeprefix("rank-")) for _, rank, line in lines if _ERROR.search(line)})
+    lines, found_unreadable = _tails(run)
+    started = _started(run)
+    numbered = ((int(name.removeprefix("rank-")), when, line) for when, name, line in lines)
+    failed = sorted({rank for rank, when, line in numbered if rank in logs and when >= started and _ERROR.search(line)})
+    unreadable = [rank for name, _ in found_unreadable if (rank := int(name.removeprefix("rank-"))) in logs]
     parts.append(f"errors in the log of {_some(failed)}" if failed else "no errors in their logs")
     if unreadable:
-        parts.append(f"cannot read the log of {_some([int(rank.removeprefix('rank-')) for rank, _ in unreadable])}")
-    if slowest := run.series("time/slowest_rank").values[-_RECENT:]:
-        rank, count = Counter(int(value) for value in slowest).most_common(1)[0]
+        parts.append(f"cannot read the log of {_some(unreadable)}")
+    slowest = [int(value) for value in run.series("time/slowest_rank").values[-_RECENT:]]
+    if slowest := [rank for rank in slowest if world is None or rank < world]:
+        rank, count = Counter(slowest).most_common(1)[0]
         parts.append(f"rank {rank} was the slowest in {count} of the last {len(slowest)} records")
     uneven = {
         name: series.last for name, key in run.names(r"time/(\w+)_max_over_mean").items() if (series := run.series(key))
@@ -147,6 +155,15 @@ def _ranks(run: Run) -> str:
         worst = max(uneven, key=lambda name: uneven[name] or 0.0)
         parts.append(f"{worst}: slowest {uneven[worst]:.2f} times the mean")
     return "; ".join(parts)
+
+
+def _started(run: Run) -> str:
+    """Return when the run was last started, as logs write times: when its lock was taken; "" where there is none."""
+    try:
+        taken = (run.path / ".lock").stat().st_mtime
+    except OSError:
+        return ""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(taken))
 
 
 def _some(ranks: Sequence[int]) -> str:

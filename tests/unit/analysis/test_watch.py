@@ -6,6 +6,7 @@ import io
 import json
 import os
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,26 @@ def test_health_of_the_ranks_names_logs_errors_and_who_is_slow(tmp_path):
     assert "rank 1 was the slowest in 2 of the last 4 records; forward: slowest 1.50 times the mean" in text
     (path / "environment.json").write_text("{")
     assert "ranks: 2; errors in the log of rank 2" in shown(path, width=300)
+
+
+def test_health_is_that_of_the_present_start_and_its_ranks(tmp_path):
+    path = make_run(tmp_path, "one")
+    (path / "log").mkdir()
+    (path / ".lock").write_text("process 1 on elsewhere\n")
+    start = (path / ".lock").stat().st_mtime
+    before, after = (time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(start + s)) for s in (-60, 60))
+    for rank in range(4):
+        (path / f"log/rank-{rank}.txt").write_text(f"{before} ERROR of the start before\n")
+    (path / "environment.json").write_text('{"world_size": 4}')
+    assert "ranks: 4 of 4; no errors in their logs" in shown(path, width=300)
+    with (path / "log/rank-1.txt").open("a") as file:
+        file.write(f"{after} ERROR lost\n")
+    assert "ranks: 4 of 4; errors in the log of rank 1;" in shown(path, width=300)
+    (path / "log/rank-3.txt").write_text(f"{after} ERROR of a rank that is no more\n")
+    (path / "environment.json").write_text('{"world_size": 2}')
+    assert "ranks: 2 of 2; errors in the log of rank 1;" in shown(path, width=300)
+    (path / "environment.json").write_text('{"world_size": 1}')
+    assert "rank 0 was the slowest in 2 of the last 2 records" in shown(path, width=300)
 
 
 def test_logs_that_cannot_be_read_are_said(tmp_path):
