@@ -26,11 +26,14 @@ from moepp.errors import ConfigError, RunError
 from moepp.model.accounting import flops_per_token
 from tests.run_files import make_run, write_routing, write_token_tables
 
+DRAW_SVG = figures._svg
+
 
 @pytest.fixture(autouse=True)
-def quick_png(monkeypatch):
-    """PNGs cost as much time as everything else here; the test of the page draws them."""
+def no_drawings(monkeypatch):
+    """They cost far more time than everything else here; tests of the drawings undo it."""
     monkeypatch.setattr(figures, "_png", lambda draw: b"png")
+    monkeypatch.setattr(figures, "_svg", lambda *of: "<svg></svg>")
 
 
 def report(*arguments: str) -> int:
@@ -149,11 +152,13 @@ def test_what_is_not_finite_or_not_done_is_said_and_the_rest_is_drawn(tmp_path):
     assert "train/loss is not finite in 2 of 3 records" in (path / "report.html").read_text()
 
 
-def test_tables_of_tokens_and_the_routing_history_are_on_the_page_or_missed_with_a_word(tmp_path, caplog):
+def test_tables_of_tokens_and_the_routing_history_are_on_the_page_or_missed_with_a_word(tmp_path, caplog, monkeypatch):
     path = make_run(tmp_path, "one")
     write_routing(path)
     write_token_tables(path)
-    assert report(str(path)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(figures, "_svg", DRAW_SVG)
+        assert report(str(path)) == 0
     page = (path / "report.html").read_text()
     for title in ("Choices by layer and expert", "Experts over the training", "Gate weights", "By loss of the next"):
         assert f"{title}" in page, title
@@ -221,7 +226,8 @@ def test_page_of_a_run_is_one_file_with_distinct_ids_and_nothing_from_outside(tm
     assert f"page: {path}/report.html" in capsys.readouterr().out
 
 
-def test_every_chart_has_labelled_axes_and_a_conclusion_and_always_the_same_bytes(tmp_path):
+def test_every_chart_has_labelled_axes_and_a_conclusion_and_always_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.undo()
     run = read_run(make_run(tmp_path, "one"))
 
     drawn = [*curve_charts([run]), *routing_charts(run), *cost_charts([run])]
@@ -233,12 +239,15 @@ def test_every_chart_has_labelled_axes_and_a_conclusion_and_always_the_same_byte
         assert re.search(r"\w/[\w<]", figure.source), "names the metrics that it draws"
 
 
-def test_colours_follow_the_page():
+def test_colours_follow_the_page(monkeypatch):
+    monkeypatch.undo()
     figure = Figure("x", "T", "C.", lambda axes, palette: axes.plot([1, 2], color=palette.series(2)))
     assert "var(--series-3)" in figure.svg and "#0102" not in figure.svg
 
 
-def test_text_of_a_run_is_never_markup(tmp_path):
+def test_text_of_a_run_is_never_markup(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(figures, "_png", lambda draw: b"png")
     evil = '</style><script>alert(1)</script>\x1b[31m " onload="x'
     path = make_run(tmp_path, "one")
     (path / "samples.json").write_text(json.dumps([{"prompt": evil, "continuation": "y"}]))
