@@ -159,6 +159,12 @@ def _master(environ: Mapping[str, str]) -> tuple[str, int]:
     host, port = environ["MASTER_ADDR"], _number(environ, "MASTER_PORT")
     if not re.fullmatch(r"[A-Za-z0-9._:%-]{1,255}", host):
         raise LaunchError(f"MASTER_ADDR={_show(host)} is not a host name or address; {_REMEDY}")
+    # What no resolver takes; Python would not even ask one. A name may end with a dot.
+    if not all(1 <= len(label) <= 63 for label in host.removesuffix(".").split(".")):
+        raise LaunchError(
+            f"MASTER_ADDR={_show(host)} has a part between dots that is empty or longer than 63 characters; name rank "
+            "0's host"
+        )
     if not 1 <= port <= 65535:
         raise LaunchError(f"MASTER_PORT={port} is not a port (1 to 65535); {_REMEDY}")
     return host, port

@@ -204,19 +204,19 @@ def place(launch: LaunchEnvironment) -> str:
 
 
 def _require_name(host: str, launch: LaunchEnvironment) -> None:
-    problem: list[OSError] = []
+    problem: list[Exception] = []
 
     def resolves() -> bool:
         try:
             return bool(socket.getaddrinfo(host, None))
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: a name that cannot be encoded
             problem[:] = [error]
             return False
 
     if not _wait_until(resolves, NAME_SECONDS):
         raise _misplaced(
             f"MASTER_ADDR={host} is not known to rank {launch.rank} on {socket.gethostname()} "
-            f"({problem[0].strerror}); name rank 0's host"
+            f"({getattr(problem[0], 'strerror', problem[0])}); name rank 0's host"
         )
 
 

@@ -214,10 +214,11 @@ def test_master_that_is_not_there_is_named_in_time():
     assert time.monotonic() - start < SECONDS
 
 
-def test_master_whose_name_is_unknown_is_named(monkeypatch):
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "node01..cluster"])  # the second cannot even be asked for
+def test_master_whose_name_is_unknown_is_named(monkeypatch, host):
     monkeypatch.setattr(meeting, "NAME_SECONDS", 0.1)
-    launch = LaunchEnvironment(1, 2, 1, ("no-such-host.invalid", 29500))
-    with pytest.raises(LaunchError, match=r"MASTER_ADDR=no-such-host.invalid is not known to rank 1 on "):
+    launch = LaunchEnvironment(1, 2, 1, (host, 29500))
+    with pytest.raises(LaunchError, match=rf"MASTER_ADDR={host} is not known to rank 1 on "):
         join_store(launch, 1.0)
 
 

@@ -48,7 +48,7 @@ def test_one_task_of_slurm_is_one_process(more):
     assert read_launch_environment(environ) == LaunchEnvironment(0, 1, 0)
 
 
-@pytest.mark.parametrize("host", ["node-1.cluster_a", "::1", "fe80::1%eth0", "127.0.0.1"])
+@pytest.mark.parametrize("host", ["node-1.cluster_a", "::1", "fe80::1%eth0", "127.0.0.1", "node1.cluster.", "n" * 63])
 def test_names_and_addresses_of_every_kind(host):
     assert read_launch_environment({**TWO, "MASTER_ADDR": host}).master == (host, 29500)
 
@@ -84,6 +84,15 @@ def test_names_and_addresses_of_every_kind(host):
         ({**TWO, "MASTER_PORT": "0"}, "MASTER_PORT=0 is not a port"),
         ({**TWO, "MASTER_PORT": "65536"}, "MASTER_PORT=65536 is not a port"),
         ({**TWO, "MASTER_ADDR": ""}, "MASTER_ADDR='' is not a host name"),
+        (
+            {**TWO, "MASTER_ADDR": "node01..cluster"},
+            "MASTER_ADDR='node01..cluster' has a part between dots that is empty",
+        ),
+        ({**TWO, "MASTER_ADDR": ".node01"}, "MASTER_ADDR='.node01' has a part between dots that is empty"),
+        ({**TWO, "MASTER_ADDR": "node01.."}, "MASTER_ADDR='node01..' has a part between dots that is empty"),
+        ({**TWO, "MASTER_ADDR": "."}, "MASTER_ADDR='.' has a part between dots that is empty"),
+        ({**TWO, "MASTER_ADDR": "n" * 64}, "nn... has a part between dots that is empty or longer than 63"),
+        ({**TWO, "MASTER_ADDR": "fe80::1%" + "e" * 60}, "has a part between dots that is empty or longer than 63"),
         ({**TWO, "MASTER_ADDR": "two words"}, "MASTER_ADDR='two words' is not a host name"),
         ({**TWO, "GLOO_SOCKET_IFNAME": "eth99"}, "GLOO_SOCKET_IFNAME='eth99' names an interface that"),
         ({**TWO, "GLOO_SOCKET_IFNAME": "lo,"}, "GLOO_SOCKET_IFNAME='lo,' names an interface that"),
