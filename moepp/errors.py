@@ -1,5 +1,16 @@
 """Errors that a user can cause. Each message is one line: the value, the rule it breaks, the remedy."""
 
+# What torch and NumPy say of memory that is not there, or could not be anywhere, without a class for it.
+_OUT_OF_MEMORY = (
+    *("can't allocate memory", "out of memory", "Storage size calculation overflowed"),
+    *("Maximum allowed dimension exceeded", "array is too big"),
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an allocation failed, of host or device memory."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+
 
 class MoeppError(Exception):
     """Base of every error that a user can cause; printed as one line, without a traceback.

@@ -9,6 +9,9 @@ from moepp.config.require import require, require_above, require_at_least, requi
 from moepp.io.untrusted import show
 from moepp.registry import BALANCE_RULES, EXPERT_KINDS, GATE_NORMALIZATIONS, ROUTERS
 
+# Beyond any model: what is listed by layer or expert, and counted in products of sizes, stays small enough to refuse.
+MOST_LAYERS, MOST_EXPERTS, LARGEST_SIZE = 10**4, 10**5, 10**9
+
 
 @dataclass(frozen=True)
 class MoEConfig:
@@ -44,12 +47,12 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_ffn_experts", "num_zero_experts", "num_copy_experts", "num_constant_experts"):
-            require_at_least(f"model.moe.{name}", getattr(self, name), 0)
+            require_at_least(f"model.moe.{name}", getattr(self, name), 0, MOST_EXPERTS)
         for kind, count in self.extra_experts.items():
             EXPERT_KINDS.require(kind)
-            require_at_least(f"model.moe.extra_experts.{kind}", count, 0)
+            require_at_least(f"model.moe.extra_experts.{kind}", count, 0, MOST_EXPERTS)
         object.__setattr__(self, "extra_experts", dict(sorted(self.extra_experts.items())))
-        require_at_least("model.moe.ffn_hidden_size", self.ffn_hidden_size, 1)
+        require_at_least("model.moe.ffn_hidden_size", self.ffn_hidden_size, 1, LARGEST_SIZE)
         require(
             self.num_experts > 0,
             "model.moe has 0 experts of every kind; an MoE layer needs at least one: raise num_ffn_experts",
@@ -169,7 +172,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "max_seq_len"):
-            require_at_least(f"model.{name}", getattr(self, name), 1)
+            largest = MOST_LAYERS if name == "num_layers" else LARGEST_SIZE
+            require_at_least(f"model.{name}", getattr(self, name), 1, largest)
         require_at_least("model.moe_layer_interval", self.moe_layer_interval, 1)
         for name in ("rope_theta", "norm_eps", "init_std"):
             require_above(f"model.{name}", getattr(self, name), 0)
@@ -200,7 +204,7 @@ class ModelConfig:
             "set model.dense_ffn_hidden_size",
         )
         if self.dense_ffn_hidden_size is not None:
-            require_at_least("model.dense_ffn_hidden_size", self.dense_ffn_hidden_size, 1)
+            require_at_least("model.dense_ffn_hidden_size", self.dense_ffn_hidden_size, 1, LARGEST_SIZE)
 
     @property
     def head_dim(self) -> int:

@@ -23,6 +23,7 @@ _WANDB_NAME_LENGTH = 64  # of a tag, says wandb; longer groups and entities are 
 _FOLDER_NAME_BYTES = 255  # of every common file system
 _VALIDATION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # part of a metric's name
 _MAX_VALIDATION_SETS = 64
+_LONGEST_SECONDS = 10**8  # three years; no thread can wait for 10**10
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,8 @@ class ParallelConfig:
             self.zero_stage in (None, 0, 1, 2, 3),
             f"parallel.zero_stage={self.zero_stage} is not one of 0, 1, 2, 3; choose one of them",
         )
-        require_above("parallel.timeout_seconds", self.timeout_seconds, 0)
-        require_at_least("parallel.heartbeat_seconds", self.heartbeat_seconds, 1)
+        require_above("parallel.timeout_seconds", self.timeout_seconds, 0, _LONGEST_SECONDS)
+        require_at_least("parallel.heartbeat_seconds", self.heartbeat_seconds, 1, _LONGEST_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -221,8 +222,8 @@ class TrainConfig:
     samples: int = 0  # continuations of held-out text drawn after the last step; 0: none
 
     def __post_init__(self) -> None:
-        require_at_least("train.steps", self.steps, 1)
-        require_at_least("train.global_batch_size", self.global_batch_size, 1)
+        require_at_least("train.steps", self.steps, 1, 10**9)
+        require_at_least("train.global_batch_size", self.global_batch_size, 1, 10**7)
         if self.micro_batch_size is not None:
             require_at_least("train.micro_batch_size", self.micro_batch_size, 1)
         require_choice("train.precision", self.precision, ("bf16", "fp32"))
@@ -354,7 +355,7 @@ class RunConfig:
             "shorten it",
         )
         require(self.dir != "", "run.dir is empty; name a folder, or leave it out for runs/<run.name>")
-        require_at_least("run.seed", self.seed, 0)
+        require_at_least("run.seed", self.seed, 0, 2**64 - 1)
 
     @property
     def path(self) -> str:

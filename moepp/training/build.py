@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,9 +20,12 @@ from moepp.distributed.groups import Layout, ParallelGroups, new_cpu_group
 from moepp.distributed.sequence import SequenceParallel
 from moepp.distributed.stage_clock import StageClock
 from moepp.engine.engine import Engine
+from moepp.errors import ConfigError, is_out_of_memory
 from moepp.interop import hf, official, upcycle
+from moepp.io.untrusted import printable
 from moepp.metrics.sinks import SinkGroup, open_sinks
 from moepp.metrics.throughput import Throughput, peak_flops_per_second
+from moepp.model.accounting import count_parameters
 from moepp.model.compiled import compile_dense_parts, require_compiler
 from moepp.model.init import init_parameters
 from moepp.model.part import ModelPart
@@ -47,8 +51,11 @@ def build_model(
     """Return the model on this rank's device, with weights that depend on the seed and the names alone.
 
     ``document_end``: id of the token that ends documents, where attention stays within them.
+
+    Raises:
+        ConfigError: it does not fit into memory.
     """
-    with torch.device("meta"):
+    with _enough_memory(cfg, groups.device), torch.device("meta"):
         model = Transformer(
             cfg.model,
             ExpertParallel(groups.ep, groups.stage, comm_stats, cfg.parallel.exchange_chunks),
@@ -56,8 +63,9 @@ def build_model(
             document_end,
             part=_part(cfg, groups.layout, groups.rank),
         )
-    model.to_empty(device=groups.device)
-    model.to(DTYPES[cfg.train.precision])
+    with _enough_memory(cfg, groups.device):
+        model.to_empty(device=groups.device)
+        model.to(DTYPES[cfg.train.precision])
     init_parameters(model, cfg.run.seed, groups.ep_rank, groups.ep_size)
     model.set_recompute(cfg.train.recompute)
     moe, dtype = cfg.model.moe, DTYPES[cfg.train.precision]
@@ -154,7 +162,8 @@ def build_parts(
         comm.run_together(lambda: load_initial_weights(cfg, model, groups))
     if cfg.runtime.compile:
         compile_dense_parts(model)
-    engine = build_engine(cfg, plan, model, groups, comm_stats.clock)
+    with _enough_memory(cfg, groups.device):
+        engine = build_engine(cfg, plan, model, groups, comm_stats.clock)
     peak = peak_flops_per_second(device_name(groups.device), cfg.train.precision)
     throughput = Throughput(groups.world_size, peak)
     checkpointer = Checkpointer(cfg.checkpoint, groups, run_dir.checkpoints, new_cpu_group(), check_claim)
@@ -176,6 +185,27 @@ def build_parts(
         versions=versions,
         evaluate_tasks=task_evaluation(cfg, groups) if cfg.eval.tasks else None,
     )
+
+
+@contextlib.contextmanager
+def _enough_memory(cfg: Config, device: torch.device) -> Iterator[None]:
+    """Turn an allocation that fails into one line about the model.
+
+    Raises:
+        ConfigError: said by this rank: others may have enough.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        refused = ConfigError(
+            f"the model's {count_parameters(cfg.model).total:,} parameters with their optimizer do not fit into the "
+            f"memory of a rank's {device.type} ({printable(error, 120)}); lower model.vocab_size, model.hidden_size "
+            "or others, or use more ranks: `moepp plan` tells what each of them holds"
+        )
+        refused.said_here = True
+        raise refused from error
 
 
 def task_evaluation(cfg: Config, groups: ParallelGroups) -> Evaluation:

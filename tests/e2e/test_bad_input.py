@@ -135,6 +135,10 @@ CASES = {
     "JSON that is no tokenizer": bad("data.tokenizer={files}/other.json", "is not a tokenizer.json"),
     "tokenizer too large": bad("data.tokenizer={files}/large_tokenizer.json", "502 tokens and model.vocab_size is 64"),
     "cache": bad("data.cache_dir={files}/plain_file/cache", "data.cache_dir=", "cannot be created"),
+    # Memory.
+    "model that no memory holds": bad(
+        "model.vocab_size=1000000000  model.hidden_size=100000000", "do not fit into the memory", "`moepp plan`"
+    ),
     # Run directory, logging.
     "no permission": bad("run.dir=/proc/run", "run.dir=/proc/run is not writable", "choose another place"),
     "run directory below a file": bad("run.dir={files}/plain_file/run", "{files}/plain_file is a file"),

@@ -328,6 +328,15 @@ def test_fixed_keys_exist():
         ({"run__name": "a/b"}, ["run.name='a/b'", "remove slashes, or set run.dir"]),
         ({"run__name": ""}, ["run.name=''"]),
         ({"run__seed": -1}, ["run.seed=-1"]),
+        ({"parallel__timeout_seconds": 1e300}, ["parallel.timeout_seconds=1e+300 is above its maximum 100,000,000"]),
+        ({"parallel__heartbeat_seconds": 1e9}, ["parallel.heartbeat_seconds=1000000000.0 is above its maximum"]),
+        ({"data__paths": ["a", "b"], "data__weights": [1e308, 1e308]}, ["data.weights entry=1e+308 is above its"]),
+        ({"train__steps": 10**18}, ["train.steps=1000000000000000000 is above its maximum 1,000,000,000; lower it"]),
+        ({"train__log_interval": 2**63}, ["train.log_interval=9223372036854775808 is above its maximum"]),
+        ({"optim__eps": 1e300}, ["optim.eps=1e+300 is above its maximum 1,000,000,000,000"]),
+        ({"model__vocab_size": 10**13}, ["model.vocab_size=10000000000000 is above its maximum 1,000,000,000"]),
+        ({"model__num_layers": 10**9}, ["model.num_layers=1000000000 is above its maximum 10,000"]),
+        ({"model__moe__num_copy_experts": 10**7}, ["model.moe.num_copy_experts=10000000 is above its maximum 100,000"]),
     ],
 )
 def test_impossible_value_is_refused(changes, parts):

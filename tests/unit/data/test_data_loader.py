@@ -227,6 +227,11 @@ def test_a_damaged_token_ends_in_one_line_with_its_path(tmp_path: Path, token: i
         named.eval_batch(0, 0, "wiki")
 
 
+def test_indices_that_no_memory_holds_are_refused(paths: tuple[str, str]) -> None:
+    with pytest.raises(DataError, match=r"10,000,000,000,000,000 training and .* do not fit into memory; lower train"):
+        _build(paths, train__steps=10**9, train__global_batch_size=10**7)
+
+
 def test_steps_outside_the_run_are_an_error(paths: tuple[str, str]) -> None:
     data = _build(paths[:1])
     for step, micro_step in ((-1, 0), (0, 1), (0, -1), (1000, 0)):
