@@ -51,6 +51,12 @@ fi
 if [[ -n "${HEAD:-}" && ! "$HEAD" =~ ^[A-Za-z0-9._:-]+$ ]]; then
     fail "HEAD=$(printf %q "$HEAD") is not a host's name or address; the port goes into PORT"
 fi
+if [[ "${HEAD:-}" == *:* && "$HEAD" != *:*:* ]]; then # an IPv6 address has two colons or more
+    fail "HEAD=$HEAD is a host with a port; the port goes into PORT"
+fi
+if [[ "${HEAD:-}" == .* || "${HEAD:-}" == *..* || "${HEAD:-}" =~ [^.]{64} ]]; then
+    fail "HEAD=$HEAD has a part between dots that is empty or longer than 63 characters; name the host"
+fi
 
 cd "$MOEPP_ROOT"
 use_cpu_if_no_gpu "$@"

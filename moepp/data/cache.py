@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from moepp.data.indexed import IndexedFile
-from moepp.errors import DataError, MoeppError
+from moepp.errors import DataError, MoeppError, is_out_of_memory
 from moepp.io.locks import NoLocksError, try_lock
 from moepp.io.untrusted import printable
 from moepp.io.write_errors import write_error
@@ -99,6 +99,11 @@ def explained(error: Exception, folder: str) -> MoeppError:
 
     Megatron hides the system's error behind an Exception of its own.
     """
+    if is_out_of_memory(error) or isinstance(error, OverflowError):
+        return DataError(
+            "the dataset indices of so many sequences do not fit into memory; lower train.steps, train.eval_batches or "
+            "train.global_batch_size"
+        )
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__

@@ -27,7 +27,6 @@ from moepp.config import DataConfig
 from moepp.data.cache import building, cache_folder, explained
 from moepp.data.indexed import SPLITS, IndexedFile
 from moepp.data.megatron_core import import_lazily
-from moepp.errors import DataError, is_out_of_memory
 
 with warnings.catch_warnings():  # it warns of CUDA-only extensions that datasets have no use for
     warnings.simplefilter("ignore")
@@ -38,6 +37,7 @@ with warnings.catch_warnings():  # it warns of CUDA-only extensions that dataset
     from megatron.core.datasets.megatron_dataset import MegatronDataset
     from megatron.core.datasets.utils import Split
 
+_EXPLAINED = (OSError, ValueError, EOFError, MemoryError, OverflowError)
 # Megatron warns when it keeps indices in memory, which is what a process without ranks wants.
 logging.getLogger("megatron.core.datasets").setLevel(logging.ERROR)
 
@@ -163,13 +163,7 @@ def build_datasets(
             builder = BlendedMegatronDatasetBuilder(EpochGPTDataset, [*num_sequences, 0], lambda: True, config)
             return tuple(builder.build()[:2])
         except Exception as error:
-            if is_out_of_memory(error) or isinstance(error, OverflowError):
-                raise DataError(
-                    f"the indices of {num_sequences[0]:,} training and {num_sequences[1]:,} validation sequences of "
-                    f"{data.seq_len} tokens do not fit into memory; lower train.steps, train.eval_batches or "
-                    "train.global_batch_size"
-                ) from error
-            if not isinstance(error, OSError | ValueError | EOFError) and type(error) is not Exception:
+            if not isinstance(error, _EXPLAINED) and type(error) is not Exception:
                 raise
             raise explained(error, folder or "memory") from error
 

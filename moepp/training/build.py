@@ -109,19 +109,24 @@ def load_initial_weights(cfg: Config, model: Transformer, groups: ParallelGroups
 def build_engine(
     cfg: Config, plan: RunPlan, model: Transformer, groups: ParallelGroups, clock: StageClock | None = None
 ) -> Engine:
-    """Return the engine that ``engine.name`` asks for; ``clock`` measures what it does."""
-    if cfg.engine.name == "native":
-        from moepp.engine.native import NativeEngine
+    """Return the engine that ``engine.name`` asks for; ``clock`` measures what it does.
 
-        return NativeEngine(model, groups, cfg.optim, plan.accumulation_steps, plan.zero_stage, clock=clock)
-    if cfg.engine.name == "fsdp":
-        from moepp.engine.fsdp import FSDPEngine
-
-        return FSDPEngine(model, groups, cfg.optim, plan.accumulation_steps, clock)
-    from moepp.engine.deepspeed import DeepSpeedEngine
-
+    Raises:
+        ConfigError: its state does not fit into memory.
+    """
     sizes = plan.accumulation_steps, plan.micro_batch_size, plan.zero_stage
-    return DeepSpeedEngine(model, groups, cfg.optim, *sizes, cfg.engine, clock)
+    with _enough_memory(cfg, groups.device):
+        if cfg.engine.name == "native":
+            from moepp.engine.native import NativeEngine
+
+            return NativeEngine(model, groups, cfg.optim, plan.accumulation_steps, plan.zero_stage, clock=clock)
+        if cfg.engine.name == "fsdp":
+            from moepp.engine.fsdp import FSDPEngine
+
+            return FSDPEngine(model, groups, cfg.optim, plan.accumulation_steps, clock)
+        from moepp.engine.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(model, groups, cfg.optim, *sizes, cfg.engine, clock)
 
 
 def build_parts(
@@ -162,8 +167,7 @@ def build_parts(
         comm.run_together(lambda: load_initial_weights(cfg, model, groups))
     if cfg.runtime.compile:
         compile_dense_parts(model)
-    with _enough_memory(cfg, groups.device):
-        engine = build_engine(cfg, plan, model, groups, comm_stats.clock)
+    engine = build_engine(cfg, plan, model, groups, comm_stats.clock)
     peak = peak_flops_per_second(device_name(groups.device), cfg.train.precision)
     throughput = Throughput(groups.world_size, peak)
     checkpointer = Checkpointer(cfg.checkpoint, groups, run_dir.checkpoints, new_cpu_group(), check_claim)
