@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +61,7 @@ def held_out_sources(trainer: Trainer) -> dict[str, Source]:
         return sets
     if len(files) == 1:
         return {SPLIT_NAME: None, **sets}
-    names = [Path(file.prefix).name for file in files]
-    names = names if len({*names, *sets}) == len(names) + len(sets) else [file.prefix for file in files]
+    names = _path_names([file.prefix for file in files], sets)
     paths, unusable = {}, []
     for name, file in zip(names, files, strict=True):
         tokens_T = file.tokens_of_split(cfg.data.split, "valid")[: MOST_TOKENS + trainer.plan.tokens_per_step]
@@ -75,6 +74,14 @@ def held_out_sources(trainer: Trainer) -> dict[str, Source]:
     if unusable:
         logger.warning("the tables of tokens leave out of data.paths: %s", ", ".join(unusable))
     return {**paths, **sets} or {SPLIT_NAME: None}
+
+
+def _path_names(prefixes: Sequence[str], taken: Collection[str]) -> list[str]:
+    """Return the shortest names that tell paths from each other and from sets: of files, as given, or whole paths."""
+    for names in ([Path(prefix).name for prefix in prefixes], list(prefixes)):
+        if len({*names, *taken}) == len(set(prefixes)) + len(taken):
+            return names
+    return [str(Path(prefix).absolute()) for prefix in prefixes]  # no set has a slash in its name
 
 
 def view_tokens(trainer: Trainer, source: Source = None, most: int = MOST_TOKENS) -> TokenView:

@@ -32,7 +32,7 @@ def write(path: Path, start: int) -> str:
     return write_indexed(path, [list(range(start + 9 * n, start + 9 * n + 9)) for n in range(4)])
 
 
-def test_each_path_is_read_by_itself_and_named_as_briefly_as_possible(tmp_path):
+def test_each_path_is_read_by_itself_and_named_as_briefly_as_possible(tmp_path, monkeypatch):
     paths = [write(tmp_path / "a/wiki", 0), write(tmp_path / "a/books", 40)]
     sources = held_out_sources(make_trainer(paths))
     assert {name: part.tolist() for name, part in sources.items()} == {
@@ -42,6 +42,9 @@ def test_each_path_is_read_by_itself_and_named_as_briefly_as_possible(tmp_path):
     same = [*paths, write(tmp_path / "b/wiki", 80)]
     sets = make_trainer(same, data__validation={"code": [paths[0]]})
     assert list(held_out_sources(sets)) == [*same, "code"]
+    monkeypatch.chdir(tmp_path / "a")
+    clash = make_trainer(["wiki", "books"], data__validation={"wiki": [paths[0]]})
+    assert list(held_out_sources(clash)) == [*paths, "wiki"], "no set takes the place of a path"
     assert held_out_sources(make_trainer(paths[:1])) == {"data.paths": None}
     assert held_out_sources(make_trainer(paths[:1], data__validation={"code": [paths[0]]})) == {
         "data.paths": None,
