@@ -98,8 +98,9 @@ def _label(runs: Sequence[Run]) -> str:
     """Return a run's name, or what the names of several have in common: "moepp-seed-1", "moepp-seed-2": "moepp"."""
     if len(runs) == 1:
         return runs[0].name
-    if len({run.path.name for run in runs}) == 1:  # a folder for each seed
-        return runs[0].path.name
+    ends = zip(*(reversed(run.name.split("/")) for run in runs), strict=False)
+    if end := [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, ends)]:  # a folder for each seed
+        return "/".join(reversed(end))
     letters = takewhile(lambda column: len(set(column)) == 1, zip(*(run.name for run in runs), strict=False))
     common = "".join(column[0] for column in letters)
     common = re.sub(r"[-_.=](seed|s)?[-_.=]?[0-9]*$", "", common).rstrip("-_.=/")

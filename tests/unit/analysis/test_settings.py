@@ -216,3 +216,8 @@ def test_seeds_in_folders_of_their_own_are_called_by_their_common_name(tmp_path)
     assert [(group.label, [run.name for run in group.runs]) for group in groups] == [
         (name, [f"seed1/{name}", f"seed2/{name}"]) for name in ("moepp", "vanilla")
     ]
+    for seed in (1, 2):
+        for tau in (0.25, 0.5):
+            make_run(tmp_path / f"sweep/seed{seed}/tau{tau}", "run", seed=seed, tau=tau)
+    groups = group_runs(find_runs([str(tmp_path / "sweep")]).runs)
+    assert [group.label for group in groups] == ["tau0.25/run", "tau0.5/run"]
