@@ -6,10 +6,12 @@ signal and has saved (75), a wrong configuration (2) and a crash.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -23,9 +25,10 @@ EXIT_BAD_OPTION = 2
 
 def main() -> int:
     """Run torchrun with the command line's arguments; returns the exit code."""
-    with tempfile.TemporaryDirectory(prefix="moepp-launch-") as folder:
-        codes = Path(folder, "codes")
-        os.environ["MOEPP_EXIT_CODES"] = str(codes)  # train.py leaves its exit code there
+    with _folder() as folder:
+        codes = Path(folder, "codes") if folder is not None else None
+        if codes is not None:
+            os.environ["MOEPP_EXIT_CODES"] = str(codes)  # train.py leaves its exit code there
         args = parse_args(sys.argv[1:])
         try:
             run(args)
@@ -41,7 +44,8 @@ def main() -> int:
             saved = _codes_in(codes)
             if saved:
                 return max(saved, key=saved.count)
-            return _say(128 + error.sigval, f"ended by {error.sigval.name}; the processes have saved nothing")
+            saving = "the processes have saved nothing" if codes is not None else "their logs tell what was saved"
+            return _say(128 + error.sigval, f"ended by {error.sigval.name}; {saving}")
         except RendezvousError as error:
             place = args.rdzv_endpoint or "this host"
             return _say(
@@ -49,10 +53,26 @@ def main() -> int:
             )
         except (ValueError, RuntimeError) as error:
             return _say(EXIT_BAD_OPTION, _one_line(error))
+        except OSError as error:  # torchrun itself keeps temporary files
+            remedy = "; set TMPDIR to a folder that you may write to" if folder is None else ""
+            return _say(EXIT_BAD_OPTION, f"{_one_line(error)}{remedy}")
 
 
-def _codes_in(path: Path) -> list[int]:
-    return [int(line) for line in path.read_text().split()] if path.exists() else []
+@contextlib.contextmanager
+def _folder() -> Iterator[str | None]:
+    """Yield a temporary folder, or None where there is no place for one: exit codes of signals are lost then."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="moepp-launch-")
+    except OSError:
+        os.environ.pop("MOEPP_EXIT_CODES", None)
+        yield None
+        return
+    with folder as name:
+        yield name
+
+
+def _codes_in(path: Path | None) -> list[int]:
+    return [int(line) for line in path.read_text().split()] if path is not None and path.exists() else []
 
 
 def _say(code: int, message: str) -> int:

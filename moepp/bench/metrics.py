@@ -10,7 +10,6 @@ Shapes: B sequences, S tokens per sequence.
 from __future__ import annotations
 
 import statistics
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from moepp.data import Corpora, Vocabulary
 from moepp.distributed import comm
 from moepp.distributed.groups import Layout, build_groups
 from moepp.distributed.stage_clock import StageClock
+from moepp.io.temporary import temporary_folder
 from moepp.metrics.jsonl import read_records
 from moepp.metrics.sinks import open_sinks
 from moepp.metrics.throughput import Throughput
@@ -123,8 +123,8 @@ def run(options: Options) -> dict[str, list[Record]]:
 
 def _compare(_rank: int, _world_size: int, options: Options) -> dict[str, list[Record]]:
     choose_kernels(options.kernels, options.device)  # a process that was started for it has chosen none
-    with tempfile.TemporaryDirectory(prefix="moepp-bench-") as folder:
-        steps = make_steps(options, Path(folder))
+    with temporary_folder("moepp-bench-") as folder:
+        steps = make_steps(options, folder)
         times: dict[str, list[float]] = {name: [] for name in steps}
         clock = clock_for(options.device, torch.get_num_threads())
         names = list(steps)

@@ -6,13 +6,11 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import queue
-import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ import torch.distributed as dist
 
 from moepp.bench.host_memory import keep_freed_memory
 from moepp.errors import RunError
+from moepp.io.temporary import temporary_folder
 
 
 def run_processes(
@@ -35,8 +34,8 @@ def run_processes(
     """
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    with tempfile.TemporaryDirectory(prefix="moepp-bench-") as folder:
-        store = str(Path(folder, "store"))
+    with temporary_folder("moepp-bench-") as folder:
+        store = str(folder / "store")
         processes = [
             context.Process(
                 target=_enter, args=(work, rank, world_size, store, results, device_type, args), daemon=True

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from moepp.bench.tables import Record
 from moepp.config.schema import WandbConfig
+from moepp.io.temporary import temporary_folder
 from moepp.metrics.wandb import WandbSink
 
 _SETTLE_SECONDS = 2.0  # for the service to start, and to write what it was given
@@ -26,8 +26,8 @@ def run(records: Mapping[str, Mapping[str, float]], repeats: int) -> list[Record
 
 
 def _row(name: str, record: Mapping[str, float], repeats: int) -> Record:
-    with tempfile.TemporaryDirectory(prefix="moepp-bench-") as folder:
-        sink = WandbSink(Path(folder), WandbConfig(mode="offline"), name, {}, is_resumed=False)
+    with temporary_folder("moepp-bench-") as folder:
+        sink = WandbSink(folder, WandbConfig(mode="offline"), name, {}, is_resumed=False)
         try:
             time.sleep(_SETTLE_SECONDS)
             start = _processor_seconds()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +36,7 @@ from moepp.evaluation.load import eod_of_folder
 from moepp.interop import hf, official
 from moepp.interop.weights.files import read_json
 from moepp.io import files
+from moepp.io.temporary import temporary_folder
 from moepp.metrics.step_stats import StepStats
 from moepp.runs.directory import RunClaim, RunDir
 from moepp.runs.environment import command_facts, describe_environment
@@ -109,8 +109,8 @@ def _configuration(args: argparse.Namespace, source_format: str) -> Config:
     ]
     register_defaults()
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            _write_model(Path(folder), model)
+        with temporary_folder() as folder:
+            _write_model(folder, model)
             with initialize_config_dir(str(configs), version_base=None):
                 search = [f"hydra.searchpath=[file://{folder}]", f"model={MODEL_NAME}"]
                 return from_hydra(compose("config", [*search, *defaults, *args.overrides]))

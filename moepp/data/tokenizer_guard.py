@@ -11,11 +11,11 @@ import contextlib
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 from moepp.errors import DataError
+from moepp.io.temporary import unnamed_file
 from moepp.io.untrusted import printable
 
 # Bounds on a normalizer: those of published tokenizers replace one character by one to three, and prepend one.
@@ -62,13 +62,16 @@ def no_panic(path: str, silent: bool = False) -> Iterator[None]:
 @contextlib.contextmanager
 def _held_back_stderr() -> Iterator[None]:
     """Hold back what native code writes to stderr; it is shown unless a panic explains it."""
+    held = unnamed_file()
     try:
         saved = os.dup(2)
     except OSError:  # a process without stderr
+        held = None
+    if held is None:
         yield
         return
     sys.stderr.flush()
-    with tempfile.TemporaryFile() as held:
+    with held:
         os.dup2(held.fileno(), 2)
         panicked = False
         try:

@@ -40,10 +40,10 @@ class StepProfiler:
         with torch.profiler.profile(activities=_activities()) as profile:
             yield
         target = self._folder / f"step-{number:08d}-rank-{self._rank}.json"
-        with tempfile.TemporaryDirectory() as folder:
+        files.make_folder(self._folder)
+        with tempfile.TemporaryDirectory(dir=self._folder, prefix=".") as folder:
             trace = Path(folder, "trace.json")
             profile.export_chrome_trace(str(trace))
-            files.make_folder(self._folder)
             files.write_whole(target, trace.read_bytes())
         logger.info("step %d was profiled, which made it slower: %s", number, target)
 

@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from moepp.data.prepare.pipeline import PrepareOptions, prepare
 from moepp.data.prepare.train_tokenizer import train_tokenizer_file
 from moepp.errors import DataError
 from moepp.io.files import make_folder, write_whole
+from moepp.io.temporary import temporary_folder
 
 MIXED_FOLDER = os.path.join("data", "mixed")
 VOCAB_SIZE = 4096
@@ -168,8 +168,8 @@ def build_mixed(
 def _write_text(source: Source, path: str) -> str:
     """Download a package and write its text, byte for byte the same each time; return a line about it."""
     count, characters, buffer = 0, 0, io.BytesIO()
-    with tempfile.TemporaryDirectory() as folder:
-        archive = _download(source, folder)
+    with temporary_folder() as folder:
+        archive = _download(source, str(folder))
         try:
             documents = sorted(source.read(_members(archive)))
         except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, ValueError, KeyError) as error:

@@ -125,7 +125,10 @@ def find_cache() -> Cache:
     """
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     remarks: list[str] = []
-    for folder in (Path(root, "moepp"), Path(tempfile.gettempdir(), f"moepp-{os.geteuid()}")):
+    places = [Path(root, "moepp")]
+    with contextlib.suppress(FileNotFoundError):  # no folder for temporary files either
+        places.append(Path(tempfile.gettempdir(), f"moepp-{os.geteuid()}"))
+    for folder in places:
         if reason := _reason_against(folder):
             remarks.append(f"{folder} {reason}")
         else:
