@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import importlib
 import math
+import os
 import types
 import typing
 import unicodedata
@@ -42,7 +43,26 @@ def from_hydra(cfg: Any) -> Config:
 
 def from_dict(tree: Any) -> Config:
     """Turn nested dictionaries into a :class:`Config`; errors as in :func:`from_hydra`."""
-    return build(Config, tree, "")
+    return _with_homes(build(Config, tree, ""))
+
+
+def _with_homes(cfg: Config) -> Config:
+    """Let ``~`` begin every path that is read: shells leave it as it is behind an equals sign."""
+
+    def home(path: str | None) -> str | None:
+        return None if path is None else os.path.expanduser(path)
+
+    def homes(paths: Sequence[str]) -> tuple[str, ...]:
+        return tuple(map(os.path.expanduser, paths))
+
+    data = dataclasses.replace(
+        cfg.data,
+        paths=homes(cfg.data.paths),
+        validation={name: homes(paths) for name, paths in cfg.data.validation.items()},
+        tokenizer=home(cfg.data.tokenizer),
+        cache_dir=home(cfg.data.cache_dir),
+    )
+    return dataclasses.replace(cfg, data=data, init=dataclasses.replace(cfg.init, path=home(cfg.init.path)))
 
 
 def from_stored(tree: Any) -> Config:

@@ -18,9 +18,12 @@ from moepp.errors import DataError
 from moepp.io.temporary import unnamed_file
 from moepp.io.untrusted import printable
 
-# Bounds on a normalizer: those of published tokenizers replace one character by one to three, and prepend one.
+# Bounds on a normalizer and a decoder: those of published tokenizers replace one character by one to three, and prepend
+# one.
 MAX_GROWTH = 64
-MAX_INSERTED = 1_000
+MAX_INSERTED = 1_000  # characters, also of each text that they look for or put in
+_TEXTS = ("content", "prefix", "suffix", "replacement", "pad_token", "word_delimiter_token")
+MAX_TOKEN_CHARACTERS = 10_000  # runs of blanks are the longest tokens of published ones, with some hundred
 # Bound on tokens: a character has at most 4 bytes, and compatibility forms (NFKC) unfold to at most 18 characters.
 MAX_TOKENS_PER_CHARACTER = 72
 PROBE_SECONDS = 60
@@ -101,19 +104,41 @@ def require_safe(tree: Any, text: str, path: str) -> None:
         raise DataError(
             f"tokenizer {printable(path)} holds no JSON object; give a tokenizer.json of the tokenizers library"
         )
-    steps = list(_steps(tree.get("normalizer")))
-    growth, inserted = 1.0, 0
-    for step in steps:
-        kind = step.get("type")
-        if kind == "Replace":
-            growth *= _growth(step)
-        elif kind == "Prepend":
-            inserted = inserted * growth + len(str(step.get("prepend", "")))
-    if growth > MAX_GROWTH or inserted > MAX_INSERTED:
-        what = f"up to {growth:,.0f} times" if growth > MAX_GROWTH else f"by {inserted:,.0f} characters"
-        raise DataError(f"tokenizer {printable(path)} makes a text longer {what}; mend its normalizer")
+    steps = list(_steps(tree.get("normalizer"), "normalizers"))
+    _require_growth(steps, "normalizer", path)
+    _require_growth(list(_steps(tree.get("decoder"), "decoders")), "decoder", path)
+    longest = max(map(len, _tokens(tree)), default=0)
+    if longest > MAX_TOKEN_CHARACTERS:
+        raise DataError(
+            f"tokenizer {printable(path)} has a token of {longest:,} characters, more than {MAX_TOKEN_CHARACTERS:,}; "
+            "give another tokenizer"
+        )
     if any(step.get("type") == "Precompiled" for step in steps):
         _probe(text, path)
+
+
+def _require_growth(steps: list[dict[str, Any]], what: str, path: str) -> None:
+    """Refuse steps that together make a text, or a token, longer beyond bounds."""
+    growth, inserted = 1.0, 0
+    for step in steps:
+        growth *= _growth(step)
+        if step.get("type") == "Prepend":
+            inserted = inserted * growth + len(str(step.get("prepend", "")))
+        inserted = max(inserted, *(len(str(step.get(key, ""))) for key in _TEXTS))
+    if growth > MAX_GROWTH or inserted > MAX_INSERTED:
+        longer = f"up to {growth:,.0f} times" if growth > MAX_GROWTH else f"by {inserted:,.0f} characters"
+        raise DataError(f"tokenizer {printable(path)} makes a text longer {longer}; mend its {what}")
+
+
+def _tokens(tree: dict[str, Any]) -> Iterator[str]:
+    """Yield the texts of all tokens, wherever models keep them."""
+    model, added = tree.get("model"), tree.get("added_tokens")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, dict):
+        yield from vocab
+    scored = [entry[0] for entry in vocab if isinstance(entry, list) and entry] if isinstance(vocab, list) else []
+    contents = [entry.get("content") for entry in added if isinstance(entry, dict)] if isinstance(added, list) else []
+    yield from (text for text in [*scored, *contents] if isinstance(text, str))
 
 
 def require_bounded(num_tokens: int, text: str, path: str) -> None:
@@ -129,18 +154,22 @@ def require_bounded(num_tokens: int, text: str, path: str) -> None:
         )
 
 
-def _steps(normalizer: Any) -> Iterator[dict[str, Any]]:
-    """Yield a normalizer's steps in order. The JSON reader bounds the nesting."""
-    if isinstance(normalizer, dict):
-        if normalizer.get("type") == "Sequence" and isinstance(normalizer.get("normalizers"), list):
-            for step in normalizer["normalizers"]:
-                yield from _steps(step)
+def _steps(part: Any, inner: str) -> Iterator[dict[str, Any]]:
+    """Yield the steps of a normalizer or decoder in order. The JSON reader bounds the nesting."""
+    if isinstance(part, dict):
+        if part.get("type") == "Sequence" and isinstance(part.get(inner), list):
+            for step in part[inner]:
+                yield from _steps(step, inner)
         else:
-            yield normalizer
+            yield part
 
 
 def _growth(step: dict[str, Any]) -> float:
-    """Return how much longer a Replace step can make a text."""
+    """Return how much longer a step can make a text."""
+    if step.get("type") in ("BPEDecoder", "CTC"):  # a blank for each of these; nothing is between any two characters
+        return 2.0 if "" in (step.get("suffix"), step.get("word_delimiter_token")) else 1.0
+    if step.get("type") != "Replace":
+        return 1.0
     content = len(str(step.get("content", "")))
     pattern = step.get("pattern")
     literal = pattern.get("String") if isinstance(pattern, dict) else None

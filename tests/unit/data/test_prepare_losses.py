@@ -204,6 +204,63 @@ def test_hurtful_normalizers_are_one_line(
     assert capfd.readouterr().err == ""
 
 
+def _decoders(*steps: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", "decoders": list(steps)}
+
+
+@pytest.mark.parametrize(
+    ("decoder", "message"),
+    [
+        (_replace({"String": "a"}, "a" * 2_000_000), "longer up to 2,000,000 times; mend its decoder"),
+        (_replace({"String": "a" * 3000}, "a" * 3000), "longer by 3,000 characters; mend its decoder"),
+        (_decoders(*[_replace({"String": "a"}, "aa")] * 7), "longer up to 128 times; mend its decoder"),
+        (_decoders(_decoders(_replace({"Regex": ""}, "a" * 64))), "longer up to 65 times"),
+        (_decoders(*[{"type": "BPEDecoder", "suffix": ""}] * 7), "longer up to 128 times"),
+        ({"type": "WordPiece", "prefix": "#" * 2000, "cleanup": True}, "longer by 2,000 characters"),
+        (
+            {"type": "CTC", "pad_token": "p" * 2000, "word_delimiter_token": "|", "cleanup": True},
+            "longer by 2,000 characters",
+        ),
+    ],
+)
+def test_hurtful_decoders_are_one_line(tmp_path: Path, decoder: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        _load(tmp_path, _byte_level() | {"decoder": decoder})
+
+
+@pytest.mark.parametrize("place", ["words", "scores", "added"])
+def test_a_token_that_is_a_book_is_refused(tmp_path: Path, place: str) -> None:
+    book = "x" * 10_001
+    tree = json.loads(Path(write_word_tokenizer(tmp_path / "w.json")).read_text())
+    if place == "words":
+        tree["model"]["vocab"][book] = 22
+    elif place == "scores":
+        tree["model"] = {"type": "Unigram", "vocab": [["a", 0.0], [book, -1.0]], "unk_id": 0}
+    else:
+        tree["added_tokens"][0]["content"] = book
+    with pytest.raises(DataError, match="has a token of 10,001 characters, more than 10,000"):
+        _load(tmp_path, tree)
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        _decoders(
+            _replace({"String": "▁"}, " "),
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ),
+        {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True},
+        {"type": "BPEDecoder", "suffix": "</w>"},
+        {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": True},
+    ],
+)
+def test_usual_decoders_are_let_pass(tmp_path: Path, decoder: dict[str, Any]) -> None:
+    _load(tmp_path, _byte_level() | {"decoder": decoder})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
