@@ -62,15 +62,6 @@ def test_dictionaries_come_back_the_same():
     assert from_dict(yaml.safe_load(yaml.safe_dump(to_dict(cfg)))) == cfg
 
 
-def test_paths_may_begin_at_home(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    data = {"data__paths": ["~/a", "b~"], "data__validation": {"wiki": ["~/w"]}, "data__tokenizer": "~/t.json"}
-    cfg = make(**data, data__cache_dir="~/c", init__path="~/weights")
-    assert cfg.data.paths == ("/home/me/a", "b~") and cfg.data.validation == {"wiki": ("/home/me/w",)}
-    assert (cfg.data.tokenizer, cfg.data.cache_dir) == ("/home/me/t.json", "/home/me/c")
-    assert cfg.init.path == "/home/me/weights" and from_dict(to_dict(cfg)) == cfg
-
-
 def test_configuration_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         make().train.steps = 4  # type: ignore[misc]
