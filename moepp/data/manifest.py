@@ -82,9 +82,9 @@ def _built(tree: Any) -> Manifest:
             _require_count(f"{name} of a source", source.get(name))
         files = source.get("files")
         for file in files if isinstance(files, list) else [None]:
-            is_file = isinstance(file, dict) and isinstance(file.get("path"), str)
-            _require(is_file, f"a file of a source is {show(file)}")
-            _require_count("bytes of a file", file.get("bytes"))
+            entry: dict = file if isinstance(file, dict) else {}
+            _require(isinstance(entry.get("path"), str), f"a file of a source is {show(file)}")
+            _require_count("bytes of a file", entry.get("bytes"))
     return Manifest(**{**tree, "sources": tuple(tree["sources"])})
 
 
