@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moepp.engine.buckets import cut
 
 
+# The same examples in every run, however slow the machine is.
+@settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     sizes=st.lists(st.integers(1, 300), min_size=1, max_size=30),
     bucket_elements=st.integers(1, 2000),
