@@ -39,7 +39,7 @@ from moepp.training.trainer import Trainer
 
 NOTHING, BETWEEN = "nothing", "between records"
 RECORDS = {"brief": "record, brief", "detailed": "record, detailed"}
-_NEVER = 1 << 40  # steps
+_NEVER = 10**9  # steps
 
 
 @dataclass(frozen=True)

@@ -85,20 +85,23 @@ def test_models_beyond_their_files_are_refused_before_they_are_built(folder: Pat
         set_key(folder, "num_hidden_layers", 10**4)
         name = names["width"]
     set_key(folder, name, [value] if name == "num_experts" else value)
-    refused(folder, "cannot hold|more than 10,000 layers|beyond 64 bits")
+    refused(folder, "cannot hold|more than 10,000 layers|beyond 64 bits|is above its maximum")
 
 
 def test_experts_without_weights_are_bounded_too(folder: Path) -> None:
     if "num_copy_experts" in (folder / "config.json").read_text():
         set_key(folder, "num_copy_experts", 10**9)
-        refused(folder, "more than 10,000 layers")
+        refused(folder, "num_copy_experts=1000000000 is above its maximum")
+        set_key(folder, "num_copy_experts", 10**5)
+        set_key(folder, "num_hidden_layers", 100)
+        refused(folder, "more than 10,000 layers or 1,000,000 experts")
 
 
 def test_sparse_files_do_not_make_room_for_endless_layers(folder: Path) -> None:
     with (folder / "model.safetensors").open("r+b") as stream:
         stream.truncate(1 << 43)
     set_key(folder, "num_hidden_layers", 10**9)
-    refused(folder, "more than 10,000 layers|damaged")
+    refused(folder, "num_layers=1000000000 is above its maximum 10,000|damaged")
 
 
 VALUES = (None, True, "12", -1, 0, 1.5, 10**30, [], {}, "\x1b[2J", "x" * 10**5)
