@@ -94,7 +94,7 @@ def write_corpus(prefix: Path, seed: int = 0) -> str:
 
 
 def records(run_dir: Path, after: int = 0) -> list[dict[str, Any]]:
-    """metrics.jsonl of a run from the step after ``after``, without what depends on the clock or on what the process did before."""
+    """metrics.jsonl of a run from the step after ``after``, without times and memory, which no two runs share."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [
         {name: value for name, value in line.items() if not name.startswith(("throughput/", "time/", "memory/"))}
