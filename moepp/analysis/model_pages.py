@@ -51,11 +51,6 @@ def write_findings(findings: Findings, folder: Path, question: str = "tokens") -
     return write_page(page, findings.figures, folder, tables)
 
 
-def columns_of(rows: Rows, names: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return these columns as text."""
-    return [tuple(f"{v:.4g}" if isinstance(v := row[name], float) else str(v) for name in names) for row in rows]
-
-
 def line_figure(
     name: str,
     title: str,

@@ -63,18 +63,19 @@ def remaining_seconds(run: Run) -> float | None:
     return max(0.0, (total - run.steps) * (run.tokens / run.steps) / speed)
 
 
-def warnings_of(run: Run) -> list[str]:
+Tails = tuple[list[tuple[str, str, str]], list[tuple[str, str]]]
+"""(time, name of the log, line) of the newest warnings and errors, and (name, cause) of unreadable logs."""
+
+
+def warnings_of(tails: Tails) -> list[str]:
     """Return the newest warnings and errors of all ranks' logs, oldest first, and which logs cannot be read."""
-    lines, unreadable = _tails(run)
+    lines, unreadable = tails
     found = [f"{rank}: {printable(line, 160)}" for _, rank, line in sorted(lines)[-_WARNINGS:]]
     return found + [f"{rank}: its log cannot be read: {why}" for rank, why in unreadable[:_WARNINGS]]
 
 
-def _tails(run: Run) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:
-    """Return (time, name of the log, line) of the newest warnings and errors, and (name, cause) of unreadable logs.
-
-    A log that vanishes meanwhile is in neither.
-    """
+def log_tails(run: Run) -> Tails:
+    """Read the ends of all ranks' logs; one that vanishes meanwhile is in neither part."""
     found, unreadable = [], []
     for path in sorted(RunDir(run.path).log.glob("rank-*.txt")):
         if not _RANK.fullmatch(path.stem):
@@ -101,9 +102,10 @@ def panel(run: Run, now: float | None = None, width: int = 100) -> RenderableTyp
     parts: list[Any] = [Text(_headline(run, now), style="bold"), _curves(run, width)]
     if (layers := _layers(run, width)) is not None:
         parts.append(layers)
-    parts += [Text(_ranks(run)), Text(_saved(run, now))]
+    tails = log_tails(run)
+    parts += [Text(_ranks(run, tails)), Text(_saved(run, now))]
     broken = [note for note in run.faults if "ot finite in" in note]  # "last" is then not of the last record
-    parts += [Text(line, style="yellow") for line in (*broken, *warnings_of(run))]
+    parts += [Text(line, style="yellow") for line in (*broken, *warnings_of(tails))]
     return Group(*parts)
 
 
@@ -124,7 +126,7 @@ def waiting(path: Path, now: float | None = None) -> str:
     return f"{printable(path.name)}  |  {state_of(path, None, time.time() if now is None else now).text}"
 
 
-def _ranks(run: Run) -> str:
+def _ranks(run: Run, tails: Tails) -> str:
     """Return how many ranks there are, which have no log or an error in it, and which others wait for.
 
     What earlier starts left, perhaps on more ranks, does not count.
@@ -136,7 +138,7 @@ def _ranks(run: Run) -> str:
     missing = sorted(set(range(world or 0)) - logs)
     if missing:
         parts.append(f"no log of {_some(missing)}")
-    lines, found_unreadable = _tails(run)
+    lines, found_unreadable = tails
     started = _started(run)
     numbered = ((int(name.removeprefix("rank-")), when, line) for when, name, line in lines)
     failed = sorted({rank for rank, when, line in numbered if rank in logs and when >= started and _ERROR.search(line)})

@@ -36,15 +36,12 @@ from moepp.engine.norms import global_norm, squared_norms
 from moepp.errors import ConfigError
 
 # Private names, and new ones: a mesh for each parameter.
-_Names = import_module("torch.distributed.fsdp._fully_shard._fsdp_common")
-
-# The layers look as if somebody might write into their outputs, which nobody does.
-warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+_fsdp_common = import_module("torch.distributed.fsdp._fully_shard._fsdp_common")
 
 
 def why_no_fsdp() -> str | None:
     """Return why this torch cannot run the engine; None: it can."""
-    if hasattr(_Names, "ShardPlacementResult") and hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+    if hasattr(_fsdp_common, "ShardPlacementResult") and hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
         return None
     return f"torch {torch.__version__} has no fully_shard with a mesh for each parameter; it came with 2.13"
 
@@ -208,9 +205,11 @@ def _gradient(master: nn.Parameter) -> Tensor:
 
 def _shard(model: nn.Module, groups: ParallelGroups) -> None:
     """Make every layer, and what is in none, a unit of FSDP2."""
+    # Torch warns of writing into outputs that are views, which nobody does.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     device = groups.device.type
     meshes = {group: DeviceMesh.from_group(group, device) for group in (groups.stage, groups.dpcp, groups.edp)}
-    infos = {group: _Names.FSDPMeshInfo(mesh, shard_mesh_dim=0) for group, mesh in meshes.items()}
+    infos = {group: _fsdp_common.FSDPMeshInfo(mesh, shard_mesh_dim=0) for group, mesh in meshes.items()}
     is_bf16 = next(model.parameters()).dtype == torch.bfloat16
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if is_bf16 else None,
@@ -221,7 +220,7 @@ def _shard(model: nn.Module, groups: ParallelGroups) -> None:
 
     def place(parameter: nn.Parameter) -> Any:
         group = placement_of(names[parameter], groups.tp_size > 1).group(groups)
-        return _Names.ShardPlacementResult(Shard(_dim_to_cut(parameter.shape, comm.size(group))), infos[group])
+        return _fsdp_common.ShardPlacementResult(Shard(_dim_to_cut(parameter.shape, comm.size(group))), infos[group])
 
     layers = [layer for child in model.children() if isinstance(child, nn.ModuleList) for layer in child]
     for module in [*(layer for layer in layers if next(layer.parameters(), None) is not None), model]:

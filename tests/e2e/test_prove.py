@@ -150,7 +150,7 @@ def test_a_check_that_raises_hangs_or_dies_leaves_the_others_alone(tmp_path):
 
 
 def test_fsdp_is_left_out_by_name_where_torch_is_too_old_for_it(monkeypatch):
-    monkeypatch.delattr(fsdp._Names, "ShardPlacementResult")
+    monkeypatch.delattr(fsdp._fsdp_common, "ShardPlacementResult")
     monkeypatch.setattr(training, "ENGINES", (("fsdp", 3),))
     monkeypatch.setattr(layouts, "PROBES", {})
     for check in (training.check_engines, layouts.check_layouts):

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from moepp.analysis.run_state import state_of
 from moepp.analysis.runs import read_run
-from moepp.analysis.watch import duration, panel, remaining_seconds, sparkline, warnings_of
+from moepp.analysis.watch import duration, log_tails, panel, remaining_seconds, sparkline, warnings_of
 from moepp.cli.main import main
 from moepp.cli.watch import look
 from moepp.runs.lock import RunLock
@@ -55,7 +55,7 @@ def test_the_newest_of_everything_is_shown(tmp_path):
     assert "4.0000" in text and "4.2500" in text and "60.0%" in text and "2.50" in text
     assert "step-00000040, 2.5 MB" in text
     assert text.index("ERROR early") < text.index("WARNING late") and "\x1b" not in text
-    assert warnings_of(read_run(path))[0].startswith("rank-1: ")
+    assert warnings_of(log_tails(read_run(path)))[0].startswith("rank-1: ")
 
 
 @pytest.fixture
