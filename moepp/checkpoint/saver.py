@@ -17,7 +17,7 @@ from moepp.checkpoint import format as fmt
 from moepp.checkpoint.format import CheckpointInfo, FileEntry
 from moepp.checkpoint.host_memory import HostMemory
 from moepp.checkpoint.state import Statistics, stage
-from moepp.checkpoint.storage import cause, source_of, write_tensors
+from moepp.checkpoint.storage import cause, is_interrupt, source_of, write_tensors
 from moepp.config import CheckpointConfig
 from moepp.distributed import comm
 from moepp.distributed.device import use_in_thread
@@ -180,11 +180,14 @@ class Checkpointer:
 
         Raises:
             RuntimeError: a rank was lost, so nothing can be agreed on.
+            KeyboardInterrupt: Ctrl-C on a rank while DCP wrote.
         """
         problem = None
         try:
             action()
         except CheckpointException as error:  # DCP has told all ranks already
+            if is_interrupt(error):
+                raise KeyboardInterrupt from error
             problem = self._explain(error)
         except Exception as error:  # whatever the storage raises must not end the run
             if comm.is_communication_error(error):

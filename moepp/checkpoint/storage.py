@@ -101,6 +101,12 @@ def source_of(error: BaseException) -> tuple[int | None, BaseException]:
     return rank, inner
 
 
+def is_interrupt(error: BaseException) -> bool:
+    """Return whether Ctrl-C ended the work of a rank: DCP catches that as well."""
+    failures = getattr(error, "failures", None) or {}
+    return any(isinstance(inner, KeyboardInterrupt) for inner, _ in failures.values())
+
+
 def cause(error: BaseException) -> str:
     """Return what went wrong, in one line."""
     rank, error = source_of(error)
@@ -134,14 +140,14 @@ class _HashingStream:
         self._digest = hashlib.sha256()
         self._size = 0
         self.tell, self.flush = stream.tell, stream.flush
-        self.error: OSError | None = None
+        self.error: OSError | KeyboardInterrupt | None = None
 
     def write(self, data: Any) -> int:
         self._digest.update(data)
         self._size += memoryview(data).nbytes
         try:
             return self._stream.write(data)
-        except OSError as error:
+        except (OSError, KeyboardInterrupt) as error:
             self.error = error
             raise
 
@@ -169,7 +175,7 @@ class _HashingFileSystem(FileSystem):
             hashing = _HashingStream(cast(BinaryIO, stream))
             try:
                 yield cast(io.IOBase, hashing)
-            except RuntimeError as error:  # torch.save hides what the disk said
+            except RuntimeError as error:  # torch.save hides what the disk or the user said
                 raise (hashing.error or error) from None
             hashing.close()
         self.entries[Path(path).name] = hashing.entry

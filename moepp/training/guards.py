@@ -17,15 +17,22 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Remembers SIGTERM or SIGUSR1 (what schedulers send before the time is up) instead of dying of it."""
+    """Remembers SIGTERM or SIGUSR1 (what schedulers send before the time is up) instead of dying of it.
+
+    Ctrl-C raises KeyboardInterrupt at once, as ever, and is remembered too: libraries that catch every exception (DCP
+    in a save) and callbacks of the interpreter may swallow it.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._is_interrupted = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._remember)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else ignored, as in the background
+            self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -34,6 +41,19 @@ class StopRequest:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._is_interrupted = True
+        raise KeyboardInterrupt
+
+    def raise_interrupt(self) -> None:
+        """Raise again the KeyboardInterrupt of a Ctrl-C that has not ended the run.
+
+        Raises:
+            KeyboardInterrupt: there was one.
+        """
+        if self._is_interrupted:
+            raise KeyboardInterrupt
 
 
 class SkippedSteps:

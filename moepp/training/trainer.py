@@ -98,6 +98,7 @@ class Trainer:
 
         Raises:
             Preempted: a signal asked any rank to stop; the state is saved.
+            KeyboardInterrupt: Ctrl-C; nothing is saved.
             TrainingError: a guard gave up.
             CheckpointError: training is done, but its last state could not be saved.
         """
@@ -108,6 +109,7 @@ class Trainer:
         self.parts.throughput.begin()
         with closing(self.batches):
             while self.step < train.steps:
+                stop.raise_interrupt()
                 step = self.step
                 with profiler.step(step + 1):
                     result = self.train_step()

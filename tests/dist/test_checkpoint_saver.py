@@ -254,6 +254,41 @@ def test_failure_on_any_rank_is_known_to_all_and_leaves_earlier_checkpoints(
     check_content(tmp_path / "step-00000003", 3)
 
 
+class _Interrupted(_BadDisk):
+    """A stream that Ctrl-C finds in the middle of a write."""
+
+    def write(self, data: Any) -> int:
+        raise KeyboardInterrupt
+
+
+def _interrupt(rank: int, folder: str, at_rank: int, place: str) -> tuple[str, list[str]]:
+    init = storage._HashingStream.__init__
+    places = {
+        "open": replaced(storage._HashingFileSystem, "create_stream", _raise_interrupt),
+        "write": replaced(storage._HashingStream, "__init__", lambda self, stream: init(self, _Interrupted(stream))),
+    }
+    saving = Saving(folder)
+    with places[place] if rank == at_rank else contextlib.nullcontext():
+        try:
+            outcome = str(saving.save(1))
+        except KeyboardInterrupt:
+            outcome = "interrupted"
+    torch.distributed.barrier()
+    return outcome, names(folder)
+
+
+def _raise_interrupt(*args: Any, **kwargs: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("place", ["open", "write"])
+@pytest.mark.parametrize("at_rank", [0, 1])
+def test_ctrl_c_during_a_save_is_no_failed_save(pool_2: WorkerPool, tmp_path: Path, place: str, at_rank: int) -> None:
+    """DCP catches KeyboardInterrupt like any other exception; without more, training would go on."""
+    for outcome, left in pool_2.run(_interrupt, str(tmp_path), at_rank, place):
+        assert outcome == "interrupted" and "step-00000001" not in left
+
+
 @pytest.fixture(name="small_disk")
 def mounted_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""

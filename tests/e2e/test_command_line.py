@@ -229,7 +229,7 @@ def test_signal_from_the_terminal_ends_the_run_at_work_and_the_sweep_goes_on_lat
             assert time.monotonic() < deadline and process.poll() is None, log.read_text()
             time.sleep(0.05)
         os.killpg(process.pid, number)
-        assert process.wait(60) == code, log.read_text()
+        assert process.wait(LIMIT_SECONDS) == code, log.read_text()
     finally:
         process.kill()
         process.wait()
@@ -239,6 +239,31 @@ def test_signal_from_the_terminal_ends_the_run_at_work_and_the_sweep_goes_on_lat
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tiny-0"]
     checkpoints = list_checkpoints(tmp_path / "runs" / "tiny-0" / "checkpoints")
     assert checkpoints and verify(checkpoints[-1]) == []
+
+
+# Something in the second step swallows every exception, as DCP does in a save and the interpreter in callbacks.
+SWALLOWING = """
+import os, signal
+from moepp.training.trainer import Trainer
+log = Trainer.log
+def log_and_swallow(self, result):
+    log(self, result)
+    try:
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        pass
+Trainer.log = log_and_swallow
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_training_even_where_a_library_swallows_it(data, tmp_path):
+    settings = [*SETTINGS, *data, "engine=native", "train.samples=0", "logging.wandb.mode=disabled"]
+    start, rest = FOREGROUND.split("runpy.run_path")
+    done = run([sys.executable, "-c", f"{start}{SWALLOWING}runpy.run_path{rest}", str(ROOT), *settings], tmp_path)
+    assert done.returncode == 130 and "interrupted" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert [record["step"] for record in read_records(tmp_path / "runs" / "tiny")][-1] == 2
 
 
 def test_sweep_under_a_launcher_is_refused_once(data, tmp_path):

@@ -24,6 +24,26 @@ def test_stop_signal_is_remembered_and_the_old_handler_comes_back(number: signal
     assert signal.getsignal(number) is before
 
 
+def test_ctrl_c_interrupts_at_once_and_again_where_it_was_swallowed() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with StopRequest() as stop:
+            stop.raise_interrupt()  # nothing yet
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(2):
+                with pytest.raises(KeyboardInterrupt):
+                    stop.raise_interrupt()
+            assert stop.received is None  # nothing is saved
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a shell
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            stop.raise_interrupt()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_skipped_steps_stop_the_run_only_in_a_row() -> None:
     guard = SkippedSteps(GuardConfig(max_skipped_steps=3))
     for step, skipped in enumerate([True, True, False, True, True], start=1):
