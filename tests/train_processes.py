@@ -260,7 +260,7 @@ class TrainServer:
             run.end()
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(30)
+        self._process.wait(120)
 
     def __enter__(self) -> TrainServer:
         return self

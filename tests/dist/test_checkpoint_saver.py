@@ -404,11 +404,11 @@ def _save_slowly(rank: int, folder: str) -> tuple[bool, bool, list[tuple[float, 
     write, asked, may_write = saver.write_tensors, threading.Event(), threading.Event()
 
     def held(*args: Any) -> Any:
-        assert may_write.wait(30)
+        assert may_write.wait(120)
         return write(*args)
 
     def release() -> None:
-        assert asked.wait(30)
+        assert asked.wait(120)
         time.sleep(1.0)  # in which the second call could return
         may_write.set()
 

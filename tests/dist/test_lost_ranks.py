@@ -87,7 +87,7 @@ class Run:
         return path.read_text() if path.exists() else ""
 
     def wait_for(self, text: str, ranks) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not all(text in self.output(rank) for rank in ranks):
             assert time.monotonic() < deadline, [self.output(rank) for rank in ranks]
             time.sleep(0.05)

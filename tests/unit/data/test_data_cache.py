@@ -55,7 +55,7 @@ def _outcome(started: tuple[Any, Any]) -> Any:
     process, receiver = started
     assert receiver.poll(120)
     result = receiver.recv()
-    process.join(30)
+    process.join(120)
     return result
 
 

@@ -51,7 +51,7 @@ def test_the_next_step_is_read_while_this_one_trains() -> None:
     reader = BatchReader(source, PLAN, CPU)
     assert places(reader.read(3)) == [(3, 0), (3, 1)]
     for _ in range(4):
-        assert source.read.acquire(timeout=20)  # nobody has asked for step 4
+        assert source.read.acquire(timeout=120)  # nobody has asked for step 4
     assert [ask[:2] for ask in source.asked] == [(3, 0), (3, 1), (4, 0), (4, 1)]
     assert places(reader.read(4, has_next=False)) == [(4, 0), (4, 1)] and len(source.asked) == 4
     reader.close()

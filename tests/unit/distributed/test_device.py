@@ -206,7 +206,7 @@ def verdicts(monkeypatch: pytest.MonkeyPatch, uuids: list[str]) -> list[str]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(120)
     return heard
 
 

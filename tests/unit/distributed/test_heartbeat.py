@@ -134,7 +134,7 @@ def test_what_the_system_says_of_a_process():
         assert process.state() == "running" == Process.own().state()
         assert Process("here", "", child.pid, "123").state() == "gone"  # the number was given to another process
         os.kill(child.pid, signal.SIGSTOP)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 120
         while process.state() != "stopped" and time.monotonic() < deadline:
             time.sleep(0.01)
         assert process.state() == "stopped"

@@ -188,7 +188,7 @@ def test_a_kill_at_any_call_leaves_old_or_new_and_the_next_write_cleans_up(tmp_p
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=60,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     print(done.stdout)

@@ -122,7 +122,7 @@ def test_json_beyond_memory_is_one_line():
         "resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20),) * 2)\n"
         "try:\n    load_json(text, 'x')\nexcept DataError as error:\n    print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert "does not fit into memory" in done.stdout, done.stderr
 
 

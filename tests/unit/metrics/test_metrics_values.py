@@ -23,7 +23,7 @@ class Ranks:
     def __init__(self, size: int) -> None:
         self.size = size
         self.calls: list[tuple[torch.dtype, int]] = []
-        self._barrier = threading.Barrier(size, timeout=20)
+        self._barrier = threading.Barrier(size, timeout=120)
         self._tensors: list[torch.Tensor] = [torch.empty(0)] * size
 
     def sum(self, rank: int) -> Callable[[torch.Tensor], torch.Tensor]:

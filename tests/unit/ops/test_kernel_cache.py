@@ -95,7 +95,7 @@ def in_child(work: Callable[[], object]) -> int | None:
     """Exit code of a forked process that does it: negative after a signal."""
     process = FORK.Process(target=work)
     process.start()
-    process.join(60)
+    process.join(120)
     return process.exitcode
 
 
@@ -271,7 +271,7 @@ def test_a_link_swapped_for_the_file_all_the_time_is_never_followed(folder, tmp_
     swapper = FORK.Process(target=swap)
     swapper.start()
     try:
-        reads, deadline = [], time.monotonic() + 60
+        reads, deadline = [], time.monotonic() + 120
         while not (len(reads) > 100 and good[:-32] in reads and None in reads):
             assert time.monotonic() < deadline
             reads.append(Cache(folder).read(path.name, key))
@@ -386,7 +386,7 @@ def test_of_several_processes_one_builds_and_the_others_wait(sources, tmp_path, 
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(120)
     assert [process.exitcode for process in processes] == [0] * 4 and runs.read_text().count("run") == 1
     assert sorted(path.name[:8] for path in (tmp_path / "cache" / "moepp").iterdir()) == ["kernels-", "lock"]
 

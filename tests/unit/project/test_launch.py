@@ -86,7 +86,7 @@ class Project:
     def set_up(self, **variables: str) -> tuple[int, str]:
         """Exit code and messages."""
         process = self.start(**variables)
-        _, messages = process.communicate(timeout=60)
+        _, messages = process.communicate(timeout=120)
         return process.returncode, messages
 
     @property
@@ -134,7 +134,7 @@ def test_setup_rebuilds_after_an_interrupted_installation(project):
     while not project.installed:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     (project.folder / "slow").unlink()
     stale = project.folder / ".venv/stale"
     stale.touch()
@@ -174,8 +174,8 @@ def test_two_setups_at_once_install_once(project):
     second = project.start()
     assert any("waiting for it" in line for line in second.stderr)
     (project.folder / "slow").unlink()
-    first.communicate(timeout=60)
-    second.communicate(timeout=60)
+    first.communicate(timeout=120)
+    second.communicate(timeout=120)
     assert first.returncode == second.returncode == 0
     assert len(project.installed) == 2
 

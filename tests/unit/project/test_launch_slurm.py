@@ -66,7 +66,7 @@ class Job:
     def run(self, *arguments: str, **options: str | int) -> tuple[int, str, str]:
         """Exit code, standard output and errors."""
         process = self.start(*arguments, **options)  # type: ignore[arg-type]
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
         return process.returncode, out, err
 
     @property
@@ -147,12 +147,12 @@ def test_job_name_that_is_no_folder_name_is_changed(job, name, run):
 )
 def test_job_near_its_time_limit_saves_and_only_then_requeues(job, code, requeued, said):
     process = job.start(code=code, SRUN_WAITS="yes")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not (job.folder / "started").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not job.requeued
     process.send_signal(signal.SIGUSR1)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == code
     assert (job.folder / "signalled").exists()
     assert job.requeued == requeued and said in out + err

@@ -99,7 +99,7 @@ class Launch:
         return subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
 
     def wait_for_ranks(self) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not all((self.folder / f"starts-{rank}").exists() for rank in range(2)):
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -114,7 +114,7 @@ def test_signal_to_torchrun_reaches_the_processes_whose_exit_code_it_takes(launc
     process = launch.start("wait")
     launch.wait_for_ranks()
     process.send_signal(signal.SIGUSR1)
-    errors = process.communicate(timeout=60)[1]
+    errors = process.communicate(timeout=120)[1]
     assert process.returncode == 75, errors
     assert "Traceback" not in errors
 
