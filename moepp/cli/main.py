@@ -19,7 +19,7 @@ from pathlib import Path
 import moepp.cli
 from moepp import cpu
 from moepp.arguments import Parser
-from moepp.errors import ConfigError, MoeppError
+from moepp.errors import ConfigError, MoeppError, is_out_of_memory
 from moepp.io.untrusted import printable
 from moepp.runs.environment import version_line
 from moepp.versions import require_supported_versions
@@ -70,6 +70,12 @@ def report_errors(run: Callable[[], int]) -> int:
     except BrokenPipeError:  # `head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has nowhere to go
         return PIPE_EXIT_CODE
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = printable(" ".join(str(error).split()) or type(error).__name__, 200)
+        print(f"error: out of memory ({reason}); give it less at a time, or use a larger machine", file=sys.stderr)
+        return ConfigError.exit_code
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Protocol
 
 from moepp.config.load import to_dict
-from moepp.config.schema import Config
+from moepp.config.schema import Config, LoggingConfig
 from moepp.errors import MoeppError
 from moepp.metrics.console import BarSink, LineSink
 from moepp.metrics.csv import CsvSink, retire
 from moepp.metrics.jsonl import JsonlSink
 from moepp.metrics.routing import RoutingSnapshot
 from moepp.metrics.routing_file import RoutingSink
-from moepp.metrics.tensorboard import TensorBoardSink
-from moepp.metrics.wandb import Draw, Table, WandbSink
+from moepp.metrics.tensorboard import TensorBoardSink, require_tensorboard
+from moepp.metrics.wandb import Draw, Table, WandbSink, require_wandb_login, require_wandb_settings
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +146,18 @@ class SinkGroup:
             if kind is None:
                 raise
             logger.error("%s", error)  # what ends the run already is what the user needs to see
+
+
+def require_sinks(cfg: LoggingConfig) -> None:
+    """Check before training that W&B and TensorBoard, where they are asked for, can take records.
+
+    Raises:
+        ConfigError: an API key or a package is missing, or W&B refuses a ``WANDB_`` variable.
+    """
+    require_wandb_login(cfg.wandb.mode)
+    require_wandb_settings(cfg.wandb.mode)
+    if cfg.tensorboard:
+        require_tensorboard()
 
 
 def open_sinks(

@@ -1,9 +1,11 @@
-"""The files that jobs of a sweep will read: what is missing is found before the first of them starts."""
+"""What jobs of a sweep will need: what is missing is found before the first of them starts."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from moepp.config import Config, to_dict
 from moepp.data import Corpora, check_data
@@ -11,25 +13,28 @@ from moepp.errors import CheckpointError, MoeppError
 
 
 class InputChecks:
-    """Checks of data, initial weights and checkpoints, each made once for all jobs that share them.
+    """Checks of sinks, benchmarks, data, initial weights and checkpoints, each made once for all jobs that share them.
 
-    They are those of the jobs themselves, apart from the content of tensors. Nothing is imported that a process without
-    training can do without.
+    They are those of the jobs themselves, apart from the content of tensors. Nothing is imported that no job needs.
     """
 
     def __init__(self) -> None:
-        self._found: dict[str, Corpora | MoeppError] = {}
+        self._found: dict[str, Any] = {}
 
     def check(self, cfg: Config, is_new: bool) -> None:
-        """Refuse a job whose files are not what it needs.
+        """Refuse a job that lacks what it needs.
 
         Args:
             cfg: of the job, validated.
             is_new: it has no checkpoint of its own, and so begins with ``init.path``.
 
         Raises:
-            DataError, CheckpointError: as the job would.
+            ConfigError, DataError, CheckpointError: as the job would.
         """
+        logging = [cfg.logging.wandb.mode, cfg.logging.tensorboard]
+        self._once(["sinks", *logging], lambda: _check_sinks(cfg))
+        if cfg.eval.tasks:
+            self._once(["tasks", *cfg.eval.tasks, cfg.eval.data], lambda: _check_tasks(cfg))
         corpora = self._corpora(cfg)
         if cfg.run.resume not in ("auto", "never"):
             _check_checkpoint(cfg, corpora)
@@ -46,16 +51,38 @@ class InputChecks:
             cfg.train.samples,
             bool(cfg.eval.tasks),
         ]
+        return self._once(used, lambda: check_data(cfg))
+
+    def _once(self, used: list[Any], check: Callable[[], Any]) -> Any:
+        """Return what a check of these settings found, or raise its error, again where it was made before."""
         key = json.dumps(used)
         if key not in self._found:
             try:
-                self._found[key] = check_data(cfg)
+                self._found[key] = check()
             except MoeppError as error:
                 self._found[key] = error
         found = self._found[key]
         if isinstance(found, MoeppError):
             raise found
         return found
+
+
+def _check_sinks(cfg: Config) -> None:
+    if cfg.logging.wandb.mode == "disabled" and not cfg.logging.tensorboard:
+        return
+    from moepp.metrics.sinks import require_sinks  # imports torch
+
+    require_sinks(cfg.logging)
+
+
+def _check_tasks(cfg: Config) -> None:
+    from moepp.evaluation.names import harness_tasks_folder
+
+    harness_tasks_folder()  # is it installed?
+    from moepp.evaluation.data import open_source
+    from moepp.evaluation.tasks import load_benchmarks
+
+    load_benchmarks(cfg.eval.tasks, open_source(cfg.eval.data))
 
 
 def _check_checkpoint(cfg: Config, corpora: Corpora) -> None:

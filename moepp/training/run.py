@@ -25,10 +25,10 @@ from moepp.distributed.groups import (
 from moepp.distributed.peers import PeerWatch
 from moepp.distributed.session import watched
 from moepp.engine.deepspeed import require_accelerator
-from moepp.errors import DataError, MoeppError
+from moepp.errors import DataError, MoeppError, TrainingError, is_out_of_memory
+from moepp.io.untrusted import printable
 from moepp.metrics.logs import close_logging, setup_logging
-from moepp.metrics.tensorboard import require_tensorboard
-from moepp.metrics.wandb import require_wandb_login, require_wandb_settings
+from moepp.metrics.sinks import require_sinks
 from moepp.model.accounting import count_parameters, parts_without_flops
 from moepp.model.precision import DTYPES
 from moepp.runs.directory import RunClaim, RunDir
@@ -77,7 +77,7 @@ def run_training(cfg: Config) -> None:
 def _run(cfg: Config, plan: RunPlan, groups: ParallelGroups, watch: PeerWatch) -> None:
     """Check what can be checked, then train in the run's directory."""
     comm.limit_waits(comm.PATIENCE_SECONDS)
-    comm.on_first_rank(lambda: _require_sinks(cfg))
+    comm.on_first_rank(lambda: require_sinks(cfg.logging))
     corpora = comm.run_together(lambda: check_data(cfg))
     _compare_ranks(cfg, groups)
     if cfg.eval.tasks:
@@ -109,13 +109,6 @@ def _run(cfg: Config, plan: RunPlan, groups: ParallelGroups, watch: PeerWatch) -
     finally:
         if claim is not None:
             claim.release()
-
-
-def _require_sinks(cfg: Config) -> None:
-    require_wandb_login(cfg.logging.wandb.mode)
-    require_wandb_settings(cfg.logging.wandb.mode)
-    if cfg.logging.tensorboard:
-        require_tensorboard()
 
 
 def _compare_ranks(cfg: Config, groups: ParallelGroups) -> None:
@@ -222,3 +215,15 @@ def _fit(trainer: Trainer, stop: StopRequest) -> None:
     except MoeppError:
         trainer.parts.checkpointer.close()  # a save in flight is finished before the run ends
         raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = printable(error, 120) or type(error).__name__
+        failed = TrainingError(
+            f"out of memory in step {trainer.step + 1} on rank {trainer.groups.rank} ({reason}); lower "
+            "train.micro_batch_size or data.seq_len, set train.recompute=true, or use more ranks, then start the same "
+            "command again: it continues from the newest checkpoint"
+        )
+        failed.said_here = True  # others may have enough
+        trainer.parts.checkpointer.close()
+        raise failed from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,36 @@ def test_what_a_job_lacks_is_found_before_the_first_starts(settings, swept, told
     first, second = jobs(*settings, "data.paths=[good]", swept)
     assert first.error is None and told in str(second.error) and "\n" not in str(second.error)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("swept", "told"),
+    [
+        ("logging.wandb.mode=offline,online", "logging.wandb.mode=online needs a W&B API key"),
+        ("eval.tasks=[],[sciqq]", "unknown evaluation task 'sciqq'; did you mean sciq"),
+        ("eval.tasks=[],[sciq]", "sciq"),  # its documents are not there
+    ],
+)
+def test_what_a_job_logs_to_and_is_evaluated_on_is_known_before_the_first_starts(
+    settings, swept, told, tmp_path, monkeypatch
+):
+    for name in [name for name in os.environ if name.startswith(("WANDB_", "NETRC"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no netrc
+    write_word_tokenizer(tmp_path / "words.json", 100)
+    (tmp_path / "documents").mkdir()
+    evaluation = ["data.tokenizer=words.json", "eval.interval=1", "eval.data=documents"]
+    first, second = jobs(*settings, *evaluation, "data.paths=[good]", swept)
+    assert first.error is None and told in str(second.error) and "\n" not in str(second.error)
+
+
+def test_a_package_that_a_sink_needs_is_missed_before_the_first_starts(settings, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *of: None if name == "tensorboard" else find_spec(name, *of)
+    )
+    first, second = jobs(*settings, "data.paths=[good]", "logging.tensorboard=false,true")
+    assert first.error is None and "the package tensorboard is not installed" in str(second.error)
 
 
 def test_data_are_looked_at_once_for_all_jobs_that_share_them(settings, monkeypatch):
