@@ -20,8 +20,8 @@ class StepResult:
     """Outcome of one optimizer step, the same on every rank.
 
     Attributes:
-        grad_norm: global gradient norm before clipping; every parameter counted once. Not finite if skipped.
-        skipped: the gradient was not finite, so parameters and optimizer state were left alone.
+        grad_norm: global gradient norm before clipping; every parameter counted once.
+        skipped: it was not finite, or no update was asked for, so parameters and optimizer state were left alone.
     """
 
     grad_norm: float

@@ -15,6 +15,7 @@ from moepp.distributed import comm
 from moepp.engine.engine import Watch
 from moepp.metrics.memory import host_memory_values, memory_values
 from moepp.metrics.norms import ModuleNorms
+from moepp.metrics.routing import RoutingTable
 from moepp.metrics.stage_times import stage_metrics, stage_values
 from moepp.metrics.step_stats import StepStats
 from moepp.metrics.values import Value, reduce_values
@@ -108,7 +109,7 @@ class Recorder:
         table = self.stats.routing(reduced)
         record = {name: float(value) for name, value in reduced.items() if "/" in name}
         record = {name: value for name, value in record.items() if value or name not in self._sent_kinds}
-        record |= {"comm/dispatch_bytes": 0.0, "comm/dispatch_bytes_vanilla": 0.0} if table is None else table.summary()
+        record |= self._routing_summary(table)
         record |= stage_metrics(reduced) | self._norms.metrics(reduced, is_detailed) | dict(measured)
         record |= self._throughput(record)
         if table is not None and is_detailed:
@@ -118,11 +119,20 @@ class Recorder:
             parts.sinks.log_routing(table.snapshot(step, tokens))
         self._remark(record, step)
 
+    def _routing_summary(self, table: RoutingTable | None) -> dict[str, float]:
+        """Return what the layers did; nothing where no step counted, for then it is not known."""
+        if table is not None:
+            return table.summary()
+        has_layers = bool(self._parts.cfg.model.moe_layers)
+        return {} if has_layers else {"comm/dispatch_bytes": 0.0, "comm/dispatch_bytes_vanilla": 0.0}
+
     def _throughput(self, record: Mapping[str, float]) -> dict[str, float]:
-        ffn_per_token = record.get("routing/ffn_per_token", 0.0)
+        layers = len(self._parts.cfg.model.moe_layers)
+        ffn_per_token = record.get("routing/ffn_per_token") if layers else 0.0
+        if ffn_per_token is None:  # no step counted: what the experts cost is not known
+            return self._parts.throughput.read(None)
         flops = replace(self._flops, ffn_experts=ffn_per_token * self._flops.ffn_experts)
         found = self._parts.throughput.read(flops.forward_backward)
-        layers = len(self._parts.cfg.model.moe_layers)
         assignments = found["throughput/tokens_per_second"] * ffn_per_token * layers
         return found | {"throughput/ffn_assignments_per_second": assignments}
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from moepp.analysis.token_view import TokenView
+from moepp.metrics.throughput import Throughput
+from moepp.training.runner import WholeModelRunner
 from moepp.training.token_tables import view_tokens
 from moepp.training.trainer import Trainer
+from tests import parity
 from tests.parity import REFERENCE, History, Layout, Setting, train
 
 # Nothing is dropped here, so that numbers do not depend on the ranks; layers 1 and 3 are MoE layers.
@@ -64,6 +72,42 @@ def test_every_metric_is_that_of_one_process(pool_2, reference, layout):
             if "train/grad_norm" in found:
                 _check_norms(found)
                 _check_times(found, layout)
+
+
+@contextlib.contextmanager
+def _second_step_is_broken(*_: Any) -> Iterator[None]:
+    """On devices whose peak is known."""
+    step, losses_of = iter(range(SETTING.steps)), WholeModelRunner.train
+
+    def broken(self: WholeModelRunner, *args: Any) -> Any:
+        return losses_of(self, *args) * (math.nan if next(step) == 1 else 1.0)
+
+    with (
+        mock.patch.object(parity, "Throughput", lambda size, _: Throughput(size, 1e12)),
+        mock.patch.object(WholeModelRunner, "train", broken),
+    ):
+        yield
+
+
+def _train_broken(rank: int, setting: Setting) -> list[dict[str, float]]:
+    return train(rank, setting, REFERENCE, _second_step_is_broken).records
+
+
+def test_of_steps_that_did_not_count_nothing_is_made_up(pool_1):
+    [(whole, broken, _)] = pool_1.run(_train_broken, SETTING)
+    of_routing = {
+        name for name in whole if name.startswith(("routing/", "comm/", "train/balance_loss", "train/z_loss"))
+    }
+    unknown = {"train/loss", "throughput/mfu", "throughput/ffn_assignments_per_second", *of_routing}
+    assert len(of_routing) > 20 and whole.keys() - broken.keys() == unknown and broken["train/skipped_steps"] == 1
+    assert broken["throughput/tokens_per_second"] > 0 and broken["time/step"] > 0
+
+
+def test_a_model_without_moe_layers_has_costs_where_a_step_did_not_count(pool_1):
+    dense = replace(SETTING, validation=(), model=(*SETTING.model, ("moe_layer_interval", 9)))
+    for record in pool_1.run(_train_broken, dense)[0][:2]:
+        assert record["throughput/mfu"] > 0 and record["throughput/ffn_assignments_per_second"] == 0
+        assert record["comm/dispatch_bytes"] == record["comm/dispatch_bytes_vanilla"] == 0
 
 
 def test_each_validation_set_has_its_own_loss(reference):
