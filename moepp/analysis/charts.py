@@ -298,7 +298,7 @@ def median(values: Sequence[float]) -> float:
     return ordered[middle] if len(ordered) % 2 else sum(ordered[middle - 1 : middle + 1]) / 2
 
 
-def tokens_per_second(run: Run) -> float | None:
-    """Median of the logged throughput."""
-    series: Series = run.series("throughput/tokens_per_second")
+def tokens_per_second(run: Run, until: float | None = None) -> float | None:
+    """Median of the logged throughput, up to so many tokens; None: all of it."""
+    series: Series = run.series("throughput/tokens_per_second").until(until)
     return median(series.values) if series else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
@@ -114,7 +114,7 @@ def _distinct(labels: Sequence[str], members: Sequence[Sequence[Run]]) -> list[s
 
 @dataclass(frozen=True)
 class Drawn:
-    """Curves of groups, and what is not in them, each as the end of a sentence."""
+    """Curves of groups with the runs that they are of, and what is not in them, each as the end of a sentence."""
 
     curves: list[tuple[Group, Curve]]
     left_out: list[str] = field(default_factory=list)
@@ -127,10 +127,10 @@ class Drawn:
         return "".join([*parts, *(f" {text}." for text in self.cut)])
 
 
-def curve_of(group: Group, metric: str, axis: str = "tokens") -> Curve | None:
-    """Return a group's curve; None where it has none: see :func:`curves_of`."""
+def curve_of(group: Group, metric: str, axis: str = "tokens") -> tuple[Group, Curve] | None:
+    """Return a group's curve, with the runs that it is of; None where it has none: see :func:`curves_of`."""
     curves = curves_of([group], metric, axis).curves
-    return curves[0][1] if len(curves) == 1 else None
+    return curves[0] if len(curves) == 1 else None
 
 
 def curves_of(groups: Sequence[Group], metric: str, axis: str = "tokens") -> Drawn:
@@ -160,7 +160,7 @@ def _add(drawn: Drawn, group: Group, metric: str, axis: str) -> None:
     if not far:
         return
     if (curve := _mean_curve(group, far, metric, axis)) is not None:
-        drawn.curves.append((group, curve))
+        drawn.curves.append((replace(group, runs=tuple(far)), curve))
         shortest, longest = (order(far, key=lambda run: ends[run.path]) for order in (min, max))
         if ends[shortest.path] < ends[longest.path]:
             drawn.cut.append(

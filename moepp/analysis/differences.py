@@ -13,7 +13,7 @@ from moepp.analysis.curves import AXES, Curve, Group, curve_of, curves_of, group
 from moepp.analysis.evidence import Estimate, standard_error, verdict
 from moepp.analysis.figures import NUM_SERIES, Figure, Palette, compact, format_counts, label_of, legend
 from moepp.analysis.runs import Run, compared_keys
-from moepp.model.accounting import activated_parameters
+from moepp.model.accounting import FlopsPerToken, activated_parameters, flops_per_token
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +35,8 @@ def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
     Columns: setting; seeds of it; against (the twin); also_differs_in (keys in which a twin should not differ; None if
     there are none); ``loss_at_equal_<axis>``: loss minus the twin's, nats, at the largest x that both reach, with
-    ``_error``, its standard error over seeds; ``ratio_<what>``: the setting's over the twin's, per token.
+    ``_error``, its standard error over seeds; ``ratio_<what>``: the setting's over the twin's, per token, up to the
+    furthest tokens that both reach.
     """
     groups = group_runs(runs)
     vanilla = [group for group in groups if _is_vanilla(group)]
@@ -68,35 +69,66 @@ def _difference(group: Group, twin: Group, differing: Sequence[str], metric: str
     also = ", ".join(differing) if group.runs[0].settings else "its configuration is not known"
     row: dict[str, Any] = {"setting": group.label, "seeds": len(group.runs), "against": twin.label}
     row["also_differs_in"] = also or None
+    runs, twins, until = group.runs, twin.runs, None  # over which costs are means
     for axis in AXES:
         name = f"loss_at_equal_{axis.replace(' ', '_')}"
-        ours, theirs = curve_of(group, metric, axis), curve_of(twin, metric, axis)
         difference, error = None, None
-        if ours is not None and theirs is not None:
+        drawn, drawn_twin = curve_of(group, metric, axis), curve_of(twin, metric, axis)
+        if drawn is not None and drawn_twin is not None:
+            ours, theirs = drawn[1], drawn_twin[1]
             at = min(ours.x[-1], theirs.x[-1])
             if at >= max(ours.x[0], theirs.x[0]):
                 difference = ours.at(at) - theirs.at(at)
                 error = standard_error(estimate(ours, at), estimate(theirs, at))
+                if axis == "tokens":
+                    runs, twins, until = drawn[0].runs, drawn_twin[0].runs, at
         row |= {name: difference, f"{name}_error": error}
     for what, of in _PER_TOKEN.items():
-        ours, theirs = _mean(group, of), _mean(twin, of)
-        row[f"ratio_{what}"] = ours / theirs if ours is not None and theirs else None
+        cost, cost_of_twin = _mean(runs, of, until), _mean(twins, of, until)
+        row[f"ratio_{what}"] = cost / cost_of_twin if cost is not None and cost_of_twin else None
     return row
 
 
-def _expert_operations(run: Run) -> float | None:
-    return run.expert_flops.values[-1] / run.expert_flops.tokens[-1] if run.expert_flops else None
+def _ffn_per_token(run: Run, until: float | None) -> float | None:
+    """Return the mean number of FFN experts that a token uses in an MoE layer, up to so many tokens."""
+    if run.config is None:
+        return None
+    return run.series("routing/ffn_per_token").until(until).mean if run.config.model.moe_layers else 0.0
 
 
-def _operations(run: Run) -> float | None:
-    return run.flops.values[-1] / run.flops.tokens[-1] if run.flops else None
+def _flops(run: Run, until: float | None) -> FlopsPerToken | None:
+    ffn = _ffn_per_token(run, until)
+    if ffn is None or run.config is None:
+        return None
+    return flops_per_token(run.config.model, run.config.data.seq_len, ffn)
 
 
-def _bytes(run: Run) -> float | None:
-    return None if run.bytes_sent is None else run.bytes_sent[0] / (run.tokens / max(run.steps, 1))
+def _expert_operations(run: Run, until: float | None) -> float | None:
+    flops = _flops(run, until)
+    return None if flops is None else flops.ffn_experts or None
 
 
-_PER_TOKEN = {
+def _operations(run: Run, until: float | None) -> float | None:
+    flops = _flops(run, until)
+    return None if flops is None else flops.forward_backward
+
+
+def _bytes(run: Run, until: float | None) -> float | None:
+    per_step = run.series("comm/dispatch_bytes").until(until).mean
+    return None if per_step is None else per_step / (run.tokens / max(run.steps, 1))
+
+
+def _used(run: Run, until: float | None) -> float | None:
+    ffn = _ffn_per_token(run, until)
+    if ffn is None or run.config is None:
+        return None
+    return activated_parameters(run.config.model, ffn, include_embedding=False)
+
+
+Cost = Callable[[Run, "float | None"], "float | None"]
+"""Returns what a token costs a run, in the mean up to so many tokens, or over all of it; None if that is not known."""
+
+_PER_TOKEN: dict[str, Cost] = {
     "expert_operations": _expert_operations,
     "operations": _operations,
     "tokens_per_second": tokens_per_second,
@@ -104,8 +136,8 @@ _PER_TOKEN = {
 }
 
 
-def _mean(group: Group, of: Any) -> float | None:
-    values = [value for run in group.runs if (value := of(run)) is not None]
+def _mean(runs: Sequence[Run], of: Cost, until: float | None) -> float | None:
+    values = [value for run in runs if (value := of(run, until)) is not None]
     return mean_and_spread(values)[0] if values else None
 
 
@@ -127,17 +159,16 @@ class _Point:
 def frontier(runs: Sequence[Run]) -> Figure | None:
     """Draw the loss against the parameters that a token uses: what lies low and left wins.
 
-    The loss is that at the largest number of tokens that all settings reach which are half as far as the longest, the
-    cost the mean up to there. None with fewer than two of them.
+    The loss is that at the largest number of tokens that all settings reach which are half as far as the longest, costs
+    are means up to there. None with fewer than two of them.
     """
     metric = compared_loss(runs)
     keys = [key for key in compared_keys(runs) if key == _TAU]
     drawn = curves_of(group_runs(runs), metric)
-    costs = {curve.label: _used_parameters(group) for group, curve in drawn.curves}
-    unknown = [f"{label} (its cost is not known)" for label, cost in costs.items() if cost is None]
+    without = [curve.label for group, curve in drawn.curves if _mean(group.runs, _used, None) is None]
     far, behind = far_enough([curve for _, curve in drawn.curves] or [Curve("", [0.0], [0.0])])
     names = {curve.label for curve in far}
-    found = [(group, curve) for group, curve in drawn.curves if curve.label in names and costs[curve.label] is not None]
+    found = [(group, curve) for group, curve in drawn.curves if curve.label in names and curve.label not in without]
     if len(found) < 2:
         return None
     at = min(curve.x[-1] for _, curve in found)
@@ -148,7 +179,7 @@ def frontier(runs: Sequence[Run]) -> Figure | None:
     for point in points[1:]:
         if point.loss.value < best[-1].loss.value:
             best.append(point)
-    drawn.left_out.extend(unknown)
+    drawn.left_out.extend(f"{label} (its cost is not known)" for label in without)
     caption = f"At {compact(at)} tokens, the furthest that {'all' if not behind else 'those compared'} reach. "
     caption += _gains(best) + behind_text(behind) + drawn.remarks
     header = ("setting", "parameters used per token", "operations per token", "loss", "± over seeds")
@@ -186,24 +217,8 @@ def _point(group: Group, curve: Curve, at: float, keys: Sequence[str]) -> _Point
     has_tau = config is not None and config.model.moe.num_zero_computation_experts
     label = f"{curve.label} ({short_setting(group.runs[0], keys)})" if keys and has_tau else curve.label
     loss = replace(estimate(curve, at), label=label)
-    return _Point(loss, _used_parameters(group) or 0.0, _mean(group, _operations), group.number)
-
-
-def _used_parameters(group: Group) -> float | None:
-    return _mean(group, _used)
-
-
-def _used(run: Run) -> float | None:
-    if run.config is None:
-        return None
-    ffn = run.series("routing/ffn_per_token")
-    if run.config.model.moe_layers and not ffn:
-        return None
-    # Of the whole run, weighed by tokens: that is what its operations per token say.
-    before, total = 0, 0.0
-    for tokens, per_token in zip(ffn.tokens, ffn.values, strict=True):
-        total, before = total + (tokens - before) * per_token, tokens
-    return activated_parameters(run.config.model, total / before if before else 0.0, include_embedding=False)
+    cost = _mean(group.runs, _used, at)
+    return _Point(loss, cost or 0.0, _mean(group.runs, _operations, at), group.number)
 
 
 def _gains(best: Sequence[_Point]) -> str:

@@ -135,7 +135,8 @@ def _against_note(rows: Sequence[Mapping[str, Any]], metric: str) -> str:
         "Losses minus those of the setting without zero-computation experts that differs in the fewest other keys, at "
         "the furthest point that both reach (below 0: better than it), ± their standard error over seeds (-: one seed, "
         "whose spread is not known; a difference below two of them is none); costs as multiples of its costs per "
-        f"token. Losses are {metric}; - where two have no tokens or operations in common."
+        f"token, up to the furthest tokens that both reach. Losses are {metric}; - where two have no tokens or "
+        "operations in common."
     )
     mixed = [
         f"{row['setting']} and {row['against']} ({row['also_differs_in']})" for row in rows if row["also_differs_in"]

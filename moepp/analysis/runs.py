@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ from moepp.metrics.routing import RoutingSnapshot
 from moepp.metrics.routing_file import read_routing
 from moepp.model.accounting import BACKWARD_FACTOR, FlopsPerToken, flops_per_token
 from moepp.runs.directory import RunDir
-from moepp.runs.report import mean_per_step
+from moepp.runs.report import mean_per_step, mean_since_before
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +44,8 @@ SPLIT_NAME = "data.paths"
 class Series:
     """A metric over the run: ``tokens[i]`` training tokens were done when ``values[i]`` was logged."""
 
-    tokens: list[int]
-    values: list[float]
+    tokens: Sequence[float]
+    values: Sequence[float]
 
     def __bool__(self) -> bool:
         return bool(self.values)
@@ -53,6 +54,22 @@ class Series:
     def last(self) -> float | None:
         """Newest value."""
         return self.values[-1] if self.values else None
+
+    def until(self, tokens: float | None) -> Series:
+        """Return the part up to there, of a metric whose values are means since the record before; None: all of it.
+
+        A record that reaches further counts up to there.
+        """
+        if tokens is None:
+            return self
+        end = bisect_left(self.tokens, tokens)
+        last = [tokens] if end < len(self.tokens) else []
+        return Series([*self.tokens[:end], *last], self.values[: end + len(last)])
+
+    @property
+    def mean(self) -> float | None:
+        """Mean over tokens: each value counts for those since the one before; None without a value."""
+        return mean_since_before(self.tokens, self.values)
 
 
 @dataclass(frozen=True)
@@ -147,7 +164,7 @@ class Run:
             values.append(total)
         return Series(ffn.tokens, values)
 
-    def over(self, metric: str, axis: str) -> tuple[list[float], list[float]]:
+    def over(self, metric: str, axis: str) -> tuple[Sequence[float], Sequence[float]]:
         """Return where each logged value of a metric lies on an axis, and the value; empty where that is not known.
 
         Args:

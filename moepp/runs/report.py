@@ -236,14 +236,18 @@ def _last_with(records: Records, name: str) -> Mapping[str, Any] | None:
 def mean_per_step(records: Records, name: str) -> float | None:
     """Return the mean of a per-step metric over the run, weighing each record by the steps since the one before."""
     points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
-    if not points:
+    return mean_since_before([step for step, _ in points], [value for _, value in points])
+
+
+def mean_since_before(places: Sequence[float], values: Sequence[float]) -> float | None:
+    """Return the mean of values, each of which counts for what lies between the place before and its own."""
+    if not places:
         return None
-    steps = [step for step, _ in points]
-    weights = [after - before for before, after in pairwise(steps)]
+    weights = [after - before for before, after in pairwise(places)]
     # A run that continues another one starts late: its first record covers no more steps than the next one.
-    weights.insert(0, min(steps[0], weights[0]) if weights else 1)
+    weights.insert(0, min(places[0], weights[0]) if weights else 1)
     total = sum(weights)
-    return sum(weight * value for weight, (_, value) in zip(weights, points, strict=True)) / total if total else None
+    return sum(weight * value for weight, value in zip(weights, values, strict=True)) / total if total else None
 
 
 def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

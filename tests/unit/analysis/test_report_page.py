@@ -18,12 +18,12 @@ from moepp.analysis.comparison import compare, group_seeds
 from moepp.analysis.cost_charts import cost_charts
 from moepp.analysis.curves import curve_of, group_runs
 from moepp.analysis.differences import differences, frontier
-from moepp.analysis.figures import Figure
+from moepp.analysis.figures import Figure, compact
 from moepp.analysis.routing_charts import routing_charts
 from moepp.analysis.runs import find_runs, read_run
 from moepp.cli import report as command
 from moepp.errors import ConfigError, RunError
-from moepp.model.accounting import flops_per_token
+from moepp.model.accounting import activated_parameters, flops_per_token
 from tests.run_files import make_run, write_routing, write_token_tables
 
 DRAW_SVG = figures._svg
@@ -120,6 +120,25 @@ def test_settings_are_set_against_the_vanilla_twin_where_both_have_got(tmp_path)
     assert both["loss_at_equal_expert_operations"] == pytest.approx(4.25 + 0.6 - at)
     assert both["ratio_expert_operations"] == pytest.approx(1.15 / 2.15)
     assert both["ratio_tokens_per_second"] == 1.0
+    # The short one is done at 2,000 tokens, where the others' routing and throughput were its own but for ``ffn``.
+    assert short["ratio_expert_operations"] == pytest.approx(1.4 / 2.05)
+    assert short["ratio_tokens_per_second"] == 1.0 and short["ratio_bytes"] == 1.0
+
+
+def test_costs_on_the_frontier_are_means_up_to_where_losses_are_compared(tmp_path):
+    make_run(tmp_path, "long", tau=0.25, ffn=0.5)
+    short = make_run(tmp_path, "short-1", ffn=0.5, shift=0.5, records=3)
+    make_run(tmp_path, "short-2", ffn=1.9, seed=1, records=1)  # no part of the curve, for it is not far enough
+    lines = [line for line in (short / "metrics.jsonl").read_text().splitlines() if "eval/loss" not in line]
+    lines += ['{"step": 25, "tokens": 2500, "eval/loss": 6.0}', '{"step": 5, "tokens": 500, "eval/loss": 8.0}']
+    (short / "metrics.jsonl").write_text("\n".join([*lines[-1:], *lines[:-1]]) + "\n")
+    runs = find_runs([str(tmp_path)]).runs
+    figure, model = frontier(runs), runs[0].config.model
+    assert figure is not None and "At 2.5 k tokens" in figure.caption
+    ffn = (1000 * 0.6 + 1000 * 0.7 + 500 * 0.8) / 2500
+    used = compact(activated_parameters(model, ffn, include_embedding=False))
+    operations = compact(flops_per_token(model, runs[0].config.data.seq_len, ffn).forward_backward)
+    assert [row[1:3] for row in figure.rows] == [(used, operations)] * 2
 
 
 def test_seeds_are_one_curve_with_a_band_as_far_as_all_of_them_have_got(tmp_path):
@@ -127,8 +146,10 @@ def test_seeds_are_one_curve_with_a_band_as_far_as_all_of_them_have_got(tmp_path
     make_run(tmp_path, "a-seed-2", seed=2, shift=0.2, records=2)
     make_run(tmp_path, "b", tau=0.5)
     first, second = group_runs(find_runs([str(tmp_path)]).runs)
-    curve = curve_of(first, "train/loss")
-    assert curve is not None and curve.label == "a (2 seeds)" and second.label == "b"
+    found = curve_of(first, "train/loss")
+    assert found is not None and found[0] == first
+    curve = found[1]
+    assert curve.label == "a (2 seeds)" and second.label == "b"
     assert list(curve.x) == [1000, 2000] and curve.y == pytest.approx([7.1, 6.1])
     assert curve.spread == pytest.approx([0.02**0.5] * 2)
     caption = curve_charts(find_runs([str(tmp_path)]).runs)[0].caption
