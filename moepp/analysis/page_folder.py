@@ -12,7 +12,7 @@ from moepp.analysis.figures import Figure
 from moepp.analysis.page import Page
 from moepp.errors import RunError
 from moepp.io import files
-from moepp.io.untrusted import printable
+from moepp.io.untrusted import printable, read_part
 from moepp.io.write_errors import write_error
 from moepp.runs.directory import RunDir
 
@@ -83,8 +83,12 @@ def write_page(
 
 
 def _head(page: Path) -> bytes:
-    with page.open("rb") as stream:
-        return stream.read(_HEAD_BYTES)
+    try:
+        return read_part(page, _HEAD_BYTES)
+    except OSError as error:
+        raise RunError(
+            f"cannot read {printable(page)}: {error.strerror}; remove it, or choose another --out"
+        ) from error
 
 
 def _listed(page: Path) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 
 from moepp.analysis.runs import Run
-from moepp.io.untrusted import printable
+from moepp.io.untrusted import printable, read_part
 from moepp.runs.directory import RunDir
 
 _HOLDER = re.compile(r"process ([0-9]{1,10}) on (\S{1,253})")  # what moepp.runs.lock writes
@@ -96,8 +96,7 @@ def _without_records(holder: _Holder | None) -> RunState:
 def _holder(path: Path) -> _Holder | None:
     lock = path / ".lock"
     try:
-        with lock.open("rb") as stream:
-            found = _HOLDER.match(stream.read(200).decode("utf-8", "replace"))
+        found = _HOLDER.match(read_part(lock, 200).decode("utf-8", "replace"))
     except OSError:
         return None
     if found is None:

@@ -15,7 +15,7 @@ from moepp.analysis.run_state import state_of
 from moepp.analysis.runs import Run, Series
 from moepp.analysis.validation_charts import validation_sets
 from moepp.errors import MoeppError, RunError
-from moepp.io.untrusted import printable, read_json
+from moepp.io.untrusted import printable, read_json, read_part
 from moepp.runs.directory import RunDir
 
 if TYPE_CHECKING:
@@ -81,9 +81,7 @@ def log_tails(run: Run) -> Tails:
         if not _RANK.fullmatch(path.stem):
             continue
         try:
-            with path.open("rb") as stream:
-                stream.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-                lines = stream.read().decode("utf-8", "replace").splitlines()
+            lines = read_part(path, _TAIL_BYTES, from_end=True).decode("utf-8", "replace").splitlines()
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -249,9 +247,13 @@ def _saved(run: Run, now: float) -> str:
 
 
 def has_records(path: Path) -> bool:
-    """Whether the run has logged anything yet."""
+    """Whether the run has logged anything yet.
+
+    Raises:
+        RunError: its metrics.jsonl cannot be read.
+    """
     file = RunDir(path).metrics_file
-    if not file.exists():
-        return False
-    with file.open("rb") as stream:
-        return b"\n" in stream.read(_TAIL_BYTES)
+    try:
+        return file.exists() and b"\n" in read_part(file, _TAIL_BYTES)
+    except OSError as error:
+        raise RunError(f"cannot read {printable(file)}: {error.strerror}; name the directory of a run") from error

@@ -23,7 +23,7 @@ from typing import Any
 from moepp.checkpoint.info import CheckpointInfo, info_from
 from moepp.errors import CheckpointError, MoeppError
 from moepp.io import files
-from moepp.io.untrusted import printable, read_json, show
+from moepp.io.untrusted import open_regular, printable, read_json, show
 
 MANIFEST = "manifest.json"
 INFO = "info.json"
@@ -80,7 +80,7 @@ def step_of(path: Path) -> int:
 def checksum(path: Path, from_disk: bool = False) -> FileEntry:
     """Return the size and SHA-256 of a file; ``from_disk`` drops the system's copy in memory first, where it can."""
     digest, size = hashlib.sha256(), 0
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         if from_disk and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while chunk := stream.read(_CHUNK):

@@ -24,7 +24,7 @@ from moepp.checkpoint.format import FileEntry
 from moepp.checkpoint.index import StoredTensor, read_index
 from moepp.distributed import comm
 from moepp.errors import CheckpointError
-from moepp.io.untrusted import printable
+from moepp.io.untrusted import open_regular, printable
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class TensorReader:
             by_file.setdefault(stored.file, []).append((stored, key))
         for name, places in by_file.items():
             try:
-                with (self.path / name).open("rb") as stream:
+                with open_regular(self.path / name) as stream:
                     for stored, key in sorted(places, key=lambda place: place[0].offset):
                         tensor = read_tensor(stream, stored)
                         targets[key].detach().copy_(tensor if part is None else part.of(tensor))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moepp.config.command_line import explain_hydra_error
 from moepp.errors import ConfigError
-from moepp.io.untrusted import printable
+from moepp.io.untrusted import MAX_YAML_BYTES, printable, read_bytes
 
 
 def composition_error(error: Exception) -> ConfigError | None:
@@ -75,7 +75,7 @@ def _explain_file_error(error: Exception, file: Path) -> str:
 
 def _first_bad_byte(file: Path) -> tuple[int, int]:
     """Return line and value of the first byte that is not UTF-8; Hydra reads in pieces and counts within one."""
-    content = file.read_bytes()
+    content = read_bytes(file, MAX_YAML_BYTES, ConfigError)
     try:
         content.decode()
     except UnicodeDecodeError as error:

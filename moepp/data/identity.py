@@ -9,6 +9,7 @@ from typing import Any
 
 from moepp.data.indexed import IndexedFile
 from moepp.data.manifest import sha256_of
+from moepp.io.untrusted import open_regular
 
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096  # how much of a file is looked at
 _SHA256_DIGITS = 64
@@ -21,7 +22,7 @@ def sampled_digest(path: Path, blocks: int = SAMPLED_BLOCKS) -> str:
         blocks: of 4 kB; a file that is no larger than all of them is read whole.
     """
     digest, size = hashlib.blake2b(digest_size=16), path.stat().st_size
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         for i in range(blocks):
             stream.seek(i * max(size - BLOCK_BYTES, 0) // max(blocks - 1, 1))
             digest.update(stream.read(BLOCK_BYTES))

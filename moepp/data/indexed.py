@@ -25,7 +25,7 @@ import numpy as np
 from moepp.data.manifest import Manifest, read_manifest
 from moepp.data.remedies import read_remedy
 from moepp.errors import DataError
-from moepp.io.untrusted import why_no_file
+from moepp.io.untrusted import open_regular, why_no_file
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -125,7 +125,7 @@ def open_indexed(prefix: str, *, key: str = "data.paths", interrupted_append: bo
     _require_both(prefix, key)
     try:
         idx_bytes, bin_bytes = os.path.getsize(idx_path), os.path.getsize(bin_path)
-        with open(bin_path, "rb"), open(idx_path, "rb") as stream:
+        with open_regular(bin_path), open_regular(idx_path) as stream:
             header = stream.read(HEADER.size)
         dtype, num_sequences, num_boundaries = _parse_header(idx_path, header)
         expected = HEADER.size + 12 * num_sequences + 8 * num_boundaries

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from moepp.errors import DataError
-from moepp.io.untrusted import printable, read_json, show
+from moepp.io.untrusted import open_regular, printable, read_json, show
 
 MAX_BYTES = 256 << 20  # names of some million input files
 DTYPES = ("uint16", "int32")  # what `moepp prepare` writes
@@ -118,5 +118,5 @@ def _require(holds: bool, problem: str) -> None:
 
 def sha256_of(path: str) -> str:
     """Return the hexadecimal SHA-256 of a file."""
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moepp.errors import ConfigError, DataError
-from moepp.io.untrusted import load_json, printable, read_bytes
+from moepp.io.untrusted import load_json, printable, read_bytes, read_up_to
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -262,9 +262,9 @@ def _unpacked(data: bytes, path: Path) -> bytes:
     """Return the content of a .gz file, up to MAX_BYTES: a small file can expand to any amount."""
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
-            content = stream.read(MAX_BYTES + 1)
+            content = read_up_to(stream, MAX_BYTES)
     except (OSError, EOFError, zlib.error, MemoryError) as error:
         raise DataError(f"benchmark data {path} cannot be read ({printable(error, 200)}); restore it") from error
-    if len(content) > MAX_BYTES:
+    if content is None:
         raise DataError(f"benchmark data {path} holds more than {MAX_BYTES:,} bytes; give smaller files")
     return content

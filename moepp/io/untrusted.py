@@ -6,6 +6,7 @@ goes through :func:`show` or :func:`printable` before it reaches a terminal.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -13,13 +14,15 @@ import re
 import reprlib
 import stat
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from moepp.errors import DataError, MoeppError
 
 MAX_JSON_BYTES = 64 << 20
 MAX_JSON_DEPTH = 100
 MAX_YAML_BYTES = 4 << 20
+OUT_OF_MEMORY = "it does not fit into memory"
+_PIECE_BYTES = 1 << 20
 MAX_DIGITS = 40  # of an integer; tokenizer_config.json has some of 31
 _COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -80,6 +83,44 @@ def why_no_file(path: str | Path) -> str:
     return "is a folder" if stat.S_ISDIR(mode) else "is no file, but a pipe or a device"
 
 
+def open_regular(path: str | Path) -> IO[bytes]:
+    """Open a regular file for reading; links are followed, pipes and devices refused, without waiting for anything.
+
+    For a part of a file, or one of any size. Read pieces: ``read(n)`` takes ``n`` bytes of memory before it looks.
+
+    Raises:
+        OSError: missing, unreadable, or no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_part(path: str | Path, most_bytes: int, from_end: bool = False) -> bytes:
+    """Return the beginning of a file, or its end; errors as of :func:`open_regular`."""
+    with open_regular(path) as stream:
+        if from_end:
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - most_bytes))
+        return stream.read(most_bytes)
+
+
+def read_up_to(stream: IO[bytes], limit_bytes: int, expected_bytes: int = 0) -> bytes | None:
+    """Return what is left of a stream; None if it is more than ``limit_bytes``. Takes memory for what is there only.
+
+    ``expected_bytes`` are read at once, and so are in memory once.
+    """
+    parts, left, piece = [], limit_bytes + 1, expected_bytes + 1
+    while left and (part := stream.read(min(left, piece))):
+        parts.append(part)
+        left, piece = left - len(part), _PIECE_BYTES
+    return b"".join(parts) if left else None
+
+
 def read_bytes(
     path: Path, limit_bytes: int, error: type[MoeppError] = DataError, remedy: str = "give another file"
 ) -> bytes:
@@ -88,21 +129,19 @@ def read_bytes(
     Raises:
         error: missing, unreadable, no regular file, or larger.
     """
-    data, reason = None, "it is not a regular file"
+    data = None
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not make this wait
-        with os.fdopen(descriptor, "rb") as stream:
-            status = os.fstat(descriptor)
-            if stat.S_ISREG(status.st_mode):
-                data = stream.read(limit_bytes + 1) if status.st_size <= limit_bytes else None
-                reason = f"it is larger than {limit_bytes:,} bytes"
+        with open_regular(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            data = read_up_to(stream, limit_bytes, size) if size <= limit_bytes else None
+        reason = f"it is larger than {limit_bytes:,} bytes"
     except OSError as problem:
         reason = problem.strerror or str(problem)
     except MemoryError:
-        reason = "it does not fit into memory"
+        reason = OUT_OF_MEMORY
     except ValueError as problem:  # a NUL in the path
         reason = str(problem)
-    if data is None or len(data) > limit_bytes:
+    if data is None:
         raise error(f"cannot read {printable(path)}: {printable(reason)}; {remedy}")
     return data
 
@@ -143,8 +182,9 @@ def load_json(
         remedy: end of its message.
 
     Raises:
-        error: the text is refused.
+        error: the text is refused; caused by MemoryError where it is not the text's fault.
     """
+    cause = None
     try:
         source = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         value = _DECODER.decode(source)
@@ -157,10 +197,10 @@ def load_json(
     except (RecursionError, _TooDeep):
         reason = f"more than {MAX_JSON_DEPTH} values inside one another"
     except MemoryError:
-        reason = "it does not fit into memory"
+        reason, cause = OUT_OF_MEMORY, MemoryError()
     except ValueError as problem:  # bad syntax, bad UTF-8, and what the hooks below refuse
         reason = printable(problem, 200)
-    raise error(f"{printable(where)} is not valid JSON: {reason}; {remedy}") from None
+    raise error(f"{printable(where)} is not valid JSON: {reason}; {remedy}") from cause
 
 
 def read_yaml(path: Path, error: type[MoeppError] = DataError, remedy: str = "give another file") -> Any:
@@ -191,7 +231,7 @@ def load_yaml(text: str, where: object, error: type[MoeppError] = DataError, rem
     except (RecursionError, _TooDeep):
         reason = f"more than {MAX_JSON_DEPTH} values inside one another"
     except MemoryError:
-        reason = "it does not fit into memory"
+        reason = OUT_OF_MEMORY
     except Exception as problem:  # PyYAML's own, and ValueError, TypeError, ... of dates and numbers that are none
         reason = printable(problem, 200)
     raise error(f"{printable(where)} is not valid YAML: {reason}; {remedy}") from None

@@ -6,17 +6,18 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from moepp.errors import RunError, WriteError
 from moepp.io import files
-from moepp.io.untrusted import load_json, read_bytes
+from moepp.io.untrusted import MAX_JSON_BYTES, OUT_OF_MEMORY, load_json, open_regular, printable
 
 logger = logging.getLogger(__name__)
 
 _MAX_BYTES = 8 << 30
+_PIECE = 1 << 20
 
 Parse = Callable[[bytes], "dict[str, Any] | None"]
 """Returns what a line holds; None where it is not such a line."""
@@ -116,10 +117,11 @@ class JsonlSink:
         if files.is_at(self._file.fileno(), self._path):
             return
         logger.warning("%s was removed or replaced while the run wrote it: its records are written again", self._path)
-        content = os.pread(self._file.fileno(), size, 0)
         if os.path.lexists(self._path):
             files.move(self._path, _free_name(self._path))
-        files.write_whole(self._path, content)
+        with files.new_file(self._path) as stream:
+            for position in range(0, size, _PIECE):
+                stream.write(os.pread(self._file.fileno(), min(_PIECE, size - position), position))
         file = files.open_append(self._path)
         self._file.close()
         self._file = file
@@ -134,27 +136,63 @@ def read_records(path: Path, parse: Parse | None = None) -> list[dict[str, Any]]
     Raises:
         RunError: no such file, or a line that is not a record although a record follows, or no record at all.
     """
-    *lines, unfinished = read_bytes(path, _MAX_BYTES, RunError, "name the directory of a run").split(b"\n")
     parse = parse if parse is not None else _parse
-    found = [parse(line) for line in lines]
-    whole = max((number for number, record in enumerate(found, start=1) if record is not None), default=0)
-    records = [record for record in found[:whole] if record is not None]
-    if len(records) < whole or (found and not records and not _is_zeroed(lines)):
-        number = found.index(None) + 1
-        raise RunError(f"{path} line {number} is not a JSON object with step and tokens; remove the line or the file")
-    if whole < len(found):
-        lost = sum(len(line) + 1 for line in lines[whole:])
-        logger.warning("%s: its last %d bytes, from line %d on, are damaged and left out", path, lost, whole + 1)
-    elif (last := parse(unfinished)) is not None:  # all of it but the end of the line
-        records.append(last)
+    try:
+        with open_regular(path) as stream:
+            if os.fstat(stream.fileno()).st_size <= _MAX_BYTES:
+                return _read_records(stream, path, parse)
+        reason = f"it is larger than {_MAX_BYTES:,} bytes"
+    except OSError as problem:
+        reason = problem.strerror or str(problem)
+    except MemoryError:
+        reason = OUT_OF_MEMORY
+    raise RunError(f"cannot read {printable(path)}: {printable(reason)}; name the directory of a run")
+
+
+def _read_records(stream: IO[bytes], path: Path, parse: Parse) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = []
+    first_bad = lost = 0  # number of a line, and bytes from there on
+    is_zeroed = True
+    for number, (line, size) in enumerate(_lines(stream), start=1):
+        record = parse(line)
+        if record is not None and not first_bad:  # also one that lacks nothing but the end of its line
+            records.append(record)
+        elif record is not None and line.endswith(b"\n"):
+            raise _no_record(path, first_bad)
+        elif line.endswith(b"\n"):
+            first_bad, lost, is_zeroed = first_bad or number, lost + size, is_zeroed and b"\0" in line
+    if first_bad and not records and not is_zeroed:
+        raise _no_record(path, first_bad)
+    if first_bad:
+        logger.warning("%s: its last %d bytes, from line %d on, are damaged and left out", path, lost, first_bad)
     return records
+
+
+def _no_record(path: Path, number: int) -> RunError:
+    return RunError(f"{path} line {number} is not a JSON object with step and tokens; remove the line or the file")
+
+
+def _lines(stream: IO[bytes]) -> Iterator[tuple[bytes, int]]:
+    """Yield each line as the file has it now, and its bytes; of one that is too long for a record, a stand-in."""
+    left = os.fstat(stream.fileno()).st_size
+    while left > 0 and (line := stream.readline(min(left, MAX_JSON_BYTES))):
+        size, is_long = len(line), len(line) == MAX_JSON_BYTES
+        if is_long:
+            more, line = line, b"\0" if b"\0" in line else b"?"
+            while not more.endswith(b"\n") and size < left and (more := stream.readline(min(left - size, _PIECE))):
+                size += len(more)
+            line += b"\n" if more.endswith(b"\n") else b""
+        left -= size
+        yield line, size
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
     """Return the object in a line; None if there is none with a step and tokens."""
     try:
         found = load_json(line, "record", RunError)
-    except RunError:
+    except RunError as error:
+        if isinstance(error.__cause__, MemoryError):  # nothing is wrong with the line
+            raise MemoryError from error
         return None
     if not isinstance(found, dict) or any(type(found.get(name)) is not int for name in ("step", "tokens")):
         return None
@@ -169,17 +207,25 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record if all(type(value) in (int, float, type(None)) for value in record.values()) else None
 
 
-def _is_zeroed(lines: list[bytes]) -> bool:
-    return all(b"\0" in line for line in lines)
-
-
 def _drop_records_after(path: Path, step: int, parse: Parse) -> None:
     if not path.exists():
         return
     kept = [record for record in read_records(path, parse) if record["step"] <= step]
-    text = "".join(json.dumps(record) + "\n" for record in kept)
-    if text.encode() != path.read_bytes():
-        files.write_whole(path, text)
+    if not _holds(path, _texts(kept)):
+        with files.new_file(path) as stream:
+            stream.writelines(_texts(kept))
+
+
+def _texts(records: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
+    return ((json.dumps(record) + "\n").encode() for record in records)
+
+
+def _holds(path: Path, texts: Iterable[bytes]) -> bool:
+    try:
+        with open_regular(path) as stream:
+            return all(stream.read(len(text)) == text for text in texts) and not stream.read(1)
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}; look at its disk and permissions") from error
 
 
 def _free_name(path: Path) -> Path:

@@ -20,6 +20,7 @@ import numpy as np
 from moepp.config.schema import WandbConfig
 from moepp.errors import ConfigError, RunError, WriteError
 from moepp.io import files
+from moepp.io.untrusted import read_part
 from moepp.io.write_errors import user_name
 from moepp.metrics.routing import RoutingSnapshot
 
@@ -30,7 +31,7 @@ _MAX_WAITING = 10_000  # records that W&B has not taken yet
 _FINISH_SECONDS = {"offline": 30.0, "online": 600.0}  # to flush a file; to send what is left
 _END_SECONDS = 10.0  # for the thread to notice that the service has ended
 _RUN_ID = re.compile(r"[\w-]{1,128}")
-_MAX_RUN_ID = 8192  # characters of the file: an id and a path
+_MAX_RUN_ID = 8192  # bytes of the file: an id and a path
 
 Draw = Callable[[RoutingSnapshot], "Mapping[str, np.ndarray]"]
 """Makes images of what the routers did, by name: uint8 [height, width, 3]."""
@@ -267,8 +268,7 @@ def _run_id(path: Path, is_resumed: bool) -> str:
 
 def _read_run_id(path: Path) -> tuple[str | None, str | None]:
     """Return the id and run directory; None for what is missing."""
-    with path.open(encoding="utf-8", errors="replace") as stream:
-        first, _, rest = stream.read(_MAX_RUN_ID).partition("\n")
+    first, _, rest = read_part(path, _MAX_RUN_ID).decode("utf-8", "replace").partition("\n")
     return first.strip() if _RUN_ID.fullmatch(first.strip()) else None, rest.removesuffix("\n") or None
 
 

@@ -31,7 +31,7 @@ from moepp.config.compare import breaking_differences
 from moepp.errors import RunError, WriteError
 from moepp.io import files
 from moepp.io.owners import require_safe_folder
-from moepp.io.untrusted import read_yaml
+from moepp.io.untrusted import MAX_JSON_BYTES, read_bytes, read_yaml
 from moepp.io.write_errors import write_error
 from moepp.runs.lock import RunLock
 
@@ -333,7 +333,7 @@ def _write_files(
 
 def _write_keeping_previous(path: Path, text: str) -> None:
     """Write ``path`` in one go; a different previous version becomes ``<stem>.<n><suffix>``."""
-    if path.exists() and (previous := path.read_bytes()) != text.encode():
+    if path.exists() and (previous := read_bytes(path, MAX_JSON_BYTES, RunError, "remove it")) != text.encode():
         files.write_whole(_next_numbered(path, "{stem}.{n}{suffix}"), previous)
     files.write_whole(path, text)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from moepp.errors import ConfigError, MoeppError, Preempted
+from moepp.errors import ConfigError, MoeppError, Preempted, RunError
 from moepp.training.leave import EXIT_INTERRUPTED
 
 _COMMAND = (sys.executable, "-m", "moepp.training.job")
@@ -186,13 +186,15 @@ def _outcome(job: Job, code: int | None) -> str:
 
 def _last_losses(metrics: Path) -> list[str]:
     """Return the newest training and validation loss, or nothing if they cannot be read."""
+    from moepp.metrics.jsonl import read_records
+
     found: dict[str, float] = {}
     try:
-        for line in metrics.read_text(encoding="utf-8").splitlines():
-            found |= {name: value for name, value in json.loads(line).items() if name in ("train/loss", "eval/loss")}
-        return [f"{name.replace('/', ' ')} {value:.4f}" for name, value in found.items()]
-    except (OSError, ValueError, TypeError, AttributeError):
+        for record in read_records(metrics):
+            found |= {name: record[name] for name in ("train/loss", "eval/loss") if record.get(name) is not None}
+    except RunError:
         return []
+    return [f"{name.replace('/', ' ')} {value:.4f}" for name, value in found.items()]
 
 
 def _shown(path: str | None) -> str:

@@ -24,7 +24,7 @@ from moepp.data.prepare.tally import Tally
 from moepp.data.prepare.train_tokenizer import train_on_files
 from moepp.data.tokenizer import Tokenizer
 from moepp.errors import DataError, MoeppError
-from moepp.io.untrusted import printable
+from moepp.io.untrusted import open_regular, printable
 from moepp.io.write_errors import write_error
 
 # A batch of documents for one worker: long enough to outweigh the hand-over, short enough for the progress bar.
@@ -198,9 +198,11 @@ def _builder(bin_path: str, dtype: np.dtype) -> Any:
 def _copy_existing(builder: Any, existing: IndexedFile) -> None:
     # Not builder.add_index: after an interrupted append the .bin is longer than its index says.
     remaining = existing.num_tokens * existing.dtype.itemsize
-    with open(f"{existing.prefix}.bin", "rb") as stream:
+    with open_regular(f"{existing.prefix}.bin") as stream:
         while remaining > 0:
             chunk = stream.read(min(COPY_CHUNK_BYTES, remaining))
+            if not chunk:
+                raise DataError(f"{existing.prefix}.bin was truncated while it was read; prepare it again")
             builder.data_file.write(chunk)
             remaining -= len(chunk)
     builder.sequence_lengths.extend(existing.lengths_Q.tolist())

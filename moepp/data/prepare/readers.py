@@ -14,7 +14,7 @@ from moepp.data.prepare.bad_lines import BadLineError, BadLines
 from moepp.data.prepare.inputs import InputFile, has_kind
 from moepp.data.remedies import read_remedy
 from moepp.errors import DataError
-from moepp.io.untrusted import printable, show
+from moepp.io.untrusted import open_regular, printable, show
 
 TEXT_UNITS = ("file", "paragraph", "line")
 # Tokenising takes about 100 bytes of memory for each byte of a document (measured, tokenizers 0.23): 1.7 GB for this.
@@ -75,7 +75,7 @@ class DocumentReader:
         """
         path = printable(file.path)
         try:
-            with open(file.path, "rb") as raw:
+            with open_regular(file.path) as raw:
                 file.require_unchanged(os.fstat(raw.fileno()))
                 yield from self._documents(raw, file)
                 file.require_unchanged(os.stat(file.path))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import logging
 import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -282,3 +285,97 @@ def test_documents_are_regular_files(tmp_path: Path, suffix: str) -> None:
     os.mkfifo(tmp_path / f"test{suffix}")
     with pytest.raises(DataError, match="regular file"):
         evaluation_data._read(tmp_path / f"test{suffix}")
+
+
+# --- pipes, devices, memory
+
+
+def run_limited(program: str, *arguments: object, seconds: float = 60) -> str:
+    """Output of a program in a process of its own: no exception that it swallows can end it, only the time limit."""
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_readers_take_memory_for_what_is_there_and_refuse_what_does_not_fit(tmp_path: Path) -> None:
+    line = '{"step": 1, "tokens": 2}\n'
+    (tmp_path / "metrics.jsonl").write_text(line)
+    (tmp_path / "long.jsonl").write_text(line * 30_000)
+    with (tmp_path / "zeros.jsonl").open("wb") as stream:
+        stream.write(line.encode())
+        stream.truncate(1 << 28)
+    (tmp_path / "test.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "test.jsonl.gz").write_bytes(gzip.compress(b'{"a": 2}\n'))
+    program = """
+import resource, sys
+from pathlib import Path
+from moepp.errors import RunError
+from moepp.evaluation.data import _read_documents
+from moepp.io.untrusted import read_bytes
+from moepp.metrics.jsonl import JsonlSink, read_records
+folder = Path(sys.argv[1])
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (160 << 20), -1))
+JsonlSink(folder / "metrics.jsonl", 1).close()
+print(read_records(folder / "metrics.jsonl"), read_records(folder / "zeros.jsonl"))
+print(_read_documents(folder / "test.jsonl"), _read_documents(folder / "test.jsonl.gz"))
+print(len(read_bytes(folder / "test.jsonl", 1 << 40)))
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20), -1))
+for start in (lambda: read_records(folder / "long.jsonl"), lambda: JsonlSink(folder / "long.jsonl", 5)):
+    try:
+        start()
+    except RunError as error:
+        print(error)
+"""
+    record = "[{'step': 1, 'tokens': 2}]"
+    refused = f"cannot read {tmp_path}/long.jsonl: it does not fit into memory; name the directory of a run"
+    printed = run_limited(program, tmp_path).splitlines()
+    assert printed == [f"{record} {record}", "[{'a': 1}] [{'a': 2}]", "9", refused, refused]
+    assert (tmp_path / "long.jsonl").read_text() == line * 30_000
+
+
+def test_a_line_too_long_for_a_record_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moepp.metrics.jsonl.MAX_JSON_BYTES", 64)
+    path, good = tmp_path / "metrics.jsonl", '{"step": 1, "tokens": 2}\n'
+    path.write_text(good + "[" * 1000 + "\n" + good)
+    with pytest.raises(RunError, match="line 2"):
+        read_records(path)
+    path.write_bytes(good.encode() + b"\0" * 1000 + b"\n" + b"\0" * 1000)
+    assert read_records(path) == [{"step": 1, "tokens": 2}]
+
+
+def test_pipes_and_devices_in_a_run_make_no_command_wait(tmp_path: Path) -> None:
+    names = [".lock", "log/rank-0.txt", "metrics.jsonl", "report.html", "config.yaml"]
+    for kind, name in itertools.product(("pipe", "device"), names):
+        run = tmp_path / kind / name.replace("/", ".")
+        (run / "log").mkdir(parents=True)
+        (run / "metrics.jsonl").write_text('{"step": 1, "tokens": 2, "train/loss": 3.5}\n')
+        (run / "config.yaml").write_text("train: {steps: 5}\n")
+        (run / name).unlink(missing_ok=True)
+        if kind == "pipe":
+            os.mkfifo(run / name)
+        else:
+            (run / name).symlink_to("/dev/zero")
+    program = """
+import sys
+from pathlib import Path
+from moepp.analysis.page_folder import own_folder
+from moepp.cli import main, watch
+from moepp.runs.directory import _write_keeping_previous
+for run in sorted(Path(sys.argv[1]).glob("*/*")):
+    print(run)
+    for call in (lambda: main.main(["watch", "--once", str(run)]),
+                 lambda: print(watch.look(run, 80)) or 0,
+                 lambda: own_folder(run, "moepp report", run) and 0,
+                 lambda: _write_keeping_previous(run / "config.yaml", "x") or 0):
+        print(main.report_errors(call))
+"""
+    parts = re.split(rf"^{tmp_path}/(\S+)$", run_limited(program, tmp_path), flags=re.MULTILINE)[1:]
+    codes = {run: re.findall(r"^[0-9]$", text, re.MULTILINE) for run, text in zip(parts[::2], parts[1::2], strict=True)}
+    refused = {"metrics.jsonl": ["2", "0", "0", "0"], "report.html": ["0", "0", "2", "0"]}
+    refused["config.yaml"] = ["0", "0", "0", "2"]
+    assert codes == {
+        f"{kind}/{n.replace('/', '.')}": refused.get(n, ["0"] * 4) for kind in ("device", "pipe") for n in names
+    }
