@@ -73,6 +73,10 @@ class TrainingError(MoeppError):
     exit_code = 4
 
 
+class EvaluationStopped(MoeppError):
+    """A signal came while a model was evaluated; the trainer saves and ends the run as :class:`Preempted`."""
+
+
 class Preempted(MoeppError):
     """The run was told to stop by a signal and saved its state; schedulers requeue it on this exit code."""
 

@@ -67,6 +67,59 @@ def raise_at(step: int) -> None:
     _before_each_step(act)
 
 
+def fail_in_evaluation(step: int) -> None:
+    """An error of the program while the model is evaluated."""
+
+    def act(evaluator: Any, number: int) -> None:
+        if number == step:
+            raise ValueError("injected error")
+
+    _before_each_evaluation_batch(act)
+
+
+def stop_signal_in_evaluation(step: int, number: int) -> None:
+    """A scheduler ends the time while the third held-out batch is read."""
+    batches = []
+
+    def act(evaluator: Any, now: int) -> None:
+        batches.append(now)
+        if batches.count(step) == 3:
+            os.kill(os.getpid(), number)
+
+    _before_each_evaluation_batch(act)
+
+
+def no_memory(where: str) -> None:
+    """Memory does not suffice: in the second "step", or in its "evaluation"."""
+    import torch
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    if where == "step":
+        _before_each_step(lambda trainer: fail() if trainer.step == 1 else None)
+    else:
+        _before_each_evaluation_batch(fail)
+
+
+def _before_each_evaluation_batch(act: Any) -> None:
+    """``act(evaluator, step)`` before each held-out batch is read."""
+    from moepp.training.evaluation import Evaluator
+
+    validate, batches = Evaluator.validate, Evaluator._batches
+    steps = []
+
+    def validate_step(self: Any, step: int, *args: Any) -> None:
+        steps.append(step)
+        validate(self, step, *args)
+
+    def read(self: Any, *args: Any) -> Any:
+        act(self, steps[-1])
+        return batches(self, *args)
+
+    Evaluator.validate, Evaluator._batches = validate_step, read
+
+
 def hang_at(step: int, seconds: float) -> None:
     """A rank that is busy with something else."""
 

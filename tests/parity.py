@@ -309,7 +309,7 @@ def train(
         trainer = Trainer(parts)
         for _ in range(cfg.train.steps):
             trainer.log(trainer.train_step())
-        trainer.evaluate_and_log()
+        trainer.evaluator.validate(trainer.step, trainer.tokens)
     if inspect is not None:
         inspect(trainer)
     return history

@@ -366,6 +366,20 @@ def limited_waits(seconds: float) -> Iterator[None]:
         limit_waits(PATIENCE_SECONDS)
 
 
+@contextmanager
+def unlimited_waits(seconds: float) -> Iterator[None]:
+    """Lift the limit of :func:`limited_waits` for a while, in which one rank works and the others wait.
+
+    Args:
+        seconds: the limit, set again afterwards.
+    """
+    limit_waits(PATIENCE_SECONDS)
+    try:
+        yield
+    finally:
+        limit_waits(seconds)
+
+
 def abort_all() -> None:
     """Give up every collective under way, in all process groups; none can be used afterwards."""
     dist.distributed_c10d._abort_process_group()

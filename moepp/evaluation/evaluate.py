@@ -31,6 +31,7 @@ def evaluate_tasks(
     data_folder: str | None = None,
     limit: int | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
+    must_stop: Callable[[], bool] | None = None,
 ) -> dict[str, float]:
     """Evaluate during training; collective, the same result on every rank.
 
@@ -41,6 +42,7 @@ def evaluate_tasks(
         data_folder: as for :func:`moepp.evaluation.data.open_source`.
         limit: documents per task; None: all.
         batch_size: sequences per rank and forward pass.
+        must_stop: asked on every rank before each forward pass; None: never.
 
     Returns:
         ``eval/<task>/<metric>`` -> value, accuracies as fractions; ``eval/<task>/share_<kind>`` -> share of an expert
@@ -48,13 +50,14 @@ def evaluate_tasks(
 
     Raises:
         ConfigError, DataError: an unknown task, or documents that are missing or damaged.
+        EvaluationStopped: on every rank, because one must stop.
     """
 
     def lead() -> dict[str, float]:
         benchmarks = load_benchmarks(tasks, open_source(data_folder))
         return flat_metrics([evaluate_benchmark(shared, benchmark, limit) for benchmark in benchmarks])
 
-    shared = SharedModel(model, tokenizer, groups, batch_size)
+    shared = SharedModel(model, tokenizer, groups, batch_size, must_stop)
     return shared.run(lead)
 
 

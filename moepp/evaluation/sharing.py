@@ -18,7 +18,7 @@ import torch
 from moepp.data.tokenizer import Tokenizer
 from moepp.distributed import comm
 from moepp.distributed.groups import ParallelGroups
-from moepp.errors import MoeppError, PeerError
+from moepp.errors import EvaluationStopped, MoeppError, PeerError
 from moepp.evaluation.kinds import KindCounts, counted_kinds
 from moepp.evaluation.scoring import Prompt, Row, continue_prompts, score_rows
 from moepp.model.transformer import Transformer
@@ -33,16 +33,25 @@ class SharedModel:
     Args:
         model: this rank's share, on its device.
         batch_size: sequences per rank and forward pass.
+        must_stop: asked on every rank before each forward pass; None: never.
 
     Attributes:
         kinds: experts that the tokens of all requests have chosen so far, over all ranks.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, groups: ParallelGroups, batch_size: int) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        groups: ParallelGroups,
+        batch_size: int,
+        must_stop: Callable[[], bool] | None = None,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.groups = groups
         self.batch_size = batch_size
+        self._must_stop = must_stop
         self.kinds = KindCounts()
         self._own_kinds = KindCounts()  # of this rank, in the present set of requests
 
@@ -53,6 +62,7 @@ class SharedModel:
 
         Raises:
             MoeppError: whatever ``lead`` raised, on every rank (:class:`PeerError` on the others for other errors).
+            EvaluationStopped: on every rank, because one must stop.
         """
         with _eval_mode(self.model):
             return self._lead(lead) if self.groups.rank == 0 else self._follow()
@@ -82,7 +92,8 @@ class SharedModel:
         while True:
             kind, content, done = comm.broadcast_object(None, self.groups.world)
             if kind != "end":
-                self._answer(kind, content)
+                with contextlib.suppress(EvaluationStopped):  # rank 0 tells what ends
+                    self._answer(kind, content)
             elif done:
                 return content
             else:
@@ -109,6 +120,7 @@ class SharedModel:
         batches = _batches(rows, [()] * len(rows), self.batch_size)
         results: list[tuple[int, Any]] = []
         for first in range(0, len(batches), groups.world_size):
+            self._end_if_asked()
             own = first + groups.rank
             batch = batches[own] if own < len(batches) else []
             asked = [rows[i] for i in batch]
@@ -125,7 +137,11 @@ class SharedModel:
         keys = [(prompt.max_new_tokens, prompt.until, prompt.sampling) for prompt in prompts]
         batches = _batches(prompts, keys, self.batch_size)
         results: list[tuple[int, Any]] = []
-        for number in range(groups.rank // groups.ep_size, len(batches), groups.edp_size):
+        for first in range(0, len(batches), groups.edp_size):
+            self._end_if_asked()
+            number = first + groups.rank // groups.ep_size
+            if number >= len(batches):
+                continue
             batch = batches[number]
             lengths = torch.tensor([len(prompts[i].input_ids) for i in batch])
             longest = int(lengths.max())
@@ -135,6 +151,10 @@ class SharedModel:
             results += zip(batch, texts, strict=True)
             self._own_kinds += counts[0] if counts and groups.ep_rank == 0 else KindCounts()
         return results if groups.ep_rank == 0 else []
+
+    def _end_if_asked(self) -> None:
+        if self._must_stop is not None and comm.agree_on_flag(self._must_stop(), self.groups.world):
+            raise EvaluationStopped("a signal has come")
 
 
 def _batches(items: Sequence[Row | Prompt], keys: Sequence[Any], batch_size: int) -> list[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -179,6 +180,20 @@ def plan_splits(name: str, config: dict[str, Any], data: TaskData, shots: int) -
     return SplitPlan(settings, tuple(notes))
 
 
+class _Mathematics:
+    """The module math, for the harness's perplexities: one that no number can hold is infinite, not an error."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(math, name)
+
+    @staticmethod
+    def exp(exponent: float) -> float:
+        try:
+            return math.exp(exponent)
+        except OverflowError:
+            return math.inf
+
+
 @contextlib.contextmanager
 def quiet_harness() -> Iterator[None]:
     """Without progress bars and notices (the harness's warnings state what it was asked to do).
@@ -187,6 +202,7 @@ def quiet_harness() -> Iterator[None]:
     be under way.
     """
     import datasets
+    import lm_eval.api.metrics
     import lm_eval.api.task
 
     logger = logging.getLogger("lm_eval")
@@ -194,6 +210,7 @@ def quiet_harness() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     lm_eval.api.task.tqdm = lambda items, **_: items
+    lm_eval.api.metrics.math = _Mathematics()  # pyright: ignore[reportAttributeAccessIssue]
     random_state = random.getstate()
     try:
         yield
@@ -203,3 +220,4 @@ def quiet_harness() -> Iterator[None]:
         if bars:
             datasets.enable_progress_bars()
         lm_eval.api.task.tqdm = bar
+        lm_eval.api.metrics.math = math  # pyright: ignore[reportAttributeAccessIssue]

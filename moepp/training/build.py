@@ -219,10 +219,10 @@ def task_evaluation(cfg: Config, groups: ParallelGroups) -> Evaluation:
     path, settings = cfg.data.tokenizer, cfg.eval
     assert path is not None  # validated
 
-    def evaluate(model: Transformer, eod_id: int | None) -> dict[str, float]:
+    def evaluate(model: Transformer, eod_id: int | None, must_stop: Callable[[], bool]) -> dict[str, float]:
         tokenizer = Tokenizer(path, eod_id=eod_id)
         return evaluate_tasks(
-            model, tokenizer, settings.tasks, groups, settings.data, settings.limit, settings.batch_size
+            model, tokenizer, settings.tasks, groups, settings.data, settings.limit, settings.batch_size, must_stop
         )
 
     return evaluate

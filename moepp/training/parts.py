@@ -31,8 +31,9 @@ class Data(Protocol):
         ...
 
 
-Evaluation = Callable[[Transformer, int | None], Mapping[str, float]]
-"""Benchmarks of a model and the id that ends its documents (None: not known): values by metric; collective."""
+Evaluation = Callable[[Transformer, "int | None", Callable[[], bool]], Mapping[str, float]]
+"""Benchmarks of a model, given also the id that ends its documents (None: not known) and whether this rank must stop:
+values by metric; collective."""
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,7 @@ from moepp.distributed.groups import (
 from moepp.distributed.peers import PeerWatch
 from moepp.distributed.session import watched
 from moepp.engine.deepspeed import require_accelerator
-from moepp.errors import DataError, MoeppError, TrainingError, is_out_of_memory
-from moepp.io.untrusted import printable
+from moepp.errors import DataError, MoeppError
 from moepp.metrics.logs import close_logging, setup_logging
 from moepp.metrics.sinks import require_sinks
 from moepp.model.accounting import count_parameters, parts_without_flops
@@ -34,6 +33,7 @@ from moepp.model.precision import DTYPES
 from moepp.runs.directory import RunClaim, RunDir
 from moepp.runs.environment import describe_environment
 from moepp.training.build import build_parts, device_name
+from moepp.training.evaluation import lacking_after
 from moepp.training.guards import StopRequest
 from moepp.training.rank_facts import file_facts, processor_facts, start_facts
 from moepp.training.samples import lacks_samples, write_samples
@@ -185,9 +185,9 @@ def _train(
     start = read_info(checkpoint) if checkpoint is not None else None
     is_done = False
     if start is not None and start.step >= cfg.train.steps:
-        is_done = True
         is_at_its_end = start.step == cfg.train.steps and cfg.run.resume == "auto"
-        if not (is_at_its_end and lacks_samples(cfg, run_dir.path)):
+        is_done = not (is_at_its_end and lacking_after(start.step, cfg, run_dir.path))
+        if is_done and not (is_at_its_end and lacks_samples(cfg, run_dir.path)):
             logger.info("nothing to do: %s is at step %d; raise train.steps to go on", run_dir.path, start.step)
             return
     with watch.busy():
@@ -215,15 +215,3 @@ def _fit(trainer: Trainer, stop: StopRequest) -> None:
     except MoeppError:
         trainer.parts.checkpointer.close()  # a save in flight is finished before the run ends
         raise
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = printable(error, 120) or type(error).__name__
-        failed = TrainingError(
-            f"out of memory in step {trainer.step + 1} on rank {trainer.groups.rank} ({reason}); lower "
-            "train.micro_batch_size or data.seq_len, set train.recompute=true, or use more ranks, then start the same "
-            "command again: it continues from the newest checkpoint"
-        )
-        failed.said_here = True  # others may have enough
-        trainer.parts.checkpointer.close()
-        raise failed from error

@@ -1,10 +1,15 @@
-"""The learning rate as a pure function of the step."""
+"""What is a pure function of the step: the learning rate, and what is due."""
 
 from __future__ import annotations
 
 import math
 
 from moepp.config import OptimConfig
+
+
+def is_due(step: int, interval: int) -> bool:
+    """Return whether something that happens every ``interval`` steps (0: never) happens after ``step``."""
+    return interval > 0 and step % interval == 0
 
 
 def learning_rate(step: int, total_steps: int, optim: OptimConfig) -> float:

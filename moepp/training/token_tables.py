@@ -105,7 +105,7 @@ def view_tokens(trainer: Trainer, source: Source = None, most: int = MOST_TOKENS
         for first in range(0, len(batches), len(steps)):  # a pipeline takes a global batch at a time
             trainer.runner.evaluate(batches[first : first + len(steps)])
 
-    with trainer.evaluation():
+    with trainer.evaluator.mode():
         batches = [trainer.to_device(batch_of(index, step)) for index in range(number) for step in steps]
         replica = groups.data_rank, groups.data_size
         return view_evaluation(trainer.model, batches, evaluate, replica, trainer.sum_over_ranks)

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Collection
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, cast
@@ -32,17 +31,19 @@ from moepp.distributed.device import to_device
 from moepp.engine.engine import ScheduledEngine, StepResult
 from moepp.errors import CheckpointError, Preempted, TrainingError
 from moepp.registry import ROUTERS
+from moepp.training.evaluation import Evaluator, due_after, lacking_after
 from moepp.training.guards import SkippedSteps, SpikeGuard, StopRequest
+from moepp.training.memory import enough_memory
 from moepp.training.parts import Parts
 from moepp.training.profiling import StepProfiler
 from moepp.training.recorder import Recorder
 from moepp.training.runner import Runner, WholeModelRunner
-from moepp.training.schedule import learning_rate
+from moepp.training.schedule import is_due, learning_rate
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_LARGEST_EXPONENT = math.log(sys.float_info.max)
+_REMEDY = "lower train.micro_batch_size or data.seq_len, set train.recompute=true, or use more ranks"
 
 
 class Trainer:
@@ -61,6 +62,7 @@ class Trainer:
         self.recorder = Recorder(parts)
         self.stats = self.recorder.stats
         self.runner = make_runner(parts)
+        self.evaluator = Evaluator(parts, self.runner)
         self.skipped_steps = SkippedSteps(parts.cfg.guard)
         self.spikes = SpikeGuard(parts.cfg.guard)
         self.vocabulary = parts.corpora.vocabulary
@@ -99,7 +101,7 @@ class Trainer:
         Raises:
             Preempted: a signal asked any rank to stop; the state is saved.
             KeyboardInterrupt: Ctrl-C; nothing is saved.
-            TrainingError: a guard gave up.
+            TrainingError: a guard gave up, or memory did not suffice.
             CheckpointError: training is done, but its last state could not be saved.
         """
         train = self.cfg.train
@@ -108,33 +110,53 @@ class Trainer:
         self.model.train()
         self.parts.throughput.begin()
         with closing(self.batches):
+            if self._evaluate(lacking_after(self.step, self.cfg, run_dir), stop):
+                self._log_preemption(stop)
             while self.step < train.steps:
                 stop.raise_interrupt()
                 step = self.step
-                with profiler.step(step + 1):
+                with profiler.step(step + 1), enough_memory(f"step {step + 1}", self.groups.rank, _REMEDY):
                     result = self.train_step()
                 if self.step <= step:
                     continue  # rewound to a step whose records and checkpoint exist already
-                is_last = self.step == train.steps
                 if self.recorder.is_logged(self.step):
                     self.log(result)
-                if is_last or _is_due(self.step, train.eval_interval):
-                    self.evaluate_and_log()
-                if is_last or _is_due(self.step, self.cfg.eval.interval):
-                    self.evaluate_tasks_and_log()
-                must_stop = self._anyone_must_stop(stop)
-                if is_last or must_stop or _is_due(self.step, self.cfg.checkpoint.interval):
-                    with self.parts.throughput.paused():
-                        self.save(background=False if must_stop or is_last else None)
-                if must_stop and not is_last:
-                    self._log_preemption(stop)
+                self._save_and_evaluate(stop)
         self.parts.checkpointer.close()
-        problems = self.parts.checkpointer.reports[-1].problems
-        if problems:
+        if problems := self._problems_of_the_last_save():
             raise CheckpointError(
                 f"training is done, but its last state could not be saved: {'; '.join(problems)}; remove the cause and "
                 "start the same command again: it continues from the newest checkpoint"
             )
+
+    def _save_and_evaluate(self, stop: StopRequest) -> None:
+        """Do what is due after a step.
+
+        Saving comes first, so that an evaluation that fails, or that nobody has time for, costs no training.
+
+        Raises:
+            Preempted: a signal asked any rank to stop; the state is saved.
+        """
+        is_last, due = self.step == self.cfg.train.steps, due_after(self.step, self.cfg)
+        must_stop = self._anyone_must_stop(stop)
+        saves = is_last or must_stop or is_due(self.step, self.cfg.checkpoint.interval)
+        if saves:
+            with self.parts.throughput.paused():
+                self.save(background=False if must_stop or is_last else None)
+        if due and not must_stop:
+            must_stop = self._evaluate(due, stop)
+            if must_stop and not saves:
+                self.save(background=False)
+        if must_stop and (due or not is_last):
+            self._log_preemption(stop)
+
+    def _evaluate(self, what: Collection[str], stop: StopRequest) -> bool:
+        """Evaluate; returns whether a signal ended it."""
+        if not what:
+            return False
+        return self.evaluator.run(
+            what, self.step, self.tokens, self.vocabulary.eod_id, lambda: stop.received is not None
+        )
 
     def train_step(self) -> StepResult:
         """Take one optimizer step over the global batch; a rewind may follow and lower :attr:`step`."""
@@ -246,54 +268,6 @@ class Trainer:
         self.parts.sinks.sync()  # after a power failure the records reach as far as the checkpoint
         self.parts.checkpointer.save(self.engine, self.stats, info, background)
 
-    def evaluate_and_log(self) -> None:
-        """Evaluate on held-out data if the configuration asks for it."""
-        if self.cfg.train.eval_batches:
-            record: dict[str, float] = {}
-            for name, loss in self.evaluate().items():
-                prefix = "eval" if name is None else f"eval/{name}"
-                record |= {f"{prefix}/loss": loss, f"{prefix}/perplexity": _perplexity(loss)}
-            self.parts.sinks.log(record, self.step, self.tokens)
-
-    @property
-    def validation_sets(self) -> list[str | None]:
-        """Names of the sets of ``data.validation``; None is the validation part of ``data.paths``."""
-        return [*([None] if self.cfg.data.evaluates_split else []), *self.cfg.data.validation]
-
-    def evaluate(self) -> dict[str | None, float]:
-        """Return the mean cross-entropy in nats per token over ``train.eval_batches`` held-out global batches.
-
-        By name, as :attr:`validation_sets`.
-        """
-        names = self.validation_sets
-        sums_N2 = torch.zeros(len(names), 2, dtype=torch.float64, device=self.groups.device)  # loss, tokens
-        with self.evaluation():
-            for row, name in enumerate(names):
-                for index in range(self.cfg.train.eval_batches):
-                    micro_steps = range(self.plan.accumulation_steps)
-                    batches = [self.to_device(self.parts.data.eval_batch(index, step, name)) for step in micro_steps]
-                    sums_N2[row] += self.runner.evaluate(batches)
-        sums = zip(names, self.sum_over_ranks(sums_N2).tolist(), strict=True)
-        return {name: ce_sum / num_tokens if num_tokens else math.nan for name, (ce_sum, num_tokens) in sums}
-
-    def evaluate_tasks_and_log(self) -> None:
-        """Run the benchmarks of ``eval.tasks``, if there are any, on the sharded model."""
-        if self.parts.evaluate_tasks is None:
-            return
-        with self.evaluation():
-            record = self.parts.evaluate_tasks(self.model, self.vocabulary.eod_id)
-        self.parts.sinks.log(record, self.step, self.tokens)
-
-    @contextmanager
-    def evaluation(self) -> Iterator[None]:
-        """Eval mode (dropless routing), outside the measured training time."""
-        self.model.eval()
-        try:
-            with self.parts.throughput.paused():
-                yield
-        finally:
-            self.model.train()
-
     def _global_selection_share(self, batches: list[tuple[Tensor, Tensor]]) -> Tensor | None:
         """f_i of each MoE layer over the whole global batch, [L, E]; ``None`` where the layers count it themselves.
 
@@ -312,10 +286,14 @@ class Trainer:
 
     def _log_preemption(self, stop: StopRequest) -> None:
         self.parts.checkpointer.close()
-        problems = self.parts.checkpointer.reports[-1].problems
+        problems = self._problems_of_the_last_save()
         state = "its state could NOT be saved" if problems else "its state is saved"
         name = stop.received.name if stop.received is not None else "a signal on another rank"
         raise Preempted(f"stopped by {name} after step {self.step}; {state}; run.resume=auto continues it")
+
+    def _problems_of_the_last_save(self) -> list[str]:
+        reports = self.parts.checkpointer.reports
+        return reports[-1].problems if reports else []
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate(step, self.cfg.train.steps, self.cfg.optim)
@@ -337,16 +315,6 @@ def make_runner(parts: Parts) -> Runner:
     return PipelineRunner(parts.model, engine, parts.groups, parts.cfg, parts.plan, parts.comm_stats)
 
 
-def _perplexity(loss: float) -> float:
-    """Return e to the cross-entropy; infinite where no number is that large."""
-    return math.exp(loss) if loss < _LARGEST_EXPONENT else math.inf
-
-
 def _known(now: T | None, before: T | None) -> T | None:
     """Return the data's value today, or the one that the checkpoint recorded."""
     return before if now is None else now
-
-
-def _is_due(step: int, interval: int) -> bool:
-    """Return whether something that happens every ``interval`` steps (0: never) happens after ``step``."""
-    return interval > 0 and step % interval == 0

@@ -12,7 +12,7 @@ pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 from moepp.data.tokenizer import Tokenizer
 from moepp.distributed import comm
 from moepp.distributed.groups import Layout, ParallelGroups, build_groups
-from moepp.errors import ConfigError, DataError, PeerError
+from moepp.errors import ConfigError, DataError, EvaluationStopped, PeerError
 from moepp.evaluation.backend import build_rows
 from moepp.evaluation.evaluate import check_tasks, evaluate_tasks
 from moepp.evaluation.scoring import Prompt
@@ -43,6 +43,22 @@ def _evaluate(rank: int, tokenizer: str, folder: str, ep_size: int) -> dict[str,
     data = folder if rank == 0 else "not-there"
     tasks = ["sciq", "lambada", "nq", "ai2_arc"]
     return evaluate_tasks(shared.model, shared.tokenizer, tasks, shared.groups, data, limit=7, batch_size=2)
+
+
+def _stop(rank: int, tokenizer: str, folder: str, ep_size: int, at_rank: int, tasks: list[str]) -> str:
+    """Evaluate until one rank is told to stop, before its third forward pass; how that ended."""
+    asked = []
+
+    def must_stop() -> bool:
+        asked.append(rank)
+        return rank == at_rank and len(asked) >= 3
+
+    shared = _shared(tokenizer, ep_size, 1)
+    try:
+        evaluate_tasks(shared.model, shared.tokenizer, tasks, shared.groups, folder, 9, 1, must_stop)
+    except EvaluationStopped:
+        return f"stopped after {len(asked)}"
+    return "not stopped"
 
 
 PAIRS = [([3, 1, 4, 1, 5][: i % 5 + 1] * (i % 3 + 1), [9, 2, 6][: i % 3 + 1]) for i in range(7)]
@@ -118,6 +134,17 @@ def _fail(rank: int, tokenizer: str, user_error: bool) -> None:
         raise PeerError("bug on rank 0") from None
     finally:
         assert comm.gather_objects(rank) == [0, 1]  # nobody is left in a collective
+
+
+@pytest.mark.parametrize("ep_size", [1, 2])
+@pytest.mark.parametrize("at_rank", [0, 1])
+@pytest.mark.parametrize("tasks", [["sciq"], ["nq"]], ids=["scores", "generates"])
+def test_a_rank_that_must_stop_ends_the_evaluation_on_all(
+    pool_2: WorkerPool, tokenizer: str, folder: str, ep_size: int, at_rank: int, tasks: list[str]
+):
+    """Whichever rank it is, and whether prompts are dealt to ranks or to groups of them."""
+    found = pool_2.run(_stop, tokenizer, folder, ep_size, at_rank, tasks)
+    assert found == ["stopped after 3"] * 2
 
 
 def test_error_of_the_first_rank_is_raised_everywhere(pool_2: WorkerPool, tokenizer: str):

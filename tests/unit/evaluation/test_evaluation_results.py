@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 
 from lm_eval.api.metrics import mean_stderr, pooled_sample_stderr
+from lm_eval.api.registry import get_aggregation
 
 from moepp.data.tokenizer import Tokenizer
 from moepp.distributed.groups import ParallelGroups
@@ -29,7 +31,7 @@ from moepp.evaluation.results import (
     write_results,
 )
 from moepp.evaluation.sharing import SharedModel
-from moepp.evaluation.tasks import load_benchmarks
+from moepp.evaluation.tasks import load_benchmarks, quiet_harness
 from moepp.model.transformer import Transformer
 from tests.evaluation_cases import (
     one_process,
@@ -125,6 +127,18 @@ def test_evaluation_leaves_random_generators_and_training_mode_alone(
     evaluate_tasks(model, tokenizer, ["boolq", "nq"], groups, str(write_benchmarks(folder, 40)), limit=2)
     assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
     assert model.training
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite():
+    """A model that diverged, or text whose one word is a paragraph, costs no results of other benchmarks."""
+    for name in ("perplexity", "weighted_perplexity"):
+        aggregate: Any = get_aggregation(name)
+        items: Any = [-800.0] if name == "perplexity" else [(-7500.0, 1)]
+        with quiet_harness():
+            assert aggregate(items) == math.inf
+            assert aggregate([-2.0] if name == "perplexity" else [(-4.0, 2)]) == pytest.approx(math.exp(2))
+        with pytest.raises(OverflowError):
+            aggregate(items)
 
 
 def test_mistakes_show_before_training(groups: ParallelGroups, folder: Path):
