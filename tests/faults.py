@@ -117,7 +117,7 @@ def _before_each_evaluation_batch(act: Any) -> None:
         act(self, steps[-1])
         return batches(self, *args)
 
-    Evaluator.validate, Evaluator._batches = validate_step, read
+    Evaluator.validate, Evaluator._batches = validate_step, read  # type: ignore[method-assign]
 
 
 def hang_at(step: int, seconds: float) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moepp.checkpoint import choose_checkpoint, continues_same_data, read_info
+from moepp.checkpoint import CheckpointInfo, choose_checkpoint, continues_same_data, read_info
 from moepp.config import Config, RunPlan, to_dict, validate
 from moepp.data import Corpora, check_data, vocabulary_remarks
 from moepp.distributed import comm
@@ -37,6 +37,7 @@ from moepp.training.evaluation import lacking_after
 from moepp.training.guards import StopRequest
 from moepp.training.rank_facts import file_facts, processor_facts, start_facts
 from moepp.training.samples import lacks_samples, write_samples
+from moepp.training.schedule import schedule_remarks
 from moepp.training.token_tables import write_token_tables
 from moepp.training.trainer import Trainer
 
@@ -193,7 +194,7 @@ def _train(
     with watch.busy():
         parts = build_parts(cfg, plan, corpora, groups, run_dir, start, environment["packages"], check_claim)
     _introduce(cfg, plan, groups)
-    for remark in vocabulary_remarks(cfg, corpora.vocabulary):
+    for remark in [*vocabulary_remarks(cfg, corpora.vocabulary), *_schedule_remarks(cfg, start)]:
         logger.warning("%s", remark)
     with parts.sinks:
         trainer = Trainer(parts)
@@ -206,6 +207,14 @@ def _train(
     if cfg.train.samples:
         write_samples(parts, run_dir.path, trainer.vocabulary.eod_id)
     logger.info("finished step %d; everything is in %s", trainer.step, run_dir.path)
+
+
+def _schedule_remarks(cfg: Config, start: CheckpointInfo | None) -> list[str]:
+    if start is None:
+        return schedule_remarks(cfg, 0, None)
+    train = start.config.get("train")
+    steps = train.get("steps") if isinstance(train, dict) else None
+    return schedule_remarks(cfg, start.step, steps if isinstance(steps, int) else None)
 
 
 def _fit(trainer: Trainer, stop: StopRequest) -> None:

@@ -8,7 +8,8 @@ import math
 import pytest
 
 from moepp.config import OptimConfig
-from moepp.training.schedule import learning_rate
+from moepp.training.schedule import learning_rate, schedule_remarks
+from tests.data_files import make_config
 
 
 def rates(total: int, **changes: object) -> list[float]:
@@ -52,3 +53,27 @@ def test_warm_up_longer_than_the_run_and_runs_of_one_step_work():
     assert rates(3, warmup_steps=10) == pytest.approx([0.1, 0.2, 0.3])
     assert rates(1, warmup_steps=0) == [1.0]
     assert rates(5, warmup_steps=4)[-1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "step", "before", "remark"),
+    [
+        (
+            {"train__steps": 300, "optim__warmup_steps": 2000},
+            0,
+            None,
+            "ends at 7.5e-05 and never reaches optim.lr=0.0005",
+        ),
+        ({"train__steps": 300, "optim__warmup_steps": 299}, 0, None, "never falls to optim.min_lr=5e-05"),
+        ({"train__steps": 300, "optim__warmup_steps": 30}, 100, 100, "train.steps was 100 and is 300"),
+        ({"train__steps": 300, "optim__warmup_steps": 30, "profile__steps": [10, 200]}, 100, 300, "profile.steps [10]"),
+        ({"train__steps": 300, "optim__warmup_steps": 30}, 100, 300, None),
+        ({"train__steps": 300, "optim__warmup_steps": 298}, 0, None, None),
+        ({"train__steps": 300, "optim__warmup_steps": 300, "optim__schedule": "constant"}, 0, None, None),
+        ({"train__steps": 300, "optim__warmup_steps": 200}, 100, 100, None),
+        ({"train__steps": 1, "optim__warmup_steps": 0}, 0, None, None),
+    ],
+)
+def test_steps_that_are_hardly_meant_are_remarked(changes, step, before, remark):
+    found = schedule_remarks(make_config(["text"], optim__lr=5e-4, **changes), step, before)
+    assert (found == []) if remark is None else (len(found) == 1 and remark in found[0]), found
