@@ -19,7 +19,7 @@ from moepp.checkpoint.host_memory import HostMemory
 from moepp.checkpoint.state import Statistics, stage
 from moepp.checkpoint.storage import cause, is_interrupt, source_of, write_tensors
 from moepp.config import CheckpointConfig
-from moepp.distributed import comm
+from moepp.distributed import comm, waits
 from moepp.distributed.device import use_in_thread
 from moepp.distributed.groups import ParallelGroups
 from moepp.engine.engine import StateSource
@@ -143,7 +143,7 @@ class Checkpointer:
             self._thread_error = error
 
     def _publish(self, staged: dict[str, Tensor], info: CheckpointInfo, start: float, blocked: float | None) -> None:
-        comm.limit_wait(self.group, comm.PATIENCE_SECONDS)  # disks of some ranks may be slow
+        waits.limit_wait(self.group, waits.PATIENCE_SECONDS)  # disks of some ranks may be slow
         final = self.checkpoints / fmt.checkpoint_name(info.step)
         files: dict[str, FileEntry] = {}
         problems = self._write(staged, info, final, files)

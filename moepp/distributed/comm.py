@@ -15,10 +15,8 @@ Shapes: N rows sent, R rows received, D width, P ranks of the group, L local exp
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -28,7 +26,6 @@ from torch import Tensor
 from moepp.distributed.stage_clock import StageClock
 from moepp.errors import MoeppError
 
-PATIENCE_SECONDS = 24 * 3600.0
 Group = dist.ProcessGroup
 T = TypeVar("T")
 
@@ -338,46 +335,9 @@ def is_communication_error(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "nccl", "connection reset"))
 
 
-def limit_waits(seconds: float) -> None:
-    """Set the longest wait for another rank on every process group there is.
-
-    torch gives each new group 30 minutes (NCCL 10), whatever the default group has; DeepSpeed's are made out of reach.
-    """
-    for group in list(dist.distributed_c10d._world.pg_map):
-        limit_wait(group, seconds)
-
-
-def limit_wait(group: Group, seconds: float) -> None:
-    """Set the longest wait for another rank of one group."""
-    group.set_timeout(timedelta(seconds=seconds))
-
-
-@contextmanager
-def limited_waits(seconds: float) -> Iterator[None]:
-    """Limit the waits of all groups for a while, in which all ranks work at one speed.
-
-    Otherwise ranks may wait for as long as it takes: what one does while others wait takes as long as data are large
-    and disks are slow, and the watch over the ranks notices one that is lost.
-    """
-    limit_waits(seconds)
-    try:
-        yield
-    finally:
-        limit_waits(PATIENCE_SECONDS)
-
-
-@contextmanager
-def unlimited_waits(seconds: float) -> Iterator[None]:
-    """Lift the limit of :func:`limited_waits` for a while, in which one rank works and the others wait.
-
-    Args:
-        seconds: the limit, set again afterwards.
-    """
-    limit_waits(PATIENCE_SECONDS)
-    try:
-        yield
-    finally:
-        limit_waits(seconds)
+def all_groups() -> list[Group]:
+    """Return every process group there is."""
+    return list(dist.distributed_c10d._world.pg_map)
 
 
 def abort_all() -> None:

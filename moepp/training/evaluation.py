@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from moepp.config import Config
-from moepp.distributed import comm
+from moepp.distributed import comm, waits
 from moepp.distributed.device import to_device
 from moepp.errors import EvaluationStopped
 from moepp.metrics.jsonl import read_records
@@ -149,7 +149,7 @@ class Evaluator:
         Rank 0 reads documents and builds prompts while the others wait: not within the limit of a training step.
         """
         assert self.parts.evaluate_tasks is not None
-        with self.mode(), comm.unlimited_waits(self.cfg.parallel.timeout_seconds):
+        with self.mode(), waits.unlimited_waits(self.cfg.parallel.timeout_seconds):
             record = self.parts.evaluate_tasks(self.parts.model, eod_id, must_stop)
         self.parts.sinks.log(record, step, tokens)
 

@@ -11,7 +11,7 @@ from typing import Any
 from moepp.checkpoint import CheckpointInfo, choose_checkpoint, continues_same_data, read_info
 from moepp.config import Config, RunPlan, to_dict, validate
 from moepp.data import Corpora, check_data, vocabulary_remarks
-from moepp.distributed import comm
+from moepp.distributed import comm, waits
 from moepp.distributed.agreement import find_differences
 from moepp.distributed.groups import (
     LaunchEnvironment,
@@ -77,7 +77,7 @@ def run_training(cfg: Config) -> None:
 
 def _run(cfg: Config, plan: RunPlan, groups: ParallelGroups, watch: PeerWatch) -> None:
     """Check what can be checked, then train in the run's directory."""
-    comm.limit_waits(comm.PATIENCE_SECONDS)
+    waits.limit_waits(waits.PATIENCE_SECONDS)
     comm.on_first_rank(lambda: require_sinks(cfg.logging))
     corpora = comm.run_together(lambda: check_data(cfg))
     _compare_ranks(cfg, groups)
@@ -219,7 +219,7 @@ def _schedule_remarks(cfg: Config, start: CheckpointInfo | None) -> list[str]:
 
 def _fit(trainer: Trainer, stop: StopRequest) -> None:
     try:
-        with comm.limited_waits(trainer.cfg.parallel.timeout_seconds):
+        with waits.limited_waits(trainer.cfg.parallel.timeout_seconds):
             trainer.fit(stop)
     except MoeppError:
         trainer.parts.checkpointer.close()  # a save in flight is finished before the run ends

@@ -211,6 +211,10 @@ class Trainer:
 
     def _rewind(self) -> None:
         """Go back to the newest checkpoint and leave out the batches since, the spike's among them."""
+        with self.parts.throughput.paused():  # what is read and waited for is no training
+            self._go_back()
+
+    def _go_back(self) -> None:
         self.parts.checkpointer.wait()
         spike_step, spike_batch, rewinds = self.step, self.step - 1 + self.skipped_batches, self.rewinds + 1
         checkpoint = newest_checkpoint(self.parts.checkpointer.checkpoints, self.groups)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moepp.distributed import comm
+from moepp.distributed import comm, waits
 from moepp.distributed.groups import build_groups
 from moepp.distributed.layout import KINDS, Layout
 from moepp.errors import ConfigError
@@ -23,7 +23,7 @@ def _groups(rank: int, sizes: tuple[int, ...]) -> dict[str, object]:
         group = getattr(groups, kind)
         assert dist.get_process_group_ranks(group) == groups.layout.peers(kind, rank), kind
         sums[kind] = int(comm.all_reduce_sum(torch.tensor(10**rank), group))
-    comm.limit_waits(60.0)
+    waits.limit_waits(60.0)
     places = (groups.pp_rank, groups.data_rank, groups.cp_rank, groups.tp_rank)
     assert places == tuple(groups.layout.coordinates(rank))
     assert groups.ep_rank == groups.layout.peers("ep", rank).index(rank)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import statistics
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from moepp.config import GuardConfig
 from moepp.errors import TrainingError
+from moepp.metrics.throughput import Throughput
+from moepp.training import trainer as training
 from moepp.training.guards import LossWatch, SkippedSteps, SpikeGuard, StopRequest
 
 
@@ -122,3 +126,30 @@ def test_remark_names_loss_step_and_remedy():
         "the loss is 889,403 at step 300, far above 9.011, which guessing gives: training has diverged; "
         "lower optim.lr=1000"
     )
+
+
+def test_going_back_after_a_spike_is_no_training_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def takes(seconds: float, result: Any = None) -> Any:
+        def act(*_: Any) -> Any:
+            now[0] += seconds
+            return result
+
+        return act
+
+    throughput = Throughput(1, clock=lambda: now[0])
+    trainer: Any = training.Trainer.__new__(training.Trainer)
+    checkpointer = SimpleNamespace(wait=takes(30.0), checkpoints=None)
+    trainer.parts = SimpleNamespace(
+        throughput=throughput, checkpointer=checkpointer, sinks=SimpleNamespace(rewind=takes(0.5))
+    )
+    trainer.cfg = SimpleNamespace(guard=GuardConfig(max_rewinds=1))
+    trainer.stats, trainer.groups = SimpleNamespace(clear=takes(0.0)), None
+    trainer.step, trainer.skipped_batches, trainer.rewinds = 4, 0, 0
+    trainer.resume = takes(20.0)
+    monkeypatch.setattr(training, "newest_checkpoint", takes(5.0, "step-2"))
+    throughput.add(800)
+    now[0] += 2.0
+    trainer._rewind()
+    assert now[0] == 57.5 and throughput.read(None)["throughput/tokens_per_second"] == 400
