@@ -15,7 +15,6 @@ import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from moepp import cpu
 from moepp.errors import ConfigError, WriteError
 from moepp.ops.cpu.cache import Cache, CacheError, find_cache, open_library
 from moepp.ops.cpu.compiler import BuildError, Compiler, find_compiler, run_compiler
+from moepp.ops.signatures import SIGNATURES, TRITON_ONLY, check_arguments
 
 logger = logging.getLogger("moepp")
 
@@ -31,28 +31,8 @@ _FOLDER = Path(__file__).parent
 _SOURCES = ("moe.c", "routing.c", "project.c", "amx_experts.c", "avx2_experts.c", "transpose.c", "cross_entropy.c")
 _HEADERS = ("vector.h", "tiles.h", "products.h")
 ELEMENT_BITS = {torch.bfloat16: 16, torch.float32: 32}
-
-# Arguments of each kernel: t tensor (None: null), n number.
-_SIGNATURES = {
-    "swiglu": "tntntnnn",
-    "swiglu_backward": "ttttnn",
-    "transpose": "tntnnn",
-    "combine": "ttttt" + "nnn",
-    "combine_backward": "tttttt" + "nnn",
-    "project": "tttnnn",
-    "project_backward": "ttttttnnn",
-    "gates": "ttttnnnnn",
-    "gates_backward": "ttttttnnnnn",
-    "affine_experts": "ttttttt" + "nnnnnn",
-    "affine_experts_backward": "tttttttttttt" + "nnnnnn",
-    "count_experts": "ttnn",
-    "sort_assignments": "ttttnn",
-    "cross_entropy": "tttnnnn",
-    "amx_expert_forward": "tttttnnn",
-    "amx_expert_backward": "tttttttnnnnn",
-    "avx2_expert_forward": "tttttt" + "nnnn",
-    "avx2_expert_backward": "ttttttttttt" + "nnn",
-}
+FUNCTIONS = tuple(name for name in SIGNATURES if name not in TRITON_ONLY)
+_CPU = torch.device("cpu")
 _FLAGS = ("-O3", "-shared", "-fPIC", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-w")
 # Where the innermost loops begin decides over some 3 percent of their time.
 _NATIVE = ("-march=native", "-mprefer-vector-width=512", "-falign-loops=64")
@@ -67,11 +47,17 @@ class Library:
 
     handle: ctypes.CDLL
     path: Path
+    element: torch.dtype
     has_amx: bool  # whether amx_expert_forward and amx_expert_backward can be called
     has_avx2_experts: bool  # whether avx2_expert_forward and avx2_expert_backward can be called
 
     def call(self, name: str, *arguments: Tensor | int | None) -> None:
-        """Run a kernel; tensors must be dense (rows may lie apart only where the kernel takes a stride)."""
+        """Run a kernel.
+
+        Raises:
+            TypeError: see :func:`moepp.ops.signatures.check_arguments`; no memory was touched.
+        """
+        check_arguments(name, arguments, self.element, _CPU)
         getattr(self.handle, name)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
 
 
@@ -120,7 +106,7 @@ def _find_or_build(bits: int, attempts: tuple[tuple[str, ...], ...]) -> Library:
     for is_last in (False, True):
         content = cache.read(name, key) or _build(bits, attempts, compiler, cache, name, key)
         try:
-            return _load(content, cache.folder / name)
+            return _load(content, cache.folder / name, bits)
         except (OSError, AttributeError) as error:  # not a library, of another machine, or without a function
             cache.remove(name)
             if is_last:
@@ -167,15 +153,16 @@ def _compile(bits: int, attempts: tuple[tuple[str, ...], ...], compiler: Compile
     raise AssertionError
 
 
-def _load(content: bytes, path: Path) -> Library:
+def _load(content: bytes, path: Path, bits: int) -> Library:
     handle = open_library(content, path)
-    kinds: dict[str, Any] = {"t": ctypes.c_void_p, "n": ctypes.c_int64}
-    for name, signature in _SIGNATURES.items():
-        function = getattr(handle, name)
-        function.argtypes, function.restype = [kinds[kind] for kind in signature], None
+    for name in FUNCTIONS:
+        function, kinds = getattr(handle, name), SIGNATURES[name].split()
+        function.argtypes = [ctypes.c_int64 if kind == "n" else ctypes.c_void_p for kind in kinds]
+        function.restype = None
     for answer in (handle.has_amx, handle.has_avx2_experts):
         answer.argtypes, answer.restype = [], ctypes.c_int64
-    return Library(handle, path, bool(handle.has_amx()), bool(handle.has_avx2_experts()))
+    [element] = [dtype for dtype, size in ELEMENT_BITS.items() if size == bits]
+    return Library(handle, path, element, bool(handle.has_amx()), bool(handle.has_avx2_experts()))
 
 
 def _key(bits: int, attempts: tuple[tuple[str, ...], ...], compiler: Compiler) -> bytes:

@@ -110,15 +110,17 @@ void gates_backward(const float *probs, const i64 *ids, const float *weights, co
     }
 }
 
+static int is_below(i64 id, i64 E) { return (uint64_t)id < (uint64_t)E; } /* and not negative */
+
 /* Count how often each of E experts occurs among S ids. */
 void count_experts(const i64 *ids, i64 *counts, i64 S, i64 E) {
     memset(counts, 0, E * sizeof *counts);
     for (i64 s = 0; s < S; s++)
-        if (ids[s] < E) counts[ids[s]]++;
+        if (is_below(ids[s], E)) counts[ids[s]]++;
 }
 
 /* Sort A assignments by expert, stably: order[0 .. N) are the assignments of experts 0 .. E-1, counts[E] how many each
- * has, positions[S] where an assignment went, or -1 if its expert is E or above and it is left out. */
+ * has, positions[S] where an assignment went, or -1 if its expert is none of them and it is left out. */
 void sort_assignments(const i64 *experts, i64 *order, i64 *counts, i64 *positions, i64 S, i64 E) {
     count_experts(experts, counts, S, E);
     i64 *next = malloc((E + 1) * sizeof *next), start = 0;
@@ -127,7 +129,7 @@ void sort_assignments(const i64 *experts, i64 *order, i64 *counts, i64 *position
         start += counts[e];
     }
     for (i64 s = 0; s < S; s++) {
-        positions[s] = experts[s] < E ? next[experts[s]]++ : -1;
+        positions[s] = is_below(experts[s], E) ? next[experts[s]]++ : -1;
         if (positions[s] >= 0) order[positions[s]] = s;
     }
     free(next);

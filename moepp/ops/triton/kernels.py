@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from moepp.ops.signatures import check_arguments
 from moepp.ops.triton.affine_experts import affine_experts, affine_experts_backward
 from moepp.ops.triton.cross_entropy import cross_entropy
 from moepp.ops.triton.gates import gates, gates_backward
@@ -37,5 +38,12 @@ class TritonKernels:
     """The kernels, to be called as those of a compiled :class:`~moepp.ops.cpu.build.Library`."""
 
     def call(self, name: str, *arguments: Tensor | int | None) -> None:
-        """Run a kernel; tensors must be dense (rows may lie apart only where the kernel takes a stride)."""
+        """Run a kernel on the device of its first tensor, which is of the element type or float32.
+
+        Raises:
+            TypeError: see :func:`moepp.ops.signatures.check_arguments`.
+        """
+        first = arguments[0]
+        assert isinstance(first, Tensor)
+        check_arguments(name, arguments, first.dtype, first.device)
         KERNELS[name](*arguments)

@@ -26,13 +26,14 @@ import torch
 from moepp.ops.cpu import build, cache
 from moepp.ops.cpu.cache import Cache, CacheError, find_cache
 from moepp.ops.cpu.compiler import BuildError, Compiler, find_compiler
+from moepp.ops.signatures import SIGNATURES
 
 CC = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 pytestmark = pytest.mark.skipif(CC is None, reason="no C compiler")
 
 FORK = multiprocessing.get_context("fork")
 ANSWERS = "long has_amx(void) { return 0; }\nlong has_avx2_experts(void) { return 1; }\n"
-FUNCTIONS = ANSWERS + "".join(f"void {name}(void) {{}}\n" for name in build._SIGNATURES)
+FUNCTIONS = ANSWERS + "".join(f"void {name}(void) {{}}\n" for name in build.FUNCTIONS)
 # Leaves a mark when it is loaded, before anything of it is called.
 PLANTED = 'int mkdir(const char *, int);\n__attribute__((constructor)) void run(void) {{ mkdir("{}", 0700); }}\n'
 
@@ -187,8 +188,8 @@ def test_a_file_that_is_cut_while_it_is_in_use_does_no_harm(folder):
     def use() -> None:
         library = build_now()
         os.truncate(library.path, 0)
-        for name, signature in build._SIGNATURES.items():
-            library.call(name, *([0] * len(signature)))
+        for name in build.FUNCTIONS:
+            getattr(library.handle, name)(*([0] * len(SIGNATURES[name].split())))
 
     assert in_child(use) == 0
 
