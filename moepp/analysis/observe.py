@@ -130,7 +130,7 @@ def _watched(layers: list[MoELayer]) -> Iterator[list[tuple[Tensor, Tensor, Tens
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def keep(layer: MoELayer, _: Any, output: Any) -> None:
-        gates = layer.router.choose(output.router_logits)
+        gates = layer.router.gates(output.router_logits)
         probs_TE = gates.probs_TE.double()
         entropy_T1 = -torch.special.xlogy(probs_TE, probs_TE).sum(dim=1, keepdim=True)
         seen.append((gates.topk_ids_TK.to(torch.int16).cpu(), gates.weights_TK.float().cpu(), entropy_T1.float().cpu()))

@@ -115,7 +115,7 @@ def _watched_choices(layers: Sequence[MoELayer]) -> Iterator[list[list[Tensor]]]
 
     def keep(calls: list[Tensor]) -> Callable:
         def hook(layer: MoELayer, _: object, output: object) -> None:
-            gates = layer.router.choose(output.router_logits)  # pyright: ignore[reportAttributeAccessIssue]
+            gates = layer.router.gates(output.router_logits)  # pyright: ignore[reportAttributeAccessIssue]
             calls.append(gates.topk_ids_TK.to(torch.int16).cpu())
 
         return hook

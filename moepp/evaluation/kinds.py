@@ -72,7 +72,7 @@ def counted_kinds(model: Transformer, mask_BS: Tensor) -> Iterator[list[KindCoun
         def hook(layer: MoELayer, _: object, output: object) -> None:
             if counts[number] is not None:  # a token that it wrote
                 return
-            ids_TK = layer.router.choose(output.router_logits).topk_ids_TK  # pyright: ignore[reportAttributeAccessIssue]
+            ids_TK = layer.router.gates(output.router_logits).topk_ids_TK  # pyright: ignore[reportAttributeAccessIssue]
             slices = layer.cfg.kind_slices.values()
             inside = [((ids_TK >= one.start) & (ids_TK < one.stop) & mask_T1).sum() for one in slices]
             counts[number] = torch.stack(inside)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from moepp.config import MoEConfig
@@ -143,8 +144,7 @@ class MoELayer(nn.Module):
         """
         self._check_input(x, prev_logits_TE)
         x_TD = share_gradient(x.reshape(-1, self.hidden_size))
-        logits_TE = self.router(x_TD, prev_logits_TE)
-        gates = self.router.choose(logits_TE)
+        logits_TE, gates = self.router.route(x_TD, prev_logits_TE)
         assignments = self.assign(gates, batch_size=x.shape[0] if x.dim() == 3 else 1)
         if self.cfg.scale_input_by_top_k:
             x_TD = share_gradient(x_TD * self.cfg.top_k)
@@ -211,4 +211,10 @@ class MoELayer(nn.Module):
             raise ConfigError(
                 f"prev_logits_TE has shape {list(prev_logits_TE.shape)}, expected {list(expected)}; pass router_logits "
                 "of the previous MoE layer for the same tokens"
+            )
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if prev_logits_TE is not None and prev_logits_TE.dtype != dtype:
+            raise ConfigError(
+                f"prev_logits_TE is {prev_logits_TE.dtype}, and logits of {x.dtype} tokens are {dtype}; pass "
+                "router_logits of the previous MoE layer as it returned them"
             )

@@ -5,11 +5,13 @@ Shapes: T tokens, E = N experts of every kind (FFN experts first), K experts per
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
 from moepp.config import MoEConfig
-from moepp.moe.registered import require_tensor
+from moepp.moe.registered import require_tensor, without_side_effects
 from moepp.ops import constants
 from moepp.registry import BALANCE_RULES
 
@@ -26,11 +28,12 @@ def balance_loss(*, probs_TE: Tensor, selection_share_E: Tensor, cfg: MoEConfig)
         cfg: of the layer.
 
     Returns:
-        Scalar, not multiplied by β; 0 for T = 0.
+        Scalar in the scores' dtype, not multiplied by β; 0 for T = 0.
     """
-    rule = BALANCE_RULES.get(cfg.balance_rule)
-    loss = rule(probs_TE=probs_TE, selection_share_E=selection_share_E.detach(), cfg=cfg)
-    return require_tensor(loss, f"balance rule {cfg.balance_rule}", probs_TE, ())
+    rule, what = BALANCE_RULES.get(cfg.balance_rule), f"balance rule {cfg.balance_rule}"
+    with nullcontext() if rule is heterogeneous else without_side_effects(what, probs_TE):
+        loss = rule(probs_TE=probs_TE, selection_share_E=selection_share_E.detach(), cfg=cfg)
+    return require_tensor(loss, what, probs_TE, (), probs_TE.dtype)
 
 
 @BALANCE_RULES.register("heterogeneous")

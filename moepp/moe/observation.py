@@ -71,7 +71,7 @@ def remember(router: Router, logits_TE: Tensor, prev_logits_TE: Tensor | None, g
     plain_TE = ops.add_linear_fp32(logits_TE, prev_logits_TE, -router.gate_map.weight)
     if type(router).choose is Router.choose:
         return RouterCall(router.cfg, logits_TE, plain_TE, gates)
-    return RouterCall(router.cfg, logits_TE, None, gates, router.choose(plain_TE).weights_TK)
+    return RouterCall(router.cfg, logits_TE, None, gates, router.gates(plain_TE).weights_TK)
 
 
 @torch.no_grad()

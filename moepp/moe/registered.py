@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from moepp.errors import ConfigError
 from moepp.io.untrusted import show
+from moepp.ops.backend import is_plain
 
 # What a checkpoint can hold.
 BUFFER_DTYPES = ("float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool")
@@ -17,6 +20,10 @@ BUFFER_DTYPES = ("float32", "float64", "bfloat16", "float16", "int64", "int32", 
 
 class RegisteredModule(nn.Module):
     """A module that may own parameters and buffers.
+
+    What it computes is a function of its arguments, parameters and buffers: it draws no random numbers and changes no
+    buffer (:func:`without_side_effects`), because layers are computed again where activations are not kept, and routers
+    on steps that are logged.
 
     Buffers keep their dtype (fp32 unless said otherwise) whatever the model's precision. They are part of every
     checkpoint and must be the same on every rank at all times. A class that registers one defines
@@ -73,19 +80,69 @@ class RegisteredModule(nn.Module):
         return self
 
 
-def require_tensor(value: Any, what: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return what a registered part gave back, once its kind, shape and device are right.
+def require_tensor(value: Any, what: str, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return what a registered part gave back, once its kind, shape, device (that of ``like``) and dtype are right.
 
     Raises:
         ConfigError: they are not.
     """
     if not isinstance(value, Tensor):
         raise ConfigError(f"{what} returned {show(value)}; return a tensor of shape {list(shape)}")
+    if value.dtype != dtype:
+        raise ConfigError(f"{what} returned {value.dtype}; return {dtype}, for example by .to({dtype})")
     if tuple(value.shape) != shape or value.device != like.device:
         raise ConfigError(
             f"{what} returned shape {list(value.shape)} on {value.device}; return shape {list(shape)} on {like.device}"
         )
     return value
+
+
+@contextmanager
+def without_side_effects(what: str, like: Tensor, module: nn.Module | None = None) -> Iterator[None]:
+    """Refuse what a registered part does within it besides computing; nothing waits for the device.
+
+    A layer whose activations are not kept is computed a second time in backward, and so are routers on steps that are
+    logged: other random numbers or another buffer would give gradients and statistics of another function.
+
+    Args:
+        what: the part, for messages.
+        like: a tensor that it is given; where it computes.
+        module: whose buffers stay as they are.
+
+    Raises:
+        ConfigError: torch's random state has changed, of the host or the device, or a buffer.
+    """
+    if torch.compiler.is_compiling() or not is_plain(like):  # traced: nothing is computed
+        yield
+        return
+    random, buffers = _random_states(like.device), _versions(module)
+    yield
+    if not all(map(torch.equal, random, _random_states(like.device))):
+        raise ConfigError(
+            f"{what} drew random numbers, and would draw others when the layer is computed again; compute with its "
+            "arguments, parameters and buffers alone"
+        )
+    for name, (buffer, version) in _versions(module).items():
+        before, version_before = buffers.get(name, (buffer, version))
+        if buffer is not before or version != version_before:
+            raise ConfigError(
+                f"{what} changed its buffer {name} while it computed, and would do so again when the layer is computed "
+                "again; change it in after_optimizer_step"
+            )
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    """Return the states of torch's generators of the host and the device; they lie on the host."""
+    states = [torch.get_rng_state()]
+    if device.type not in ("cpu", "meta"):
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return states
+
+
+def _versions(module: nn.Module | None) -> dict[str, tuple[Tensor, int]]:
+    """Return each buffer and how often it was written to, which torch does not count for those of inference mode."""
+    buffers = () if module is None else persistent_buffers(module)
+    return {name: (buffer, -1 if buffer.is_inference() else buffer._version) for name, buffer in buffers}
 
 
 def known_flops(module: RegisteredModule) -> float | None:

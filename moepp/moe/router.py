@@ -6,6 +6,7 @@ Shapes: T tokens, D width, E = N experts of every kind, K experts per token.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 
 from moepp import ops
 from moepp.config import MoEConfig
-from moepp.moe.gates import Gates, compute_gates
-from moepp.moe.registered import RegisteredModule, require_tensor
+from moepp.moe.gates import Gates, compute_gates, require_gates
+from moepp.moe.registered import RegisteredModule, require_tensor, without_side_effects
 from moepp.registry import ROUTERS
 
 
@@ -58,7 +59,7 @@ class Router(RegisteredModule):
         raise NotImplementedError
 
     def project(self, x_TD: Tensor) -> Tensor:
-        """R(x): logits [T, N] before the residual, at least fp32."""
+        """R(x): logits [T, N] before the residual, fp32 (fp64 for fp64 input) whatever the dtype of x."""
         raise NotImplementedError
 
     def forward(self, x_TD: Tensor, prev_logits_TE: Tensor | None) -> Tensor:
@@ -68,15 +69,41 @@ class Router(RegisteredModule):
             x_TD: the tokens.
             prev_logits_TE: logits of the previous MoE layer.
         """
-        shape = (len(x_TD), self.cfg.num_experts)
-        logits_TE = require_tensor(self.project(x_TD), f"router {self.cfg.router}", x_TD, shape)
+        logits_TE = self._require_logits(self.project(x_TD), x_TD)
         if self.gate_map is not None:
             logits_TE = ops.add_linear_fp32(logits_TE, prev_logits_TE, self.gate_map.weight)
         return logits_TE
 
     def choose(self, logits_TE: Tensor) -> Gates:
-        """Return the K experts of every token and their gate weights."""
+        """Return the K experts of every token (int64) and their gate weights (in the logits' dtype)."""
         return compute_gates(logits_TE, self.cfg)
+
+    def route(self, x_TD: Tensor, prev_logits_TE: Tensor | None) -> tuple[Tensor, Gates]:
+        """Return logits and gates, as :meth:`forward` and :meth:`gates` do, once they are right.
+
+        Raises:
+            ConfigError: they have another shape, dtype or device, or making them had side effects.
+        """
+        with self._watched(f"router {self.cfg.router}", x_TD, type(self) not in (LinearRouter, MLPRouter)):
+            logits_TE = self(x_TD, prev_logits_TE)
+        return self._require_logits(logits_TE, x_TD), self.gates(logits_TE)
+
+    def gates(self, logits_TE: Tensor) -> Gates:
+        """Return what :meth:`choose` does; errors as of :meth:`route`."""
+        what, is_registered = f"router {self.cfg.router}", True
+        if type(self).choose is Router.choose:
+            what = f"gate normalisation {self.cfg.gate_normalization}"
+            is_registered = self.cfg.gate_normalization not in ops.GATE_NORMALIZATIONS
+        with self._watched(what, logits_TE, is_registered):
+            gates = self.choose(logits_TE)
+        return require_gates(gates, what, logits_TE, self.cfg) if is_registered else gates
+
+    def _watched(self, what: str, like: Tensor, is_registered: bool) -> AbstractContextManager[None]:
+        return without_side_effects(what, like, self) if is_registered else nullcontext()
+
+    def _require_logits(self, logits_TE: Tensor, x_TD: Tensor) -> Tensor:
+        shape, dtype = (len(x_TD), self.cfg.num_experts), torch.promote_types(x_TD.dtype, torch.float32)
+        return require_tensor(logits_TE, f"router {self.cfg.router}", x_TD, shape, dtype)
 
     @torch.no_grad()
     def after_optimizer_step(self, load_E: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch.nn.modules import module
 
 from moepp import ops
 from moepp.config import MoEConfig
-from moepp.moe.registered import RegisteredModule, require_tensor
+from moepp.moe.registered import RegisteredModule, require_tensor, without_side_effects
 from moepp.registry import EXPERT_KINDS
 
 
@@ -76,8 +76,10 @@ class ZeroComputation(nn.Module):
             if not self._forward_hooks and not module._global_forward_hooks:  # which may keep it
                 ops.donate(total_TD)
         for kind, experts in self.named_children():
-            gates_TZ = _gates_of(slices[kind], ids_TK, weights_TK)
-            out_TD = require_tensor(experts(x_TD, gates_TZ), f"expert kind {kind}", x_TD, tuple(x_TD.shape))
+            gates_TZ, what = _gates_of(slices[kind], ids_TK, weights_TK), f"expert kind {kind}"
+            with without_side_effects(what, x_TD, experts):
+                out_TD = experts(x_TD, gates_TZ)
+            out_TD = require_tensor(out_TD, what, x_TD, tuple(x_TD.shape), x_TD.dtype)
             total_TD = out_TD if total_TD is None else total_TD + out_TD
         return total_TD
 

@@ -76,7 +76,7 @@ def test_compiled_kernels_check_before_they_run(dtype):
     if library is None:
         pytest.skip("no compiled kernels")
     gate, act = torch.ones(4, 8, dtype=dtype), torch.full((4, 8), 7.0, dtype=torch.float64)
-    with pytest.raises(TypeError, match="argument 5 of kernel swiglu is torch.float64 on cpu"):
+    with pytest.raises(TypeError, match=r"argument 5 of kernel swiglu is torch\.float64 on cpu"):
         library.call("swiglu", gate, 8, gate, 8, act, 8, 4, 8)
     assert (act == 7).all()
 
