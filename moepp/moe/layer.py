@@ -213,8 +213,8 @@ class MoELayer(nn.Module):
                 "of the previous MoE layer for the same tokens"
             )
         dtype = torch.promote_types(x.dtype, torch.float32)
-        if prev_logits_TE is not None and prev_logits_TE.dtype != dtype:
+        if prev_logits_TE is not None and torch.promote_types(prev_logits_TE.dtype, dtype) != dtype:
             raise ConfigError(
                 f"prev_logits_TE is {prev_logits_TE.dtype}, and logits of {x.dtype} tokens are {dtype}; pass "
-                "router_logits of the previous MoE layer as it returned them"
+                "router_logits of the previous MoE layer for the same tokens"
             )

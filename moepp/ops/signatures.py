@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,21 +38,21 @@ TRITON_ONLY = ("gather", "rotate")
 class Argument(NamedTuple):
     """One argument of a kernel."""
 
-    is_tensor: bool
-    dtype: torch.dtype | None  # of the tensor; None: the element type
+    is_number: bool
+    dtype: torch.dtype | None  # of a tensor; None: the element type
     may_lie_apart: bool
     is_optional: bool
 
 
 _DTYPES = {"e": None, "f": torch.float32, "i": torch.int64, "n": None}
 _ARGUMENTS = {
-    name: tuple(Argument(word[0] != "n", _DTYPES[word[0]], "~" in word, "?" in word) for word in signature.split())
+    name: tuple(Argument(word == "n", _DTYPES[word[0]], "~" in word, "?" in word) for word in signature.split())
     for name, signature in SIGNATURES.items()
 }
 
 
 def check_arguments(
-    name: str, arguments: tuple[Tensor | int | None, ...], element: torch.dtype, device: torch.device
+    name: str, arguments: Sequence[Tensor | int | None], element: torch.dtype, device: torch.device
 ) -> None:
     """Refuse what the kernel would misread; all in Python, nothing waits for the device.
 
@@ -62,23 +63,27 @@ def check_arguments(
         device: where they have to be.
 
     Raises:
-        TypeError: an argument of another kind, dtype, device or memory layout: a fault of the calling code.
+        TypeError: a missing argument, or one of another kind, dtype, device or memory layout: a fault of the caller's.
     """
-    for number, (wanted, value) in enumerate(zip(_ARGUMENTS[name], arguments, strict=True), 1):
-        if not wanted.is_tensor:
-            if not isinstance(value, int):
-                raise TypeError(f"argument {number} of kernel {name} is {type(value).__name__}; pass a number")
-        elif not isinstance(value, Tensor):
-            if value is not None or not wanted.is_optional:
-                raise TypeError(f"argument {number} of kernel {name} is {type(value).__name__}; pass a tensor")
-        elif value.dtype != (wanted.dtype or element) or value.device != device or not _fits(value, wanted):
-            raise TypeError(
-                f"argument {number} of kernel {name} is {value.dtype} on {value.device}, shape {list(value.shape)}, "
-                f"strides {list(value.stride())}; pass {wanted.dtype or element} on {device}, "
-                f"{'rows' if wanted.may_lie_apart else 'all'} contiguous"
-            )
+    wanted = _ARGUMENTS[name]
+    if len(arguments) != len(wanted):
+        raise TypeError(f"kernel {name} takes {len(wanted)} arguments and was given {len(arguments)}")
+    for number, (argument, value) in enumerate(zip(wanted, arguments, strict=True), 1):
+        is_number, dtype, may_lie_apart, is_optional = argument
+        if is_number:
+            is_right = type(value) is int
+        elif isinstance(value, Tensor):
+            is_right = value.dtype is (dtype or element) and value.device == device
+            is_right = is_right and (value.is_contiguous() or (may_lie_apart and value.stride(-1) == 1))
+        else:
+            is_right = value is None and is_optional
+        if not is_right:
+            rows = "each row" if may_lie_apart else "all"
+            remedy = "an integer" if is_number else f"a tensor of {dtype or element} on {device}, {rows} contiguous"
+            raise TypeError(f"argument {number} of kernel {name} is {_describe(value)}; pass {remedy}")
 
 
-def _fits(value: Tensor, wanted: Argument) -> bool:
-    """Return whether the elements lie as the kernel reads them."""
-    return value.is_contiguous() or (wanted.may_lie_apart and value.stride(-1) == 1)
+def _describe(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{value.dtype} on {value.device}, shape {list(value.shape)}, strides {list(value.stride())}"

@@ -37,7 +37,8 @@ class ExpertKind(RegisteredModule):
     def forward(self, x_TD: Tensor, gates_TZ: Tensor) -> Tensor:
         """Return the weighted sum of these experts' outputs, ``Σ_z gates[t, z] E_z(x_t)``: [T, D] in x's dtype.
 
-        ``gates_TZ`` are fp32 (fp64) and 0 where an expert was not chosen or was dropped.
+        ``x_TD`` are bf16 where a model trains in it. ``gates_TZ`` are fp32 then too (fp64 for fp64 tokens), and 0 where
+        an expert was not chosen or was dropped.
         """
         raise NotImplementedError
 

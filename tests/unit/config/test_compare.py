@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moepp.config.compare import breaking_differences, flatten
+from moepp.config.compare import TRAINING_ONLY, breaking_differences, flatten, other_differences
 from moepp.config.defaults import MISSING, default_tree
 
 
@@ -47,3 +49,26 @@ def test_a_required_key_that_is_absent_is_said():
     old, new = whole_config(), whole_config()
     without(old, "model.num_heads")
     assert breaking_differences(old, new) == ["model.num_heads: absent -> 64"]
+
+
+@pytest.mark.parametrize("key", sorted(TRAINING_ONLY))
+def test_what_weights_do_not_depend_on_may_change_before_the_first_step_alone(key):
+    old, new = whole_config(), whole_config()
+    *sections, last = key.split(".")
+    inner = new
+    for section in sections:
+        inner = inner[section]
+    inner[last] = "another"
+    for untrained, refused, told in ((False, 1, 0), (True, 0, 1)):
+        assert len(breaking_differences(old, new, untrained=untrained)) == refused
+        assert len(other_differences(old, new, untrained=untrained)) == told
+
+
+def test_the_page_lists_those_keys_for_imported_weights_and_for_no_other_run():
+    page = (Path(__file__).resolve().parents[3] / "docs/configuration.md").read_text()
+    _, _, section = page.partition("## What may change when a run continues\n\n")
+    continued, imported, *_ = section.split("\n\n")
+    names = {key.rpartition(".")[2] for key in TRAINING_ONLY}
+    listed = {name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)`", imported)} - {"path", "moe"}
+    assert listed == names
+    assert not names & {name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)`", continued)}

@@ -27,6 +27,7 @@ def small(**moe) -> MoEConfig:
 class OddKind(ExpertKind):
     """Returns ``answer(x_TD, gates_TZ)``."""
 
+    seen: Tensor
     answer: ClassVar[Callable] = lambda self, x_TD, gates_TZ: x_TD
 
     def __init__(self, num_experts, hidden_size):
@@ -44,6 +45,7 @@ class OddKind(ExpertKind):
 class OddRouter(LinearRouter):
     """Passes what it makes through ``change_logits`` and ``change_gates``."""
 
+    seen: Tensor
     change_logits: ClassVar[Callable] = lambda self, logits_TE: logits_TE
     change_gates: ClassVar[Callable] = lambda self, gates: gates
 
@@ -146,7 +148,9 @@ def test_part_that_keeps_to_the_dtypes_is_taken_in_every_precision(dtype, moe, m
     layer = MoELayer(small(**moe), hidden_size=64).to(dtype)
     out = layer(torch.randn(32, 64, dtype=dtype))
     (out.hidden.float().square().sum() + out.aux_loss).backward()
-    assert out.hidden.dtype == dtype and all(p.grad.isfinite().all() for p in layer.experts.parameters())
+    assert out.hidden.dtype == dtype and all(
+        p.grad is not None and p.grad.isfinite().all() for p in layer.experts.parameters()
+    )
 
 
 @pytest.mark.parametrize(("moe", "place"), [(GATES, "gates"), (ROUTER, "change_gates")])
@@ -210,3 +214,10 @@ def test_part_that_changes_a_buffer_while_it_computes_is_named(moe, place, count
         layer(x)
     with torch.inference_mode(), pytest.raises(ConfigError, match="changed its buffer seen"):
         layer(x)
+
+
+def test_previous_logits_of_a_wider_dtype_are_refused_and_of_a_narrower_one_are_taken():
+    layer, x = MoELayer(small(), hidden_size=8), torch.randn(30, 8)
+    with pytest.raises(ConfigError, match=r"prev_logits_TE is torch.float64, and logits of torch.float32 tokens are"):
+        layer(x, torch.zeros(30, 4, dtype=torch.float64))
+    assert layer(x, torch.zeros(30, 4, dtype=torch.bfloat16)).router_logits.dtype == torch.float32
