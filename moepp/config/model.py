@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from moepp.config.options import convert_options
 from moepp.config.require import require, require_above, require_at_least, require_choice
-from moepp.io.untrusted import show
 from moepp.registry import BALANCE_RULES, EXPERT_KINDS, GATE_NORMALIZATIONS, ROUTERS
 
 # Beyond any model: what is listed by layer or expert, and counted in products of sizes, stays small enough to refuse.
@@ -43,7 +43,9 @@ class MoEConfig:
     z_loss_weight: float = 0.0  # weight of mean(logsumexp(logits)^2) (ST-MoE, arXiv 2202.08906 Eq. 5)
     expert_chunk_rows: int | None = None  # rows that experts compute at a time, again in backward; None: all at once
     extra_experts: Mapping[str, int] = field(default_factory=dict, hash=False)  # experts of each registered kind
-    router_options: Mapping[str, float] = field(default_factory=dict, hash=False)  # of a registered router
+    router_options: Mapping[str, bool | int | float | str] = field(
+        default_factory=dict, hash=False
+    )  # of a registered router
 
     def __post_init__(self) -> None:
         for name in ("num_ffn_experts", "num_zero_experts", "num_copy_experts", "num_constant_experts"):
@@ -89,13 +91,9 @@ class MoEConfig:
     def _check_router(self) -> None:
         ROUTERS.require(self.router)
         router = ROUTERS.get(self.router)
-        for option in self.router_options:
-            require(
-                option in router.default_options,
-                f"model.moe.router_options.{show(option)[1:-1]} is not an option of router={self.router} (it has "
-                f"{', '.join(router.default_options) or 'none'}); remove it",
-            )
-        object.__setattr__(self, "router_options", dict(sorted(self.router_options.items())))
+        key, owner = "model.moe.router_options", f"router={self.router}"
+        options = convert_options(self.router_options, router.default_options, key, owner)
+        object.__setattr__(self, "router_options", options)
         router.check(self)
 
     @property

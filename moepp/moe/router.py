@@ -31,8 +31,11 @@ class Router(RegisteredModule):
     :meth:`after_optimizer_step` gets what it needs for that.
     """
 
-    default_options: ClassVar[Mapping[str, float]] = {}
-    """Settings that ``model.moe.router_options`` may have, with their defaults; :attr:`options` has those in force."""
+    default_options: ClassVar[Mapping[str, bool | int | float | str]] = {}
+    """Settings that ``model.moe.router_options`` may have, with their defaults; :attr:`options` has those in force.
+
+    A value has the type of its default: bool, int, float or str. Another one is refused.
+    """
 
     computed_by: ClassVar[tuple[str, ...]] = ("project", "forward")  # the residual's product is counted elsewhere
 
@@ -51,7 +54,7 @@ class Router(RegisteredModule):
         """Raise :class:`moepp.errors.ConfigError` for settings that this router cannot work with.
 
         Called for every configuration that names it, before anything else. ``cfg.router_options`` holds only names of
-        :attr:`default_options` by then.
+        :attr:`default_options`, with values of their types, by then.
         """
 
     def make_parameters(self, hidden_size: int) -> None:

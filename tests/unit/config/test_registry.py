@@ -6,9 +6,11 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 import docs.examples.bias_router
@@ -17,14 +19,14 @@ import docs.examples.scale_expert  # noqa: F401
 from moepp import MoEConfig, MoELayer
 from moepp.cli.main import main
 from moepp.config import ModelConfig, import_plugins
-from moepp.config.load import from_stored, upgrade
+from moepp.config.load import build, from_stored, upgrade
 from moepp.errors import ConfigError, PluginError
 from moepp.model.init import init_parameters
 from moepp.model.transformer import Transformer
 from moepp.moe.experts import ExpertKind
 from moepp.moe.gates import Gates
 from moepp.moe.registered import persistent_buffers
-from moepp.moe.router import LinearRouter
+from moepp.moe.router import LinearRouter, make_router
 from moepp.registry import BALANCE_RULES, EXPERT_KINDS, GATE_NORMALIZATIONS, ROUTERS, Registry
 from tests.parity import Layout, Setting, make_config
 
@@ -229,6 +231,81 @@ def test_unknown_option_of_a_router_is_refused():
         small(**BIAS, router_options={"bias_update_rate": -1.0})
     with pytest.raises(ConfigError, match="gate_normalization=none"):
         small(router="bias")
+
+
+@ROUTERS.register("with_options")
+class RouterWithOptions(LinearRouter):
+    default_options: ClassVar = {"groups": 2, "rate": 0.5, "shared": False, "score": "softmax"}
+
+
+def options_of(**given) -> dict:
+    tree = {"num_ffn_experts": 2, "ffn_hidden_size": 4, "router": "with_options", "router_options": given}
+    options = make_router(build(MoEConfig, tree, "model.moe"), 8).options
+    again = build(MoEConfig, yaml.safe_load(yaml.safe_dump(tree | {"router_options": options})), "model.moe")
+    assert typed(again.router_options) == typed(options), "as a run keeps them"
+    return options
+
+
+def typed(options) -> dict:
+    return {name: (type(value), value) for name, value in options.items()}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"groups": 2, "rate": 0.5, "shared": False, "score": "softmax"}),
+        ({"groups": 4}, {"groups": 4}),
+        ({"groups": 4.0}, {"groups": 4}),
+        ({"groups": -3}, {"groups": -3}),
+        ({"groups": 2**62}, {"groups": 2**62}),
+        ({"rate": 1}, {"rate": 1.0}),
+        ({"rate": 10**17}, {"rate": 1e17}),
+        ({"shared": True}, {"shared": True}),
+        ({"score": "sigmoid"}, {"score": "sigmoid"}),
+        ({"score": 7}, {"score": "7"}),
+        ({"groups": 1, "rate": 2.5, "shared": True, "score": "x"}, {}),
+    ],
+)
+def test_option_of_a_router_has_the_type_of_its_default(given, expected):
+    found = options_of(**given)
+    assert typed(found) == typed(RouterWithOptions.default_options | given | expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("groups", 2.5, "a whole number, as its default 2 is"),
+        ("groups", 1e300, "a whole number"),
+        ("groups", True, "a whole number"),
+        ("groups", "four", "a whole number"),
+        ("rate", "fast", "a number, as its default 0.5 is"),
+        ("rate", False, "a number"),
+        ("shared", 1, "true or false, as its default False is"),
+        ("shared", "yes", "true or false"),
+        ("score", True, "a text, as its default 'softmax' is"),
+    ],
+)
+def test_option_of_another_type_is_one_line(name, value, wanted):
+    with pytest.raises(ConfigError) as error:
+        options_of(**{name: value})
+    assert f"model.moe.router_options.{name}={value!r} is not {wanted}" in str(error.value)
+    assert str(error.value).endswith("; give one") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [None, [1], {"a": 1}, float("nan"), float("inf")])
+def test_option_that_is_no_plain_value_is_one_line(value):
+    for name in RouterWithOptions.default_options:
+        with pytest.raises(ConfigError, match=rf"model\.moe\.router_options\.{name}="):
+            options_of(**{name: value})
+    for name in ("groups", "rate"):  # built in Python
+        with pytest.raises(ConfigError, match=rf"router_options\.{name}="):
+            small(router="with_options", router_options={name: float("nan")})
+
+
+def test_default_that_no_configuration_could_write_names_the_router(monkeypatch):
+    monkeypatch.setattr(RouterWithOptions, "default_options", {"sizes": [1, 2]})
+    with pytest.raises(ConfigError, match=r"router=with_options declares .*sizes with the default \[1, 2\]"):
+        options_of(sizes=1)
 
 
 def test_buffers_keep_fp32_in_every_precision_and_are_filled_at_the_start():
