@@ -10,6 +10,8 @@ from torch import nn
 from moepp.distributed import comm
 from moepp.distributed.groups import ParallelGroups
 
+# What a parameter may belong to. Routers and zero-computation experts may be registered, and have any names inside.
+COMPONENTS = ("embed_tokens", "self_attn", "router", "experts", "zero_computation", "mlp", "lm_head")
 # Tensor parallelism cuts the heads: rows of the projections to them, columns of the one from them.
 _TENSOR_DIMS = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1}
 
@@ -58,15 +60,25 @@ class ParameterGroup:
     parameters: dict[str, nn.Parameter]
 
 
+def split_name(name: str) -> tuple[str | None, list[str]]:
+    """Return which of :data:`COMPONENTS` a parameter belongs to (None: a norm), and its path inside of that.
+
+    The first in the name decides: what a registered part calls its own modules means nothing here.
+    """
+    path = name.split(".")
+    place = next((place for place, word in enumerate(path) if word in COMPONENTS), None)
+    return (None, path) if place is None else (path[place], path[place + 1 :])
+
+
 def is_expert_parameter(name: str) -> bool:
     """Return whether the parameter is stacked over FFN experts (dimension 0) and so sharded over the EP group."""
-    return ".experts." in f".{name}"
+    return split_name(name)[0] == "experts"
 
 
 def tensor_dim(name: str) -> int | None:
     """Return the dimension along which tensor parallelism cuts the parameter; None: it is whole on every rank."""
-    path = name.split(".")
-    return _TENSOR_DIMS.get(path[-2]) if path[-3:-2] == ["self_attn"] else None
+    component, path = split_name(name)
+    return _TENSOR_DIMS.get(path[0]) if component == "self_attn" else None
 
 
 def placement_of(name: str, tensor_parallel: bool = True) -> Placement:
@@ -82,7 +94,7 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
     The first dimension of a zero-computation expert's parameter counts experts: constant vectors are [C, D].
     """
-    return parameter.dim() >= (3 if ".zero_computation." in f".{name}" else 2)
+    return parameter.dim() >= (3 if split_name(name)[0] == "zero_computation" else 2)
 
 
 def group_parameters(

@@ -13,20 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moepp.distributed.device import to_device
+from moepp.distributed.parameters import split_name
 from moepp.engine.engine import OwnPart
 from moepp.engine.norms import rough_squared_norms
 from moepp.metrics.routing import spaced
 from moepp.metrics.values import Value
 
-MODULES = {  # metric -> what its parameters' names hold; the first that does counts
-    "embedding": ("embed_tokens.",),
-    "lm_head": ("lm_head.",),
-    "attention": ("self_attn.",),
-    "router": ("moe.router.",),
-    "ffn_experts": ("moe.experts.",),
-    "zero_computation_experts": ("moe.zero_computation.",),
-    "dense_ffn": ("mlp.",),
-    "norms": ("norm",),
+MODULES = {  # metric -> the component that its parameters belong to; None: none
+    "embedding": "embed_tokens",
+    "lm_head": "lm_head",
+    "attention": "self_attn",
+    "router": "router",
+    "ffn_experts": "experts",
+    "zero_computation_experts": "zero_computation",
+    "dense_ffn": "mlp",
+    "norms": None,
 }
 _KINDS = ("gradient", "weight")
 
@@ -80,10 +81,7 @@ class ModuleNorms:
         """Return the row and column of a parameter; the last row has what is in no layer."""
         first, _, rest = name.partition(".")
         layer = int(rest.partition(".")[0]) if first == "layers" else self._num_layers
-        for module, parts in enumerate(MODULES.values()):
-            if any(part in name for part in parts):
-                return layer, module
-        raise ValueError(f"parameter {name} belongs to no module of {', '.join(MODULES)}")
+        return layer, list(MODULES.values()).index(split_name(name)[0])
 
     def values(self) -> dict[str, Value]:
         """Return the squares of the last step that was looked at, zeros if there was none; start anew."""

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from moepp.config import ModelConfig
-from moepp.distributed.parameters import tensor_dim
+from moepp.distributed.parameters import is_expert_parameter, split_name, tensor_dim
 from moepp.errors import ConfigError
 from moepp.model.transformer import Transformer
 from moepp.moe.registered import RegisteredModule, persistent_buffers
-
-_STACKED_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")  # first dimension: the experts of this rank
 
 
 @torch.no_grad()
@@ -25,7 +23,8 @@ def init_parameters(model: Transformer, seed: int, ep_rank: int = 0, ep_size: in
     """Draw every parameter of ``model`` in place: in fp32 on the CPU, then cast and copied.
 
     Matrices, embeddings and routers: N(0, ``cfg.init_std``). Constant experts' vectors: N(0,
-    ``cfg.constant_init_std``). Norms: 1. Registered parts may say otherwise. Buffers: see :func:`reset_buffers`.
+    ``cfg.constant_init_std``). Norms of the model: 1. Registered parts: N(0, ``cfg.init_std``), norms inside them too,
+    unless they say otherwise (:meth:`RegisteredModule.init`). Buffers: see :func:`reset_buffers`.
 
     Args:
         model: any dtype and device; rank ``ep_rank`` of ``ep_size`` holds the FFN experts
@@ -43,7 +42,7 @@ def init_parameters(model: Transformer, seed: int, ep_rank: int = 0, ep_size: in
         std, constant = _std(name, model.cfg), _constant(model, name)
         if constant is not None:
             parameter.fill_(constant)
-        elif name.endswith(_STACKED_EXPERTS):
+        elif is_expert_parameter(name):  # the first dimension counts the experts of this rank
             if parameter.shape[0] != num_local:
                 raise ConfigError(
                     f"{name} holds {parameter.shape[0]} experts, but {model.cfg.moe.num_ffn_experts} over ep_size="
@@ -68,7 +67,7 @@ def _constant(model: Transformer, name: str) -> float | None:
         module = module.get_submodule(part)
         if isinstance(module, RegisteredModule) and (value := module.init(".".join(path[depth:]))) is not None:
             return value
-    return 1.0 if name.endswith("norm.weight") else None
+    return 1.0 if split_name(name)[0] is None and name.endswith("norm.weight") else None
 
 
 @torch.no_grad()
@@ -87,7 +86,7 @@ def reset_buffers(model: nn.Module) -> None:
 
 def _std(name: str, cfg: ModelConfig) -> float:
     """Return the standard deviation of a parameter."""
-    return cfg.constant_init_std if name.endswith("zero_computation.value") else cfg.init_std
+    return cfg.constant_init_std if split_name(name) == ("zero_computation", ["value"]) else cfg.init_std
 
 
 def random_stream(key: str) -> torch.Generator:

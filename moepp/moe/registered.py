@@ -42,7 +42,10 @@ class RegisteredModule(nn.Module):
         return None
 
     def init(self, name: str) -> float | None:
-        """Return the initial value of the parameter ``name`` (relative to this module); ``None``: drawn."""
+        """Return the initial value of the parameter ``name`` (relative to this module); ``None``: drawn.
+
+        All are drawn from N(0, ``model.init_std``), the weight of a norm among them: return 1 for it.
+        """
         return None
 
     def reset_buffers(self) -> None:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
 from moepp.config import ModelConfig, MoEConfig
-from moepp.distributed.parameters import decays, group_parameters, is_expert_parameter, placement_of, tensor_dim
+from moepp.distributed.parameters import (
+    DENSE,
+    decays,
+    group_parameters,
+    is_expert_parameter,
+    placement_of,
+    split_name,
+    tensor_dim,
+)
+from moepp.metrics.norms import MODULES, ModuleNorms
 from moepp.model import Transformer
 
 
@@ -74,3 +84,25 @@ def test_empty_groups_are_left_out():
         ("dense_decay", ["weight"]),
         ("dense_no_decay", ["bias"]),
     ]
+
+
+@pytest.mark.parametrize("part", ["router", "zero_computation.kind"])
+@pytest.mark.parametrize(
+    ("inside", "dims"),
+    [
+        ("shared_experts.gate_up_proj", 3),
+        ("self_attn.q_proj.weight", 2),
+        ("zero_computation.value", 2),
+        ("input_layernorm.weight", 1),
+        ("embed_tokens.weight", 2),
+        ("router.weight", 2),
+        ("mlp.down_proj.weight", 2),
+    ],
+)
+def test_names_inside_a_registered_part_mean_nothing(part, inside, dims):
+    name, parameter = f"layers.1.moe.{part}.{inside}", nn.Parameter(torch.empty((2,) * dims))
+    assert split_name(name)[0] == part.partition(".")[0]
+    assert placement_of(name) == DENSE and not is_expert_parameter(name) and tensor_dim(name) is None
+    assert decays(name, parameter) == (dims >= (2 if part == "router" else 3))
+    columns = ModuleNorms(2, torch.device("cpu"))._place(name)
+    assert columns == (1, list(MODULES).index("router" if part == "router" else "zero_computation_experts"))

@@ -10,10 +10,14 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 from moepp.config import ModelConfig, MoEConfig
 from moepp.errors import ConfigError
 from moepp.model import Transformer, init_parameters
+from moepp.moe.experts import ExpertKind
+from moepp.moe.router import LinearRouter
+from moepp.registry import EXPERT_KINDS, ROUTERS
 
 CFG = ModelConfig(
     vocab_size=300,
@@ -75,6 +79,47 @@ def test_constant_vectors_start_at_the_size_asked_for_and_nothing_else_changes()
     for name, value in small.items():
         factor = 0.25 if name.endswith("zero_computation.value") else 1.0
         torch.testing.assert_close(value, factor * usual[name])
+
+
+class Named(nn.Module):
+    """Modules that are called as the model's own are."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.shared_experts = nn.ParameterDict(
+            {"gate_up_proj": torch.empty(60, width), "down_proj": torch.empty(3, 60)}
+        )
+        self.norm, self.input_layernorm = nn.RMSNorm(3000), nn.LayerNorm(3000, bias=False)
+        self.self_attn = nn.ModuleDict({"q_proj": nn.Linear(width, 60, bias=False)})
+        self.zero_computation = nn.ParameterDict({"value": torch.empty(60, width)})
+
+
+def test_names_inside_a_registered_part_draw_like_any_other(monkeypatch):
+    class NamedKind(ExpertKind):
+        def __init__(self, num_experts: int, hidden_size: int) -> None:
+            super().__init__(num_experts, hidden_size)
+            self.named, self.plain_norm = Named(hidden_size), nn.RMSNorm(8)
+
+        def init(self, name: str) -> float | None:
+            return 1.0 if name == "plain_norm.weight" else None
+
+    class NamedRouter(LinearRouter):
+        def make_parameters(self, hidden_size: int) -> None:
+            super().make_parameters(hidden_size)
+            self.named = Named(hidden_size)
+
+    for registry, name, part in ((EXPERT_KINDS, "zero_computation", NamedKind), (ROUTERS, "named", NamedRouter)):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+        registry.register(name)(part)
+    moe = dataclasses.replace(CFG.moe, router="named", extra_experts={"zero_computation": 2})
+    values = initialised(dataclasses.replace(CFG, moe=moe))
+    inside = {name: value for name, value in values.items() if ".named." in name}
+    assert len(inside) == 2 * 6
+    for name, value in inside.items():
+        assert abs(value.std().item() / 0.05 - 1) < 5 / math.sqrt(value.numel()), name
+    assert torch.equal(values["layers.1.moe.zero_computation.zero_computation.plain_norm.weight"], torch.ones(8))
+    usual = initialised()
+    assert all(torch.equal(values[name], value) for name, value in usual.items() if ".router." not in name)
 
 
 def test_no_two_parameters_and_no_two_experts_share_their_numbers():
