@@ -56,7 +56,7 @@ def convert_options(
 def _convert(value: Option, kind: type) -> Option | None:
     """Return the value in this type; None: it has none."""
     if type(value) is kind:
-        return value if kind is not float or math.isfinite(value) else None
+        return value if not isinstance(value, float) or math.isfinite(value) else None
     if isinstance(value, bool | str) or kind is bool:
         return None
     if kind is str:
