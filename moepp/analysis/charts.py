@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from moepp.analysis.curves import AXES, Curve, Drawn, Group, curves_of, group_runs
 from moepp.analysis.evidence import Estimate, undecided, verdict
 from moepp.analysis.figures import Figure, Palette, compact, format_counts, label_of, legend
+from moepp.analysis.losses import compared_loss, loss_name
 from moepp.analysis.runs import Run, Series
 from moepp.model.accounting import balanced_ffn_per_token, max_ffn_per_token
 
@@ -94,7 +95,7 @@ def curve_figure(
 
 def _loss_chart(groups: Sequence[Group], axis: str, unigram_entropy: float | None = None) -> Figure | None:
     name, title = f"loss-over-{axis.replace(' ', '-')}", f"Loss over {axis}"
-    labels = (AXES[axis], "cross-entropy, nats per token")
+    unit = "nats per token"
     if len(groups) == 1 and len(groups[0].runs) == 1:
         run = groups[0].runs[0]
         if axis == "expert operations":
@@ -110,8 +111,10 @@ def _loss_chart(groups: Sequence[Group], axis: str, unigram_entropy: float | Non
             level = "unigram entropy", unigram_entropy
             caption += f" The dashed line is the unigram entropy, {unigram_entropy:.3f} nats: token frequencies alone."
         drawn, source = list(curves.values()), ", ".join(curves)
+        labels = (AXES[axis], f"cross-entropy, {unit}")
         return curve_figure(name, title, caption, drawn, labels, source, level=level)
     metric = compared_loss([run for group in groups for run in group.runs])
+    labels = (AXES[axis], f"{loss_name(metric)}, {unit}")
     return compared_chart((name, title), curves_of(groups, metric, axis), axis, labels, _with_axis(metric, axis))
 
 
@@ -140,17 +143,6 @@ def _top_of_interest(curves: Sequence[Curve]) -> float | None:
     later += [one.y[-1] for one in behind if one.tokens >= 0.2 * longest]
     top, bottom = max(later), min(min(curve.y) for curve in curves)
     return top if max(max(curve.y) for curve in curves) - bottom > 1.3 * (top - bottom) > 0 else None
-
-
-def compared_loss(runs: Sequence[Run]) -> str:
-    """Return the metric that compares runs: validation, which does not flatter, where all that are far enough have it.
-
-    Those are the runs that have got half as far as the longest.
-    """
-    trained = [run for run in runs if run.series("train/loss")]
-    furthest = max((run.tokens for run in trained), default=0)
-    has_all = all(run.series("eval/loss") for run in trained if 2 * run.tokens >= furthest)
-    return "eval/loss" if has_all else "train/loss"
 
 
 def _with_axis(metric: str, axis: str) -> str:

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moepp.analysis.charts import compared_loss, tokens_per_second
+from moepp.analysis.charts import tokens_per_second
 from moepp.analysis.curves import group_runs, mean_and_spread
 from moepp.analysis.figures import shorten
+from moepp.analysis.losses import benchmarks, compared_loss, validation_sets
 from moepp.analysis.parquet import write_parquet
 from moepp.analysis.runs import Run, compared_keys, setting
-from moepp.analysis.validation_charts import benchmarks, validation_sets
 from moepp.errors import ConfigError
 from moepp.io import files
 from moepp.io.untrusted import printable
@@ -87,18 +87,15 @@ def more_columns(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def default_sort(runs: Sequence[Run]) -> str:
-    """Return the column by which runs are ordered: the loss that compares them, else that on a named set, else names.
+    """Return the column by which runs are ordered: the loss that compares them, else one that some have, else names.
 
-    See :func:`moepp.analysis.charts.compared_loss`.
+    See :func:`moepp.analysis.losses.compared_loss`.
     """
-    losses = [compared_loss(runs).replace("/", "_"), *(f"eval_loss/{name}" for name in validation_sets(runs))]
-    known = [column for column in losses if any(run.series(_metric_of(column)) for run in runs)]
-    return known[0] if known else "run"
-
-
-def _metric_of(column: str) -> str:
-    found = _SET.fullmatch(column)
-    return f"eval/{found[2]}/loss" if found else column.replace("_", "/", 1)
+    sets = validation_sets(runs)
+    columns = {"train/loss": "train_loss", "eval/loss": "eval_loss"}
+    columns |= {metric: f"eval_loss/{name}" for name, metric in sets.items()}
+    losses = (compared_loss(runs), *sets.values())
+    return next((columns[metric] for metric in losses if any(run.series(metric) for run in runs)), "run")
 
 
 def order_text(sort: str) -> str:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from moepp.analysis.charts import behind_text, compared_loss, estimate, far_enough, tokens_per_second
+from moepp.analysis.charts import behind_text, estimate, far_enough, tokens_per_second
 from moepp.analysis.curves import AXES, Curve, Group, curve_of, curves_of, group_runs, mean_and_spread, short_setting
 from moepp.analysis.evidence import Estimate, standard_error, verdict
 from moepp.analysis.figures import NUM_SERIES, Figure, Palette, compact, format_counts, label_of, legend
+from moepp.analysis.losses import compared_loss, loss_name
 from moepp.analysis.runs import Run, compared_keys
 from moepp.model.accounting import FlopsPerToken, activated_parameters, flops_per_token
 
@@ -185,7 +186,15 @@ def frontier(runs: Sequence[Run]) -> Figure | None:
     header = ("setting", "parameters used per token", "operations per token", "loss", "± over seeds")
     source = f"{metric}, routing/ffn_per_token and config.yaml"
     title = "Loss against parameters used"
-    return Figure("frontier", title, caption, _draw_frontier(points, best), header, [_row(p) for p in points], source)
+    return Figure(
+        "frontier",
+        title,
+        caption,
+        _draw_frontier(points, best, loss_name(metric)),
+        header,
+        [_row(p) for p in points],
+        source,
+    )
 
 
 def _row(point: _Point) -> tuple[str, ...]:
@@ -194,7 +203,7 @@ def _row(point: _Point) -> tuple[str, ...]:
     return point.label, compact(point.cost), operations, f"{point.loss.value:.4f}", spread
 
 
-def _draw_frontier(points: Sequence[_Point], best: Sequence[_Point]) -> Callable[[Axes, Palette], None]:
+def _draw_frontier(points: Sequence[_Point], best: Sequence[_Point], loss: str) -> Callable[[Axes, Palette], None]:
     def draw(axes: Axes, palette: Palette) -> None:
         line = [point.cost for point in best], [point.loss.value for point in best]
         axes.plot(*line, color=palette["muted"], linewidth=1, zorder=1)
@@ -205,7 +214,7 @@ def _draw_frontier(points: Sequence[_Point], best: Sequence[_Point]) -> Callable
             axes.errorbar(*place, yerr=point.loss.spread, color=colour, label=label_of(point.label), **style)
         axes.margins(0.08)
         axes.set_xlabel("parameters used per token, input embedding left out")
-        axes.set_ylabel("loss, nats per token")
+        axes.set_ylabel(f"{loss}, nats per token")
         format_counts(axes.xaxis)
         legend(axes)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from moepp.analysis.charts import compared_loss, curve_charts, tokens_per_second
+from moepp.analysis.charts import curve_charts, tokens_per_second
 from moepp.analysis.comparison import (
     compare,
     default_sort,
@@ -19,7 +19,8 @@ from moepp.analysis.comparison import (
 )
 from moepp.analysis.cost_charts import cost_charts
 from moepp.analysis.differences import differences, frontier
-from moepp.analysis.figures import Figure, compact
+from moepp.analysis.figures import Figure, compact, shorten
+from moepp.analysis.losses import VALIDATION, compared_loss, validation_sets
 from moepp.analysis.page import Page
 from moepp.analysis.page_folder import write_page
 from moepp.analysis.routing_charts import routing_charts
@@ -30,6 +31,7 @@ from moepp.analysis.validation_charts import validation_charts
 from moepp.errors import RunError
 from moepp.runs.report import ReportInputs
 
+_CARD_SETS = 4
 TABLE, SEEDS, DIFFERENCES = "comparison.csv", "seeds.csv", "differences.csv"
 
 
@@ -159,8 +161,11 @@ def comparison_notes(runs: Sequence[Run], left_out: Sequence[str] = ()) -> list[
 
 def _cards(run: Run) -> list[tuple[str, str, str]]:
     cards = [("tokens", f"{run.tokens:,}", "tokens, last")]
+    # Sets have a drawing of their own; without another loss on held-out data the first of them stand here.
+    sets = {} if run.series(VALIDATION) else validation_sets([run])
     for what, metric, pattern in (
         ("validation loss, nats per token", "eval/loss", "{:.4f}"),
+        *((f"loss on {shorten(name)}, nats per token", key, "{:.4f}") for name, key in list(sets.items())[:_CARD_SETS]),
         ("validation perplexity", "eval/perplexity", "{:.2f}"),
         ("training loss, nats per token", "train/loss", "{:.4f}"),
         ("FFN experts per token", "routing/ffn_per_token", "{:.3f}"),

@@ -129,7 +129,7 @@ def _interval(run: Run) -> float:
     return steps * run.tokens / max(run.steps, 1)
 
 
-def time_columns(tokens: Sequence[int], interval: float) -> tuple[list[int | None], float]:
+def time_columns(tokens: Sequence[float], interval: float) -> tuple[list[int | None], float]:
     """Return which record each of equally wide columns shows, up to the last record, and where the first one begins.
 
     A record is about what lies between it and the one before; about no more than twice the usual distance, so that what

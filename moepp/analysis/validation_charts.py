@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from moepp.analysis.charts import TOKENS, compared_chart, curve_figure
 from moepp.analysis.curves import Curve, curves_of, group_runs
 from moepp.analysis.figures import Figure
+from moepp.analysis.losses import benchmarks, validation_sets
 from moepp.analysis.runs import SPLIT_NAME, Run
 
 _LOSS = (TOKENS, "cross-entropy, nats per token")
-_BENCHMARK = r"eval/(.+/(?!loss$|perplexity$)(?!\w*stderr|share_)[^/]+)"
 
 
 def validation_charts(runs: Sequence[Run]) -> list[Figure]:
@@ -52,23 +52,6 @@ def _main_metrics(found: Mapping[str, str]) -> dict[str, str]:
 def _place(name: str, order: Sequence[str]) -> int:
     metric = name.rpartition("/")[2]
     return order.index(metric) if metric in order else len(order)
-
-
-def validation_sets(runs: Sequence[Run]) -> dict[str, str]:
-    """Return the metrics of the losses on sets of ``data.validation`` by their names, of all runs that have values."""
-    return _with_values(runs, r"eval/(.+)/loss")
-
-
-def benchmarks(runs: Sequence[Run]) -> dict[str, str]:
-    """Return the metrics of benchmarks, ``<task>/<metric>``, of all runs that have values."""
-    return _with_values(runs, _BENCHMARK)
-
-
-def _with_values(runs: Sequence[Run], pattern: str) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for run in runs:
-        found |= {name: key for name, key in run.names(pattern).items() if run.series(key)}
-    return found
 
 
 def _curves(run: Run, keys: Mapping[str, str]) -> list[Curve]:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moepp.analysis.figures import shorten
+from moepp.analysis.losses import validation_sets
 from moepp.analysis.run_state import state_of
 from moepp.analysis.runs import Run, Series
-from moepp.analysis.validation_charts import validation_sets
 from moepp.errors import MoeppError, RunError
 from moepp.io.untrusted import printable, read_json, read_part
 from moepp.runs.directory import RunDir

@@ -18,6 +18,7 @@ from moepp.io.untrusted import printable
 from moepp.metrics.jsonl import read_records
 from moepp.model.accounting import activated_parameters, count_parameters
 from moepp.runs.directory import RunDir
+from moepp.runs.report import named_sets
 
 TAG = "\n- moepp\n"  # in the metadata of every model card
 _NO_FOLDING = 1 << 20  # a text continued on a line of its own could end the block that it stands in
@@ -144,26 +145,27 @@ def _without_defaults(model: ModelConfig) -> dict:
 
 def _evaluation(found: FoundModel) -> str:
     lines = ["## Evaluation", ""]
-    loss, table = None, None
+    losses, table = {}, None
     if found.run_dir is not None:
-        loss, table = _held_out_loss(found.run_dir, found.subject.step), _benchmarks(found.run_dir, found.subject)
-    if loss is not None:
-        lines += [f"Cross-entropy on held-out text of the training data: {loss:.4f} nats per token.", ""]
+        losses, table = _held_out_losses(found.run_dir, found.subject.step), _benchmarks(found.run_dir, found.subject)
+    for name, loss in losses.items():
+        text = f"validation set {name}" if name else "held-out text of the training data"
+        lines += [f"Cross-entropy on {text}: {loss:.4f} nats per token.", ""]
     if table is not None:
         lines += ["```", table.replace("```", "'''"), "```", ""]
-    if loss is None and table is None:
+    if not losses and table is None:
         lines.append("None yet.")
     return "\n".join(lines).rstrip()
 
 
-def _held_out_loss(run_dir: RunDir, step: int | None) -> float | None:
-    """Return the last evaluation up to the exported step."""
+def _held_out_losses(run_dir: RunDir, step: int | None) -> dict[str, float]:
+    """Return the last evaluations up to the exported step by name of the set; "" is that of the training data."""
     try:
-        records = read_records(run_dir.metrics_file)
+        records = [record for record in read_records(run_dir.metrics_file) if record["step"] <= (step or 0)]
     except RunError:
-        return None
-    losses = [r["eval/loss"] for r in records if r.get("eval/loss") is not None and r["step"] <= (step or 0)]
-    return losses[-1] if losses else None
+        return {}
+    losses = [record["eval/loss"] for record in records if record.get("eval/loss") is not None]
+    return ({"": losses[-1]} if losses else {}) | dict(named_sets(records))
 
 
 def _benchmarks(run_dir: RunDir, subject: Subject) -> str | None:

@@ -23,6 +23,7 @@ _SHOWN = {
 }
 # Perplexities follow from losses; shares of expert kinds by task are for files and charts.
 _OWN_EVALUATION = re.compile(r"eval/(.+/(?!perplexity$|share_)(?!\w*_stderr)[^/]+)")
+_LOSS_ON_A_SET = re.compile(r"eval/[\w-]{1,64}/loss")
 _BAR_SHOWS = ("train/loss", "eval/loss", "throughput/tokens_per_second", "routing/ffn_per_token")
 
 
@@ -72,10 +73,16 @@ class BarSink:
             dynamic_ncols=True,
         )
         self._shown: dict[str, float] = {}
+        self._first_set = ""  # loss on a set of data.validation
 
     def log(self, record: Mapping[str, float], step: int, tokens: int) -> None:
         self._shown |= {name: record[name] for name in _BAR_SHOWS if name in record}
-        self._bar.set_postfix_str(", ".join(_format(self._shown, _BAR_SHOWS)), refresh=False)
+        sets = {name: value for name, value in record.items() if _LOSS_ON_A_SET.fullmatch(name)}
+        self._first_set = next(iter(_own_evaluations(sets)), self._first_set)
+        parts = _format(self._shown, _BAR_SHOWS)
+        if self._first_set and "eval/loss" not in self._shown:
+            parts.append(self._first_set)
+        self._bar.set_postfix_str(", ".join(parts), refresh=False)
         self._bar.update(step - self._bar.n)
         self._bar.refresh()
 

@@ -21,6 +21,7 @@ Records = Sequence[Mapping[str, Any]]
 """Lines of metrics.jsonl."""
 
 
+_DRAWN_SETS = 8
 FEW_TOKENS = 1_000_000  # assumption: a shorter run tries whether everything works, and is no attempt to learn
 
 
@@ -90,14 +91,15 @@ def summary_text(records: Records, inputs: ReportInputs, run_dir: RunDir) -> str
 
 
 def draw_loss(records: Records, stream: BinaryIO, unigram_entropy: float | None = None) -> None:
-    """Draw training and validation loss against tokens into ``stream`` (PNG)."""
+    """Draw training and validation losses against tokens into ``stream`` (PNG)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display and leaves pyplot's global state alone
     axes = figure.subplots()
-    for name, label, style in (("train/loss", "training", "-"), ("eval/loss", "validation", "o-")):
+    sets = [(f"eval/{name}/loss", f"validation, {name}", "o-") for name, _ in named_sets(records)[:_DRAWN_SETS]]
+    for name, label, style in (("train/loss", "training", "-"), ("eval/loss", "validation", "o-"), *sets):
         points = [(record["tokens"], record[name]) for record in records if record.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
@@ -125,7 +127,7 @@ def _loss_section(records: Records, unigram_entropy: float | None) -> str:
     train, evaluation = _last_with(records, "train/loss"), _last_with(records, "eval/loss")
     if train is not None:
         lines.append(f"- training loss: {train['train/loss']:.4f} nats per token at step {train['step']:,}")
-    lines += [f"- validation loss of {name}: {loss:.4f} nats per token" for name, loss in _named_sets(records)]
+    lines += [f"- validation loss of {name}: {loss:.4f} nats per token" for name, loss in named_sets(records)]
     if evaluation is None and len(lines) > 2 + (train is not None):
         return "\n".join(lines)
     if evaluation is None:
@@ -140,7 +142,7 @@ def _loss_section(records: Records, unigram_entropy: float | None) -> str:
     return "\n".join(lines)
 
 
-def _named_sets(records: Records) -> list[tuple[str, float]]:
+def named_sets(records: Records) -> list[tuple[str, float]]:
     """Return the last loss of each set of ``data.validation``, by name."""
     names = dict.fromkeys(name for record in records for name in record if re.fullmatch(r"eval/[\w-]{1,64}/loss", name))
     last = {name: record[name] for name in names if (record := _last_with(records, name)) is not None}

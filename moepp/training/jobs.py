@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from moepp.errors import ConfigError, MoeppError, Preempted, RunError
 from moepp.training.leave import EXIT_INTERRUPTED
 
 _COMMAND = (sys.executable, "-m", "moepp.training.job")
+_LOSS = re.compile(r"(train|eval(/[\w-]{1,64})?)/loss")  # of the validation part of data.paths, or of a named set
 _ROOT = Path(__file__).resolve().parents[2]
 # Signal of the sweep -> signal that its job gets. Without a terminal there is nothing to interrupt: the job saves.
 _PASSED_ON = {
@@ -185,13 +187,13 @@ def _outcome(job: Job, code: int | None) -> str:
 
 
 def _last_losses(metrics: Path) -> list[str]:
-    """Return the newest training and validation loss, or nothing if they cannot be read."""
+    """Return the newest training and validation losses, or nothing if they cannot be read."""
     from moepp.metrics.jsonl import read_records
 
     found: dict[str, float] = {}
     try:
         for record in read_records(metrics):
-            found |= {name: record[name] for name in ("train/loss", "eval/loss") if record.get(name) is not None}
+            found |= {name: value for name, value in record.items() if _LOSS.fullmatch(name) and value is not None}
     except RunError:
         return []
     return [f"{name.replace('/', ' ')} {value:.4f}" for name, value in found.items()]

@@ -24,7 +24,7 @@ from moepp.analysis.runs import find_runs, read_run
 from moepp.cli import report as command
 from moepp.errors import ConfigError, RunError
 from moepp.model.accounting import activated_parameters, flops_per_token
-from tests.run_files import make_run, write_routing, write_token_tables
+from tests.run_files import change_config, make_run, write_routing, write_token_tables
 
 DRAW_SVG = figures._svg
 
@@ -126,9 +126,13 @@ def test_settings_are_set_against_the_vanilla_twin_where_both_have_got(tmp_path)
 
 
 def test_costs_on_the_frontier_are_means_up_to_where_losses_are_compared(tmp_path):
-    make_run(tmp_path, "long", tau=0.25, ffn=0.5)
+    long = make_run(tmp_path, "long", tau=0.25, ffn=0.5)
+    text = (long / "metrics.jsonl").read_text()
+    (long / "metrics.jsonl").write_text(text.replace('"routing/ffn_per_token": 0.9', '"routing/ffn_per_token": 1.9'))
     short = make_run(tmp_path, "short-1", ffn=0.5, shift=0.5, records=3)
-    make_run(tmp_path, "short-2", ffn=1.9, seed=1, records=1)  # no part of the curve, for it is not far enough
+    begun = make_run(tmp_path, "short-2", ffn=1.9, seed=1, records=1)  # no part of the curve: not far enough
+    for path in (long, short, begun):
+        change_config(path, model__vocab_size=16)  # experts are much of the model
     lines = [line for line in (short / "metrics.jsonl").read_text().splitlines() if "eval/loss" not in line]
     lines += ['{"step": 25, "tokens": 2500, "eval/loss": 6.0}', '{"step": 5, "tokens": 500, "eval/loss": 8.0}']
     (short / "metrics.jsonl").write_text("\n".join([*lines[-1:], *lines[:-1]]) + "\n")
@@ -137,6 +141,7 @@ def test_costs_on_the_frontier_are_means_up_to_where_losses_are_compared(tmp_pat
     assert figure is not None and "At 2.5 k tokens" in figure.caption
     ffn = (1000 * 0.6 + 1000 * 0.7 + 500 * 0.8) / 2500
     used = compact(activated_parameters(model, ffn, include_embedding=False))
+    assert used != compact(activated_parameters(model, ffn + 0.02, include_embedding=False))
     operations = compact(flops_per_token(model, runs[0].config.data.seq_len, ffn).forward_backward)
     assert [row[1:3] for row in figure.rows] == [(used, operations)] * 2
 

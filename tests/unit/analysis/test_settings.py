@@ -7,11 +7,14 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure as MplFigure
 
 from moepp.analysis import figures
+from moepp.analysis.charts import curve_charts
 from moepp.analysis.comparison import compare, text_of
 from moepp.analysis.curves import group_runs
-from moepp.analysis.differences import differences
+from moepp.analysis.differences import differences, frontier
+from moepp.analysis.losses import compared_loss
 from moepp.analysis.runs import find_runs
 from moepp.cli.main import main
 from tests.run_files import change_config, make_run
@@ -108,15 +111,48 @@ def test_without_a_validation_loss_runs_are_ordered_by_another_loss(tmp_path):
         forget(path, "eval/loss")
     runs = str(tmp_path / "runs")
     page = tmp_path / "runs/comparison/report.html"
+    assert main(["report", runs]) == 0 and caption_of(page) == "One row per run, by eval_loss/wiki, the lowest first"
+    assert [row["run"] for row in compare(find_runs([runs]).runs)] == ["a", "c", "b"]
+    forget(tmp_path / "runs/c", "eval/wiki/loss")
     assert main(["report", runs]) == 0 and caption_of(page) == "One row per run, by train_loss, the lowest first"
     assert [row["run"] for row in compare(find_runs([runs]).runs)] == ["b", "c", "a"]
     for name in "abc":
         forget(tmp_path / "runs" / name, "train/loss")
     assert main(["report", runs]) == 0 and caption_of(page) == "One row per run, by eval_loss/wiki, the lowest first"
-    assert [row["run"] for row in compare(find_runs([runs]).runs)] == ["a", "c", "b"]
-    for name in "abc":
+    assert [row["run"] for row in compare(find_runs([runs]).runs)] == ["a", "b", "c"]
+    for name in "ab":
         forget(tmp_path / "runs" / name, "eval/wiki/loss")
     assert main(["report", runs]) == 0 and caption_of(page) == "One row per run, by run, ascending"
+
+
+def test_runs_with_named_validation_sets_alone_are_compared_by_the_first_that_all_have(tmp_path):
+    """What they learned by heart does not count: the training loss says the contrary here."""
+    for seed in (1, 2):
+        make_pair(tmp_path / "runs", f"{seed}", 0.0, -0.5, run__seed=seed)
+    for path in (tmp_path / "runs").iterdir():
+        forget(path, "eval/loss")
+        is_vanilla, seed = path.name.startswith("vanilla"), int(path.name[-1])
+        if path.name != "moepp-2":
+            log(path, eval__code__loss=9.0)
+        log(path, eval__wiki__loss=(3.0 if is_vanilla else 3.25) + 0.01 * seed)
+    make_run(tmp_path / "runs", "begun", tau=0.5, records=1)
+    runs = find_runs([str(tmp_path / "runs")]).runs
+    assert compared_loss(runs) == "eval/wiki/loss"
+    [row, *_] = [row for row in differences(runs) if row["setting"] == "moepp"]
+    assert row["loss_at_equal_tokens"] == pytest.approx(0.25)
+    for figure in (frontier(runs), curve_charts(runs)[0]):
+        assert figure is not None and figure.source.startswith("eval/wiki/loss")
+        axes = MplFigure().subplots()
+        figure.draw(axes, figures.Palette(placeholders=False))
+        assert axes.get_ylabel() == "loss on wiki, nats per token"
+    assert "vanilla (2 seeds) is lowest" in curve_charts(runs)[0].caption
+    assert main(["report", str(tmp_path / "runs")]) == 0
+    page = tmp_path / "runs/comparison/report.html"
+    assert caption_of(page) == "One row per run, by eval_loss/wiki, the lowest first"
+    assert "Losses are eval/wiki/loss;" in page.read_text()
+    assert main(["report", str(tmp_path / "runs/moepp-1")]) == 0
+    page = (tmp_path / "runs/moepp-1/report.html").read_text()
+    assert "<dt>loss on wiki, nats per token</dt><dd>3.2600</dd>" in page
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,7 @@ def test_the_model_card_tells_data_configuration_and_evaluation(imported, tmp_pa
     run = tmp_path / "run"
     shutil.copytree(imported / "run", run)
     records = [{"step": 0, "tokens": 0, "eval/loss": 3.25}, {"step": 7, "tokens": 70, "eval/loss": 1.0}]
+    records += [{"step": 0, "tokens": 0, "eval/wiki/loss": 3.75}, {"step": 7, "tokens": 70, "eval/wiki/loss": 1.0}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     result = {"name": "sciq", "metrics": {"acc": 0.4321}, "stderr": {"acc": 0.02}, "chance": 0.25, "shots": 0}
     result |= {"documents": 10, "requests": 40, "truncated": 0, "origin": "files", "notes": [], "tasks": {}}
@@ -106,7 +107,16 @@ def test_the_model_card_tells_data_configuration_and_evaluation(imported, tmp_pa
     assert main(["export", str(run), str(tmp_path / "x")]) == 0
     card = (tmp_path / "x" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
-    for part in ("words", "16 FFN, 2 constant", "0 training tokens", "tau: 0.75", "3.2500 nats", "SciQ", "43.2"):
+    for part in (
+        "words",
+        "16 FFN, 2 constant",
+        "0 training tokens",
+        "tau: 0.75",
+        "3.2500 nats",
+        "set wiki: 3.7500 nats",
+        "SciQ",
+        "43.2",
+    ):
         assert part in card, part
     assert "1.0000 nats" not in card and str(tmp_path) not in card
 

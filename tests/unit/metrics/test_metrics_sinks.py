@@ -379,6 +379,19 @@ def test_bar_shows_step_loss_speed_and_ffn_experts_per_token() -> None:
         assert part in last
 
 
+def test_bar_shows_the_first_validation_set_where_the_training_data_have_no_such_part() -> None:
+    stream = io.StringIO()
+    sink = BarSink(total_steps=50, stream=stream)
+    sink.log({"eval/wiki/loss": 3.5, "eval/wiki/perplexity": 33.0, "eval/books/loss": 4.5, "eval/piqa/acc": 0.5}, 20, 1)
+    sink.log({"train/loss": 5.25}, 21, 2)
+    sink._bar.refresh()
+    assert "loss 5.2500, eval wiki loss 3.5000" in stream.getvalue() and "eval books" not in stream.getvalue()
+    sink.log({"eval/loss": 5.5, "eval/wiki/loss": 3.25}, 30, 3)
+    sink.close()
+    last = stream.getvalue().split("\r")[-1]
+    assert "eval loss 5.5000" in last and "wiki" not in last
+
+
 def test_every_rank_has_its_log_file_and_rank_0_speaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for rank in (0, 1):
         setup_logging(tmp_path, rank)

@@ -130,7 +130,7 @@ def test_report_is_written_and_can_be_drawn_again_by_the_command(
     assert "REMARK: the validation loss is 0.2500 above" in out and "> Peace" in out
 
 
-def test_picture_shows_both_losses_and_the_entropy(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_picture_shows_all_losses_and_the_entropy(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 
     drawn: dict[str, list[Any]] = {}
@@ -141,7 +141,10 @@ def test_picture_shows_both_losses_and_the_entropy(run_dir: RunDir, monkeypatch:
             drawn[str(line.get_label())] = [tuple(point) for point in points.tolist()]
 
     monkeypatch.setattr(Figure, "savefig", save)
+    with run_dir.metrics_file.open("a") as file:
+        file.write('{"step": 25, "tokens": 12800, "eval/wiki/loss": 3.5}\n')
     write_report(run_dir, INPUTS)
+    assert drawn["validation, wiki"] == [(12800, 3.5)]
     assert drawn["training"] == [(5120, 8.0), (10240, 7.0), (12800, 6.0)]
     assert drawn["validation"] == [(10240, 6.75), (12800, 5.25)]
     assert [y for _, y in drawn["unigram entropy"]] == [6.5, 6.5]

@@ -27,7 +27,9 @@ def note(number, frame):
     time.sleep(0.5)  # saving takes a while, in which a second signal would be noticed
     sys.exit(130 if number == signal.SIGINT else 75)
 for name in ("SIGINT", "SIGTERM", "SIGUSR1"): signal.signal(getattr(signal, name), note)
-(folder / "metrics.jsonl").write_text('{"train/loss": 4.25}\\n{"eval/loss": 4.5}\\n')
+records = {"train/loss": 4.25}, {"train/loss": None, "eval/loss": 4.5}, {"eval/wiki/loss": 4.75, "eval/wiki/acc": 1}
+lines = [json.dumps({"step": 1, "tokens": 8} | record) + "\\n" for record in records]
+(folder / "metrics.jsonl").write_text("".join(lines))
 (folder / "group").write_text(str(os.getpgrp()))
 (folder / "ready").touch()
 if tree.get("wait"):
@@ -54,7 +56,7 @@ def test_job_that_fails_does_not_end_the_sweep(tmp_path, capfd):
     assert err == "error: job 1 (key=1): key=1 is too small; raise it\n"
     summary = out[out.index("sweep:") :].splitlines()
     assert summary[0] == "sweep: 2 of 5 jobs done"
-    ends = ["done, train loss 4.2500, eval loss 4.5000", "refused: key=1 is too small; raise it"]
+    ends = ["done, train loss 4.2500, eval loss 4.5000, eval wiki loss 4.7500", "refused: key=1 is too small; raise it"]
     ends += ["failed: training could not go on (exit code 4)", "ended by SIGKILL", ends[0]]
     assert len(summary) == 6
     for i, (line, end) in enumerate(zip(summary[1:], ends, strict=True)):
