@@ -25,10 +25,10 @@ class RunState:
     """What a run is doing.
 
     Attributes:
-        name: "finished"; "running"; "continued" (it runs, and has no new record yet); "silent" (its process lives, but
-            records are overdue); "elsewhere" (another host has it, so whether it lives is not known); "stopped" (it
-            ended, and what it did is saved); "killed" (it ended, and steps are lost); "idle" (no process was ever seen
-            here); "waiting" (no record yet).
+        name: "finished" (all steps are done and, as far as can be told, saved); "running"; "continued" (it runs, and
+            has no new record yet); "silent" (its process lives, but records are overdue); "elsewhere" (another host
+            has it, so whether it lives is not known); "stopped" (it ended, and what it did is saved); "killed" (it
+            ended, and steps are lost); "idle" (no process was ever seen here); "waiting" (no record yet).
         text: the same for people.
     """
 
@@ -62,8 +62,11 @@ def state_of(path: Path, run: Run | None, now: float) -> RunState:
     if run is None:
         return _without_records(holder)
     if run.total_steps is not None and run.steps >= run.total_steps:
-        lives = holder is not None and holder.lives
-        return RunState("finished", f"finished; {holder.name} still writes" if lives and holder else "finished")
+        if holder is not None and holder.lives:
+            return RunState("finished", f"finished; {holder.name} still writes")
+        # The last step is logged before it is saved. Of a run whose checkpoints were removed nothing can be missing.
+        if _saved(run)[0] or not RunDir(path).checkpoints.is_dir():
+            return RunState("finished", "finished")
     if holder is None:
         return RunState("idle", f"not running here; {_saved(run)[1]}")
     written = RunDir(path).metrics_file.stat().st_mtime

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -212,8 +213,12 @@ def _drop_records_after(path: Path, step: int, parse: Parse) -> None:
         return
     kept = [record for record in read_records(path, parse) if record["step"] <= step]
     if not _holds(path, _texts(kept)):
+        before = path.stat()
         with files.new_file(path) as stream:
             stream.writelines(_texts(kept))
+        # When the file was changed last tells when the last record was written: no record is written here.
+        with contextlib.suppress(OSError):
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def _texts(records: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:

@@ -17,6 +17,7 @@ from moepp.analysis.runs import read_run
 from moepp.analysis.watch import duration, log_tails, panel, remaining_seconds, sparkline, warnings_of
 from moepp.cli.main import main
 from moepp.cli.watch import look
+from moepp.metrics.jsonl import JsonlSink
 from moepp.runs.lock import RunLock
 from tests.run_files import make_run
 
@@ -111,6 +112,18 @@ def test_a_run_that_was_started_again_has_no_new_record_yet(lock):
     assert "left at this pace" in headline(lock)
 
 
+def test_records_that_a_restart_drops_are_no_new_ones(lock):
+    """After a kill, those behind the checkpoint are taken out of metrics.jsonl, which is then written anew."""
+    touch(lock / "metrics.jsonl", NOW - 5000)
+    sink = JsonlSink(lock / "metrics.jsonl", start_step=10)
+    assert [record["step"] for record in read_run(lock).records] == [10]
+    assert state(lock)[0] == "continued" and "last record 1 h 23 min ago" in headline(lock)
+    touch(lock / ".lock", time.time() - 100)
+    sink.log({"train/loss": 1.0}, 11, 1100)
+    assert state(lock, time.time())[0] == "running"
+    sink.close()
+
+
 def test_a_run_whose_process_has_ended_says_what_is_saved_and_promises_no_end(tmp_path):
     path = make_run(tmp_path, "one", records=2)
     ended = f"process {os.getpid()} on {socket.gethostname()}"  # it lives, and has not the lock: another of its number
@@ -130,6 +143,20 @@ def test_a_finished_run_is_finished_whoever_has_it(tmp_path):
     lock = RunLock.acquire(path / ".lock")
     assert state(path) == ("finished", f"finished; process {os.getpid()} on {socket.gethostname()} still writes")
     lock.release()
+    assert state(path) == ("finished", "finished")
+
+
+def test_a_run_whose_last_step_is_not_saved_is_not_finished(tmp_path):
+    path = make_run(tmp_path, "done")
+    checkpoint(path, 10)
+    assert state(path) == ("idle", "not running here; it would go on from step 10, 30 steps before its last record")
+    ended = f"process {os.getpid()} on {socket.gethostname()}"
+    (path / ".lock").write_text(f"{ended}\nabc\n")
+    text = f"not running: {ended} has ended; it would go on from step 10, 30 steps before its last record"
+    assert state(path) == ("killed", text)
+    (path / "checkpoints/step-00000010").rmdir()
+    assert state(path)[0] == "killed" and "nothing is saved" in state(path)[1]
+    checkpoint(path, 40)
     assert state(path) == ("finished", "finished")
 
 
@@ -206,7 +233,7 @@ def test_logs_that_cannot_be_read_are_said(tmp_path):
     (path / "log/notes.txt").mkdir()  # no log of a rank
     text = " ".join(shown(path, width=300).split())
     assert "no errors in their logs; cannot read the log of rank 3" in text
-    assert "rank-3: its log cannot be read: Is a directory" in text and "notes" not in text
+    assert "rank-3: its log cannot be read: it is not a regular file" in text and "notes" not in text
 
 
 @pytest.mark.parametrize("width", [40, 60, 200])
