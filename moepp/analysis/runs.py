@@ -21,7 +21,7 @@ from moepp.io.untrusted import printable, read_yaml
 from moepp.metrics.jsonl import read_records
 from moepp.metrics.routing import RoutingSnapshot
 from moepp.metrics.routing_file import read_routing
-from moepp.model.accounting import BACKWARD_FACTOR, FlopsPerToken, flops_per_token
+from moepp.model.accounting import BACKWARD_FACTOR, FlopsPerToken, flops_per_token, parts_without_flops
 from moepp.runs.directory import RunDir
 from moepp.runs.report import mean_per_step, mean_since_before
 
@@ -80,7 +80,8 @@ class Run:
         path: its directory.
         records: lines of metrics.jsonl.
         tree: its configuration as stored; empty where it cannot be read.
-        config: the same, typed; None where this version cannot read it, or parts of it are registered elsewhere.
+        config: the same, typed; None where it cannot be read, or names parts of modules that were not imported.
+        config_problem: why it is None; "" where it is not.
         shown: what tells it from other runs whose directories have the same name; "" where nothing need.
     """
 
@@ -89,6 +90,7 @@ class Run:
     tree: Mapping[str, Any] = field(default_factory=dict)
     config: Config | None = None
     shown: str = ""
+    config_problem: str = ""
 
     @property
     def name(self) -> str:
@@ -225,7 +227,9 @@ class Run:
         """What is missing of its numbers, or not finite."""
         found = []
         if self.config is None:
-            found.append("Its configuration is missing or cannot be read by this version: no operations are counted.")
+            found.append(f"No operations are counted, for its configuration is not known: {self.config_problem}.")
+        elif unknown := parts_without_flops(self.config.model):
+            found.append(f"No operations are counted: no flops_per_token() of {', '.join(unknown)}.")
         counts = Counter(name for record in self.records for name, value in record.items() if value is None)
         for metric in _MAIN:
             if count := counts.pop(metric, 0):
@@ -335,13 +339,13 @@ def read_run(path: Path) -> Run:
         raise RunError(
             f"{RunDir(path).metrics_file} holds no record yet; train at least train.log_interval steps first"
         )
-    tree, config = {}, None
+    tree, config, problem = {}, None, ""
     try:
         tree = read_yaml(RunDir(path).config_file)
         config = from_stored(tree)
     except MoeppError as error:
-        logger.warning("%s: no operations are counted, for its configuration is not read: %s", path.name, error)
-    return Run(path, records, tree if isinstance(tree, dict) else {}, config)
+        problem = str(error)
+    return Run(path, records, tree if isinstance(tree, dict) else {}, config, config_problem=problem)
 
 
 def compared_keys(runs: Sequence[Run]) -> list[str]:

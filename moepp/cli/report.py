@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from moepp.arguments import add_plugin_option
 from moepp.errors import ConfigError, DataError, RunError
 from moepp.io.untrusted import printable, read_yaml, terminal_text
 from moepp.metrics.jsonl import read_records
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one run: entropy of the corpus's token frequencies, drawn as a line; default: counted from the "
         "validation tokens",
     )
+    add_plugin_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,7 +79,10 @@ def _report_one(path: Path, args: argparse.Namespace) -> int:
         text = write_report(run_dir, inputs)
     else:
         text = summary_text(read_records(run_dir.metrics_file), inputs, run_dir)
-    page = write_run_page(read_run(path), inputs, folder)
+    run = read_run(path)
+    page = write_run_page(run, inputs, folder)
+    for note in run.notes:
+        print(terminal_text(f"note: {note}"))
     print(terminal_text(text), end="")
     print(f"page: {printable(page)}")
     return 0

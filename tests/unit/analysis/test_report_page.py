@@ -22,8 +22,11 @@ from moepp.analysis.figures import Figure, compact
 from moepp.analysis.routing_charts import routing_charts
 from moepp.analysis.runs import find_runs, read_run
 from moepp.cli import report as command
+from moepp.cli.main import main
 from moepp.errors import ConfigError, RunError
 from moepp.model.accounting import activated_parameters, flops_per_token
+from moepp.moe.router import LinearRouter
+from moepp.registry import ROUTERS
 from tests.run_files import change_config, make_run, write_routing, write_token_tables
 
 DRAW_SVG = figures._svg
@@ -326,10 +329,55 @@ def test_what_cannot_be_done_is_said_in_one_line(tmp_path, monkeypatch, argument
     assert not (tmp_path / "runs/comparison").exists()
 
 
-def test_a_run_without_a_readable_configuration_still_gets_its_curves(tmp_path, caplog):
+def test_a_run_without_a_readable_configuration_still_gets_its_curves(tmp_path, capsys):
     path = make_run(tmp_path, "one")
     (path / "config.yaml").write_text("model: [")
     assert report(str(path)) == 0
     page = (path / "report.html").read_text()
     assert "Loss over tokens" in page and "Loss over operations" not in page
-    assert "no operations are counted" in caplog.text
+    for place in (page, capsys.readouterr().out):
+        assert "No operations are counted, for its configuration is not known: " in place and "config.yaml" in place
+
+
+PLUGIN = """
+from moepp.moe.router import LinearRouter
+from moepp.registry import ROUTERS
+
+
+@ROUTERS.register("page")
+class PageRouter(LinearRouter):
+    def flops_per_token(self):
+        return 3.0
+"""
+
+
+def test_a_run_of_registered_parts_has_its_operations_with_their_module(tmp_path, monkeypatch, capsys):
+    """Its vanilla twin is one, too."""
+    (tmp_path / "page_parts.py").write_text(PLUGIN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(ROUTERS, "_entries", dict(ROUTERS._entries))
+    for name in ("moepp", "vanilla"):
+        path = make_run(tmp_path / "runs", name, vanilla=name == "vanilla")
+        change_config(path, model__moe__router="page", runtime__plugins=["page_parts"])
+    runs, page = str(tmp_path / "runs"), tmp_path / "runs/comparison/report.html"
+    assert main(["report", runs]) == main(["report", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("--plugin page_parts") == 3 and "frontier" not in page.read_text()
+    for text in (page.read_text(), (path / "report.html").read_text()):
+        assert "--plugin page_parts" in text and "Loss over operations" not in text
+    assert main(["watch", str(path)]) == 0 and capsys.readouterr().err == ""
+    plugin = ["--plugin", "page_parts"]
+    assert main(["report", runs, *plugin]) == main(["report", str(path), *plugin]) == 0
+    assert "--plugin" not in capsys.readouterr().out
+    assert "frontier" in page.read_text() and "Against the vanilla twin" in page.read_text()
+    assert "Loss over operations" in (path / "report.html").read_text()
+    [row] = csv.DictReader((tmp_path / "runs/comparison/differences.csv").open())
+    assert (row["setting"], row["against"]) == ("moepp", "vanilla") and row["ratio_operations"]
+
+
+def test_a_registered_part_whose_operations_are_unknown_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(ROUTERS, "_entries", dict(ROUTERS._entries))
+    ROUTERS.register("silent")(type("Silent", (LinearRouter,), {"flops_per_token": lambda self: None}))
+    path = make_run(tmp_path, "one")
+    change_config(path, model__moe__router="silent")
+    assert read_run(path).notes == ["No operations are counted: no flops_per_token() of model.moe.router=silent."]
