@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moepp.analysis.figures import shorten
+from moepp.analysis.log_lines import ERROR, RANK, Tails, log_tails, warnings_of
 from moepp.analysis.losses import validation_sets
 from moepp.analysis.run_state import state_of
 from moepp.analysis.runs import Run, Series
@@ -26,11 +26,7 @@ _WIDTH = 48
 _LAYERS = 16
 _SETS = 8  # validation sets that are shown
 _NAME = 13  # letters of their names
-_WARNINGS = 4
 _TAIL_BYTES = 200_000
-_SERIOUS = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b")
-_ERROR = re.compile(r"\b(ERROR|CRITICAL)\b")
-_RANK = re.compile(r"rank-([0-9]{1,9})")
 _SHOWN_RANKS = 5
 _RECENT = 20
 _NARROW = 80  # columns of a terminal below which the extremes are left out
@@ -61,34 +57,6 @@ def remaining_seconds(run: Run) -> float | None:
     if not speed or total is None or not run.steps:
         return None
     return max(0.0, (total - run.steps) * (run.tokens / run.steps) / speed)
-
-
-Tails = tuple[list[tuple[str, str, str]], list[tuple[str, str]]]
-"""(time, name of the log, line) of the newest warnings and errors, and (name, cause) of unreadable logs."""
-
-
-def warnings_of(tails: Tails) -> list[str]:
-    """Return the newest warnings and errors of all ranks' logs, oldest first, and which logs cannot be read."""
-    lines, unreadable = tails
-    found = [f"{rank}: {printable(line, 160)}" for _, rank, line in sorted(lines)[-_WARNINGS:]]
-    return found + [f"{rank}: its log cannot be read: {why}" for rank, why in unreadable[:_WARNINGS]]
-
-
-def log_tails(run: Run) -> Tails:
-    """Read the ends of all ranks' logs; one that vanishes meanwhile is in neither part."""
-    found, unreadable = [], []
-    for path in sorted(RunDir(run.path).log.glob("rank-*.txt")):
-        if not _RANK.fullmatch(path.stem):
-            continue
-        try:
-            lines = read_part(path, _TAIL_BYTES, from_end=True).decode("utf-8", "replace").splitlines()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            unreadable.append((path.stem, str(error.strerror)))
-            continue
-        found += [(line[:19], path.stem, line) for line in lines if _SERIOUS.search(line)]
-    return found, unreadable
 
 
 def panel(run: Run, now: float | None = None, width: int = 100) -> RenderableType:
@@ -129,7 +97,7 @@ def _ranks(run: Run, tails: Tails) -> str:
 
     What earlier starts left, perhaps on more ranks, does not count.
     """
-    logs = {int(match[1]) for path in RunDir(run.path).log.glob("rank-*.txt") if (match := _RANK.fullmatch(path.stem))}
+    logs = {int(match[1]) for path in RunDir(run.path).log.glob("rank-*.txt") if (match := RANK.fullmatch(path.stem))}
     world = _world_size(run)
     logs = {rank for rank in logs if world is None or rank < world}
     parts = [f"ranks: {len(logs)}" + (f" of {world}" if world is not None else "")]
@@ -139,7 +107,7 @@ def _ranks(run: Run, tails: Tails) -> str:
     lines, found_unreadable = tails
     started = _started(run)
     numbered = ((int(name.removeprefix("rank-")), when, line) for when, name, line in lines)
-    failed = sorted({rank for rank, when, line in numbered if rank in logs and when >= started and _ERROR.search(line)})
+    failed = sorted({rank for rank, when, line in numbered if rank in logs and when >= started and ERROR.search(line)})
     unreadable = [rank for name, _ in found_unreadable if (rank := int(name.removeprefix("rank-"))) in logs]
     parts.append(f"errors in the log of {_some(failed)}" if failed else "no errors in their logs")
     if unreadable:
@@ -157,13 +125,12 @@ def _ranks(run: Run, tails: Tails) -> str:
     return "; ".join(parts)
 
 
-def _started(run: Run) -> str:
-    """Return when the run was last started, as logs write times: when its lock was taken; "" where there is none."""
+def _started(run: Run) -> int:
+    """Return when the run was last started, seconds since the epoch: when its lock was taken; 0 where there is none."""
     try:
-        taken = (run.path / ".lock").stat().st_mtime
+        return int((run.path / ".lock").stat().st_mtime)
     except OSError:
-        return ""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(taken))
+        return 0
 
 
 def _some(ranks: Sequence[int]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from pathlib import Path
 
 from moepp.errors import RunError, WriteError
@@ -14,7 +15,13 @@ _LOGGER = "moepp"
 
 
 class _Formatter(logging.Formatter):
-    """Lines whose text cannot command a terminal, wherever it came from."""
+    """Lines whose text cannot command a terminal, wherever it came from; times are UTC, with a Z.
+
+    Hosts of a run, and whoever looks at it, may have other time zones.
+    """
+
+    converter = time.gmtime
+    default_msec_format = "%s,%03dZ"
 
     def format(self, record: logging.LogRecord) -> str:
         return terminal_text(super().format(record))

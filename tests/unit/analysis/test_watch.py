@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import socket
 import time
@@ -12,11 +13,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from moepp.analysis.log_lines import log_tails, seconds_of, warnings_of
 from moepp.analysis.run_state import state_of
 from moepp.analysis.runs import read_run
-from moepp.analysis.watch import duration, log_tails, panel, remaining_seconds, sparkline, warnings_of
+from moepp.analysis.watch import duration, panel, remaining_seconds, sparkline
 from moepp.cli.main import main
 from moepp.cli.watch import look
+from moepp.metrics import close_logging, setup_logging
 from moepp.metrics.jsonl import JsonlSink
 from moepp.runs.lock import RunLock
 from tests.run_files import make_run
@@ -225,6 +228,52 @@ def test_health_is_that_of_the_present_start_and_its_ranks(tmp_path):
     assert "ranks: 2 of 2; errors in the log of rank 1;" in shown(path, width=300)
     (path / "environment.json").write_text('{"world_size": 1}')
     assert "rank 0 was the slowest in 2 of the last 2 records" in shown(path, width=300)
+
+
+@pytest.fixture(params=["Asia/Tokyo", "America/Los_Angeles"])
+def far_away(request, monkeypatch):
+    """The viewer's time zone is not the host's."""
+    monkeypatch.setenv("TZ", request.param)
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+def test_errors_of_a_host_in_another_time_zone_are_those_of_the_present_start(tmp_path, monkeypatch, far_away):
+    path = make_run(tmp_path, "one")
+    setup_logging(path, 1)
+    here, now = logging.getLogger("moepp.training"), time.time()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setenv("TZ", "Europe/Berlin")
+            time.tzset()
+            here.error("lost")
+    finally:
+        close_logging()
+        time.tzset()
+    line = (path / "log/rank-1.txt").read_text()
+    assert now - 1 <= (seconds_of(line) or 0) <= time.time()
+    (path / ".lock").write_text("process 1 on elsewhere\n")
+    for taken, told in ((now - 60, "errors in the log of rank 1"), (now + 60, "no errors in their logs")):
+        touch(path / ".lock", taken)
+        assert told in shown(path, width=300)
+
+
+def test_times_in_logs_are_read_with_and_without_a_zone(far_away):
+    assert seconds_of("2026-01-02 03:04:05,678Z ERROR a") == 1767323045
+    assert seconds_of("2026-01-02 03:04:05,678 ERROR a") == time.mktime((2026, 1, 2, 3, 4, 5, 0, 0, -1))
+    for line in ("", "ERROR", "2026-13-02 03:04:05 ERROR", "2026-01-02 03:04:05,678+01:00 a"):
+        assert seconds_of(line) is None
+
+
+def test_warnings_are_in_the_order_of_time_and_further_lines_belong_to_theirs(tmp_path):
+    path = make_run(tmp_path, "one")
+    (path / "log").mkdir()
+    (path / "log/rank-0.txt").write_text("2026-01-01 00:00:03,000Z WARNING first\n  CRITICAL: second\n")
+    (path / "log/rank-1.txt").write_text("2026-01-01 00:00:02,000Z ERROR zeroth\n")
+    said = warnings_of(log_tails(read_run(path)))
+    assert [line.split()[-1] for line in said] == ["zeroth", "first", "second"]
 
 
 def test_logs_that_cannot_be_read_are_said(tmp_path):
