@@ -1,6 +1,8 @@
 """The charts of a run, or of several beside each other: each with axes, units and what to conclude.
 
 Captions say what the drawn numbers show and nothing else; runs that differ in their seed alone are one curve.
+
+Letters: P points of a curve, C columns of a drawing.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from moepp.model.accounting import balanced_ffn_per_token, max_ffn_per_token
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_COLUMNS = 1000  # points of a band
 TOKENS = AXES["tokens"]
 _SEEDS = " Lines of several seeds are means, bands one sample standard deviation."
 
@@ -45,8 +48,28 @@ def plot(axes: Axes, palette: Palette, number: int, curve: Curve) -> None:
     marker = {"marker": "o", "markersize": 4} if len(curve.x) < 30 else {}
     axes.plot(curve.x, curve.y, label=label_of(curve.label), linewidth=1.6, **palette.line(number), **marker)
     if curve.spread is not None:
-        low, high = ([y + sign * s for y, s in zip(curve.y, curve.spread, strict=True)] for sign in (-1, 1))
-        axes.fill_between(curve.x, low, high, color=palette.series(number), alpha=0.2, linewidth=0)
+        axes.fill_between(*band(curve), color=palette.series(number), alpha=0.2, linewidth=0)
+
+
+def band(curve: Curve) -> tuple[Sequence[float], Sequence[float], Sequence[float]]:
+    """Return x, lower and upper edge of a curve with a spread: of a long one what encloses it in narrow columns.
+
+    Lines are simplified when they are drawn, areas are not, and a drawing is no wider than so many pixels.
+    """
+    import numpy as np
+
+    if curve.spread is None:
+        return [], [], []
+    x_P, y_P, spread_P = (np.asarray(values, dtype=float) for values in (curve.x, curve.y, curve.spread))
+    low_P, high_P = y_P - spread_P, y_P + spread_P
+    if len(x_P) <= _COLUMNS:
+        return x_P.tolist(), low_P.tolist(), high_P.tolist()
+    edges = np.linspace(x_P[0], x_P[-1], _COLUMNS // 2 + 1)[1:-1]
+    starts = np.unique([0, *np.searchsorted(x_P, edges)])  # of the points in each column that has any
+    ends = np.append(starts[1:], len(x_P)) - 1
+    low_C, high_C = np.minimum.reduceat(low_P, starts), np.maximum.reduceat(high_P, starts)
+    x_2C = np.stack([x_P[starts], x_P[ends]], axis=1).ravel()
+    return x_2C.tolist(), low_C.repeat(2).tolist(), high_C.repeat(2).tolist()
 
 
 def curve_figure(

@@ -8,15 +8,16 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from matplotlib.figure import Figure
 
 from moepp.analysis import figures
-from moepp.analysis.charts import curve_charts
+from moepp.analysis.charts import band, curve_charts, curve_figure
 from moepp.analysis.comparison import compare, group_seeds
 from moepp.analysis.cost_charts import cost_charts
-from moepp.analysis.curves import curves_of, group_runs
+from moepp.analysis.curves import Curve, curves_of, group_runs
 from moepp.analysis.differences import frontier
 from moepp.analysis.evidence import Estimate, chance, differ, undecided, verdict
 from moepp.analysis.figures import distinct_counts
@@ -223,6 +224,25 @@ def test_the_unigram_entropy_is_a_line_on_the_losses_of_a_run(tmp_path, monkeypa
         charts = [part for part in (folder / "report.html").read_text().split("<h3>") if "unigram entropy" in part]
         assert [part.split("<")[0] for part in charts] == ["Loss over tokens", "Loss over operations"]
         assert all("The dashed line is the unigram entropy, 6.125 nats" in part for part in charts)
+
+
+def test_the_band_of_a_long_run_encloses_its_seeds_and_keeps_the_page_small():
+    draw = np.random.default_rng(0)
+    x_P = np.cumsum(draw.integers(1, 9, 20_000)) * 100.0
+    y_P, spread_P = 5 + 0.1 * draw.normal(size=len(x_P)), 0.05 + 0.05 * draw.random(len(x_P))
+    spread_P[7_777], y_P[12_345] = 3.0, 9.0
+    curve = Curve("a", x_P.tolist(), y_P.tolist(), spread_P.tolist(), 2)
+    x, low, high = band(curve)
+    assert len(x) <= 1000 and (x[0], x[-1]) == (x_P[0], x_P[-1]) and all(np.diff(x) >= 0)
+    assert (np.interp(x_P, x, low) <= y_P - spread_P + 1e-9).all()
+    assert (np.interp(x_P, x, high) >= y_P + spread_P - 1e-9).all()
+    assert min(low) == min(y_P - spread_P) and max(high) == max(y_P + spread_P)
+    width = (x_P[-1] - x_P[0]) / 500
+    near = np.abs(x_P - x_P[7_777]) > 2 * width  # an outlier widens its own column alone
+    assert np.interp(x_P[near], x, low).min() > 4.0
+    assert len(curve_figure("a", "A", "C.", [curve], ("x", "y"), "s").svg) < 400_000
+    short = Curve("b", [1.0, 2.0], [5.0, 6.0], [0.5, 0.25], 2)
+    assert band(short) == ([1.0, 2.0], [4.5, 5.75], [5.5, 6.25])
 
 
 def test_ticks_never_read_the_same():
