@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -76,8 +77,22 @@ class Job:
         return arguments[arguments.index("launch/torchrun.sh") + 1 :]
 
     @property
-    def requeued(self) -> bool:
-        return (self.folder / "requeued").exists()
+    def requeued(self) -> list[str]:
+        """The ids that Slurm was asked to requeue."""
+        file = self.folder / "requeued"
+        return file.read_text().splitlines() if file.exists() else []
+
+    def near_its_time_limit(self, *arguments: str, **options: str | int) -> tuple[int, str]:
+        """Exit code and output of a job that Slurm signals while it trains; it must not requeue itself before."""
+        process = self.start(*arguments, **options, SRUN_WAITS="yes")  # type: ignore[arg-type]
+        deadline = time.monotonic() + 120
+        while not (self.folder / "started").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert self.requeued == []
+        process.send_signal(signal.SIGUSR1)
+        out, err = process.communicate(timeout=120)
+        assert (self.folder / "signalled").exists() and "time is nearly up; saving" in out
+        return process.returncode, out + err
 
 
 @pytest.fixture
@@ -139,30 +154,34 @@ def test_job_name_that_is_no_folder_name_is_changed(job, name, run):
 @pytest.mark.parametrize(
     ("code", "requeued", "said"),
     [
-        (75, True, "job 4711: saved; requeueing"),
-        (143, True, "ended with 143 before it had saved; requeueing"),
-        (0, False, ""),
-        (2, False, "error: not requeued: the processes ended with exit code 2"),
+        (75, ["4711"], "job 4711: saved; requeueing"),
+        (143, ["4711"], "ended with 143 before it had saved; requeueing"),
+        (0, [], ""),
+        (2, [], "error: not requeued: the processes ended with exit code 2"),
     ],
 )
 def test_job_near_its_time_limit_saves_and_only_then_requeues(job, code, requeued, said):
-    process = job.start(code=code, SRUN_WAITS="yes")
-    deadline = time.monotonic() + 120
-    while not (job.folder / "started").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not job.requeued
-    process.send_signal(signal.SIGUSR1)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == code
-    assert (job.folder / "signalled").exists()
-    assert job.requeued == requeued and said in out + err
-    assert "time is nearly up; saving" in out
+    got, output = job.near_its_time_limit(code=code)
+    assert got == code and job.requeued == requeued and said in output
+
+
+@pytest.mark.parametrize("script", ["sweep", "train"])
+@pytest.mark.parametrize("array", ["4711", "4700"])  # one task has the array's number as its own
+def test_task_of_an_array_requeues_itself_alone(job, script, array):
+    (job.project / "sweep.txt").write_text("optim.lr=1\noptim.lr=2\n")
+    task = {"SLURM_ARRAY_JOB_ID": array, "SLURM_ARRAY_TASK_ID": "2"}
+    arguments = ["sweep.txt"] if script == "sweep" else ["optim.lr=2"]
+    code, output = job.near_its_time_limit(*arguments, script=script, code=75, **task)
+    assert code == 75 and job.requeued == [f"{array}_2"]
+    said = re.findall(r"job (\S+)[:,]", output)
+    assert len(said) == 3 and set(said) == {f"{array}_2"}, output
+    assert job.keys == ['run.name="moepp-4711"', "optim.lr=2"]  # as Slurm counts it: the same after every requeue
 
 
 @pytest.mark.parametrize("code", [0, 2, 75, 137])
 def test_job_that_ends_by_itself_is_not_requeued(job, code):
     assert job.run(code=code)[0] == code
-    assert not job.requeued
+    assert job.requeued == []
 
 
 def test_array_trains_one_line_per_task(job):
