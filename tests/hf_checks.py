@@ -37,6 +37,9 @@ def check_folder(folder: Path) -> None:
         if parameter.numel() > 100:
             expected = 0.0 if "norm" in name else 1.0 if name.endswith("value") else config.initializer_range
             assert abs(parameter.std().item() - expected) < 0.25 * expected + 1e-6, name
+    fresh.generation_config.suppress_tokens = [50, 51, 52, 53, 54, 55, 56, 57, 58]
+    assert fresh.resize_token_embeddings(53, pad_to_multiple_of=4) is fresh.get_input_embeddings()
+    assert fresh.config.vocab_size == 56 and fresh.generation_config.suppress_tokens == [53, 54, 55]
 
 
 def check_cache(model, ids: torch.Tensor, logits: torch.Tensor) -> None:

@@ -16,12 +16,21 @@ from moepp.checkpoint.storage import TensorReader
 from moepp.cli.model_card import TAG, model_card
 from moepp.data.tokenizer import Tokenizer
 from moepp.errors import CheckpointError, ConfigError
-from moepp.evaluation.load import DTYPES, FoundModel, find_model, open_tokenizer, print_remarks, tokenizer_remarks
-from moepp.interop import hf, official
+from moepp.evaluation.load import (
+    DTYPES,
+    FoundModel,
+    document_remarks,
+    find_model,
+    open_tokenizer,
+    print_remarks,
+    tokenizer_remarks,
+)
+from moepp.interop import hf
 from moepp.interop.hf.config import hf_config
 from moepp.interop.official.config import MODEL_TYPE as RELEASED_TYPE
 from moepp.interop.official.config import released_config
 from moepp.interop.official.save import DTYPE_NAMES, ReadParameter, write_released
+from moepp.interop.token_ids import TokenIds
 from moepp.interop.weights import whole_parameters
 from moepp.interop.weights.write import export_folder, read_beside, write_json
 from moepp.io import files
@@ -70,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = _tokenizer(found, args.tokenizer, args.eod_token)
     eod = found.eod_id if tokenizer is None else tokenizer.eod_id
     unused = () if tokenizer is None else tuple(tokenizer.unused_ids(found.cfg.vocab_size))
-    token_ids = official.TokenIds(bos=eod, eos=eod, pad=None, unused=unused)
+    token_ids = TokenIds(bos=eod, eos=eod, pad=None, unused=unused, document_end=found.document_end)
     write = hf.write_hf
     if args.format == "moepp":
         hf_config(found.cfg, token_ids, DTYPE_NAMES[dtype])  # refuses before anything is read or written
@@ -95,15 +104,24 @@ def run(args: argparse.Namespace) -> int:
         written += _write_tokenizer(new, tokenizer, found.cfg.max_seq_len) if tokenizer is not None else []
         files.write_whole(new / "README.md", model_card(found, args.format, dtype, eod, tokenizer))
     print(f"exported {checkpoint} to {folder}: {', '.join([*written, 'README.md'])}")
-    if tokenizer is not None:
-        print_remarks(tokenizer_remarks(found, tokenizer, args.eod_token))
-    else:
+    print_remarks(_remarks(found, tokenizer, args))
+    if tokenizer is None:
         print("the run names no tokenizer (data.tokenizer), so none was exported; add one with --tokenizer FILE")
     if args.format == "official" and args.code_repo is None:
         print(
             "to load it, copy the released configuration_moe_plus_plus.py and modeling_moe_plus_plus.py into the folder"
         )
     return 0
+
+
+def _remarks(found: FoundModel, tokenizer: Tokenizer | None, args: argparse.Namespace) -> list[str]:
+    remarks = document_remarks(found) if tokenizer is None else tokenizer_remarks(found, tokenizer, args.eod_token)
+    if args.format == "official" and found.document_end is not None:
+        remarks.append(
+            "attention stayed within documents in training, which the released format cannot say: what reads this "
+            "export attends across them; --format moepp says it, and `moepp import` takes data.document_attention=true"
+        )
+    return remarks
 
 
 def _checkpoint(place: str) -> Path:

@@ -32,8 +32,9 @@ from moepp.distributed import comm
 from moepp.distributed.device import KEY
 from moepp.distributed.groups import ParallelGroups, joined, new_cpu_group, read_launch_environment
 from moepp.errors import CheckpointError
-from moepp.evaluation.load import eod_of_folder
+from moepp.evaluation.load import document_end_of_folder, eod_of_folder, print_remarks
 from moepp.interop import hf, official
+from moepp.interop.token_ids import listed_ids
 from moepp.interop.weights.files import read_json
 from moepp.io import files
 from moepp.io.temporary import temporary_folder
@@ -62,22 +63,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write config.yaml, model/imported.yaml and a checkpoint at step 0."""
-    source_format = _format_of(Path(args.folder))
-    cfg = _configuration(args, source_format)
+    source_format, source = _format_of(Path(args.folder)), Path(args.folder)
+    weights_model = _read_config(args.folder, source_format)
+    ends = _Ends(eod_of_folder(source), document_end_of_folder(source))
+    cfg = _configuration(args, weights_model, ends)
     launch = read_launch_environment()
     plan = validate(cfg, launch.world_size)
     limits = cfg.parallel.timeout_seconds, cfg.parallel.heartbeat_seconds
     device, facts = cfg.runtime.device, command_facts(cfg.runtime.plugins)
     with joined(launch, cfg.parallel.expert, limits[0], facts, device, limits[1], KEY) as groups:
-        _import(cfg, plan, replace(cfg, init=replace(cfg.init, path=args.folder, format=source_format)), groups)
+        _import(cfg, plan, replace(cfg, init=replace(cfg.init, path=args.folder, format=source_format)), groups, ends)
     if launch.rank == 0:
+        print_remarks(_remarks(args.folder, cfg, ends))
         place = shlex.quote(args.run_dir)
+        within = " data.document_attention=true" if cfg.data.document_attention else ""
         print(
             f"imported {args.folder} into {args.run_dir}; train it further with\n"
             f"  python train.py --config-dir {place} model={MODEL_NAME} run.dir={place} data.paths=[...] "
-            f"data.tokenizer={shlex.quote(cfg.data.tokenizer or 'null')}"
+            f"data.tokenizer={shlex.quote(cfg.data.tokenizer or 'null')}{within}"
         )
     return 0
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """What a folder tells of the ends of documents.
+
+    Attributes:
+        eos: id of the token at which generation stops; None: not known.
+        document: id of the token that ended the documents in training, if attention stayed within them; None: it did
+            not, or the format does not say.
+    """
+
+    eos: int | None
+    document: int | None
+
+    @property
+    def eod(self) -> int | None:
+        """What a checkpoint calls the end of a document."""
+        return self.document if self.document is not None else self.eos
+
+
+def _remarks(folder: str, cfg: Config, ends: _Ends) -> list[str]:
+    remarks = []
+    path = Path(folder) / "config.json"
+    if ends.eod is None and (several := listed_ids(path, read_json(path), "eos")):
+        remarks.append(
+            f"{path} lists several end tokens ({', '.join(map(str, several))}), and tokenizer_config.json names none "
+            "of them: the run does not know which one ends a document; --eod-token of the other commands names it"
+        )
+    elif ends.eos not in (None, ends.eod):
+        remarks.append(
+            f"{folder} ends a text with token {ends.eos}, and the documents that it was trained on ended with token "
+            f"{ends.eod}, with which the run goes on"
+        )
+    if ends.document is not None and not cfg.data.document_attention:
+        remarks.append(
+            f"in the training of {folder} attention stayed within documents; with data.document_attention=false it "
+            "crosses them from here on"
+        )
+    return remarks
 
 
 def _format_of(folder: Path) -> str:
@@ -88,16 +133,14 @@ def _read_config(folder: str, source_format: str) -> ModelConfig:
     return (hf if source_format == "moepp" else official).read_config(folder)
 
 
-def _configuration(args: argparse.Namespace, source_format: str) -> Config:
+def _configuration(args: argparse.Namespace, model: ModelConfig, ends: _Ends) -> Config:
     """Return what train.py would run with these overrides and the folder's model.
 
     Raises:
-        CheckpointError: not a folder that can be imported.
         ConfigError: an override that cannot be.
     """
     from hydra import compose, initialize_config_dir
 
-    model = _read_config(args.folder, source_format)
     configs = configs_folder()
     run_dir = Path(args.run_dir)
     tokenizer = Path(args.folder, "tokenizer.json")
@@ -106,6 +149,7 @@ def _configuration(args: argparse.Namespace, source_format: str) -> Config:
         f"run.dir={_quoted(str(run_dir))}",
         f"data.seq_len={min(model.max_seq_len, DEFAULT_SEQ_LEN)}",
         f"data.tokenizer={_quoted(str(tokenizer.resolve())) if tokenizer.is_file() else 'null'}",
+        f"data.document_attention={str(ends.document is not None).lower()}",
     ]
     register_defaults()
     try:
@@ -133,9 +177,7 @@ def _write_model(folder: Path, model: ModelConfig) -> None:
     files.write_whole(folder / "model" / f"{MODEL_NAME}.yaml", yaml.safe_dump(to_dict(model), sort_keys=False))
 
 
-def _import(cfg: Config, plan: RunPlan, cfg_with_source: Config, groups: ParallelGroups) -> None:
-    source = cfg_with_source.init.path
-    assert source is not None
+def _import(cfg: Config, plan: RunPlan, cfg_with_source: Config, groups: ParallelGroups, ends: _Ends) -> None:
     comm.run_together(lambda: check_initial_weights(cfg_with_source))
     environment = describe_environment(device_name(groups.device), groups.world_size)
     claim = comm.on_first_rank(lambda: _claim(cfg, environment))
@@ -147,7 +189,7 @@ def _import(cfg: Config, plan: RunPlan, cfg_with_source: Config, groups: Paralle
         in_fp32 = replace(cfg_with_source, train=replace(cfg.train, precision="fp32"))
         model = build_model(in_fp32, groups, comm.CommStats())
         comm.run_together(lambda: load_initial_weights(in_fp32, model, groups))
-        _save(cfg, plan, model, groups, run_dir, _described(cfg, source, environment["packages"]))
+        _save(cfg, plan, model, groups, run_dir, _described(cfg, ends, environment["packages"]))
         comm.run_together(lambda: claim.finish_import() if claim is not None else None)
     finally:
         if claim is not None:
@@ -167,10 +209,10 @@ class _Described:
     tokenizer_sha256: str | None
 
 
-def _described(cfg: Config, source: str, versions: dict[str, Any]) -> _Described:
+def _described(cfg: Config, ends: _Ends, versions: dict[str, Any]) -> _Described:
     path = cfg.data.tokenizer
     sha256 = sha256_of(path) if path is not None and Path(path).is_file() else None
-    return _Described(versions, eod_of_folder(Path(source)), sha256)
+    return _Described(versions, ends.eod, sha256)
 
 
 def _save(

@@ -51,7 +51,8 @@ def model_card(
         _loading(form, tokenizer is not None),
         _data(cfg, found.subject),
         *_document_end(eod_id, tokenizer),
-        *_document_attention(found),
+        *_document_attention(found, form),
+        *_fine_tuning(found, form, tokenizer),
         _training(cfg),
         _evaluation(found),
     ]
@@ -108,12 +109,46 @@ def _document_end(eod_id: int | None, tokenizer: Tokenizer | None) -> list[str]:
     return [f"Every document ends with {what}, and a text starts after it. No other token is added to a text."]
 
 
-def _document_attention(found: FoundModel) -> list[str]:
+def _document_attention(found: FoundModel, form: str) -> list[str]:
     if found.document_end is None:
         return []
+    told = "" if form == "official" else " The commands of moepp, which read `config.json`, go on as in training."
     return [
         "In training, attention stayed within documents: a token saw those of its own document alone. The code that "
-        "runs the exported model attends to all that it is given, so give it one document at a time."
+        f"runs the exported model attends to all that it is given, so give it one document at a time.{told}"
+    ]
+
+
+def _fine_tuning(found: FoundModel, form: str, tokenizer: Tokenizer | None) -> list[str]:
+    """Return what the usual recipes take for granted and this export does not do, with what to do instead."""
+    if tokenizer is None:
+        return []
+    unused = tokenizer.unused_ids(found.cfg.vocab_size)
+    load = 'AutoTokenizer.from_pretrained("path/to/this/folder", trust_remote_code=True, split_special_tokens=False)'
+    lines = [f"tokenizer = {load}", 'tokenizer.add_special_tokens({"pad_token": "<|pad|>"})']
+    lines += ["model.resize_token_embeddings(len(tokenizer))", "model.config.pad_token_id = tokenizer.pad_token_id"]
+    suppressed = []
+    if unused:
+        frees = (
+            "`resize_token_embeddings` frees those below the new size; without it, take them out of"
+            if form == "moepp"
+            else "`resize_token_embeddings` of the released code does not free them, so they must be taken out of"
+        )
+        suppressed = [
+            f"{len(unused):,} ids from {unused[0]:,} on have no token, and `generation_config.json` suppresses them. "
+            f"Added tokens take the first of them, and could never be generated: {frees} "
+            "`model.generation_config.suppress_tokens`."
+        ]
+        if form == "official":
+            lines.append("model.generation_config.suppress_tokens = None")
+    code = "\n".join(lines)
+    return [
+        "## Fine-tuning",
+        "The tokenizer reads what spells a special token as plain text, as in training, so that "
+        "`text + tokenizer.eos_token` does not end with the end token. It also pads with the end token, which "
+        "`DataCollatorForLanguageModeling` then leaves out of the loss. To teach where texts end, load it so:",
+        f"```python\n{code}\n```",
+        *suppressed,
     ]
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -20,6 +21,7 @@ from moepp.distributed.groups import ParallelGroups
 from moepp.errors import CheckpointError, ConfigError, DataError, PluginError
 from moepp.evaluation.results import Subject
 from moepp.interop import hf, official
+from moepp.interop.token_ids import read_token_id
 from moepp.interop.weights import require_room, weight_bytes
 from moepp.interop.weights.files import read_json
 from moepp.io.untrusted import printable
@@ -41,7 +43,8 @@ class FoundModel:
         tokenizer: path of its tokenizer.json; None: it names none.
         eod_id: token that ended the documents it was trained on; None: not known.
         tokenizer_sha256: of the tokenizer.json that made them; None: not known.
-        document_end: the same, if attention stays within documents; None: it does not.
+        document_end: the same (in exports that were tuned to another one: that of pretraining), if attention stays
+            within documents; None: it does not.
         run_dir, run_config: of a run.
         fill: reads the weights into a model, this rank's share; collective.
     """
@@ -121,7 +124,7 @@ def open_tokenizer(found: FoundModel, override: str | None, eod_token: str | Non
 
 def tokenizer_remarks(found: FoundModel, tokenizer: Tokenizer, eod_token: str | None) -> list[str]:
     """Return the assumptions behind the ``tokenizer`` that :func:`open_tokenizer` returned."""
-    remarks = []
+    remarks = document_remarks(found)
     if _is_other_tokenizer(found, tokenizer):
         remarks.append(f"{tokenizer.path} is another file than the tokenizer that the training data were prepared with")
     if found.eod_id is None and eod_token is None:
@@ -130,6 +133,17 @@ def tokenizer_remarks(found: FoundModel, tokenizer: Tokenizer, eod_token: str | 
             f"{tokenizer.eod_id}) is taken by its name, --eod-token names another"
         )
     return remarks
+
+
+def document_remarks(found: FoundModel) -> list[str]:
+    """Return a line if the model's attention stayed within documents, and what ended them is not known any more."""
+    cfg = found.run_config
+    if cfg is None or not cfg.data.document_attention or found.document_end is not None:
+        return []
+    return [
+        f"attention stayed within documents in training, and neither {found.subject.source} nor its data tell which "
+        "token ended them any more: here it crosses them"
+    ]
 
 
 def print_remarks(remarks: list[str]) -> None:
@@ -215,11 +229,12 @@ def _eod_of_data(cfg: Config, info: CheckpointInfo) -> int | None:
 def eod_of_folder(folder: Path) -> int | None:
     """Return the end-of-document token of a folder of weights: ``eos_token_id``, if the tokenizer agrees.
 
+    Of a list of ids it is the one that the folder's tokenizer_config.json names.
     Released configurations often carry the default of the format instead. So the number counts where the folder's
     tokenizer marks that token as special or its tokenizer_config.json names it, or where there is no tokenizer.
     """
-    eos_id = read_json(folder / "config.json").get("eos_token_id")
-    if type(eos_id) is not int:
+    eos_id = read_token_id(folder / "config.json", read_json(folder / "config.json"), "eos")
+    if eos_id is None:
         return None
     if not (folder / "tokenizer.json").is_file():
         return eos_id
@@ -233,9 +248,21 @@ def eod_of_folder(folder: Path) -> int | None:
     return eos_id if tokenizer.is_special(eos_id) or named == token else None
 
 
-def _find_folder(folder: Path, place: str) -> FoundModel:
+def document_end_of_folder(folder: Path) -> int | None:
+    """Return the token that ends documents if the model's attention stays within them; None: it does not, or unsaid.
+
+    The released format has no place for it.
+    """
+    return hf.read_document_end(folder) if _form_of(folder) is hf else None
+
+
+def _form_of(folder: Path) -> ModuleType:
     """Return the format that config.json names; the released one for any other name."""
-    form = hf if read_json(folder / "config.json").get("model_type") == hf.MODEL_TYPE else official
+    return hf if read_json(folder / "config.json").get("model_type") == hf.MODEL_TYPE else official
+
+
+def _find_folder(folder: Path, place: str) -> FoundModel:
+    form = _form_of(folder)
 
     def fill(model: Transformer, groups: ParallelGroups) -> None:
         comm.run_together(lambda: form.load_into(model, folder, groups.ep_rank, groups.ep_size), groups.world)
@@ -250,4 +277,5 @@ def _find_folder(folder: Path, place: str) -> FoundModel:
         tokenizer=tokenizer if tokenizer.is_file() else None,
         fill=fill,
         eod_id=eod_of_folder(folder),
+        document_end=document_end_of_folder(folder),
     )

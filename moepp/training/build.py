@@ -106,6 +106,18 @@ def load_initial_weights(cfg: Config, model: Transformer, groups: ParallelGroups
         source.load_into(model, cfg.init.path, groups.ep_rank, groups.ep_size)
 
 
+def _warn_of_crossed_documents(cfg: Config, groups: ParallelGroups) -> None:
+    """Say that attention is about to cross documents where it did not in the training of ``init.path``."""
+    if cfg.init.path is None or cfg.init.format != "moepp" or cfg.data.document_attention or groups.rank != 0:
+        return
+    if hf.read_document_end(cfg.init.path) is not None:
+        logger.warning(
+            "in the training of init.path=%s attention stayed within documents, and here it crosses them; set "
+            "data.document_attention=true to go on as before",
+            printable(cfg.init.path),
+        )
+
+
 def build_engine(
     cfg: Config, plan: RunPlan, model: Transformer, groups: ParallelGroups, clock: StageClock | None = None
 ) -> Engine:
@@ -165,6 +177,7 @@ def build_parts(
     model = build_model(cfg, groups, comm_stats, document_end)
     if starts_fresh:
         comm.run_together(lambda: load_initial_weights(cfg, model, groups))
+        _warn_of_crossed_documents(cfg, groups)
     if cfg.runtime.compile:
         compile_dense_parts(model)
     engine = build_engine(cfg, plan, model, groups, comm_stats.clock)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moepp.config import ModelConfig
 from moepp.errors import CheckpointError, ConfigError
-from moepp.interop.official import TokenIds
+from moepp.interop.token_ids import TokenIds, read_token_ids
 from moepp.interop.weights.features import refuse_foreign
 from moepp.interop.weights.files import read_json
 from moepp.io.untrusted import show
@@ -47,7 +48,8 @@ _MOE = {
     "gate_normalization": "gate_normalization",
     "scale_input_by_top_k": "scale_input_by_top_k",
 }
-_OTHER = ("auto_map", "rotary_scaling_type", "rotary_scaling_factor", "output_router_logits")
+_DOCUMENT_END = "document_end_token_id"
+_OTHER = ("auto_map", "rotary_scaling_type", "rotary_scaling_factor", "output_router_logits", _DOCUMENT_END)
 _TOKEN_IDS = ("bos", "eos", "pad")
 
 
@@ -72,6 +74,7 @@ def hf_config(cfg: ModelConfig, ids: TokenIds, dtype: str) -> dict[str, Any]:
         "rotary_scaling_type": None if scaling is None else scaling.type,
         "rotary_scaling_factor": 1.0 if scaling is None else scaling.factor,
         **{f"{name}_token_id": getattr(ids, name) for name in _TOKEN_IDS},
+        _DOCUMENT_END: ids.document_end,
         "torch_dtype": dtype,
         "use_cache": True,
     }
@@ -101,14 +104,30 @@ def read_hf(folder: str | Path) -> tuple[ModelConfig, TokenIds]:
     missing = [key for key in (*_MODEL, *_MOE) if key not in tree]
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}; export the model again")
-    ids = [tree.get(f"{name}_token_id") for name in _TOKEN_IDS]
-    if bad := [value for value in ids if value is not None and (type(value) is not int or value < 0)]:
-        raise CheckpointError(f"{path}: the token id {show(bad[0])} is no integer of 0 or more; correct it")
+    ids = read_token_ids(path, tree, dict.fromkeys(_TOKEN_IDS))
+    for name, value in ((name, getattr(ids, name)) for name in _TOKEN_IDS):
+        if value is not None and value < 0:
+            raise CheckpointError(f"{path}: {name}_token_id={value} is negative; correct it, or write null for none")
     model = {own: tree[theirs] for theirs, own in _MODEL.items()}
     model["moe"] = {own: tree[theirs] for theirs, own in _MOE.items()}
     if tree.get("rotary_scaling_type") is not None:
         model["rope_scaling"] = {"type": tree["rotary_scaling_type"], "factor": tree.get("rotary_scaling_factor")}
     try:
-        return build(ModelConfig, model, "model"), TokenIds(bos=ids[0], eos=ids[1], pad=ids[2])
+        cfg = build(ModelConfig, model, "model")
     except ConfigError as error:
         raise CheckpointError(f"{path} describes a model that cannot be built: {error}") from error
+    end = tree.get(_DOCUMENT_END)
+    if end is not None and not (type(end) is int and 0 <= end < cfg.vocab_size):
+        raise CheckpointError(
+            f"{path}: {_DOCUMENT_END}={show(end)} is no token of the model (0 to {cfg.vocab_size - 1}); correct it, or "
+            "write null if attention crossed documents in training"
+        )
+    return cfg, replace(ids, document_end=end)
+
+
+def read_document_end(folder: str | Path) -> int | None:
+    """Return the token that ended documents in training, if attention stayed within them; None: it did not.
+
+    Errors as for :func:`read_config`.
+    """
+    return read_hf(folder)[1].document_end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,8 +12,8 @@ from moepp.config import ModelConfig
 from moepp.distributed.parameters import is_expert_parameter
 from moepp.interop.hf.config import hf_config
 from moepp.interop.hf.load import pieces_of
-from moepp.interop.official import TokenIds
 from moepp.interop.official.save import DTYPE_NAMES, ReadParameter, generation_config, read_from
+from moepp.interop.token_ids import TokenIds
 from moepp.interop.weights import whole_parameters, write_tensors
 from moepp.interop.weights.write import MAX_SHARD_BYTES, export_folder, write_json
 from moepp.io import files
@@ -25,6 +26,8 @@ CODE_FILES = ("cache_moepp.py", "configuration_moepp.py", "layers_moepp.py", "ma
 def save_pretrained(model: Transformer, folder: str | Path, token_ids: TokenIds) -> list[str]:
     """Write a whole model, in the dtype of its embedding, for ``from_pretrained(folder, trust_remote_code=True)``.
 
+    The folder tells of the model's ``document_end`` where ``token_ids`` names none.
+
     Returns:
         names of the files written.
 
@@ -32,6 +35,8 @@ def save_pretrained(model: Transformer, folder: str | Path, token_ids: TokenIds)
         WriteError: the folder cannot be written to.
     """
     dtype = model.embed_tokens.weight.dtype
+    if token_ids.document_end is None:
+        token_ids = replace(token_ids, document_end=model.document_end)
     with export_folder(Path(folder)) as new:
         return write_hf(read_from(model), model.cfg, new, token_ids=token_ids, dtype=dtype)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moepp.config import ModelConfig, MoEConfig, RopeScalingConfig
 from moepp.errors import CheckpointError, ConfigError
+from moepp.interop.token_ids import TokenIds, read_token_ids
 from moepp.interop.weights.features import refuse_foreign
 from moepp.interop.weights.files import read_json
 from moepp.io.untrusted import show
@@ -37,9 +37,6 @@ _KEYS: dict[str, tuple[tuple[type, ...], Any]] = {
     "rope_theta": (_NUMBER, 1e4),
     "rope_scaling": ((dict,), None),
     "tie_word_embeddings": (_BOOL, False),
-    "bos_token_id": (_INT, 1),
-    "eos_token_id": (_INT, 2),
-    "pad_token_id": (_INT, None),
     "num_experts": ((list,), (32,)),
     "moe_expert_interval": (_INT, 1),
     "moe_use_mixtral_gating": (_BOOL, False),
@@ -48,17 +45,8 @@ _KEYS: dict[str, tuple[tuple[type, ...], Any]] = {
     "moe_gate_norm_std": (_NUMBER, 1.0),
     "moe_feature_no_mul_topk": (_BOOL, False),
 }
-_NULLABLE = {"num_key_value_heads", "rope_scaling", "bos_token_id", "eos_token_id", "pad_token_id"}
-
-
-@dataclass(frozen=True)
-class TokenIds:
-    """Special tokens; None: there is none."""
-
-    bos: int | None = 1
-    eos: int | None = 2
-    pad: int | None = None
-    unused: tuple[int, ...] = ()  # ids that no token of the tokenizer has; they are never to be written
+_NULLABLE = {"num_key_value_heads", "rope_scaling"}
+_TOKEN_IDS = {"bos": 1, "eos": 2, "pad": None}  # where they are absent
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -77,6 +65,7 @@ def read_released(folder: str | Path) -> tuple[ModelConfig, TokenIds]:
     _require_model_type(path, tree)
     refuse_foreign(path, tree, {*_KEYS, "auto_map"})
     values = {key: _value(path, tree, key) for key in _KEYS}
+    token_ids = read_token_ids(path, tree, _TOKEN_IDS)
     num_experts = values["num_experts"][0] if values["num_experts"] else None
     if type(num_experts) is not int or num_experts < NUM_ZERO_COMPUTATION:
         raise CheckpointError(
@@ -89,7 +78,7 @@ def read_released(folder: str | Path) -> tuple[ModelConfig, TokenIds]:
             "code cannot run; only 1 can be imported"
         )
     try:
-        return _model_config(values, num_experts), TokenIds(*(values[f"{k}_token_id"] for k in ("bos", "eos", "pad")))
+        return _model_config(values, num_experts), token_ids
     except ConfigError as error:
         raise CheckpointError(f"{path} describes a model that cannot be built: {error}") from error
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from moepp.config import ModelConfig
 from moepp.errors import ConfigError
-from moepp.interop.official.config import TokenIds
+from moepp.interop.token_ids import TokenIds
 from moepp.model import KVCache, ModelOutput, Transformer, generate
 from moepp.model.attention import Attention, rotary_table
 from moepp.model.norm import RMSNorm

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from moepp.config import ModelConfig
 from moepp.distributed.parameters import is_expert_parameter
-from moepp.interop.official.config import TokenIds, released_config
+from moepp.interop.official.config import released_config
 from moepp.interop.official.keys import pieces_of
 from moepp.interop.official.model import OfficialModel
+from moepp.interop.token_ids import TokenIds
 from moepp.interop.weights import whole_parameters, write_tensors
 from moepp.interop.weights.write import MAX_SHARD_BYTES, export_folder, write_json
 from moepp.io import files

@@ -30,6 +30,8 @@ class MoeppConfig(PretrainedConfig):
         gate_normalization: "zero_masked" (softmax over all, zero experts' weights to 0, chosen renormalised), "none"
             (softmax over all), or "topk_softmax" (softmax over the chosen).
         scale_input_by_top_k: multiply the experts' input by num_experts_per_tok.
+        document_end_token_id: token that ended documents in training, if attention stayed within them; None: it crossed
+            them. This code attends to all that it is given: give it one document at a time.
         output_router_logits: whether outputs hold the router logits of every MoE layer.
     """
 
@@ -63,6 +65,7 @@ class MoeppConfig(PretrainedConfig):
         logits_norm_std: float | None = None,
         gate_normalization: str = "zero_masked",
         scale_input_by_top_k: bool = False,
+        document_end_token_id: int | None = None,
         output_router_logits: bool = True,
         use_cache: bool = True,
         tie_word_embeddings: bool = False,
@@ -92,6 +95,7 @@ class MoeppConfig(PretrainedConfig):
         self.logits_norm_std = logits_norm_std
         self.gate_normalization = gate_normalization
         self.scale_input_by_top_k = scale_input_by_top_k
+        self.document_end_token_id = document_end_token_id
         self.output_router_logits = output_router_logits
         self.use_cache = use_cache
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)

@@ -187,6 +187,20 @@ class MoeppForCausalLM(MoeppPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+    ) -> nn.Embedding:
+        """As in transformers; generation may write every id below ``new_num_tokens`` from then on.
+
+        An export suppresses the ids that its tokenizer has no token for, and added tokens take the first of these.
+        """
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+        suppressed = self.generation_config.suppress_tokens
+        if new_num_tokens is not None and suppressed:
+            kept = [token_id for token_id in suppressed if new_num_tokens <= token_id < self.config.vocab_size]
+            self.generation_config.suppress_tokens = kept or None
+        return embeddings
+
     def forward(
         self,
         input_ids: Tensor | None = None,
