@@ -33,8 +33,8 @@ def one_process() -> Iterator[ParallelGroups]:
         torch.distributed.destroy_process_group()
 
 
-def write_byte_tokenizer(path: Path) -> Tokenizer:
-    """Bytes, " A" to " D" and " yes"/" no" as tokens of their own, and an end-of-document token."""
+def write_byte_tokenizer(path: Path, special: bool = True) -> Tokenizer:
+    """Bytes, " A" to " D" and " yes"/" no" as tokens of their own, and an end-of-document token, special or not."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Library
 
@@ -44,7 +44,8 @@ def write_byte_tokenizer(path: Path) -> Tokenizer:
     library = Library(models.BPE(vocab=vocabulary, merges=merges))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
     library.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    library.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
+    add = library.add_special_tokens if special else library.add_tokens
+    add([AddedToken("<|endoftext|>", special=special)])
     library.save(str(path))
     return Tokenizer(str(path))
 

@@ -86,18 +86,18 @@ def continuation(
 
     An empty prompt starts a document: it means the token that ended the one before.
     """
-    ids = tokenizer.encode(prompt) or [tokenizer.eod_id]
-    ids_1S = to_device(torch.tensor([ids]), generator.device)
-    new: list[int] = []
+    ids, eod = tokenizer.encode(prompt), tokenizer.eod_id
+    ids_1S = to_device(torch.tensor([ids or [eod]]), generator.device)
     shown = len(tokenizer.decode(ids))
-    eod = tokenizer.eod_id
     for next_11 in stream(model, ids_1S, max_new_tokens, sampling, eos_id=eod, generator=generator):
-        new.append(int(next_11))
-        text = tokenizer.decode(ids + new)
+        if int(next_11) == eod:  # no part of the text, whether the tokenizer marks it as special or not
+            break
+        ids.append(int(next_11))
+        text = tokenizer.decode(ids)
         if not text.endswith(REPLACEMENT):
             yield text[shown:]
             shown = len(text)
-    yield tokenizer.decode(ids + new)[shown:]
+    yield tokenizer.decode(ids)[shown:]
 
 
 def _print(text: str) -> None:

@@ -134,10 +134,11 @@ def continue_prompts(
     ended = [False] * len(prompts)
     for next_B1 in tokens:
         for i, token in enumerate(next_B1[:, 0].tolist()):
+            if token == tokenizer.eod_id:  # no part of the text, whether the tokenizer marks it as special or not
+                ended[i] = True
             if not ended[i]:
                 written[i].append(token)
-                texts[i], stopped = cut_at_stop(tokenizer.decode(written[i]), first.until)
-                ended[i] = stopped or token == tokenizer.eod_id
+                texts[i], ended[i] = cut_at_stop(tokenizer.decode(written[i]), first.until)
         if all(ended):
             break
     return texts

@@ -48,6 +48,7 @@ def write_samples(parts: Parts, run_path: Path, eod_id: int | None) -> None:
         return
     tokenizer = Tokenizer(cfg.data.tokenizer, eod_id=eod_id)
     end, unused = tokenizer.guess_eod(), tokenizer.unused_ids(cfg.model.vocab_size)
+    end_id = None if end is None else end[1]
     generator = torch.Generator(device=groups.device).manual_seed(cfg.run.seed)
     samples = []
     for index in range(cfg.train.samples):
@@ -60,14 +61,19 @@ def write_samples(parts: Parts, run_path: Path, eod_id: int | None) -> None:
             min(NEW_TOKENS, cfg.model.max_seq_len - len(ids)),
             temperature=TEMPERATURE,
             top_k=TOP_K,
-            eos_id=None if end is None else end[1],
+            eos_id=end_id,
             never=unused,
             generator=generator,
         )
-        text = tokenizer.decode(out[0, len(ids) :].tolist())
-        samples.append({"prompt": tokenizer.decode(ids.tolist()), "continuation": text})
+        new = out[0, len(ids) :].tolist()
+        samples.append({"prompt": _text(tokenizer, prompt, end_id), "continuation": _text(tokenizer, new, end_id)})
     text = json.dumps(samples, indent=2, ensure_ascii=False)
     comm.on_first_rank(lambda: _write(run_path / FILE, text))
+
+
+def _text(tokenizer: Tokenizer, ids: list[int], end_id: int | None) -> str:
+    """Return the text of ``ids`` without ends of documents, whether the tokenizer marks them as special or not."""
+    return tokenizer.decode([token_id for token_id in ids if token_id != end_id])
 
 
 def _write(path: Path, text: str) -> None:

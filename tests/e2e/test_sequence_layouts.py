@@ -131,6 +131,7 @@ def test_commands_keep_attention_within_documents(pool_1: WorkerPool, trained, t
     torch.testing.assert_close(packed[:, 4:], alone, rtol=1e-5, atol=1e-5)
     assert main(["export", str(run), str(tmp_path / "out"), "--format", "moepp"]) == 0
     assert "attention stayed within documents" in (tmp_path / "out" / "README.md").read_text()
+    assert find_model(str(tmp_path / "out")).document_end == end
 
 
 @pytest.mark.slow

@@ -216,7 +216,7 @@ def _add_documents(
     from tqdm import tqdm
 
     tokenizer, dtype = target
-    tally = Tally(DocumentReader(options.read))
+    tally = Tally(DocumentReader(options.read), tokenizer.eod_token, tokenizer.eod_id)
     encoder_arguments = (tokenizer.to_json(), tokenizer.eod_id, dtype.name, options.tokenizer)
     total = sum(file.bytes for file in files)
     with tqdm(
@@ -237,6 +237,7 @@ def _add_batch(builder: Any, encoded: Encoded, batch: Batch, tally: Tally) -> No
             tally.lost_documents += 1
             continue
         builder.add_document(tokens_T, [len(tokens_T)])
+        tally.documents_with_eod += bool((tokens_T[:-1] == tally.eod_id).any())
         tally.inputs.append(number)
         tally.documents += 1
         tally.tokens += len(tokens_T)
@@ -275,6 +276,7 @@ def _manifest(
         "tokens": tally.tokens,
         "empty_documents": tally.empty_documents,
         "lost_documents": tally.lost_documents,
+        "documents_with_eod": tally.documents_with_eod,
         "lost_characters": tally.losses.lost_characters,
         "unknown_tokens": tally.losses.unknown_tokens,
         "bad_lines": tally.reader.bad_lines.count,

@@ -17,10 +17,13 @@ class Tally:
     """Counts of one preparation."""
 
     reader: DocumentReader
+    eod_token: str  # ends a document
+    eod_id: int
     documents: int = 0
     tokens: int = 0
     empty_documents: int = 0
     lost_documents: int = 0  # text of which the tokenizer left nothing
+    documents_with_eod: int = 0  # in their text: the tokenizer does not mark the token as special
     max_token_id: int = 0
     losses: Losses = field(default_factory=Losses)
     inputs: array[int] = field(default_factory=lambda: array("i"))  # number of the input file of each document
@@ -37,6 +40,12 @@ class Tally:
             lines.append(f"the tokenizer cannot represent {self.lost_text()}")
         if self.lost_documents:
             lines.append(f"left out {self.lost_documents:,} documents of which the tokenizer keeps nothing")
+        if self.documents_with_eod:
+            lines.append(
+                f"{self.documents_with_eod:,} documents hold the end token {show(self.eod_token)} in their text, where "
+                "data.document_attention=true divides them; mark it as special in the tokenizer, or name another one "
+                "with --eod-token"
+            )
         return lines
 
     def lost_text(self) -> str:

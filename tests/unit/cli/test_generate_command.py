@@ -69,14 +69,16 @@ def test_an_empty_prompt_starts_a_document(folder, capsys):
     assert len(printed([str(folder), "--prompt", "", "--max-new-tokens", "5"], capsys).split()) >= 1
 
 
-def test_pieces_are_whole_characters_and_add_up(tmp_path, monkeypatch):
-    tokenizer = write_byte_tokenizer(tmp_path / "tokenizer.json")
+@pytest.mark.parametrize("prompt", ["ok ", ""])
+@pytest.mark.parametrize("special", [True, False])
+def test_pieces_are_whole_characters_and_add_up(tmp_path, monkeypatch, special, prompt):
+    tokenizer = write_byte_tokenizer(tmp_path / "tokenizer.json", special)
     model = tiny_model(tiny_config()).eval()
     wanted = [*tokenizer.encode("né ☃ 😀 yes"), tokenizer.eod_id]
     tokens = iter(wanted)
     module = importlib.import_module("moepp.model.generate")  # the package has a function of this name
     monkeypatch.setattr(module, "sample", lambda *_: torch.tensor([[next(tokens)]]))
-    pieces = list(continuation(model, tokenizer, "ok ", 100, Sampling(), torch.Generator()))
+    pieces = list(continuation(model, tokenizer, prompt, 100, Sampling(), torch.Generator()))
     assert "".join(pieces) == "né ☃ 😀 yes"
     assert "😀" in pieces and all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
 

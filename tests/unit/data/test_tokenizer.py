@@ -12,6 +12,7 @@ from moepp.cli.export import _write_tokenizer
 from moepp.cli.main import main
 from moepp.data.indexed import open_indexed
 from moepp.data.prepare.pipeline import PrepareOptions, prepare
+from moepp.data.prepare.readers import ReadOptions
 from moepp.data.tokenizer import Tokenizer
 from moepp.data.vocabulary import padded_size
 from moepp.errors import DataError
@@ -94,6 +95,24 @@ def test_a_word_that_ends_documents_stays_a_word_in_texts(tmp_path: Path) -> Non
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert theirs("w12 w1 w15").input_ids == tokenizer.encode("w12 w1 w15") == [12, 1, 15]
     assert theirs.eos_token_id == 1
+
+
+@pytest.mark.parametrize(("special", "said"), [(True, False), (False, True)])
+def test_ends_that_stand_in_texts_are_counted_and_said(tmp_path: Path, special: bool, said: bool) -> None:
+    from tokenizers import AddedToken
+
+    library = library_tokenizer()
+    add = library.add_special_tokens if special else library.add_tokens
+    add([AddedToken("[END]", special=special)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text("one [END] two[END]\nthree\n[END] and [END]\nfour[END]\n")
+    prefix, remarks = str(tmp_path / "text"), []
+    read, path = ReadOptions(text_unit="line"), f"{tmp_path}/tokenizer.json"
+    options = PrepareOptions(prefix, path, read=read, eod_token="[END]", max_lost_share=1.0, progress=False)
+    manifest = prepare([f"{prefix}.txt"], options, remarks.append)
+    assert manifest.sources[0]["documents_with_eod"] == (3 if said else 0)
+    found = [remark for remark in remarks if "3 documents hold the end token '[END]' in their text" in remark]
+    assert len(found) == said, remarks
 
 
 def test_truncation_padding_and_dropout_in_the_file_change_nothing(tmp_path: Path) -> None:

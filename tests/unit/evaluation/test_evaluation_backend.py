@@ -18,6 +18,7 @@ from moepp.data.tokenizer import Tokenizer
 from moepp.distributed.groups import ParallelGroups
 from moepp.errors import ConfigError, DataError
 from moepp.evaluation import backend as backend_module
+from moepp.evaluation import scoring
 from moepp.evaluation.backend import HarnessModel, build_rows
 from moepp.evaluation.scoring import cut_at_stop
 from moepp.evaluation.sharing import SharedModel
@@ -158,6 +159,19 @@ def test_generation_equals_greedy_decoding_up_to_the_stop_text(shared: SharedMod
     texts, backend = ask(shared, "generate_until", *[(prompt, options) for prompt in prompts])
     assert texts == [text.split(stop)[0] for text in free]
     assert backend.num_truncated == 2  # the second leaves no room for 12 tokens
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_the_end_of_a_document_is_no_part_of_the_text(
+    groups: ParallelGroups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, special: bool
+):
+    tokenizer = write_byte_tokenizer(tmp_path / "tokenizer.json", special)
+    end, (a, b, c) = tokenizer.eod_id, tokenizer.encode("abc")
+    drawn = [torch.tensor(row)[:, None] for row in ([a, end, c], [b, end, end], [end, end, end], [a, a, a])]
+    monkeypatch.setattr(scoring, "stream", lambda *_, **__: iter(drawn))
+    shared = SharedModel(tiny_model(tiny_config(MAX_SEQ_LEN)), tokenizer, groups, batch_size=3)
+    texts, _ = ask(shared, "generate_until", *[(prompt, {"until": ["."], "max_gen_toks": 9}) for prompt in "xyz"])
+    assert texts == ["ab", "", "c"]
 
 
 def test_generation_leaves_half_of_a_short_model_to_the_prompt(shared: SharedModel):

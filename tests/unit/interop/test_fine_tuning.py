@@ -18,6 +18,7 @@ from moepp.cli.model_card import _fine_tuning
 from moepp.evaluation.load import eod_of_folder, find_model
 from moepp.interop import hf
 from moepp.interop.token_ids import TokenIds
+from moepp.model import Transformer
 from tests.evaluation_cases import tiny_config, tiny_model, write_byte_tokenizer
 from tests.unit.interop.test_hf import own_module_cache  # noqa: F401
 
@@ -72,7 +73,12 @@ def test_an_added_token_is_generated_once_the_model_is_resized(exported: Path, t
     again, _ = load(tmp_path)
     assert written(again, end) == [end] and written(again, 265) == [265]
     assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == [265, end]
-    assert find_model(str(tmp_path)).cfg.vocab_size == 268 and eod_of_folder(tmp_path) == end
+    # and `moepp import` reads what transformers has saved
+    ours, ids = Transformer(find_model(str(tmp_path)).cfg).eval(), torch.tensor([[5, 265, 6, end, 7]])
+    hf.load_into(ours, tmp_path)
+    assert ours.cfg.vocab_size == 268 and eod_of_folder(tmp_path) == end
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(ours(ids).hidden), again(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

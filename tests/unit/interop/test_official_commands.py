@@ -116,6 +116,8 @@ def test_the_model_card_tells_data_configuration_and_evaluation(imported, tmp_pa
         "set wiki: 3.7500 nats",
         "SciQ",
         "43.2",
+        "## Fine-tuning",
+        "26 ids from 102 on have no token",
     ):
         assert part in card, part
     assert "1.0000 nats" not in card and str(tmp_path) not in card
