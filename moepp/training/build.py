@@ -106,8 +106,9 @@ def load_initial_weights(cfg: Config, model: Transformer, groups: ParallelGroups
         source.load_into(model, cfg.init.path, groups.ep_rank, groups.ep_size)
 
 
-def _warn_of_crossed_documents(cfg: Config, groups: ParallelGroups) -> None:
-    """Say that attention is about to cross documents where it did not in the training of ``init.path``."""
+def _start_from(cfg: Config, model: Transformer, groups: ParallelGroups) -> None:
+    """Load the initial weights, and say if attention crosses documents from here on and did not in their training."""
+    load_initial_weights(cfg, model, groups)
     if cfg.init.path is None or cfg.init.format != "moepp" or cfg.data.document_attention or groups.rank != 0:
         return
     if hf.read_document_end(cfg.init.path) is not None:
@@ -176,8 +177,7 @@ def build_parts(
     document_end = corpora.vocabulary.eod_id if cfg.data.document_attention else None
     model = build_model(cfg, groups, comm_stats, document_end)
     if starts_fresh:
-        comm.run_together(lambda: load_initial_weights(cfg, model, groups))
-        _warn_of_crossed_documents(cfg, groups)
+        comm.run_together(lambda: _start_from(cfg, model, groups))
     if cfg.runtime.compile:
         compile_dense_parts(model)
     engine = build_engine(cfg, plan, model, groups, comm_stats.clock)
