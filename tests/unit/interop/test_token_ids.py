@@ -6,6 +6,7 @@ import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,3 +139,31 @@ def test_attention_within_documents_goes_along(tmp_path: Path, capsys: pytest.Ca
     assert main(["export", str(run), str(tmp_path / "released")]) == 0
     assert "which the released format cannot say" in capsys.readouterr().err
     assert not torch.allclose(hidden(tmp_path / "released", ids_BS), hidden(run, ids_BS), atol=1e-3), "the case is none"
+
+
+@pytest.mark.parametrize(
+    ("form", "end", "within", "said"),
+    [
+        ("moepp", 5, False, True),
+        ("moepp", 5, True, False),
+        ("moepp", None, False, False),
+        ("official", 5, False, False),
+    ],
+)
+def test_training_that_crosses_documents_from_here_on_says_so(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    form: str,
+    end: int | None,
+    within: bool,
+    said: bool,
+) -> None:
+    from moepp.training import build
+
+    write_config(tmp_path, "moepp", document_end_token_id=end)
+    monkeypatch.setattr(build, "load_initial_weights", lambda *_: None)
+    cfg = make_config(["x"], init__path=str(tmp_path), init__format=form, data__document_attention=within)
+    for rank in (0, 1):
+        build._start_from(cfg, None, SimpleNamespace(rank=rank))  # pyright: ignore[reportArgumentType]
+    assert ["attention stayed within documents" in record.getMessage() for record in caplog.records] == [True] * said
