@@ -15,10 +15,9 @@ from moepp.analysis.charts import tokens_per_second
 from moepp.analysis.curves import group_runs, mean_and_spread
 from moepp.analysis.figures import shorten
 from moepp.analysis.losses import benchmarks, compared_loss, validation_sets
-from moepp.analysis.parquet import write_parquet
+from moepp.analysis.parquet import parquet_bytes
 from moepp.analysis.runs import Run, compared_keys, setting
 from moepp.errors import ConfigError
-from moepp.io import files
 from moepp.io.untrusted import printable
 
 # Column -> (heading with its unit, pattern of a number, whether small is good)
@@ -236,20 +235,19 @@ def shown_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [column for column in rows[0] if any(row[column] is not None for row in rows)]
 
 
-def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the rows as CSV or parquet, by the name's end.
+def table_bytes(name: str, rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return the rows as CSV or parquet, by the end of the file's name.
 
     Raises:
         ConfigError: another end.
-        WriteError: the file cannot be written.
     """
-    if path.suffix == ".csv":
-        stream = io.StringIO()
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-        files.write_whole(path, stream.getvalue())
-    elif path.suffix == ".parquet":
-        write_parquet(path, rows)
-    else:
-        raise ConfigError(f"--table={path} ends in {path.suffix or 'nothing'}; end it in {' or '.join(FORMATS)}")
+    suffix = Path(name).suffix
+    if suffix == ".parquet":
+        return parquet_bytes(rows)
+    if suffix != ".csv":
+        raise ConfigError(f"--table={name} ends in {suffix or 'nothing'}; end it in {' or '.join(FORMATS)}")
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue().encode()

@@ -19,12 +19,17 @@ def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         WriteError: the file cannot be written.
     """
+    files.write_whole(path, parquet_bytes(rows))
+
+
+def parquet_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return rows of the same columns as the content of a file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), buffer)
-    files.write_whole(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def read_parquet(path: Path, columns: Mapping[str, type | tuple[type, ...]]) -> list[dict[str, Any]]:

@@ -35,12 +35,15 @@ _CARD_SETS = 4
 TABLE, SEEDS, DIFFERENCES = "comparison.csv", "seeds.csv", "differences.csv"
 
 
-def write_run_page(run: Run, inputs: ReportInputs, folder: Path) -> Path:
-    """Write ``report.html`` and ``figures/*.png`` of one run; the page's path.
+def write_run_page(
+    run: Run, inputs: ReportInputs, folder: Path, beside: Mapping[str, str | bytes] | None = None
+) -> Path:
+    """Write ``report.html`` and ``figures/*.png`` of one run, and ``beside`` it other files by name; the page's path.
 
     What an earlier page had there, and this one has not, is removed.
 
     Raises:
+        RunError: a file lies there that is of no page.
         WriteError: the folder cannot be written.
     """
     page = Page(run.name, f"{run.steps:,} optimizer steps. Numbers come from metrics.jsonl in {run.path}.")
@@ -70,7 +73,7 @@ def write_run_page(run: Run, inputs: ReportInputs, folder: Path) -> Path:
     else:
         page.markup("<p>There is no checkpoint.</p>")
     page.details("config.yaml", yaml.safe_dump(dict(run.tree), sort_keys=True))
-    return write_page(page, drawn, folder)
+    return write_page(page, drawn, folder, beside=beside)
 
 
 def _tokens(run: Run) -> tuple[list[Figure], str, list[str]]:

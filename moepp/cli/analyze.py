@@ -135,7 +135,8 @@ def _folder(args: argparse.Namespace, found: FoundModel) -> Path:
         return own_folder(Path(args.out), f"moepp analyze {args.what}")
     if found.run_dir is None:
         raise ConfigError(f"{found.subject.source} is no run, so there is no place for the tables; give --out FOLDER")
-    return own_folder(found.run_dir.path / "analysis" / args.what, f"moepp analyze {args.what}")
+    run = found.run_dir.path
+    return own_folder(run / "analysis" / args.what, f"moepp analyze {args.what}", below=run)
 
 
 def _open(args: argparse.Namespace, found: FoundModel, groups: ParallelGroups) -> Subject:

@@ -24,6 +24,8 @@ from moepp.evaluation.load import (
 )
 from moepp.evaluation.names import harness_tasks_folder
 from moepp.evaluation.results import BenchmarkResult, flat_metrics, results_file, table_text, write_results
+from moepp.io import files
+from moepp.io.owners import require_safe_place
 from moepp.runs.environment import command_facts
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     with joined(
         read_launch_environment(), args.expert_parallel, TIMEOUT_SECONDS, command_facts(args.plugins), args.device
     ) as groups:
-        benchmarks = comm.on_first_rank(lambda: _load_benchmarks(args), groups.world) or []
+        benchmarks = comm.on_first_rank(lambda: _load_benchmarks(args, found), groups.world) or []
         model = build_model(found, groups, args.precision)
         from moepp.evaluation.evaluate import evaluate_all
         from moepp.evaluation.sharing import SharedModel
@@ -82,9 +84,12 @@ def _check(args: argparse.Namespace) -> None:
     require_at_least(args, limit=1, num_fewshot=0, batch_size=1, expert_parallel=1)
 
 
-def _load_benchmarks(args: argparse.Namespace) -> list[Benchmark]:
+def _load_benchmarks(args: argparse.Namespace, found: FoundModel) -> list[Benchmark]:
     from moepp.evaluation.tasks import load_benchmarks
 
+    if args.output is None and found.run_dir is not None:
+        folder = results_file(found.run_dir.path, found.subject.step).parent
+        require_safe_place(folder, found.run_dir.path)
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     return load_benchmarks(names, open_source(args.data), args.num_fewshot)
 
@@ -98,6 +103,7 @@ def _report(args: argparse.Namespace, found: FoundModel, results: list[Benchmark
     output = None if args.output is None else Path(args.output)
     if output is None and found.run_dir is not None:
         output = results_file(found.run_dir.path, found.subject.step)
+        files.make_own_folder(output.parent)
     if output is not None:
         settings = {name: value for name, value in vars(args).items() if name not in ("model", "output")}
         write_results(output, results, found.subject, settings)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from moepp.arguments import add_plugin_option
 from moepp.errors import ConfigError, DataError, RunError
+from moepp.io import files
 from moepp.io.untrusted import printable, read_yaml, terminal_text
-from moepp.metrics.jsonl import read_records
 from moepp.runs.directory import RunDir
-from moepp.runs.report import read_inputs, summary_text, write_report
+from moepp.runs.report import read_inputs, report_files
 
 EXAMPLE = "moepp report runs/tiny; moepp report runs/moepp runs/vanilla --out comparison"
 
@@ -75,12 +75,9 @@ def _report_one(path: Path, args: argparse.Namespace) -> int:
     entropy = args.unigram_entropy if args.unigram_entropy is not None else inputs.unigram_entropy
     inputs = replace(inputs, unigram_entropy=entropy if entropy is not None else _entropy_of_data(run_dir))
     folder = own_folder(path if args.out is None else Path(args.out), "moepp report", path)
-    if args.out is None:
-        text = write_report(run_dir, inputs)
-    else:
-        text = summary_text(read_records(run_dir.metrics_file), inputs, run_dir)
+    beside, text = report_files(run_dir, inputs)
     run = read_run(path)
-    page = write_run_page(run, inputs, folder)
+    page = write_run_page(run, inputs, folder, beside if args.out is None else None)
     for note in run.notes:
         print(terminal_text(f"note: {note}"))
     print(terminal_text(text), end="")
@@ -89,7 +86,7 @@ def _report_one(path: Path, args: argparse.Namespace) -> int:
 
 
 def _report_several(places: Sequence[str], args: argparse.Namespace) -> int:
-    from moepp.analysis.comparison import compare, headings, shown_columns, text_of, with_paths, write_table
+    from moepp.analysis.comparison import compare, headings, shown_columns, table_bytes, text_of, with_paths
     from moepp.analysis.page_folder import own_folder
     from moepp.analysis.report import comparison_notes, write_comparison
     from moepp.analysis.runs import find_runs
@@ -100,10 +97,11 @@ def _report_several(places: Sequence[str], args: argparse.Namespace) -> int:
     found = find_runs(places)
     runs = found.runs
     common = Path(os.path.commonpath([run.path.parent for run in runs]))
-    folder = own_folder(common / "comparison" if args.out is None else Path(args.out), "moepp report")
+    place, below = (common / "comparison", common) if args.out is None else (Path(args.out), None)
+    folder = own_folder(place, "moepp report", below=below)
     rows = compare(runs, args.sort)
     if args.table is not None:
-        write_table(Path(args.table), with_paths(rows, runs))
+        files.write_whole(args.table, table_bytes(args.table, with_paths(rows, runs)))
     page = write_comparison(runs, folder, args.sort, found.left_out)
     for note in comparison_notes(runs, found.left_out):
         print(terminal_text(f"note: {note}"))

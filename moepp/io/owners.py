@@ -50,6 +50,21 @@ def require_safe_folder(path: str | Path) -> None:
         logger.warning("%s may write to %s and so replace what lies there; chmod go-w prevents that", who, path)
 
 
+def require_safe_place(place: Path, below: Path) -> None:
+    """Refuse a place inside the folder ``below`` if a link leads there, or others can replace what lies on the way.
+
+    Raises:
+        WriteError: a link lies at the place or between the two, or see :func:`require_safe_folder`.
+    """
+    inner = [step for step in (place, *place.parents) if below in step.parents]
+    for step in reversed(inner):
+        if step.is_symlink():
+            raise write_error(errno.ELOOP, step)
+    for step in (below, *inner):
+        if step.is_dir():
+            require_safe_folder(step)
+
+
 def _is_own(uid: int, folder: Path) -> bool:
     return uid == os.geteuid() or uid == _uid_of_new_files(folder)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from moepp.errors import ConfigError
+from moepp.io import files
 
 FOLDER = "tensorboard"
 
@@ -42,6 +43,7 @@ class TensorBoardSink:
     def _open(self, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        files.make_own_folder(self._folder)
         self._writer = SummaryWriter(str(self._folder), purge_step=start_step * self._tokens_per_step + 1)
 
     def rewind(self, step: int) -> None:

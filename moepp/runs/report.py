@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from moepp.errors import RunError
-from moepp.io import files
 from moepp.io.untrusted import printable, read_json, show, terminal_text
 from moepp.metrics.jsonl import read_records
 from moepp.runs.directory import RunDir
@@ -33,12 +32,11 @@ class ReportInputs:
     samples: tuple[str, ...] = ()  # continuations by the trained model
 
 
-def write_report(run_dir: RunDir, inputs: ReportInputs) -> str:
-    """Write ``loss.png``, ``summary.md`` and ``report.json`` into the run directory and return the summary.
+def report_files(run_dir: RunDir, inputs: ReportInputs) -> tuple[dict[str, str | bytes], str]:
+    """Return what belongs as ``report.json``, ``loss.png`` and ``summary.md`` into the run directory; and the summary.
 
     Raises:
         RunError: no metrics.
-        WriteError: the directory cannot be written.
     """
     records = read_records(run_dir.metrics_file)
     if not records:
@@ -46,14 +44,12 @@ def write_report(run_dir: RunDir, inputs: ReportInputs) -> str:
     text = summary_text(records, inputs, run_dir)
     picture = io.BytesIO()
     draw_loss(records, picture, inputs.unigram_entropy)
-    files.write_whole(run_dir.path / "report.json", json.dumps(asdict(inputs), indent=2) + "\n")
-    files.write_whole(run_dir.path / "loss.png", picture.getvalue())
-    files.write_whole(run_dir.path / "summary.md", text)
-    return text
+    kept = json.dumps(asdict(inputs), indent=2) + "\n"
+    return {"report.json": kept, "loss.png": picture.getvalue(), "summary.md": text}, text
 
 
 def read_inputs(run_dir: RunDir) -> ReportInputs:
-    """Return the entropy given to the last :func:`write_report`, and training's samples (samples.json).
+    """Return the entropy given to the last report, and training's samples (samples.json).
 
     Raises:
         RunError: ``report.json`` or ``samples.json`` is damaged.

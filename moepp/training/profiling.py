@@ -40,7 +40,7 @@ class StepProfiler:
         with torch.profiler.profile(activities=_activities()) as profile:
             yield
         target = self._folder / f"step-{number:08d}-rank-{self._rank}.json"
-        files.make_folder(self._folder)
+        files.make_own_folder(self._folder)
         with tempfile.TemporaryDirectory(dir=self._folder, prefix=".") as folder:
             trace = Path(folder, "trace.json")
             profile.export_chrome_trace(str(trace))

@@ -143,7 +143,7 @@ def _write(tables: Tables, folder: Path) -> None:
     from moepp.analysis.parquet import write_parquet
 
     try:
-        files.make_folder(folder)
+        files.make_own_folder(folder)
         for name, rows in tables.items():
             write_parquet(folder / f"{name}.parquet", rows)
     except MoeppError as error:

@@ -199,3 +199,24 @@ def test_check_sees_every_way_to_write(source):
 )
 def test_check_lets_reading_and_strings_pass(source):
     assert not writes(source)
+
+
+# Who may follow a link to make a folder, for the user has named its path; folders inside a run's are own ones.
+NAMED_BY_USER = {
+    "moepp/io/files.py": "this is the place",
+    "moepp/runs/directory.py": "run.dir itself",
+    "moepp/metrics/logs.py": "run.dir itself",
+    "moepp/analysis/page_folder.py": "--out, or a folder that was looked at",
+    "moepp/evaluation/results.py": "--output, or a folder that was made as an own one",
+    "moepp/interop/hf/save.py": "inside the hidden folder of an export",
+    "moepp/interop/official/save.py": "inside the hidden folder of an export",
+    "moepp/data/prepare/corpora.py": "--output",
+    "moepp/data/prepare/train_tokenizer.py": "--output",
+    "moepp/data/prepare/mixed.py": "--output",
+    "moepp/data/prepare/options.py": "--output and --tokenizer",
+}
+
+
+def test_folders_inside_a_run_are_made_as_own_ones():
+    called = [str(path.relative_to(ROOT)) for path in python_files() if "make_folder(" in path.read_text()]
+    assert sorted(called) == sorted(NAMED_BY_USER), "use moepp.io.files.make_own_folder, which follows no link"

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moepp.cli import report as command
-from moepp.errors import MoeppError, RunError
+from moepp.errors import RunError
 from moepp.runs.directory import RunDir
-from moepp.runs.report import ReportInputs, read_inputs, summary_text, write_report
+from moepp.runs.report import ReportInputs, read_inputs, report_files, summary_text
 
 INPUTS = ReportInputs(6.5, ("The people of\nthe states", "We must", "Peace"))
 
@@ -114,17 +112,17 @@ def is_picture(path: Path) -> bool:
 def test_report_is_written_and_can_be_drawn_again_by_the_command(
     run_dir: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = write_report(run_dir, INPUTS)
-    assert (run_dir.path / "summary.md").read_text() == text
-    assert is_picture(run_dir.path / "loss.png")
+    contents, _ = report_files(run_dir, INPUTS)
+    (run_dir.path / "report.json").write_text(str(contents["report.json"]))
     assert read_inputs(run_dir) == INPUTS
 
-    (run_dir.path / "loss.png").unlink()
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     assert command.run(parser.parse_args([str(run_dir.path)])) == 0
-    assert "PASS: the validation loss is 1.2500 below" in capsys.readouterr().out
-    assert is_picture(run_dir.path / "loss.png")
+    out = capsys.readouterr().out
+    assert "PASS: the validation loss is 1.2500 below" in out
+    assert out.startswith((run_dir.path / "summary.md").read_text())
+    assert is_picture(run_dir.path / "loss.png") and read_inputs(run_dir) == INPUTS
     assert command.run(parser.parse_args([str(run_dir.path), "--unigram-entropy", "5.0"])) == 0
     out = capsys.readouterr().out
     assert "REMARK: the validation loss is 0.2500 above" in out and "> Peace" in out
@@ -143,7 +141,7 @@ def test_picture_shows_all_losses_and_the_entropy(run_dir: RunDir, monkeypatch: 
     monkeypatch.setattr(Figure, "savefig", save)
     with run_dir.metrics_file.open("a") as file:
         file.write('{"step": 25, "tokens": 12800, "eval/wiki/loss": 3.5}\n')
-    write_report(run_dir, INPUTS)
+    report_files(run_dir, INPUTS)
     assert drawn["validation, wiki"] == [(12800, 3.5)]
     assert drawn["training"] == [(5120, 8.0), (10240, 7.0), (12800, 6.0)]
     assert drawn["validation"] == [(10240, 6.75), (12800, 5.25)]
@@ -156,33 +154,13 @@ def test_run_without_records_and_folders_without_runs_are_refused(tmp_path: Path
             argparse.Namespace(runs=[str(tmp_path / "none")], unigram_entropy=None, out=None, sort=None, table=None)
         )
     with pytest.raises(RunError, match="cannot read"):
-        write_report(RunDir(tmp_path), INPUTS)
+        report_files(RunDir(tmp_path), INPUTS)
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(RunError, match="holds no record yet"):
-        write_report(RunDir(tmp_path), INPUTS)
+        report_files(RunDir(tmp_path), INPUTS)
 
 
 def test_damaged_inputs_of_an_earlier_report_are_refused(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("{")
     with pytest.raises(RunError, match="remove it"):
         read_inputs(RunDir(tmp_path))
-
-
-@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
-def test_full_disk_leaves_the_earlier_report_and_is_named(
-    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
-    write_report(run_dir, INPUTS)
-    before = {path.name: path.read_bytes() for path in run_dir.path.iterdir()}
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, call, full)
-        with pytest.raises(MoeppError, match=r"report\.json: the disk is full .*; free space at /") as caught:
-            write_report(run_dir, ReportInputs(1.0, ("other",)))
-    assert "permission" not in str(caught.value)
-    assert {path.name: path.read_bytes() for path in run_dir.path.iterdir()} == before
-    assert read_inputs(run_dir) == INPUTS
-    write_report(run_dir, INPUTS)
