@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from moepp.analysis.parquet import write_parquet
 from moepp.analysis.token_tables import token_tables
 from moepp.analysis.token_view import TokenView
 from moepp.config import to_dict
+from moepp.io.tables import write_parquet
 from moepp.metrics.routing import RoutingSnapshot
 from moepp.metrics.routing_file import RoutingSink
 from tests.data_files import make_config

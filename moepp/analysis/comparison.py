@@ -15,9 +15,9 @@ from moepp.analysis.charts import tokens_per_second
 from moepp.analysis.curves import group_runs, mean_and_spread
 from moepp.analysis.figures import shorten
 from moepp.analysis.losses import benchmarks, compared_loss, validation_sets
-from moepp.analysis.parquet import parquet_bytes
 from moepp.analysis.runs import Run, compared_keys, setting
 from moepp.errors import ConfigError
+from moepp.io.tables import parquet_bytes
 from moepp.io.untrusted import printable
 
 # Column -> (heading with its unit, pattern of a number, whether small is good)

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING
 
 from moepp.analysis.figures import Figure, Palette, bar_labels, label_of, legend
 from moepp.analysis.model_pages import bar_figure, line_figure
-from moepp.analysis.parquet import read_parquet
 from moepp.analysis.token_tables import FOLDER, LEAST_READ, Rows, explained_by_type
+from moepp.errors import RunError
+from moepp.io.tables import read_parquet
 from moepp.io.untrusted import terminal_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _SHOWN_TYPES = 12
+_MAX_BYTES = 256 << 20  # of a table
 _SURE = 2.0  # standard errors that a difference must exceed to be called one
 
 
@@ -43,9 +45,18 @@ def read_tables(run_path: Path) -> tuple[dict[str, Rows], str]:
         tables = {}
         for name, columns in _COLUMNS.items():
             path = run_path / folder / f"{name}.parquet"
-            tables[name] = read_parquet(path, columns) if path.exists() else []
+            tables[name] = _read_table(path, columns) if path.exists() else []
         return tables, f"{folder}/"
     return {}, ""
+
+
+def _read_table(path: Path, columns: Mapping[str, type | tuple[type, ...]]) -> Rows:
+    rows = read_parquet(path, _MAX_BYTES, RunError, "remove it, or write it again")
+    for row in rows:
+        for name, kinds in columns.items():
+            if not isinstance(row.get(name), kinds):
+                raise RunError(f"{path} has no {name} in a row; remove it, or write it again")
+    return rows
 
 
 def missing_tables(tables: Mapping[str, Rows], place: str) -> list[str]:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moepp.errors import ConfigError, DataError
-from moepp.io.untrusted import load_json, printable, read_bytes, read_up_to
+from moepp.io.tables import read_arrow, read_parquet
+from moepp.io.untrusted import load_json, printable, read_bytes, read_json, read_up_to
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -217,23 +218,37 @@ def _split_name(path: Path) -> str:
 
 def _read(path: Path) -> Dataset:
     """Return one split, in memory: the harness must not cache derived results beside the file."""
-    import datasets
-
     try:
         if not path.is_dir() and not path.is_file():
             raise DataError(f"benchmark data {path} is not a regular file; restore it")
         if path.is_dir():
-            return datasets.Dataset.load_from_disk(str(path), keep_in_memory=True)
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            return _from_documents(pyarrow.parquet.read_table(path).to_pylist())
-        return _from_documents(_read_documents(path))
+            documents = read_arrow(_shards(path), MAX_BYTES, DataError, "restore this benchmark data")
+        elif path.suffix == ".parquet":
+            documents = read_parquet(path, MAX_BYTES, DataError, "restore this benchmark data")
+        else:
+            documents = _read_documents(path)
+        if not documents:
+            raise DataError(f"benchmark data {path} holds no document; restore it")
+        return _from_documents(documents)
     except DataError:
         raise
     except Exception as error:  # arrow and datasets raise many kinds for damaged files
         reason = printable(error, 200)
         raise DataError(f"benchmark data {path} cannot be read ({reason}); restore it") from error
+
+
+def _shards(folder: Path) -> list[Path]:
+    """Return the files of a data set that ``Dataset.save_to_disk`` wrote: all of them lie in its folder."""
+    state = read_json(folder / "state.json", error=DataError, remedy="restore this benchmark data")
+    found = state.get("_data_files") if isinstance(state, dict) else None
+    names = [one.get("filename") if isinstance(one, dict) else None for one in found] if isinstance(found, list) else []
+    if not names or not all(
+        isinstance(name, str) and name not in ("", "..") and name == Path(name).name for name in names
+    ):
+        raise DataError(f"benchmark data {folder}: state.json names no files of this folder; restore it")
+    if state.get("_indices_data_files"):  # which rows count, as versions before 2 wrote it
+        raise DataError(f"benchmark data {folder} are a selection of rows; save them anew with datasets 2 or newer")
+    return [folder / name for name in names]
 
 
 def _from_documents(documents: list[dict[str, Any]]) -> Dataset:

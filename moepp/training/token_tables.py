@@ -140,7 +140,7 @@ def _write_and_log(trainer: Trainer, views: Mapping[str, TokenView], folder: Pat
 
 
 def _write(tables: Tables, folder: Path) -> None:
-    from moepp.analysis.parquet import write_parquet
+    from moepp.io.tables import write_parquet
 
     try:
         files.make_own_folder(folder)

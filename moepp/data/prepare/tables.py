@@ -10,9 +10,9 @@ import pyarrow.parquet
 
 from moepp.data.prepare.bad_lines import BadLineError
 from moepp.data.prepare.inputs import InputFile
-from moepp.data.prepare.pages import largest_page
 from moepp.data.prepare.readers import Document, missing, null_text
 from moepp.errors import DataError
+from moepp.io.parquet_pages import measure_pages
 from moepp.io.untrusted import printable, show
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def read_parquet(raw: IO[bytes], file: InputFile, reader: DocumentReader) -> Ite
     try:
         footer = pyarrow.parquet.ParquetFile(raw)
         columns = _columns(footer, fields, path)
-        largest = largest_page(raw, footer.metadata, columns, path)
+        largest = measure_pages(raw, footer.metadata, columns, path).largest
         if largest > MAX_PAGE_BYTES:
             raise DataError(f"{path} has a page of {largest:,} bytes; write it with pages of about 1 MB")
         folded = _folded(footer, columns)

@@ -15,9 +15,9 @@ import pytest
 
 from moepp.data.prepare import tables
 from moepp.data.prepare.inputs import find_inputs
-from moepp.data.prepare.pages import largest_page
 from moepp.data.prepare.readers import DocumentReader, ReadOptions
 from moepp.errors import DataError
+from moepp.io.parquet_pages import measure_pages
 
 GOOD = b'{"text": "good"}\n'
 
@@ -237,10 +237,13 @@ def test_pages_are_measured_by_their_own_headers(tmp_path: Path, version: str, c
     with path.open("rb") as raw:
         metadata = pyarrow.parquet.ParquetFile(raw).metadata
         chunks = [metadata.row_group(i).column(1) for i in range(metadata.num_row_groups)]
-        largest = largest_page(raw, metadata, ["text"], str(path))
+        largest, unfolded, values, copied, _ = measure_pages(raw, metadata, ["text"], str(path), dictionaries=True)
         # Independently: no page is larger than its chunk, and a dictionary holds the texts with 4 bytes each.
         assert largest <= max(chunk.total_uncompressed_size for chunk in chunks)
         assert largest >= 900 * (4 + 40) * 0.9
+        headers = 100 * metadata.num_row_groups * 10  # the footer's sizes include those of pages, below 100 bytes each
+        assert 0 <= sum(chunk.total_uncompressed_size for chunk in chunks) - unfolded < headers
+        assert values == 5000 and copied == {"text": 40 * (3 * 900 + 4 * 4100)}
 
 
 def test_a_page_that_claims_gigabytes_is_refused_before_it_is_read(
