@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from moepp.analysis.charts import TOKENS, curve_figure, extremes, median
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _STAGES = ("data", "forward", "exchange", "backward", "reduction", "optimizer", "pipeline", "other")
+_WAITING = ("exchange", "reduction", "pipeline")
 _TOLD = 4  # runs of which a caption tells each
 _STAGE = r"time/(\w+)"
 
@@ -81,13 +82,36 @@ def _stage_caption(medians: Sequence[tuple[Run, dict[str, float]]]) -> str:
     return f"{start}{'; '.join(parts)}."
 
 
+def most_uneven(run: Run, typical: Callable[[Sequence[float]], float]) -> tuple[str, float, float] | None:
+    """Return the stage in which the slowest rank takes the most time above the mean of ranks; None where there is none.
+
+    Its slowest rank over the mean and that time, seconds per step (0 where ``time/<stage>`` was not logged); a large
+    ratio of a stage that takes no time says nothing. Of the stages in which ranks wait for each other the longest time
+    is that of the fastest rank, so that they do not count.
+
+    Args:
+        run: the run.
+        typical: number that stands for many, such as the median.
+    """
+    found = []
+    for stage, key in run.names(r"time/(\w+)_max_over_mean").items():
+        ratios, seconds = run.series(key).values, run.series(f"time/{stage}").values
+        if ratios and stage not in _WAITING:
+            ratio, mean = typical(ratios), typical(seconds) if seconds else 0.0
+            found.append((stage, ratio, (ratio - 1) * mean))
+    return max(found, key=lambda one: (one[2], one[1]), default=None)
+
+
 def _stragglers(run: Run) -> Figure | None:
     names = run.names(r"time/(\w+)_max_over_mean")
     curves = [Curve(name, *run.over(key, "tokens")) for name, key in names.items() if run.series(key)]
     if not curves or max(max(curve.y) for curve in curves) <= 1.0:  # one rank
         return None
-    worst = max(curves, key=lambda curve: median(curve.y))
-    caption = f"1 means that all ranks take equally long. Most uneven is {worst.label}: median {median(worst.y):.2f}."
+    caption = "1 means that all ranks take equally long."
+    if (worst := most_uneven(run, median)) is not None:
+        stage, ratio, seconds = worst
+        caption += f" Most is lost in {stage}: its slowest rank takes {ratio:.2f} times the mean"
+        caption += f", {1000 * seconds:.3g} ms more per step (medians)." if seconds else " (median)."
     slowest = Counter(int(rank) for rank in run.series("time/slowest_rank").values)
     if slowest:
         rank, count = slowest.most_common(1)[0]

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moepp.analysis.cost_charts import most_uneven
 from moepp.analysis.figures import shorten
 from moepp.analysis.log_lines import ERROR, RANK, Tails, log_tails, warnings_of
 from moepp.analysis.losses import validation_sets
@@ -116,12 +117,8 @@ def _ranks(run: Run, tails: Tails) -> str:
     if slowest := [rank for rank in slowest if world is None or rank < world]:
         rank, count = Counter(slowest).most_common(1)[0]
         parts.append(f"rank {rank} was the slowest in {count} of the last {len(slowest)} records")
-    uneven = {
-        name: series.last for name, key in run.names(r"time/(\w+)_max_over_mean").items() if (series := run.series(key))
-    }
-    if uneven:
-        worst = max(uneven, key=lambda name: uneven[name] or 0.0)
-        parts.append(f"{worst}: slowest {uneven[worst]:.2f} times the mean")
+    if (worst := most_uneven(run, lambda values: values[-1])) is not None:
+        parts.append(f"{worst[0]}: slowest {worst[1]:.2f} times the mean")
     return "; ".join(parts)
 
 

@@ -164,14 +164,15 @@ def _routing_section(records: Records) -> str:
         return "## Routing\n\nNo routing metrics: the model has no MoE layer, or nothing was logged."
     matches = (re.fullmatch(r"routing/layer_([0-9]{1,9})/share_ffn", name) for name in record)
     layers = sorted(int(match[1]) for match in matches if match)
-    prefix = f"routing/layer_{layers[0]}/share_" if layers else "\0"
-    kinds = [printable(name.removeprefix(prefix)) for name in record if name.startswith(prefix)]
-    header = ["layer", *(f"{kind} %" for kind in kinds), "FFN load max/mean"]
+    # With logging.routing=brief there is but the mean of all layers.
+    places = {str(layer): f"routing/layer_{layer}" for layer in layers} or {"mean of all": "routing"}
+    first = f"{next(iter(places.values()))}/share_"
+    kinds = [name.removeprefix(first) for name in record if name.startswith(first)]
+    header = ["layer", *(f"{printable(kind)} %" for kind in kinds), "FFN load max/mean"]
     rows = []
-    for layer in layers:
-        prefix = f"routing/layer_{layer}"
+    for place, prefix in places.items():
         shares = [_number(record.get(f"{prefix}/share_{kind}"), "{:.1f}", 100) for kind in kinds]
-        rows.append([str(layer), *shares, _number(record.get(f"{prefix}/max_over_mean"), "{:.2f}")])
+        rows.append([place, *shares, _number(record.get(f"{prefix}/max_over_mean"), "{:.2f}")])
     dropped = _number(record.get("routing/drop_fraction"), "{:.2f}%", 100)
     return "\n".join(
         [

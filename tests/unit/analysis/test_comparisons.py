@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import html
+import io
 import json
 import re
 from pathlib import Path
@@ -12,11 +13,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from matplotlib.figure import Figure
+from rich.console import Console
 
 from moepp.analysis import figures
 from moepp.analysis.charts import band, curve_charts, curve_figure
 from moepp.analysis.comparison import compare, group_seeds
-from moepp.analysis.cost_charts import cost_charts
+from moepp.analysis.cost_charts import cost_charts, most_uneven
 from moepp.analysis.curves import Curve, curves_of, group_runs
 from moepp.analysis.differences import frontier
 from moepp.analysis.evidence import Estimate, chance, differ, undecided, verdict
@@ -26,6 +28,7 @@ from moepp.analysis.routing_charts import routing_charts, time_columns
 from moepp.analysis.runs import find_runs, read_run
 from moepp.analysis.token_pages import plain_label
 from moepp.analysis.validation_charts import validation_charts
+from moepp.analysis.watch import panel
 from moepp.cli.main import main
 from tests.run_files import make_run
 
@@ -196,6 +199,23 @@ def test_runs_without_the_numbers_of_a_cost_chart_are_named(tmp_path):
     found = charts(tmp_path)
     assert "Left out, without time/<stage>: b." in found["Step time by stage"]
     assert "Left out, for they send no rows between ranks: b." in found["Expert-parallel traffic"]
+
+
+def test_the_stage_in_which_most_time_is_lost_is_named_whatever_its_ratio(tmp_path):
+    """A ratio says nothing of a stage that takes no time, nor of one in which the fastest rank waits longest."""
+    path = make_run(tmp_path, "one")
+    for metric, value in {"time/data": (1e-4, 9.0), "time/reduction": (0.5, 3.0)}.items():
+        add(path, 4000, **{metric: value[0], f"{metric}_max_over_mean": value[1]})
+    run = read_run(path)
+    [figure] = [one for one in cost_charts([run]) if one.name == "stragglers"]
+    assert "Most is lost in forward: its slowest rank takes 1.50 times the mean, 50 ms more per step" in figure.caption
+    assert most_uneven(run, max) == ("forward", 1.5, pytest.approx(0.05))
+    stream = io.StringIO()
+    Console(file=stream, width=300).print(panel(run, width=300))
+    assert "forward: slowest 1.50 times the mean" in stream.getvalue()
+    for metric in ("time/forward", "time/backward", "time/data"):
+        without(path, metric)
+    assert most_uneven(read_run(path), max) == ("data", 9.0, 0.0)
 
 
 def test_memory_of_the_host_is_drawn_and_that_of_an_accelerator_is_told(tmp_path, monkeypatch):

@@ -61,6 +61,15 @@ def test_table_has_a_row_of_shares_per_layer_in_order() -> None:
     assert "FFN experts per token: 1.438; dropped assignments: 1.25%" in summary(RECORDS)
 
 
+def test_brief_routing_has_a_row_of_the_mean_of_all_layers() -> None:
+    record = {name: value for name, value in train_record(10, 8.0).items() if "layer_" not in name}
+    shares = {"ffn": 0.55, "constant": 0.2, "copy": 0.15, "zero": 0.1}
+    record |= {f"routing/share_{kind}": share for kind, share in shares.items()} | {"routing/max_over_mean": 1.25}
+    header, _, row = [line for line in summary([record]).splitlines() if line.startswith("|")]
+    assert [cell.strip() for cell in header.split("|")[1:3]] == ["layer", "ffn %"]
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == ["mean of all", "55.0", "20.0", "15.0", "10.0", "1.25"]
+
+
 def test_bytes_are_means_over_all_steps() -> None:
     # (20 steps x 250 + 5 x 1000) / 25 = 400 and (20 x 400 + 5 x 2000) / 25 = 720
     text = summary(RECORDS)
