@@ -36,6 +36,9 @@ FREE = (
     "lift_fresh",
     "promote_types",
 )
+REFUSED = {  # dtypes that CUDA's kernels lack and the CPU's have, in some release of torch from 2.9 on
+    "_embedding_bag_per_sample_weights_backward": (torch.bfloat16,),
+}
 D, F, T, LAYERS = 16, 32, 24, 12
 DROPLESS = MoEConfig(8, F, 1, 1, 2, capacity_factor=None)  # 8+4, as moepp_0.6b
 CONFIGS = {
@@ -54,6 +57,9 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
+        for tensor in args:
+            if isinstance(tensor, Tensor) and tensor.dtype in REFUSED.get(name, ()):
+                raise NotImplementedError(f"CUDA's kernel of {name} does not take {tensor.dtype}")
         if not func.is_view and name not in FREE and name not in ("_unsafe_view", "_reshape_alias"):
             self.by_name[name] += 1
         return func(*args, **(kwargs or {}))

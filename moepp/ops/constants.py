@@ -22,11 +22,6 @@ def numbers(count: int, like: Tensor, dtype: torch.dtype = torch.int64, step: in
     return _constant(_make_numbers, like, count, step, dtype)
 
 
-def repeated_numbers(count: int, times: int, like: Tensor) -> Tensor:
-    """Return 0 .. count - 1, each ``times`` times in a row, int64, on the device of ``like``."""
-    return _constant(_make_repeated, like, count, times)
-
-
 def blocks(values: tuple[float, ...], lengths: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
     """Return each value as often as its length says, one after the other, on the device of ``like``."""
     return _constant(_make_blocks, like, values, lengths, dtype)
@@ -34,10 +29,6 @@ def blocks(values: tuple[float, ...], lengths: tuple[int, ...], like: Tensor, dt
 
 def _make_numbers(device: torch.device, count: int, step: int, dtype: torch.dtype) -> Tensor:
     return torch.arange(0, count * step, step, dtype=dtype, device=device)
-
-
-def _make_repeated(device: torch.device, count: int, times: int) -> Tensor:
-    return torch.arange(count, device=device).unsqueeze(1).expand(count, times).flatten().contiguous()
 
 
 def _make_blocks(

@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moepp.ops.backend import kernels_for, require_kernels_for, uses_triton
-from moepp.ops.constants import numbers, repeated_numbers
+from moepp.ops.constants import numbers
 from moepp.ops.shared_gradient import SharedGradient, shared_gradient
 
 _DONATED = "_moepp_donated"
-_SUM = 0  # what torch calls this mode of embedding bags
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,6 @@ class RowOrder:
         """The first assignment of each token."""
         num_tokens, top_k = self.positions_TK.shape
         return numbers(num_tokens, self.positions_TK, step=top_k)
-
-    @cached_property
-    def token_ids_A(self) -> Tensor:
-        """The token of each assignment."""
-        num_tokens, top_k = self.positions_TK.shape
-        return repeated_numbers(num_tokens, top_k, self.positions_TK)
 
 
 def wants_spare_row(x_TD: Tensor) -> bool:
@@ -144,16 +137,12 @@ def _sum_rows(rows_XD: Tensor, order: RowOrder) -> Tensor:
     return F.embedding_bag(order.row_ids_A, rows_XD, mode="sum", **bags)
 
 
-def _dot_rows(grad_TD: Tensor, rows_RD: Tensor, order: RowOrder, dtype: torch.dtype) -> Tensor:
-    """Return each assignment's row times its token's gradient, [A]; 0 where it has no row.
-
-    One kernel, which makes no [R, D] of products: what embedding bags have as the gradient of their weights. Dots are
-    summed in float32 and rounded to the rows' dtype.
-    """
-    no_row = len(rows_RD) - order.has_spare
-    places = (order.row_ids_A, order.first_assignment_T, order.token_ids_A)
-    bags = torch.ops.aten._embedding_bag_per_sample_weights_backward
-    return bags(grad_TD, rows_RD, *places, _SUM, no_row).to(dtype)
+def _of_each_assignment(values_R: Tensor, order: RowOrder) -> Tensor:
+    """Return the value of each assignment's row, [A]; 0 where it has none, whatever the spare row holds."""
+    if not order.has_spare:
+        return F.pad(values_R, (0, 1)).index_select(0, order.row_ids_A)
+    bags = {"offsets": numbers(len(order.row_ids_A), values_R), "padding_idx": len(values_R) - 1}  # of one row each
+    return F.embedding_bag(order.row_ids_A, values_R.unsqueeze(1), mode="sum", **bags).squeeze(1)
 
 
 class _CombineByTorch(torch.autograd.Function):
@@ -174,7 +163,9 @@ class _CombineByTorch(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (rows_RD, weights_R), order = ctx.saved_tensors, ctx.order
         grad_RD = grad_TD.index_select(0, order.token_ids_R)
-        grad_weights_A = _dot_rows(grad_TD, rows_RD, order, ctx.weights_dtype)
+        # Embedding bags have these dots as the gradient of their weights, but CUDA's kernel refuses bfloat16.
+        dots_R = (grad_RD * rows_RD).sum(1, dtype=ctx.weights_dtype)
+        grad_weights_A = _of_each_assignment(dots_R, order)
         grad_rows_RD = torch.mul(grad_RD, weights_R.unsqueeze(1), out=grad_RD)
         return grad_rows_RD, None, grad_weights_A.view_as(order.positions_TK), grad_TD if ctx.has_start else None
 

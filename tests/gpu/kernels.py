@@ -23,6 +23,8 @@ from moepp.engine.native import NativeEngine
 from moepp.moe import ExpertParallel, MoELayer
 from moepp.moe.dispatch import AllToAllDispatcher
 from moepp.ops import RowOrder, combine_rows, expert_products, gather_rows, use_kernels
+from moepp.ops.backend import kernels_for
+from moepp.ops.cross_entropy import IGNORE_INDEX
 from moepp.ops.swiglu import swiglu
 from tests.gpu.layer import kernel_sets
 from tests.gpu.models import LayerRun, ModelRun, expect_close, expect_same_bits, step_model
@@ -55,8 +57,32 @@ def check_kernels(place: Place, report: Report) -> None:
         with use_kernels("triton"):
             found = run.step()
         expect_close(report, f"a model's step, {str(dtype).removeprefix('torch.')}", found, wanted, limit)
+    with use_kernels("triton"):
+        _check_cross_entropy_again(place, report)
     with report.part("offsets beyond 32 bits"):
         _check_huge(place, report)
+
+
+def _check_cross_entropy_again(place: Place, report: Report) -> None:
+    """Losses and gradients, which take the logits' place, of equal logits again and again: warps must not overtake."""
+    tokens, vocab_size = place.size(16_384, 8), place.size(65_536, 5000)
+    logits_TV = torch.randn(tokens, vocab_size, device=place.device).to(torch.bfloat16)
+    labels_T = torch.randint(vocab_size, (tokens,), device=place.device)
+    chosen_T = logits_TV.gather(1, labels_T.unsqueeze(1)).squeeze(1).float()  # before they are overwritten
+    wanted_T = torch.cat([part.float().logsumexp(1) for part in logits_TV.split(1024)]) - chosen_T
+    kernels = kernels_for(logits_TV)
+    assert kernels is not None
+    first: tuple[torch.Tensor, torch.Tensor] | None = None
+    for _ in range(place.size(50, 2)):
+        gradient_TV, losses_T = logits_TV.clone(), torch.empty_like(wanted_T)
+        kernels.call("cross_entropy", gradient_TV, labels_T, losses_T, IGNORE_INDEX, 1, tokens, vocab_size)
+        first = first or (gradient_TV, losses_T)
+        if not (torch.equal(losses_T, first[1]) and torch.equal(gradient_TV, first[0])):
+            break  # with the deviation to be reported
+    assert first is not None
+    report.same_bits("cross-entropy again and again: losses", losses_T, first[1])
+    report.same_bits("cross-entropy again and again: gradients", gradient_TV, first[0])
+    report.close("cross-entropy of logits gathered before", losses_T, wanted_T, LIMITS[torch.float32])
 
 
 def _layer_sizes(place: Place) -> list[tuple[Case, int]]:

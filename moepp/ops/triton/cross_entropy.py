@@ -18,6 +18,10 @@ def _cross_entropy(logits, labels, losses, ignore, V, WITH_GRADIENT: tl.constexp
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
     logits += row * V
+    is_ignored, is_wrong = label == ignore, (label != ignore) & ((label < 0) | (label >= V))
+    known = tl.where(is_ignored | is_wrong, 0, label)
+    # Read before the reductions, at which all warps meet: after them one may store gradients where another still reads.
+    chosen = tl.load(logits + known).to(tl.float32)
     lowest = -3.0e38  # finite: lanes without a logit must not subtract infinities
     top, total = tl.full([BLOCK], lowest, dtype=tl.float32), tl.zeros([BLOCK], dtype=tl.float32)
     for begin in range(0, V, BLOCK):
@@ -28,9 +32,7 @@ def _cross_entropy(logits, labels, losses, ignore, V, WITH_GRADIENT: tl.constexp
         top = higher
     highest = tl.max(top, axis=0)
     denominator = tl.sum(total * tl.exp(top - highest), axis=0)
-    is_ignored, is_wrong = label == ignore, (label != ignore) & ((label < 0) | (label >= V))
-    known = tl.where(is_ignored | is_wrong, 0, label)
-    loss = tl.log(denominator) + (highest - tl.load(logits + known).to(tl.float32))
+    loss = tl.log(denominator) + (highest - chosen)
     loss = tl.where(is_wrong, float("nan"), tl.where(is_ignored, 0.0, loss))
     tl.store(losses + row, loss)
     if WITH_GRADIENT:

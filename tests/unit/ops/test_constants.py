@@ -18,8 +18,6 @@ def make(like: torch.Tensor) -> list[torch.Tensor]:
 def test_they_hold_what_was_asked_for_in_its_dtype():
     assert [tensor.tolist() for tensor in make(X)] == [[0, 3, 6, 9, 12], [7, 2, 2, 2]]
     assert constants.numbers(3, X, torch.uint8).tolist() == [0, 1, 2]
-    assert constants.repeated_numbers(3, 2, X).tolist() == [0, 0, 1, 1, 2, 2]
-    assert constants.repeated_numbers(1, 3, X).is_contiguous()  # kernels read it
     halves = constants.blocks((0.5, -1.0), (2, 0), X, torch.float64)
     assert halves.tolist() == [0.5, 0.5] and halves.dtype == torch.float64
 

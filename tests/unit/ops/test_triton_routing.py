@@ -5,7 +5,9 @@ On an accelerator, or interpreted on the CPU (see conftest.py).
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 
 from moepp import MoEConfig, MoELayer
 from moepp.ops import affine_experts, backend, chunked_cross_entropy, rotate, softmax_gates, use_kernels
-from moepp.ops.triton import proven
+from moepp.ops.triton import cross_entropy, proven
 from tests.triton_cases import DEVICE, DTYPES, assert_close, draw
 
 pytest.importorskip("triton", reason="pip install 'moepp[triton]'")
@@ -170,6 +172,40 @@ def test_cross_entropy_marks_labels_out_of_range_and_reads_nothing_there():
         backend.require_kernels_for(logits).call("cross_entropy", logits, labels, losses, -100, 1, 4, 51)
         assert losses.isnan().tolist() == [False, True, False, False]
         assert logits.isnan().any(dim=1).tolist() == [False, True, False, False]
+
+
+def loads_that_race(source: str) -> list[str]:
+    """Loads of memory that the same kernel stores to, from other places than it stores, after its last reduction.
+
+    Warps meet at reductions alone: after them one may store while another has yet to load.
+    """
+    found = []
+    for kernel in (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)):
+        calls = [node for node in ast.walk(kernel) if isinstance(node, ast.Call)]
+        calls = [(ast.unparse(call.func), call) for call in calls]
+        places = {ast.unparse(call.args[0]) for name, call in calls if name == "tl.store"}
+        stored = {place.split(" + ")[0] for place in places}
+        last = max((call.lineno for name, call in calls if name in ("tl.max", "tl.sum", "tl.min")), default=0)
+        for call in (call for name, call in calls if name == "tl.load" and call.lineno > last):
+            place = ast.unparse(call.args[0])
+            if place.split(" + ")[0] in stored and place not in places:
+                found.append(f"{kernel.name}: {place}")
+    return found
+
+
+def test_no_kernel_reads_elsewhere_in_memory_that_it_is_overwriting():
+    kernels = sorted(Path(cross_entropy.__file__).parent.glob("*.py"))
+    assert [race for path in kernels for race in loads_that_race(path.read_text())] == []
+    kernel = """
+def _kernel(x, loss, V):
+    BEFORE
+    total = tl.sum(tl.load(x + v))
+    tl.store(loss, total - AFTER)
+    tl.store(x + v, tl.load(x + v) - total)
+"""
+    load = "tl.load(x + label)"
+    assert loads_that_race(kernel.replace("BEFORE", "pass").replace("AFTER", load)) == ["_kernel: x + label"]
+    assert loads_that_race(kernel.replace("BEFORE", f"chosen = {load}").replace("AFTER", "chosen")) == []
 
 
 def test_many_small_probabilities_beside_a_large_one_count():
