@@ -148,9 +148,15 @@ def _refuse_whole_model_work(cfg: Config, layout: str) -> None:
 
 def _validate_sequence(cfg: Config) -> None:
     tensor, context, model = cfg.parallel.tensor, cfg.parallel.context, cfg.model
+    method = cfg.parallel.context_method
+    require(
+        context > 1 or method == "ulysses",
+        f"parallel.context_method={method} needs sequences over several ranks and parallel.context=1; raise "
+        "parallel.context or leave parallel.context_method out",
+    )
     if tensor * context == 1:
         return
-    is_ulysses = cfg.parallel.context_method == "ulysses" and context > 1
+    is_ulysses = method == "ulysses" and context > 1
     parts = tensor * context if is_ulysses else tensor
     named = f"parallel.tensor={tensor}" + (f" x parallel.context={context} (ulysses)" if is_ulysses else "")
     common = math.gcd(model.num_heads, model.num_kv_heads)
@@ -162,15 +168,24 @@ def _validate_sequence(cfg: Config) -> None:
             f"{named} does not divide model.{key}={heads}: {fits}"
             + (", as would parallel.context_method=gather, which splits no heads" if is_ulysses else ""),
         )
-    # Gathered keys and values balance the causal work by giving each rank an early and a late part.
-    pieces = context * tensor * (2 if context > 1 and not is_ulysses else 1)
-    lower = cfg.data.seq_len // pieces * pieces
+    of, near = sequence_multiple(method, context, tensor), cfg.data.seq_len
+    works = near // of * of or of
     require(
-        cfg.data.seq_len % pieces == 0,
-        f"data.seq_len={cfg.data.seq_len} is not a multiple of {pieces}, the parts that parallel.context={context} and "
-        f"parallel.tensor={tensor} cut a sequence into; data.seq_len={lower or pieces} would work",
+        near % of == 0,
+        f"data.seq_len={near} is not a multiple of {of}, as parallel.context={context}"
+        f"{f' ({method})' if context > 1 else ''} and parallel.tensor={tensor} need for equal parts of a sequence; "
+        f"data.seq_len={works} would work",
     )
     _refuse_whole_model_work(cfg, f"parallel.tensor={tensor}, parallel.context={context}")
+
+
+def sequence_multiple(method: str, context: int, tensor: int) -> int:
+    """Return what sequences must be a multiple of for these context- and tensor-parallel ranks.
+
+    Each context rank's part must be cut into ``tensor`` equal ones; gathered keys and values balance the causal work by
+    giving each context rank an early and a late run, of equal lengths.
+    """
+    return context * math.lcm(tensor, 2 if method == "gather" and context > 1 else 1)
 
 
 def _validate_engine(cfg: Config) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moepp.config.parallel_rules import sequence_multiple
 from moepp.distributed import comm
 from moepp.errors import ConfigError
 
@@ -86,11 +87,12 @@ class SequenceParallel:
         """
         rank = self.context_rank if rank is None else rank
         num_runs = self.context_size * (2 if self.is_zigzag else 1)
-        if seq_len % num_runs or seq_len // self.context_size % self.tensor_size:
+        of = sequence_multiple(self.method, self.context_size, self.tensor_size)
+        if seq_len % of:
             raise ConfigError(
                 f"a sequence of {seq_len} tokens cannot be split over {self.context_size} context-parallel "
                 f"({self.method}) and {self.tensor_size} tensor-parallel ranks; "
-                f"make it a multiple of {num_runs * self.tensor_size}"
+                f"make it a multiple of {of}"
             )
         length = seq_len // num_runs
         runs = (rank, num_runs - 1 - rank) if self.is_zigzag else (rank,)

@@ -81,9 +81,12 @@ class _DeviceMarks:
         self._make_event = make_event
         self._free: list[Any] = []
         self._step: list[tuple[str, Any]] = []
-        self._steps: deque[list[tuple[str, Any]]] = deque()
+        self._ended: deque[list[tuple[str, Any]]] = deque()
+        self._seconds: dict[str, float] = {}
+        self._steps = 0
 
     def begin(self) -> None:
+        self._read_passed()  # else each step would need events of its own until times are taken
         self._free += [event for _, event in self._step]  # of a step that was not ended
         self._step = []
         self.mark(_OTHER)
@@ -94,19 +97,23 @@ class _DeviceMarks:
         self._step.append((stage, event))
 
     def end(self) -> None:
-        self._steps.append(self._step)
+        self._ended.append(self._step)
         self._step = []
 
     def take(self) -> tuple[dict[str, float], int]:
-        seconds: dict[str, float] = {}
-        steps = 0
-        while self._steps and self._steps[0][-1][1].query():
-            events = self._steps.popleft()
+        self._read_passed()
+        taken = self._seconds, self._steps
+        self._seconds, self._steps = {}, 0
+        return taken
+
+    def _read_passed(self) -> None:
+        """Add up the steps that the device has passed, and free their events."""
+        while self._ended and self._ended[0][-1][1].query():
+            events = self._ended.popleft()
             for (_, before), (stage, after) in itertools.pairwise(events):
-                seconds[stage] = seconds.get(stage, 0.0) + before.elapsed_time(after) / 1e3
+                self._seconds[stage] = self._seconds.get(stage, 0.0) + before.elapsed_time(after) / 1e3
             self._free += [event for _, event in events]
-            steps += 1
-        return seconds, steps
+            self._steps += 1
 
 
 class StageClock:

@@ -216,13 +216,10 @@ def traffic(cfg: Config, plan: RunPlan, layout: Layout, place: int) -> Traffic:
     model, size, tokens = cfg.model, _BYTES[cfg.train.precision], _tokens(cfg, plan, layout)
     steps, layers = plan.accumulation_steps, _cost(cfg, plan, layout, place).layers
     passes = _passes(cfg, plan)
-    sums = 0.0
-    for part in _held(cfg, plan, layout, place):
-        share = part.count * (part.copies - 1) / part.copies
-        # Reduce-scatter and all-gather, of fp32 or of weights. Stage 3 gathers layers in each pass of each micro-batch,
-        # the ends from forward to backward.
-        gathers = 2 + _is_counted(cfg, plan) if part.layer is not None else 1
-        sums += share * {0: 8, 3: steps * (4 + gathers * size)}.get(plan.zero_stage, 4 + size)
+    sums = sum(
+        part.count * (part.copies - 1) / part.copies * _gradient_bytes(cfg, plan, part)
+        for part in _held(cfg, plan, layout, place)
+    )
     moe_layers = len(set(layers) & set(model.moe_layers))
     rows = balanced_ffn_per_token(model.moe) * tokens * (1 - 1 / layout.expert)
     gathered = tokens * model.hidden_size * (layout.tensor - 1)  # all-gather before, reduce-scatter after attention
@@ -237,6 +234,23 @@ def traffic(cfg: Config, plan: RunPlan, layout: Layout, place: int) -> Traffic:
         experts=2 * passes * steps * moe_layers * rows * model.hidden_size * size,
         sequence=passes * steps * len(layers) * size * (2 * gathered + exchanged * heads),
     )
+
+
+def _gradient_bytes(cfg: Config, plan: RunPlan, part: _Held) -> int:
+    """Return the bytes per element that cross the wire in a step: 4 for each half of an all-reduce in fp32.
+
+    DeepSpeed all-reduces where ZeRO-1 and 2 could reduce-scatter, with stage 2 after every micro-batch, and gathers the
+    weights. Stage 3 gathers layers in each pass of each micro-batch, the ends from forward to backward.
+    """
+    size, steps = _BYTES[cfg.train.precision], plan.accumulation_steps
+    if plan.zero_stage == 0:
+        return 8
+    if plan.zero_stage == 3:
+        gathers = 2 + _is_counted(cfg, plan) if part.layer is not None else 1
+        return steps * (4 + gathers * size)
+    if cfg.engine.name == "deepspeed":
+        return 8 * (steps if plan.zero_stage == 2 else 1) + size
+    return 4 + size
 
 
 def _passes(cfg: Config, plan: RunPlan) -> int:

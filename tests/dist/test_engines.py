@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from moepp.bench import layouts
 from moepp.config import EngineConfig, make_plan
 from moepp.distributed import comm
+from moepp.distributed.layout import Layout as RankLayout
 from moepp.engine.deepspeed import DeepSpeedEngine, _local_rank, _zero_config, require_accelerator
 from moepp.engine.engine import StepResult
 from moepp.errors import ConfigError
 from moepp.training.build import build_engine, build_model
+from moepp.training.estimate import traffic
 from tests.parity import Layout, Setting, group_of, make_config, make_data
 
 Tensor = torch.Tensor
@@ -203,6 +207,25 @@ def test_communication_overlaps_as_the_settings_say():
     assert default["overlap_comm"] and not _zero_config(1, EngineConfig(), overlaps=False)["overlap_comm"]
     assert not _zero_config(1, EngineConfig(overlap_comm=False), overlaps=True)["overlap_comm"]
     assert default["reduce_bucket_size"] == 50_000_000 and _zero_config(0, EngineConfig(), True) == {"stage": 0}
+
+
+SMALL = layouts.Options(num_layers=2, hidden_size=32, ffn_hidden_size=48, vocab_size=128, seq_len=16, rounds=1)
+
+
+def _sent(rank: int, options: layouts.Options, layout: dict[str, Any], world_size: int) -> Counter[str]:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return layouts._measure(options, layout, rank, world_size)["bytes"]
+
+
+@pytest.mark.parametrize(("engine", "stage"), [("native", 0), ("native", 1), ("deepspeed", 1), ("deepspeed", 2)])
+def test_the_plan_says_what_sums_of_gradients_send(pool_2, engine, stage):
+    """In four micro-batches: of one, ZeRO-1 and ZeRO-2 of DeepSpeed would look alike."""
+    layout = {"engine": engine, "zero_stage": stage}
+    cfg, balance_and_norms = SMALL.config(layout), 3000
+    assert make_plan(cfg, 2).accumulation_steps == 4
+    formula = traffic(cfg, make_plan(cfg, 2), RankLayout.of(cfg.parallel, 2), 0).gradients
+    for sent in pool_2.run(_sent, SMALL, layout, 2):
+        assert formula <= sent.total() <= 1.02 * formula + balance_and_norms
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from typing import Any
 
 import pytest
 
 from moepp.config import from_dict, make_plan, to_dict, validate
+from moepp.config.parallel_rules import sequence_multiple
 from moepp.config.stages import split_layers
+from moepp.distributed.sequence import SequenceParallel
 from moepp.errors import ConfigError
 from tests.parity import Layout, Setting, make_config
 
@@ -83,8 +87,15 @@ REFUSED = [
     (
         4,
         parallel(context=4, context_method="gather") | {"data__seq_len": 12},
-        ["data.seq_len=12 is not a multiple of 8", "data.seq_len=8 would work"],
+        ["data.seq_len=12 is not a multiple of 8", "parallel.context=4 (gather)", "data.seq_len=8 would work"],
     ),
+    (
+        4,
+        parallel(context=2, tensor=2, context_method="gather") | {"data__seq_len": 14},
+        ["data.seq_len=14 is not a multiple of 4", "data.seq_len=12 would work"],
+    ),
+    (1, parallel(context_method="gather"), ["context_method=gather needs", "parallel.context=1", "leave parallel.con"]),
+    (2, parallel(tensor=2, context_method="gather"), ["context_method=gather needs", "raise parallel.context"]),
     (
         4,
         parallel(pipeline=4) | {"train__micro_batch_size": 4},
@@ -105,6 +116,21 @@ def test_layout_that_cannot_work_is_refused_with_one_that_would(world_size, chan
         validate(config(**changes), world_size)
     message = str(caught.value)
     assert "\n" not in message and all(part in message for part in parts), message
+
+
+def test_a_sequence_is_refused_exactly_where_it_cannot_be_cut_into_equal_parts():
+    """12 tokens over two context and two tensor ranks: four runs of 3, and 3 for each rank."""
+    validate(config(**parallel(context=2, tensor=2, context_method="gather"), data__seq_len=12), 4)
+    for method, context, tensor in itertools.product(("ulysses", "gather"), (1, 2, 3, 4), (1, 2, 3, 4)):
+        sizes = {"context_size": context, "tensor_size": tensor}
+        sequence = type("Ranks", (SequenceParallel,), sizes)(method=method)
+        runs = 2 * context if method == "gather" and context > 1 else context
+        for seq_len in range(1, 49):
+            fits = seq_len % runs == 0 and seq_len // context % tensor == 0
+            assert fits == (seq_len % sequence_multiple(method, context, tensor) == 0)
+            with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match="make it a multiple of"):
+                parts = [sequence.context_positions(seq_len, rank).tolist() for rank in range(context)]
+                assert sorted(itertools.chain(*parts)) == list(range(seq_len)) and len(set(map(len, parts))) == 1
 
 
 def test_batch_is_split_over_replicas():

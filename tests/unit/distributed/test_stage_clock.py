@@ -87,6 +87,20 @@ def test_a_step_that_the_device_has_not_finished_is_counted_later_and_waits_for_
     assert machine.events == made  # events are used again
 
 
+def test_events_are_used_again_however_long_nobody_takes_the_times(machine: Machine) -> None:
+    clock = StageClock(marks=_DeviceMarks(machine.make_event))
+    take_step(clock, machine)
+    of_a_step = machine.events
+    for _ in range(999):
+        machine.passed_until = machine.now - 70  # more than a step behind
+        take_step(clock, machine)
+    assert machine.events <= 3 * of_a_step
+    machine.passed_until = machine.now
+    seconds, steps = clock.take()
+    assert steps == 1000
+    assert {name: time for name, time in seconds.items() if time} == {name: 1000 * t for name, t in EXPECTED.items()}
+
+
 @pytest.mark.parametrize("kind", ["host", "device"])
 def test_a_step_that_fails_is_left_out(machine: Machine, kind: str) -> None:
     marks = _HostMarks(lambda: machine.now) if kind == "host" else _DeviceMarks(machine.make_event)
