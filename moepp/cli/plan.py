@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
                 "stage": place,
                 "layers": len(cost.layers),
                 "parameters": cost.parameters,
+                **({"at start GiB": cost.at_start / GIB} if plan.zero_stage == 3 else {}),
                 "weights GiB": cost.weights / GIB,
                 "gradients GiB": cost.gradients / GIB,
                 "optimizer GiB": cost.optimizer / GIB,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -140,6 +141,8 @@ def init_process_group(
     backends = "gloo"
     if device.type != "cpu" and backend != "gloo":
         require_own_devices(store, launch.rank, launch.world_size, device, timeout_seconds)
+        # Groups connect when they are made; torch would warn on every rank of what that means for pipelines.
+        os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
         backends = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
     timeout = timedelta(seconds=timeout_seconds)
     try:

@@ -7,7 +7,8 @@ and everything else on those of the stage. Shares are fp32; in bf16 the gathered
 summed in fp32 after each micro-batch. The next layer is gathered while this one computes.
 
 With N parameters over P ranks a rank holds 16 N / P bytes (weights, gradients, AdamW's moments) and the gathered
-weights of embedding, output layer and one or two layers.
+weights of embedding, output layer and one or two layers. At the start it holds all N weights in the model's precision,
+and cuts them into shares layer by layer.
 """
 
 from __future__ import annotations
@@ -216,10 +217,11 @@ def _shard(model: nn.Module, groups: ParallelGroups) -> None:
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # router logits stay fp32
     )
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    # By number: whoever holds a whole parameter keeps its memory, which torch frees once it is cut.
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def place(parameter: nn.Parameter) -> Any:
-        group = placement_of(names[parameter], groups.tp_size > 1).group(groups)
+        group = placement_of(names[id(parameter)], groups.tp_size > 1).group(groups)
         return _fsdp_common.ShardPlacementResult(Shard(_dim_to_cut(parameter.shape, comm.size(group))), infos[group])
 
     layers = [layer for child in model.children() if isinstance(child, nn.ModuleList) for layer in child]

@@ -168,8 +168,8 @@ def build_model(found: FoundModel, groups: ParallelGroups, precision: str | None
     """
     with torch.device("meta"):
         model = Transformer(found.cfg, ExpertParallel(groups.ep), document_end=found.document_end)
+    model.to(DTYPES[precision or found.precision])  # first: memory of float32 is never needed
     model.to_empty(device=groups.device)
-    model.to(DTYPES[precision or found.precision])
     reset_buffers(model)
     found.fill(model, groups)
     return model.eval()

@@ -34,8 +34,7 @@ def attend(query_BHQd: Tensor, key_BGKd: Tensor, value_BGKd: Tensor, mask: Atten
         mask = mask.float() if isinstance(mask, Tensor) and mask.is_floating_point() else mask
     is_grouped = query_BHQd.shape[1] != key_BGKd.shape[1]
     if mask is not None and not isinstance(mask, Tensor):
-        out_BHQd = _flex_attention()(query_BHQd, key_BGKd, value_BGKd, block_mask=mask, enable_gqa=is_grouped)
-        return out_BHQd.to(dtype)
+        return _attend_in_blocks(query_BHQd, key_BGKd, value_BGKd, mask, is_grouped).to(dtype)
     num_queries, num_keys = query_BHQd.shape[2], key_BGKd.shape[2]
     is_causal, is_last = mask is None and num_queries == num_keys, mask is None and 1 < num_queries < num_keys
     # The kernels that know of the last key do not all know of groups.
@@ -94,6 +93,17 @@ def _causal_to_the_last_key(num_queries: int, num_keys: int) -> Tensor:
     from torch.nn.attention.bias import causal_lower_right
 
     return causal_lower_right(num_queries, num_keys)
+
+
+@torch.compiler.disable
+def _attend_in_blocks(
+    query_BHQd: Tensor, key_BGKd: Tensor, value_BGKd: Tensor, mask: AttentionMask, is_grouped: bool
+) -> Tensor:
+    """FlexAttention, compiled by itself: a layer that is compiled around it must not trace what makes and keeps it.
+
+    Nor does such a layer depend on what the mask of a batch holds.
+    """
+    return _flex_attention()(query_BHQd, key_BGKd, value_BGKd, block_mask=mask, enable_gqa=is_grouped)
 
 
 @functools.cache

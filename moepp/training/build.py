@@ -62,10 +62,9 @@ def build_model(
             SequenceParallel(groups.tp, groups.cp, groups.replica, cfg.parallel.context_method, comm_stats),
             document_end,
             part=_part(cfg, groups.layout, groups.rank),
-        )
+        ).to(DTYPES[cfg.train.precision])  # first: memory of float32 is never needed
     with _enough_memory(cfg, groups.device):
         model.to_empty(device=groups.device)
-        model.to(DTYPES[cfg.train.precision])
     init_parameters(model, cfg.run.seed, groups.ep_rank, groups.ep_size)
     model.set_recompute(cfg.train.recompute)
     moe, dtype = cfg.model.moe, DTYPES[cfg.train.precision]
@@ -216,10 +215,17 @@ def _enough_memory(cfg: Config, device: torch.device) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
+        remedy = "lower model.vocab_size, model.hidden_size or others, or use more ranks"
+        if cfg.engine.name == "fsdp":
+            remedy = (
+                "engine=fsdp starts with all weights that a rank has before they are shared, and more data-parallel "
+                "ranks do not lower them; raise parallel.expert or parallel.pipeline, or lower model.hidden_size or "
+                "others"
+            )
         refused = ConfigError(
             f"the model's {count_parameters(cfg.model).total:,} parameters with their optimizer do not fit into the "
-            f"memory of a rank's {device.type} ({printable(error, 120)}); lower model.vocab_size, model.hidden_size "
-            "or others, or use more ranks: `moepp plan` tells what each of them holds"
+            f"memory of a rank's {device.type} ({printable(error, 120)}); {remedy}: `moepp plan` tells what each of "
+            "them holds"
         )
         refused.said_here = True
         raise refused from error

@@ -34,6 +34,7 @@ class StageCost:
             layer's gradients before they are shared, with their copy in fp32.
         activations: bytes kept between forward and backward, all micro-batches in flight together, about.
         buffers: bytes in which torch's schedule receives hidden states, router logits and their gradients.
+        at_start: bytes of the weights while they are made, and with ZeRO-3 cut into shares layer by layer.
     """
 
     layers: tuple[int, ...]
@@ -44,12 +45,13 @@ class StageCost:
     gathered: int
     activations: int
     buffers: int
+    at_start: int
 
     @property
     def total(self) -> int:
-        """Bytes of all of them."""
+        """The most bytes at a time: at the start, or of all else together."""
         state = self.weights + self.gradients + self.optimizer + self.gathered
-        return state + self.activations + self.buffers
+        return max(self.at_start, state + self.activations + self.buffers)
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def _cost(cfg: Config, plan: RunPlan, layout: Layout, place: int) -> StageCost:
     shared = sum(part.count / part.copies for part in held)
     masters = moments + (4 if size == 2 else 0)  # in fp32 the weights are the masters
     weights, gradients, gathered = own * size, own * 4, 0
+    at_start = weights
     if stage == 3:  # fp32 shares alone
         weights, gradients, masters = shared * 4, shared * 4, moments
         by_layer = Counter[int | None]()
@@ -97,6 +100,7 @@ def _cost(cfg: Config, plan: RunPlan, layout: Layout, place: int) -> StageCost:
             by_layer[part.layer] += part.count
         ends, largest = by_layer.pop(None, 0), max(by_layer.values())
         gathered = size * (ends + 2 * largest) + (size + 4) * largest
+        at_start = _at_start(held, size)
     elif stage == 2:
         gradients = shared * 4
     layers = tuple(layer for index in _stages(plan, layout, place) for layer in plan.stage_layers[index])
@@ -109,7 +113,22 @@ def _cost(cfg: Config, plan: RunPlan, layout: Layout, place: int) -> StageCost:
         gathered=gathered,
         activations=round(_activations(cfg, plan, layout, place)),
         buffers=round(_buffers(cfg, plan, layout, place)),
+        at_start=at_start,
     )
+
+
+def _at_start(held: list[_Held], size: int) -> int:
+    """Return the most bytes while ZeRO-3 cuts layer after layer, the ends last: the next one in fp32, whole and cut."""
+    whole, shares = Counter[int | None](), Counter[int | None]()
+    for part in held:
+        whole[part.layer] += 4 * part.count
+        shares[part.layer] += round(4 * part.count / part.copies)
+    most = left = sum(whole.values()) * size // 4
+    cut = 0
+    for layer in sorted(whole, key=lambda layer: (layer is None, layer)):
+        left, cut = left - whole[layer] * size // 4, cut + shares[layer]
+        most = max(most, left + whole[layer] + cut)
+    return most
 
 
 def _stages(plan: RunPlan, layout: Layout, place: int) -> range:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+import weakref
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
@@ -16,12 +17,17 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor
 
+from moepp.config import make_plan
+from moepp.distributed import comm
 from moepp.distributed.groups import ParallelGroups
+from moepp.distributed.layout import Layout as RankLayout
 from moepp.distributed.parameters import DENSE, Placement
 from moepp.engine import fsdp
 from moepp.model.transformer import Transformer
+from moepp.training.build import build_engine, build_model
+from moepp.training.estimate import stage_costs
 from moepp.training.trainer import Trainer
-from tests.parity import REFERENCE, TOLERANCE, History, Layout, Setting, deviation, train
+from tests.parity import REFERENCE, TOLERANCE, History, Layout, Setting, deviation, group_of, make_config, train
 
 SETTING = Setting("sgd", model=(("num_layers", 4), ("num_heads", 4), ("num_kv_heads", 2)))
 PP = {"micro_batch": 1, "pipeline": 2}
@@ -43,6 +49,42 @@ DEFAULT = (1, 3, 6, 9)
 @pytest.fixture(scope="module")
 def reference(pools) -> History:
     return pools(1).run(train, SETTING, REFERENCE)[0]
+
+
+def _memory_at_start(rank: int, layout: Layout, precision: str) -> tuple[int, int]:
+    """Return the most bytes of whole weights and shares together until the engine is there, and what is foretold."""
+    cfg, groups = make_config(SETTING, layout), group_of(layout.ep)
+    cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, precision=precision))
+    plan, held = make_plan(cfg, groups.world_size), []
+    made, shard = Transformer.to_empty, fsdp.fully_shard
+    whole: list[weakref.ref[torch.nn.Parameter]] = []
+
+    def alive() -> int:
+        return sum(parameter.nbytes for ref in whole if (parameter := ref()) is not None)
+
+    def to_empty(model: Transformer, **keywords: Any) -> Transformer:
+        result = made(model, **keywords)
+        whole.extend(weakref.ref(parameter) for parameter in model.parameters())
+        held.append(alive())
+        return result
+
+    def cut(module: torch.nn.Module, **keywords: Any) -> Any:
+        before = alive()  # until all of the module are cut
+        result = shard(module, **keywords)
+        shares = [parameter.to_local() for parameter in model.parameters() if isinstance(parameter, DTensor)]
+        held.append(before + sum(share.nbytes for share in shares))
+        return result
+
+    with patch.object(Transformer, "to_empty", to_empty), patch.object(fsdp, "fully_shard", cut):
+        model = build_model(cfg, groups, comm.CommStats())
+        build_engine(cfg, plan, model, groups)
+    return max(held), stage_costs(cfg, plan, RankLayout.of(cfg.parallel, groups.world_size))[0].at_start
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_start_holds_all_weights_once_in_their_precision(pools, precision):
+    for most, foretold in pools(2).run(_memory_at_start, Layout(2, 2, "fsdp", 3), precision):
+        assert most == pytest.approx(foretold, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -60,3 +60,24 @@ def test_repeated_heads_give_what_groups_give(queries, masked, monkeypatch):
         results.append([out.detach(), *(tensor.grad for tensor in inputs)])
     for grouped, repeated in zip(*results, strict=True):
         torch.testing.assert_close(repeated, grouped)
+
+
+def test_block_masks_stay_out_of_what_is_compiled_around_them():
+    """FlexAttention is compiled by itself; another batch's documents compile nothing again."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    def around(x: Tensor, mask: Any) -> Tensor:
+        return attention.attend(x * 2, x, x, mask) * 3
+
+    x, compiled = torch.randn(1, 2, 8, 16), torch.compile(around, backend=keep)
+    for documents in ([0, 0, 0, 1, 1, 1, 2, 2], [0, 1, 1, 1, 1, 2, 3, 3], [0] * 8):
+        numbered, positions = torch.tensor([documents]), torch.arange(8)
+        blocks, tensor = (attention.document_mask(numbered, positions, 8, 16, blocks=way) for way in (True, False))
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x, blocks), around(x, tensor))
+        calls = [node.name for graph in graphs for node in graph.graph.nodes if node.op.startswith("call")]
+        assert calls == ["mul", "to", "mul"]  # before FlexAttention, and after it
