@@ -6,7 +6,8 @@ import csv
 import io
 import logging
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,28 +49,60 @@ class CsvSink:
     """Writes ``<run_dir>/metrics.csv``: a row per record, a column per metric, empty where a record has none.
 
     It must take each record after metrics.jsonl has: from there the table is written anew when a metric appears that
-    has no column yet, and when a run starts or rewinds.
+    has no column yet, when a run starts or rewinds, and after a failure. What cannot be written, as on a full disk, is
+    said once and leaves whole rows; it is tried again after 1, 2, 4 ... records, and at the end.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self._path, self._source = run_dir / FILE, run_dir / "metrics.jsonl"
         self._columns: list[str] = []
+        self._size = 0  # of the table as it was written; another size: somebody else has changed it
+        self._failures = self._waits = 0  # in a row, and records until the next attempt
         self._write_anew()
 
     def log(self, record: Mapping[str, float], step: int, tokens: int) -> None:
         """Append a row."""
-        if not record.keys() <= set(self._columns):
-            self._write_anew(record)  # this record is among those of metrics.jsonl
-            return
-        with files.open_append(self._path) as stream:
-            stream.write(_rows(self._columns, [{"step": step, "tokens": tokens, **record}]))
+        if self._failures and self._waits > 0:
+            self._waits -= 1
+        elif self._failures or not record.keys() <= set(self._columns):
+            self._try(lambda: self._write_anew(record))  # this record is among those of metrics.jsonl
+        else:
+            self._try(lambda: self._append({"step": step, "tokens": tokens, **record}))
 
     def rewind(self, step: int) -> None:
         """Write what metrics.jsonl, which was rewound before, still has."""
-        self._write_anew()
+        self._try(self._write_anew)
 
     def close(self) -> None:
-        """Do nothing: nothing is held back."""
+        """Write what is missing; metrics.jsonl has it by now."""
+        if self._failures:
+            self._try(self._write_anew)
+        if self._failures:
+            logger.warning("%s lacks rows; the next start, and metrics.jsonl, have them", self._path)
+
+    def _try(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+            self._failures = 0
+        except (MoeppError, OSError) as error:
+            if not self._failures:
+                logger.warning("%s is not written now, but later anew: %s", self._path, error)
+            self._failures += 1
+            self._waits = 2 ** min(self._failures - 1, 20) - 1
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        row = _rows(self._columns, [dict(record)])
+        with files.open_append(self._path) as stream:
+            if os.fstat(stream.fileno()).st_size != self._size:  # removed, or cut short
+                self._write_anew()
+                return
+            try:
+                while row:
+                    row = row[stream.write(row) :]
+                self._size = os.fstat(stream.fileno()).st_size
+            except OSError:
+                os.ftruncate(stream.fileno(), self._size)  # no half row, to which the next would be glued
+                raise
 
     def _write_anew(self, record: Mapping[str, float] | None = None) -> None:
         records = read_records(self._source) if self._source.exists() else []
@@ -78,7 +111,9 @@ class CsvSink:
             columns |= dict.fromkeys(one)
         self._columns = list(columns)
         header = dict(zip(self._columns, self._columns, strict=True))
-        files.write_whole(self._path, _rows(self._columns, [header, *records]).decode())
+        content = _rows(self._columns, [header, *records])
+        files.write_whole(self._path, content)
+        self._size = len(content)
 
 
 def _rows(columns: list[str], records: list[dict[str, Any]]) -> bytes:

@@ -72,10 +72,8 @@ class SinkGroup:
         for sink in list(self._sinks):
             try:
                 take(sink)
-            except MoeppError as error:
-                if not isinstance(sink, CsvSink):
-                    raise
-                self._drop(sink, step, error)
+            except MoeppError:
+                raise
             except Exception as error:
                 self._drop(sink, step, error)
 
@@ -123,6 +121,9 @@ class SinkGroup:
                 self._check()
             except MoeppError as error:
                 failure = error
+        for sink in sinks if failure is None else ():
+            if isinstance(sink, JsonlSink):
+                sink.sync()  # the table is made of it
         for sink in reversed(sinks):
             try:
                 if failure is None or not isinstance(

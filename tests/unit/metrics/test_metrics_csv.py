@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
+import os
+import resource
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +18,7 @@ import pytest
 
 from moepp.config import MoEConfig
 from moepp.config.schema import WandbConfig
+from moepp.io import files
 from moepp.metrics.csv import FILE, CsvSink
 from moepp.metrics.jsonl import JsonlSink, read_records
 from moepp.metrics.routing import RoutingSnapshot
@@ -80,9 +85,67 @@ def test_a_table_that_cannot_be_written_is_reported_once_and_ends_nothing(
         (tmp_path / FILE).mkdir()
         for step in (2, 3):
             sinks.log({"a": float(step)}, step, step)
-    [message] = caplog.messages
-    assert message.startswith("CsvSink failed at step 2 and gets no more records") and FILE in message
+    message, last = caplog.messages
+    assert message.startswith(f"{tmp_path}/{FILE} is not written now, but later anew: ")
+    assert last == f"{tmp_path}/{FILE} lacks rows; the next start, and metrics.jsonl, have them"
     assert [record["a"] for record in read_records(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_rows_are_whole_on_a_disk_that_is_full_for_some_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The limit on the size of files stands for the disk; metrics.jsonl has room all the time."""
+    sizes: list[int] = []
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    open_append, write_whole = files.open_append, files.write_whole
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def limited(write: Any, path: Path, *rest: Any) -> Any:
+        is_table = path.name == FILE
+        resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[-1] if is_table and sizes else usual[0], usual[1]))
+        return write(path, *rest)
+
+    monkeypatch.setattr(files, "open_append", lambda *of: limited(open_append, *of))
+    monkeypatch.setattr(files, "write_whole", lambda *of: limited(write_whole, *of))
+    try:
+        with open_group(tmp_path) as sinks:
+            sinks.log({"a": 1.25, "b": 10.0}, 1, 10)
+            sizes.append((tmp_path / FILE).stat().st_size + 10)
+            for step in (2, 3, 4):
+                sinks.log({"a": 1.25, "b": 10.0 * step}, step, 10 * step)
+                resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+                assert [row["step"] for row in rows(tmp_path)] == ["1"]
+                assert all(None not in row.values() and None not in row for row in rows(tmp_path))
+            sizes.append(usual[0])
+            sinks.log({"a": 1.25, "b": 50.0}, 5, 50)
+            assert [row["step"] for row in rows(tmp_path)] == ["1", "2", "3", "4", "5"]
+            sinks.log({"a": 1.25, "b": 60.0}, 6, 60)
+            (tmp_path / FILE).unlink()
+            sinks.log({"a": 1.25, "b": 70.0}, 7, 70)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+        signal.signal(signal.SIGXFSZ, previous)
+    assert [float(row["b"]) for row in rows(tmp_path)] == [10, 20, 30, 40, 50, 60, 70]
+    [message] = caplog.messages
+    assert "the file is larger than allowed" in message or "File too large" in message
+
+
+def test_the_table_is_whole_at_the_end_where_the_disk_was_full_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, is_full = os.write, True
+
+    def full(descriptor: int, data: Any) -> int:
+        if is_full and "metrics.csv" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data)
+
+    with open_group(tmp_path) as sinks:
+        monkeypatch.setattr(os, "write", full)
+        for step in range(1, 12):
+            sinks.log({f"a{step}": 1.0}, step, step)
+        is_full = False
+    assert len(rows(tmp_path)) == 11 and len(rows(tmp_path)[0]) == 13
 
 
 def test_wandb_gets_images_of_the_routing_beside_the_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
