@@ -190,14 +190,18 @@ class Transformer(nn.Module):
 
     def set_observed(self, enabled: bool) -> None:
         """Look closely at the routers in the calls that follow (:mod:`moepp.moe.observation`)."""
-        for layer in self.layers:
-            if isinstance(layer, TransformerLayer) and layer.is_moe:
-                layer.moe.observes = enabled
+        for layer in self.moe_layers:
+            layer.observes = enabled
+
+    @property
+    def moe_layers(self) -> tuple[MoELayer, ...]:
+        """Those that this rank holds, first layer first."""
+        return tuple(layer.moe for layer in self.layers if isinstance(layer, TransformerLayer) and layer.is_moe)
 
     @property
     def routers(self) -> tuple[Router, ...]:
         """Of the MoE layers that this rank holds, first layer first."""
-        return tuple(layer.moe.router for layer in self.layers if isinstance(layer, TransformerLayer) and layer.is_moe)
+        return tuple(layer.router for layer in self.moe_layers)
 
     @property
     def moe_rows(self) -> tuple[int, ...]:

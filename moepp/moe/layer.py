@@ -7,6 +7,7 @@ K experts per token, Z kinds, R rows that this rank's FFN experts compute.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +18,23 @@ from moepp.distributed.sequence import SequenceParallel
 from moepp.errors import ConfigError
 from moepp.moe.capacity import capacities, drop_beyond_capacity
 from moepp.moe.dispatch import AllToAllDispatcher, Assignments, LocalDispatcher
-from moepp.moe.experts import FFNExperts, ZeroComputation
+from moepp.moe.experts import ExpertKind, FFNExperts, ZeroComputation
 from moepp.moe.gates import Gates
 from moepp.moe.losses import router_z_loss
 from moepp.moe.observation import remember
 from moepp.moe.parallel import ExpertParallel
 from moepp.moe.registered import RegisteredModule
-from moepp.moe.router import make_router
+from moepp.moe.router import Router, make_router
 from moepp.moe.stats import MoEStats
 from moepp.moe.summary import RoutingRecord, start_summary
 from moepp.ops import count_experts, share_gradient, sort_assignments
+from moepp.registry import EXPERT_KINDS, ROUTERS
+
+
+def updates_after_step(cfg: MoEConfig) -> bool:
+    """Return whether layers of this configuration have parts that want the load of each step."""
+    kinds = (EXPERT_KINDS.get(kind) for kind, count in cfg.extra_experts.items() if count)
+    return any(part.updates_after_step for part in (ROUTERS.get(cfg.router), *kinds))
 
 
 @dataclass(frozen=True)
@@ -194,6 +202,18 @@ class MoELayer(nn.Module):
         summary = start_summary([out.record], self.cfg, self.training, self.parallel, self.sequence, share_LE)
         [loss], [stats] = summary.finish()
         return MoEOutput(out.hidden, out.router_logits, loss, stats)
+
+    def parts_updated_after_step(self) -> list[tuple[Router | ExpertKind, slice]]:
+        """Return the router and the expert kinds that want the load of each step, and whose load that is."""
+        children = self.zero_computation.named_children()
+        kinds = [(cast(ExpertKind, part), self.cfg.kind_slices[kind]) for kind, part in children]
+        return [(part, experts) for part, experts in ((self.router, slice(None)), *kinds) if part.updates_after_step]
+
+    @torch.no_grad()
+    def after_optimizer_step(self, load_E: Tensor) -> None:
+        """Update the state of the parts that have one; ``load_E`` as in :meth:`Router.after_optimizer_step`."""
+        for part, experts in self.parts_updated_after_step():
+            part.after_optimizer_step(load_E[experts])
 
     def extra_repr(self) -> str:
         """Return the experts per kind and the number that each token chooses."""

@@ -30,6 +30,9 @@ class RegisteredModule(nn.Module):
     :meth:`reset_buffers`.
     """
 
+    updates_after_step: ClassVar[bool] = False
+    """Whether ``after_optimizer_step`` wants to be called; it costs one all-reduce per step, for all parts together."""
+
     computed_by: ClassVar[tuple[str, ...]] = ("forward",)
     """Methods that :meth:`flops_per_token` counts."""
 

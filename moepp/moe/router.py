@@ -39,9 +39,6 @@ class Router(RegisteredModule):
 
     computed_by: ClassVar[tuple[str, ...]] = ("project", "forward")  # the residual's product is counted elsewhere
 
-    updates_after_step = False
-    """Whether :meth:`after_optimizer_step` wants to be called; it costs one all-reduce per step."""
-
     def __init__(self, cfg: MoEConfig, hidden_size: int) -> None:
         super().__init__()
         self.cfg = cfg
@@ -108,9 +105,10 @@ class Router(RegisteredModule):
         shape, dtype = (len(x_TD), self.cfg.num_experts), torch.promote_types(x_TD.dtype, torch.float32)
         return require_tensor(logits_TE, f"router {self.cfg.router}", x_TD, shape, dtype)
 
-    @torch.no_grad()
     def after_optimizer_step(self, load_E: Tensor) -> None:
         """Update the buffers. Called after every optimizer step that was taken, not after one that was skipped.
+
+        Only where :attr:`updates_after_step` is set; without autograd.
 
         Args:
             load_E: how often each expert was chosen in this step, before drops: all ranks and micro-batches, fp64.

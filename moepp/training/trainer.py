@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, cast
 
-import torch
 from torch import Tensor
 
 from moepp.checkpoint import (
@@ -30,7 +29,7 @@ from moepp.distributed import comm
 from moepp.distributed.device import to_device
 from moepp.engine.engine import ScheduledEngine, StepResult
 from moepp.errors import CheckpointError, Preempted, TrainingError
-from moepp.registry import ROUTERS
+from moepp.moe.layer import updates_after_step
 from moepp.training.evaluation import Evaluator, due_after, lacking_after
 from moepp.training.guards import SkippedSteps, SpikeGuard, StopRequest
 from moepp.training.memory import enough_memory
@@ -176,7 +175,7 @@ class Trainer:
             update = is_finite and not is_spike
             result = self.engine.step(self._learning_rate(self.step), update, recorder.watch)
             if not result.skipped:
-                self._update_routers()
+                self._update_parts()
         self.step += 1
         self._settle(result, is_spike, "loss" if not is_finite else "gradient")
         return result
@@ -197,17 +196,14 @@ class Trainer:
         if self.cfg.guard.spike_action == "rewind":
             self._rewind()
 
-    def _update_routers(self) -> None:
-        """Tell the routers that want it how often each expert was chosen in this step, by all ranks."""
-        rows = zip(self.model.moe_rows, self.model.routers, strict=True)
-        routers = [(row, router) for row, router in rows if router.updates_after_step]
+    def _update_parts(self) -> None:
+        """Tell the routers and expert kinds that want it how often experts were chosen in this step, by all ranks."""
+        layers = self.model.moe_layers
         # A stage without MoE layers takes part in the sum that the others need.
-        if not routers and not ROUTERS.get(self.cfg.model.moe.router).updates_after_step:
-            return
-        load_LE = self.sum_over_ranks(self.stats.step_load())
-        with torch.no_grad():
-            for row, router in routers:
-                router.after_optimizer_step(load_LE[row])
+        if updates_after_step(self.cfg.model.moe) or any(layer.parts_updated_after_step() for layer in layers):
+            load_LE = self.sum_over_ranks(self.stats.step_load())
+            for row, layer in zip(self.model.moe_rows, layers, strict=True):
+                layer.after_optimizer_step(load_LE[row])
 
     def _rewind(self) -> None:
         """Go back to the newest checkpoint and leave out the batches since, the spike's among them."""

@@ -23,6 +23,8 @@ from moepp.errors import TrainingError
 from moepp.model.accounting import count_parameters
 from moepp.model.transformer import Transformer
 from moepp.moe import MoELayer
+from moepp.moe.experts import ExpertKind
+from moepp.registry import EXPERT_KINDS
 from tests.dist import WorkerFailure, WorkerPool, subgroups
 from tests.moe_cases import LEAST_MARGIN, Case, Observed, assert_agrees, expect, run_layer
 from tests.parity import TOLERANCE, Layout, Setting, deviation, group_of, make_config, train
@@ -38,6 +40,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "topk_sigmoid": {"gate_normalization": "topk_sigmoid"},
     "ffn_only": {"balance_rule": "ffn_only"},
 }
+TALLY: dict[str, dict[str, Any]] = {"tally": {"extra_experts": {"tally": 2}}}
 
 
 def _case(part: str, dtype: torch.dtype, ep_size: int) -> Case:
@@ -82,7 +85,7 @@ def test_the_cases_use_what_they_are_about() -> None:
 
 
 def _setting(part: str, **model: Any) -> Setting:
-    return Setting("adamw", moe=tuple(PARTS[part].items()), model=tuple(model.items()), steps=6)
+    return Setting("adamw", moe=tuple((PARTS | TALLY)[part].items()), model=tuple(model.items()), steps=6)
 
 
 @pytest.mark.parametrize("part", ["both", "everything", "topk_sigmoid", "ffn_only"])
@@ -124,6 +127,67 @@ class _Watch:
                 bias = [b + RATE * ((mean > n) - (mean < n)) for b, n in zip(bias, load, strict=True)]
             assert any(bias), "no bias moved"
             torch.testing.assert_close(router.bias.tolist(), bias, rtol=0, atol=1e-6)
+
+
+@EXPERT_KINDS.register("tally")
+class Tally(ExpertKind):
+    """E(x) = 0; counts how often each of these experts was chosen in all steps."""
+
+    updates_after_step = True
+    count: torch.Tensor
+
+    def __init__(self, num_experts: int, hidden_size: int) -> None:
+        super().__init__(num_experts, hidden_size)
+        self.register_buffer("count", torch.zeros(num_experts, dtype=torch.int64))
+
+    def reset_buffers(self) -> None:
+        self.count.zero_()
+
+    def forward(self, x_TD: torch.Tensor, gates_TZ: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(x_TD)
+
+    def after_optimizer_step(self, load_Z: torch.Tensor) -> None:
+        self.count += load_Z.to(torch.int64)
+
+
+_COUNTS: dict[str, Any] = {}
+
+
+@contextlib.contextmanager
+def keep_counts(model: Transformer, groups: ParallelGroups) -> Iterator[None]:
+    """Counts of the kind of every layer that this rank holds, and what the layers chose while they trained."""
+    chosen = {row: torch.zeros(2, dtype=torch.int64) for row in model.moe_rows}
+
+    def note(row: int, layer: MoELayer, out: Any) -> None:
+        if layer.training and torch.is_grad_enabled():
+            chosen[row] += out.record.load_E[layer.cfg.kind_slices["tally"]]
+
+    for row, layer in zip(model.moe_rows, model.moe_layers, strict=True):
+        layer.register_forward_hook(lambda layer, _args, out, row=row: note(row, layer, out))
+    yield
+    counts = {
+        row: layer.zero_computation.tally.count for row, layer in zip(model.moe_rows, model.moe_layers, strict=True)
+    }
+    _COUNTS.update(counts=counts, chosen=chosen)
+
+
+def _last_counts(rank: int) -> dict[str, Any]:
+    return _COUNTS
+
+
+def test_state_of_an_expert_kind_follows_the_load_of_all_ranks(pool_1: WorkerPool, pool_2: WorkerPool) -> None:
+    pool_1.run(train, _setting("tally"), Layout(), keep_counts)
+    [alone] = pool_1.run(_last_counts)
+    wanted = alone["chosen"]
+    assert all((count > 0).all() for count in wanted.values()) and len(wanted) > 1
+    for row, count in alone["counts"].items():
+        assert torch.equal(count, wanted[row]), row
+    for layout in (Layout(2, 2, micro_batch=2, recompute=True), Layout(2, micro_batch=2, pipeline=2)):
+        pool_2.run(train, _setting("tally"), layout, keep_counts)
+        for found in pool_2.run(_last_counts):
+            assert found["counts"]
+            for row, count in found["counts"].items():
+                assert torch.equal(count, wanted[row]), (layout, row)
 
 
 _BIASES: dict[str, list[list[float]]] = {}

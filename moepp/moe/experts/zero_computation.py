@@ -42,6 +42,16 @@ class ExpertKind(RegisteredModule):
         """
         raise NotImplementedError
 
+    def after_optimizer_step(self, load_Z: Tensor) -> None:
+        """Update the buffers. Called after every optimizer step that was taken, not after one that was skipped.
+
+        Only where :attr:`updates_after_step` is set; without autograd.
+
+        Args:
+            load_Z: how often each of these experts was chosen in this step, before drops: all ranks and micro-batches,
+                fp64.
+        """
+
 
 # A kind is an attribute of the module below, and part of names in which "experts" means sharded ones.
 EXPERT_KINDS.reserve({*dir(nn.Module()), "cfg", "hidden_size", "experts"})
