@@ -7,7 +7,6 @@ measurements; activations are about what autograd keeps, without temporary tenso
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from moepp.config import (
     Config,
@@ -18,7 +17,6 @@ from moepp.config import (
     validate,
 )
 from moepp.errors import ConfigError
-from moepp.io.untrusted import printable
 
 EXAMPLE = "moepp plan --ranks 64 experiment=moepp_7b engine=native parallel.pipeline=8"
 GIB, MIB = 2**30, 2**20
@@ -82,12 +80,10 @@ def run(args: argparse.Namespace) -> int:
 def _compose(overrides: list[str], config_dir: str | None) -> Config:
     """Return what train.py would run with these overrides; the data need not be there."""
     from moepp.training import sweep
+    from moepp.training.sources import Sources, check_config_dir
 
-    if config_dir is not None and not Path(config_dir).is_dir():
-        raise ConfigError(
-            f"--config-dir {printable(config_dir)} is not a folder; name one that holds model/, data/ or other groups"
-        )
+    check_config_dir(config_dir)
     register_defaults()
     refuse_incomplete_overrides(overrides)
-    sources = sweep.Sources(str(configs_folder()), config_dir, "config")
+    sources = Sources(str(configs_folder()), config_dir, "config")
     return from_hydra(sweep.configuration(sources, ["data.paths=[not-read]", *overrides]))

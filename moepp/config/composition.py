@@ -20,6 +20,8 @@ def composition_error(error: Exception) -> ConfigError | None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    if isinstance(error, ConfigError):
+        return error
     composing, file = _place_of(error)
     if file is not None:
         return ConfigError(_explain_file_error(error, file))

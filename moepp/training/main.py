@@ -9,6 +9,7 @@ import argparse
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -31,8 +32,10 @@ from moepp.config import (
     register_defaults,
 )
 from moepp.errors import ConfigError, MoeppError
+from moepp.io.untrusted import printable
 from moepp.training import sweep
 from moepp.training.leave import leave, leave_crashed, leave_interrupted
+from moepp.training.sources import Sources, check_config_dir, hydra_reads_checked
 
 CONFIG_NAME = "config"
 # Options that say what is to be done; --cfg goes with --multirun and shows the jobs of the sweep.
@@ -71,16 +74,13 @@ def _run(arguments: list[str]) -> int:
         return 0
     if not Path(options.config_path).is_dir():
         raise ConfigError(f"{options.config_path} is not a folder; train from a checkout, or correct --config-path")
-    if options.config_dir is not None and not Path(options.config_dir).is_dir():
-        raise ConfigError(
-            f"--config-dir {options.config_dir} is not a folder; name one that holds model/, data/ or other groups"
-        )
+    check_config_dir(options.config_dir)
     if options.help or options.hydra_help or options.cfg or options.info:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # shown to `head` or `less`, which may have seen enough
     if not (options.help or options.hydra_help or options.shell_completion):
         refuse_incomplete_overrides(options.overrides)
     if options.multirun and not (options.help or options.hydra_help):
-        sources = sweep.Sources(options.config_path, options.config_dir, options.config_name)
+        sources = Sources(options.config_path, options.config_dir, options.config_name)
         plan = sweep.plan(sources, options.overrides)
         if plan is not None:
             if options.cfg is not None:
@@ -112,6 +112,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         raise ConfigError("--resolve changes what --cfg and --help show; add --cfg job, or leave it out")
     if options.package is not None and options.cfg is None:
         raise ConfigError(f"--package {options.package} chooses a part of what --cfg shows; add --cfg job")
+    if options.experimental_rerun is not None:
+        raise ConfigError(
+            "--experimental-rerun reads a pickled file, which can run code; give the command of the run again, which "
+            "continues it"
+        )
     options.config_path = _absolute(options.config_path)
     options.config_name = options.config_name or CONFIG_NAME
     return options
@@ -135,7 +140,8 @@ def _hydra(options: argparse.Namespace) -> None:
     while True:
         sys.argv = [sys.argv[0], *_given_options(options), *overrides]
         try:
-            task()
+            with hydra_reads_checked():
+                task()
             return
         except HydraException as error:
             key = missing_known_key(error)
@@ -145,16 +151,25 @@ def _hydra(options: argparse.Namespace) -> None:
             overrides = added
         except SystemExit as end:  # --cfg of a --package that is not there; Hydra has said so
             raise SystemExit(ConfigError.exit_code if end.code else 0) from end
-        except ValueError as error:
-            if options.shell_completion or options.experimental_rerun:
-                raise ConfigError(f"{' '.join(str(error).split())}; see `train.py --hydra-help`") from error
-            raise
+        except Exception as error:
+            if isinstance(error, MoeppError) or composition_error(error) is not None or _is_of_training(error):
+                raise
+            reason = printable(" ".join(f"{type(error).__name__}: {error}".split()), 300)
+            raise ConfigError(
+                f"Hydra cannot do what its options and hydra.* keys say ({reason}); correct them: `train.py "
+                "--hydra-help` lists them"
+            ) from error
+
+
+def _is_of_training(error: Exception) -> bool:
+    """Whether Hydra had started the training when the error arose."""
+    return any(frame.f_code is _train.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _given_options(options: argparse.Namespace) -> list[str]:
     """Return the options for Hydra to read again; sources of configurations are passed separately."""
     flags = ("help", "hydra_help", "resolve", "run", "multirun", "shell_completion")
-    valued = ("cfg", "package", "config_dir", "experimental_rerun", "info")
+    valued = ("cfg", "package", "config_dir", "info")
     return [
         *(f"--{name.replace('_', '-')}" for name in flags if getattr(options, name)),
         *(f"--{name.replace('_', '-')}={getattr(options, name)}" for name in valued if getattr(options, name)),

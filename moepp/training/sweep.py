@@ -13,18 +13,13 @@ import copy
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.utils import create_config_search_path
-from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import JobRuntime, setup_globals
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import Container, DictConfig, OmegaConf, flag_override, open_dict
@@ -36,31 +31,12 @@ from moepp.errors import ConfigError, MoeppError, RunError
 from moepp.runs.directory import check_run_dir
 from moepp.training.inputs import InputChecks
 from moepp.training.jobs import Job, run_jobs
+from moepp.training.sources import Sources
 
 _BASIC = ("hydra._internal.core_plugins.basic_launcher.", "hydra._internal.core_plugins.basic_sweeper.")
 # What a run is identified by besides its model, data and seed when a sweep is started again: a run of another sweep
 # under the same name must not pass for a job of this one.
 _IDENTITY = ("optim", "guard", "init", "train.precision")
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Where configurations are read from: Hydra's options --config-path, --config-dir and --config-name."""
-
-    config_path: str
-    config_dir: str | None
-    config_name: str
-
-    def loader(self) -> ConfigLoaderImpl:
-        """Hydra's loader over these folders."""
-        version.setbase(None)  # pyright: ignore[reportArgumentType]  (None: of this release)
-        setup_globals()
-        JobRuntime.instance().set("name", "train")
-        search_path = create_config_search_path(self.config_path)
-        if self.config_dir is not None:
-            folder = f"file://{os.path.abspath(self.config_dir)}"
-            search_path.prepend("command-line", folder, SearchPathQuery(provider="schema"))
-        return ConfigLoaderImpl(search_path)
 
 
 def take_mode(options: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from moepp.cli.main import main
 from moepp.config import composition_error, configs_folder, from_hydra, register_defaults
 from moepp.errors import ConfigError
 from moepp.training import sweep
+from moepp.training.sources import Sources
 from tests.official_cases import GOLDEN
 
 register_defaults()
@@ -49,8 +50,8 @@ def own_file(folder: Path, content: bytes | None = None) -> Path:
     return file
 
 
-def sources(folder: Path) -> sweep.Sources:
-    return sweep.Sources(str(configs_folder()), str(folder / "own"), "config")
+def sources(folder: Path) -> Sources:
+    return Sources(str(configs_folder()), str(folder / "own"), "config")
 
 
 def said_of(folder: Path) -> str:

@@ -36,6 +36,7 @@ from moepp.data.prepare.readers import ReadOptions
 from moepp.data.tokenizer import Tokenizer
 from moepp.errors import MoeppError
 from moepp.training import sweep
+from moepp.training.sources import Sources
 from tests.data_files import make_config, open_data
 
 CASES_PER_KIND = 60
@@ -284,7 +285,7 @@ def _judge(name: str, content: bytes, folder: Path, code: int, stderr: str) -> s
 
 def _judge_model(content: bytes) -> str:
     """Plain values of the file are those of the model."""
-    sources = sweep.Sources(str(configs_folder()), "own", "config")
+    sources = Sources(str(configs_folder()), "own", "config")
     found = to_dict(from_hydra(sweep.configuration(sources, ["model=m", "data.paths=[x]"])).model)
     given = yaml.safe_load(content)
     wrong = {k: v for k, v in given.items() if isinstance(v, int | float | None) and found[k] != v}
