@@ -141,8 +141,8 @@ def time_columns(tokens: Sequence[float], interval: float) -> tuple[list[int | N
     """
     import numpy as np
 
-    gaps = np.diff(tokens)
-    usual = float(np.median(gaps)) if len(gaps) else float(interval)
+    gaps = np.diff(sorted(set(tokens)))
+    usual = float(np.median(gaps)) if len(gaps) else max(float(interval), 1.0)
     start = max(0.0, tokens[0] - usual)
     number = max(1, round((tokens[-1] - start) / (gaps.min() if len(gaps) else usual)))
     edges = np.linspace(start, tokens[-1], min(number, _MAX_COLUMNS) + 1)

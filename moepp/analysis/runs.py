@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +340,7 @@ def read_run(path: Path) -> Run:
         raise RunError(
             f"{RunDir(path).metrics_file} holds no record yet; train at least train.log_interval steps first"
         )
+    _require_ascending(records, RunDir(path).metrics_file)
     tree, config, problem = {}, None, ""
     try:
         tree = read_yaml(RunDir(path).config_file)
@@ -346,6 +348,16 @@ def read_run(path: Path) -> Run:
     except MoeppError as error:
         problem = str(error)
     return Run(path, records, tree if isinstance(tree, dict) else {}, config, config_problem=problem)
+
+
+def _require_ascending(records: Sequence[Mapping[str, Any]], file: Path) -> None:
+    for before, after in pairwise(records):
+        for name in ("step", "tokens"):
+            if after[name] < before[name]:
+                raise RunError(
+                    f"{printable(file)} goes back from {name} {before[name]} to {after[name]}, which no run does; "
+                    "remove the lines of one of the two runs"
+                )
 
 
 def compared_keys(runs: Sequence[Run]) -> list[str]:

@@ -30,6 +30,7 @@ _NAME = 13  # letters of their names
 _TAIL_BYTES = 200_000
 _SHOWN_RANKS = 5
 _RECENT = 20
+_FOREVER = 1e10  # seconds, three centuries
 _NARROW = 80  # columns of a terminal below which the extremes are left out
 
 
@@ -55,9 +56,10 @@ def remaining_seconds(run: Run) -> float | None:
     """Return the time that is left at the newest throughput; None where the end or the throughput is not known."""
     speed = run.series("throughput/tokens_per_second").last
     total = run.total_steps
-    if not speed or total is None or not run.steps:
+    if speed is None or total is None or not run.steps or speed <= 0:
         return None
-    return max(0.0, (total - run.steps) * (run.tokens / run.steps) / speed)
+    seconds = max(0.0, (total - run.steps) * (run.tokens / run.steps) / speed)
+    return seconds if seconds < _FOREVER else None
 
 
 def panel(run: Run, now: float | None = None, width: int = 100) -> RenderableType:
@@ -187,7 +189,7 @@ def _layers(run: Run, width: int) -> RenderableType | None:
     length = max(5, min(20, width - 44))
     step = -(-len(shares) // _LAYERS)
     for layer in list(shares)[::step]:
-        share = shares[layer].values[-1]
+        share = min(max(shares[layer].values[-1], 0.0), 1.0)
         load = loads[layer].last if layer in loads else None
         bar = "█" * round(length * share) + "░" * (length - round(length * share))
         table.add_row(str(layer), f"{share:.1%}", bar, "-" if load is None else f"{load:.2f}")

@@ -23,6 +23,7 @@ MAX_JSON_DEPTH = 100
 MAX_YAML_BYTES = 4 << 20
 OUT_OF_MEMORY = "it does not fit into memory"
 _PIECE_BYTES = 1 << 20
+MAX_INTEGER = (1 << 64) - 1  # of YAML, by size: seeds go so far
 MAX_DIGITS = 40  # of an integer; tokenizer_config.json has some of 31
 _COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -212,7 +213,8 @@ def load_yaml(text: str, where: object, error: type[MoeppError] = DataError, rem
     """Return the value of a YAML text. No interpolation is resolved in it: ``${oc.env:HOME}`` stays this text.
 
     Refused are bad syntax, tags of Python objects, references to anchors (a few lines of which expand to any amount
-    of memory), and more than :data:`MAX_JSON_DEPTH` nested values.
+    of memory), integers beyond 64 bits, what JSON does not know (sets, dates, bytes, ordered mappings; keys that are
+    mappings or lists), and more than :data:`MAX_JSON_DEPTH` nested values.
 
     Raises:
         error: the text is refused.
@@ -227,7 +229,11 @@ def load_yaml(text: str, where: object, error: type[MoeppError] = DataError, rem
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_JSON_DEPTH:
                 raise _TooDeep
-        return yaml.safe_load(text)
+            if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_DIGITS:
+                _refuse_long_number(event)
+        value = yaml.safe_load(text)
+        _require_plain(value)
+        return value
     except (RecursionError, _TooDeep):
         reason = f"more than {MAX_JSON_DEPTH} values inside one another"
     except MemoryError:
@@ -239,6 +245,32 @@ def load_yaml(text: str, where: object, error: type[MoeppError] = DataError, rem
 
 class _TooDeep(Exception):
     pass
+
+
+def _refuse_long_number(scalar: Any) -> None:
+    """Raise for a number of many digits before YAML reads it, which takes quadratic time for some of its forms."""
+    import yaml
+
+    tag = scalar.tag or yaml.SafeLoader("").resolve(yaml.ScalarNode, scalar.value, scalar.implicit)
+    if tag.endswith((":int", ":float")):
+        raise ValueError(f"a number of {len(scalar.value):,} characters")
+
+
+def _require_plain(value: Any) -> None:
+    """Raise for a value of YAML that neither JSON nor a configuration has, without recursion of its own."""
+    level = [value]
+    while level:
+        item = level.pop()
+        if isinstance(item, dict):
+            if bad := [key for key in item if not isinstance(key, str | int | float | None)]:
+                raise ValueError(f"the key {show(bad[0])} is no text")
+            level += [*item, *item.values()]
+        elif isinstance(item, list):
+            level += item
+        elif not isinstance(item, str | int | float | None):
+            raise ValueError(f"a value is a {type(item).__name__}; it may be a text, a number, a list or a mapping")
+        elif isinstance(item, int) and abs(item) > MAX_INTEGER:
+            raise ValueError("an integer is beyond 64 bits")
 
 
 def _require_shallow(value: Any, source: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,8 @@ from moepp.io.untrusted import MAX_JSON_BYTES, OUT_OF_MEMORY, load_json, open_re
 logger = logging.getLogger(__name__)
 
 _MAX_BYTES = 8 << 30
+MAX_COUNT = 10**18  # steps and tokens
+MAX_VALUE = 1e100  # of a metric; fp32 ends at 3.4e38
 _PIECE = 1 << 20
 
 Parse = Callable[[bytes], "dict[str, Any] | None"]
@@ -188,7 +189,7 @@ def _lines(stream: IO[bytes]) -> Iterator[tuple[bytes, int]]:
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """Return the object in a line; None if there is none with a step and tokens."""
+    """Return the object in a line; None if there is none with a step and tokens that training could have got to."""
     try:
         found = load_json(line, "record", RunError)
     except RunError as error:
@@ -197,15 +198,15 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(found, dict) or any(type(found.get(name)) is not int for name in ("step", "tokens")):
         return None
-    return found
+    return found if all(0 <= found[name] <= MAX_COUNT for name in ("step", "tokens")) else None
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """Return the record in a line of metrics.jsonl; None if there is none."""
+    """Return the record in a line of metrics.jsonl, what is not finite as None; None if there is none."""
     record = parse_line(line)
-    if record is None:
+    if record is None or any(type(value) not in (int, float, type(None)) for value in record.values()):
         return None
-    return record if all(type(value) in (int, float, type(None)) for value in record.values()) else None
+    return {name: None if value is None else _finite(value) for name, value in record.items()}
 
 
 def _drop_records_after(path: Path, step: int, parse: Parse) -> None:
@@ -241,4 +242,5 @@ def _free_name(path: Path) -> Path:
 
 
 def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    """Return None for what is not finite, or so large that sums and charts of it would not be."""
+    return value if -MAX_VALUE < value < MAX_VALUE else None

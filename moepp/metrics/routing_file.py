@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moepp.metrics.jsonl import JsonlSink, parse_line, read_records
+from moepp.metrics.jsonl import MAX_VALUE, JsonlSink, parse_line, read_records
 from moepp.metrics.routing import RoutingSnapshot
 
 FILE = "routing.jsonl"
@@ -84,7 +84,7 @@ def _array(values: list[Any]) -> np.ndarray:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """Return a line whose lists all have the lengths that its layers and experts ask for; None otherwise."""
+    """Return a line whose lists have the lengths that its layers (at least one) and experts ask for; None otherwise."""
     found = parse_line(line)
     if found is None or any(not isinstance(found.get(name), list) for name in ("layers", "share")):
         return None
@@ -92,6 +92,8 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
     layers, kinds = found["layers"], found["kinds"]
     if not all(type(number) is int and 0 <= number < _MAX_VALUES for number in (*layers, *kinds.values())):
+        return None
+    if not layers or not kinds.get("ffn"):
         return None
     tables = [(found["share"], sum(kinds.values()))]
     for table in found["gates"].values():
@@ -106,4 +108,8 @@ def _is_table(table: Any, rows: int, width: int) -> bool:
 
 
 def _is_row(row: Any, width: int) -> bool:
-    return isinstance(row, list) and len(row) == width and all(type(x) in (int, float, type(None)) for x in row)
+    return isinstance(row, list) and len(row) == width and all(x is None or _is_number(x) for x in row)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -MAX_VALUE < value < MAX_VALUE
