@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from moepp.errors import WriteError
-from moepp.io.owners import require_own
+from moepp.io.owners import permissions, require_own
 from moepp.io.write_errors import write_error
 
 _REMAINS = re.compile(r"\.(?P<name>.*)\.[0-9a-f]{8}\.(?:new|old)", re.DOTALL)
@@ -34,6 +34,7 @@ _NO_FILE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write to an open 
 # What renameat2 says where the system or the file system cannot exchange two names.
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.ENOTSUP, errno.EPERM)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_ANOTHER_PLACE = "remove it, or choose another place"
 
 
 def write_whole(path: str | Path, data: bytes | str, mode: int = 0o644) -> None:
@@ -42,7 +43,7 @@ def write_whole(path: str | Path, data: bytes | str, mode: int = 0o644) -> None:
     Args:
         path: its folder exists; an earlier file there is replaced.
         data: the whole content.
-        mode: permissions, less the umask.
+        mode: permissions, less the umask, of a new file; an earlier one's stay.
 
     Raises:
         WriteError: it cannot be written, or something else than a file is in the way; the old file is untouched.
@@ -170,9 +171,7 @@ def move(source: str | Path, target: str | Path, replace: bool = False) -> None:
             os.replace(source, target)
         else:
             if os.path.lexists(target):
-                raise write_error(
-                    errno.EEXIST, target, "something lies there already", "remove it, or choose another place"
-                )
+                raise write_error(errno.EEXIST, target, "something lies there already", _ANOTHER_PLACE)
             os.rename(source, target)
         for folder in {os.path.dirname(os.path.abspath(place)) for place in (source, target)}:
             sync_folder(folder)
@@ -258,11 +257,12 @@ def _is_hidden(place: Path) -> bool:
 @contextlib.contextmanager
 def _new_name(path: Path, mode: int) -> Iterator[int]:
     """Yield a new locked file beside ``path``, which it replaces at the end; removed after an exception."""
-    _refuse_other_kind(path, stat.S_ISREG, "file")
+    earlier = _refuse_other_kind(path, stat.S_ISREG, "file")
     _clean(path)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     hidden, descriptor = _lock_new(path, lambda hidden: os.close(os.open(hidden, flags, mode)), os.O_WRONLY)
     try:
+        os.fchmod(descriptor, permissions(earlier or os.fstat(descriptor)))
         yield descriptor
         _force(descriptor, hidden)
         os.replace(hidden, path)
@@ -328,8 +328,7 @@ def _stem(path: Path) -> str:
 def _clean(path: Path) -> None:
     """Remove what dead writers of ``path`` left; put an old folder back that was archived for a new one."""
     try:
-        with os.scandir(path.parent) as entries:
-            names = [entry.name for entry in entries]
+        names = os.listdir(path.parent)
     except FileNotFoundError:
         return
     for name in names:
@@ -367,15 +366,16 @@ def _try_lock(descriptor: int, operation: int) -> bool:
     return True
 
 
-def _refuse_other_kind(path: Path, is_kind: Any, kind: str) -> None:
+def _refuse_other_kind(path: Path, is_kind: Any, kind: str) -> os.stat_result | None:
     try:
         found = os.lstat(path)
     except FileNotFoundError:
-        return
+        return None
     if stat.S_ISLNK(found.st_mode):
         raise write_error(errno.ELOOP, path)
     if not is_kind(found.st_mode):
-        raise write_error(errno.EEXIST, path, f"what lies there is not a {kind}", "remove it, or choose another place")
+        raise write_error(errno.EEXIST, path, f"what lies there is not a {kind}", _ANOTHER_PLACE)
+    return found
 
 
 def _sync(path: str | Path, flags: int) -> None:

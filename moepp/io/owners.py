@@ -1,4 +1,4 @@
-"""Whose files and folders: those of other users are not written to."""
+"""Whose files and folders: those of other users are not written to. Who may read them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from moepp.io.write_errors import user_name, write_error
 logger = logging.getLogger(__name__)
 
 _warned: set[tuple[int, int]] = set()  # folders, by device and inode
+
+
+def permissions(found: os.stat_result) -> int:
+    """Return who may read, write and run a file: what its copies and later versions keep."""
+    return stat.S_IMODE(found.st_mode) & 0o777
 
 
 def require_own(path: str | Path, uid: int) -> None:

@@ -163,7 +163,7 @@ class RunClaim:
     has_checkpoints: bool  # of this run: there is something to resume from
     lock: RunLock
     identity: tuple[int, int]  # device and inode of the directory
-    texts: Mapping[Path, str]  # what was written at the start
+    texts: Mapping[Path, tuple[str, int]]  # what was written at the start, and its permissions
 
     def check(self) -> None:
         """Make sure that the directory is still there and this run's; what it lacks of the start is written again.
@@ -177,10 +177,10 @@ class RunClaim:
             if (found.st_dev, found.st_ino) != self.identity:
                 raise FileNotFoundError
             self.lock.check()
-            for file, text in self.texts.items():
+            for file, (text, mode) in self.texts.items():
                 if not os.path.lexists(file):
                     logger.warning("%s was removed while the run used it; it is written again", file)
-                    files.write_whole(file, text)
+                    files.write_whole(file, text, mode)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise RunError(
                 f"run.dir={path} was removed, renamed or replaced while this run used it, so the run stops; start again"
@@ -326,15 +326,17 @@ def _write_files(
         files.make_own_folder(folder)
     for file in (run_dir.metrics_file, run_dir.routing_file):
         if not keep_metrics and file.exists() and file.stat().st_size > 0:
+            mode = permissions(file.stat())
             files.move(file, _next_numbered(file, "{name}.{n}"))
+            files.open_append(file, mode).close()
     files.open_append(run_dir.metrics_file).close()
-    return texts
+    return {path: (text, permissions(path.stat())) for path, text in texts.items()}
 
 
 def _write_keeping_previous(path: Path, text: str) -> None:
     """Write ``path`` in one go; a different previous version becomes ``<stem>.<n><suffix>``."""
     if path.exists() and (previous := read_bytes(path, MAX_JSON_BYTES, RunError, "remove it")) != text.encode():
-        files.write_whole(_next_numbered(path, "{stem}.{n}{suffix}"), previous)
+        files.write_whole(_next_numbered(path, "{stem}.{n}{suffix}"), previous, permissions(path.stat()))
     files.write_whole(path, text)
 
 

@@ -83,6 +83,8 @@ def publish(folder: str, staged: list[tuple[str, str]], remove: str | None = Non
     home = os.path.dirname(folder)
     for path, final in staged:
         os.makedirs(_parent(final), exist_ok=True)
+        if os.path.isfile(final):
+            os.chmod(path, permissions(os.stat(final)))
         _sync(path)
     elsewhere = [pair for pair in staged if not os.path.samefile(_parent(pair[1]), home)]
     rest = [pair for pair in staged if pair not in elsewhere]
@@ -133,7 +135,7 @@ def _copies_beside(staged: list[tuple[str, str]], folder: str) -> Iterator[list[
     try:
         for (path, final), copy in zip(staged, copies, strict=True):
             with _named(final):
-                write_whole(copy, Path(path).read_bytes())
+                write_whole(copy, Path(path).read_bytes(), permissions(os.stat(path)))
         yield [(copy, final) for copy, (_, final) in zip(copies, staged, strict=True)]
     finally:
         for copy in copies:
