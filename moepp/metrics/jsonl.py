@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from moepp.errors import RunError, WriteError
 from moepp.io import files
+from moepp.io.owners import permissions
 from moepp.io.untrusted import MAX_JSON_BYTES, OUT_OF_MEMORY, load_json, open_regular, printable
 
 logger = logging.getLogger(__name__)
@@ -122,6 +123,7 @@ class JsonlSink:
         if os.path.lexists(self._path):
             files.move(self._path, _free_name(self._path))
         with files.new_file(self._path) as stream:
+            os.fchmod(stream.fileno(), permissions(os.fstat(self._file.fileno())))
             for position in range(0, size, _PIECE):
                 stream.write(os.pread(self._file.fileno(), min(_PIECE, size - position), position))
         file = files.open_append(self._path)

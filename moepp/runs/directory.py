@@ -30,7 +30,7 @@ from typing import Any
 from moepp.config.compare import breaking_differences
 from moepp.errors import RunError, WriteError
 from moepp.io import files
-from moepp.io.owners import require_safe_folder
+from moepp.io.owners import permissions, require_safe_folder
 from moepp.io.untrusted import MAX_JSON_BYTES, read_bytes, read_yaml
 from moepp.io.write_errors import write_error
 from moepp.runs.lock import RunLock

@@ -13,7 +13,7 @@ from pathlib import Path
 from moepp.errors import DataError
 from moepp.io.files import is_at, sync_folder, write_whole
 from moepp.io.locks import NoLocksError, try_lock
-from moepp.io.owners import require_own
+from moepp.io.owners import permissions, require_own
 from moepp.io.untrusted import printable, read_json
 from moepp.io.write_errors import write_error
 

@@ -63,6 +63,20 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, call):
     assert names(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "old"
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664])
+def test_permissions_of_a_file_stay_when_it_is_written_again(tmp_path, mode):
+    path = tmp_path / "a"
+    path.touch()
+    path.chmod(mode)
+    files.write_whole(path, "1")
+    assert path.stat().st_mode & 0o777 == mode and path.read_text() == "1"
+    with files.new_file(path) as stream:
+        hidden = next(entry for entry in tmp_path.iterdir() if entry != path)
+        assert hidden.stat().st_mode & 0o777 == mode, "nobody else reads it while it is written"
+        stream.write(b"2")
+    assert path.stat().st_mode & 0o777 == mode and path.read_text() == "2"
+
+
 def test_a_failed_stream_leaves_the_old_file_and_its_own_error(tmp_path):
     files.write_whole(tmp_path / "a", "old")
     with pytest.raises(KeyError), files.new_file(tmp_path / "a") as stream:
