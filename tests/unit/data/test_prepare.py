@@ -199,6 +199,16 @@ def test_append_equals_preparing_at_once(tmp_path: Path, run: Callable[..., Mani
     assert [source["documents"] for source in parts.sources] == [1, 2, 1]
 
 
+def test_append_opens_no_data_that_their_owner_has_closed(tmp_path: Path, run: Callable[..., Manifest]) -> None:
+    _write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    for append in (False, True):
+        run(tmp_path / "a.jsonl", append=append)
+        found = [path for path in tmp_path.iterdir() if path.name.startswith("out.")]
+        assert len(found) == 3 and all(path.stat().st_mode & 0o077 == 0 for path in found) == append
+        for path in found:
+            path.chmod(0o600)
+
+
 def test_output_is_kept_unless_told_otherwise(tmp_path: Path, run: Callable[..., Manifest]) -> None:
     _write_jsonl(tmp_path / "a.jsonl", TEXTS)
     with pytest.raises(DataError, match=r"--append: there is no .*out\.bin/\.idx"):

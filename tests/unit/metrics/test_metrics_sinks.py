@@ -214,6 +214,7 @@ def test_metrics_that_were_removed_or_replaced_are_written_again(
     path = tmp_path / "run" / "metrics.jsonl"
     path.parent.mkdir()
     write(path, [1, 2])
+    path.chmod(0o600)
     sink = JsonlSink(path, start_step=2)
     sink.log({"train/loss": 3.5}, 3, 300)
     if how == "removed":
@@ -229,6 +230,7 @@ def test_metrics_that_were_removed_or_replaced_are_written_again(
     sink.log({"train/loss": 5.5}, 5, 500)
     sink.close()
     assert [record["step"] for record in read_records(path)] == [1, 2, 3, 4, 5]
+    assert path.stat().st_mode & 0o777 == 0o600
     assert len(caplog.messages) == 1 and "removed or replaced" in caplog.messages[0]
     if how == "replaced":
         assert (path.parent / "metrics.jsonl.replaced-1").read_text() == "other\n"

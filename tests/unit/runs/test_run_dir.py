@@ -241,6 +241,21 @@ def test_auto_continues_with_changed_length_and_layout_and_keeps_the_old_config(
     assert yaml.safe_load((run_dir.path / "config.2.yaml").read_text())["train"]["steps"] == 200
 
 
+def test_a_start_opens_no_file_that_its_owner_has_closed(tmp_path: Path) -> None:
+    run_dir = finished_run(tmp_path / "a", checkpoint=False)
+    (run_dir.path / "routing.jsonl").write_text('{"step": 10, "tokens": 100}\n')
+    private = ("config.yaml", "environment.json", "metrics.jsonl", "routing.jsonl")
+    for name in private:
+        (run_dir.path / name).chmod(0o600)
+    with claim(run_dir.path, changed(train__steps=200)) as held:
+        run_dir.config_file.unlink()
+        held.check()
+    names = [path for path in run_dir.path.iterdir() if path.name.split(".")[0] in ("config", "environment", "metrics")]
+    names += run_dir.path.glob("routing*")
+    assert {"config.1.yaml", "metrics.jsonl.1", "routing.jsonl.1", *private} <= {path.name for path in names}
+    assert {path.name for path in names if path.stat().st_mode & 0o077} == set()
+
+
 def test_same_config_keeps_no_copies(tmp_path: Path) -> None:
     finished_run(tmp_path / "a")
     claim(tmp_path / "a").release()
