@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from moepp.config import Config, from_stored, to_dict
 from moepp.config.compare import differing_keys, flatten
 from moepp.errors import MoeppError, RunError
 from moepp.io.untrusted import printable, read_yaml
-from moepp.metrics.jsonl import read_records
+from moepp.metrics.jsonl import read_records, require_ascending
 from moepp.metrics.routing import RoutingSnapshot
 from moepp.metrics.routing_file import read_routing
 from moepp.model.accounting import BACKWARD_FACTOR, FlopsPerToken, flops_per_token, parts_without_flops
@@ -340,7 +339,7 @@ def read_run(path: Path) -> Run:
         raise RunError(
             f"{RunDir(path).metrics_file} holds no record yet; train at least train.log_interval steps first"
         )
-    _require_ascending(records, RunDir(path).metrics_file)
+    require_ascending(records, RunDir(path).metrics_file)
     tree, config, problem = {}, None, ""
     try:
         tree = read_yaml(RunDir(path).config_file)
@@ -348,16 +347,6 @@ def read_run(path: Path) -> Run:
     except MoeppError as error:
         problem = str(error)
     return Run(path, records, tree if isinstance(tree, dict) else {}, config, config_problem=problem)
-
-
-def _require_ascending(records: Sequence[Mapping[str, Any]], file: Path) -> None:
-    for before, after in pairwise(records):
-        for name in ("step", "tokens"):
-            if after[name] < before[name]:
-                raise RunError(
-                    f"{printable(file)} goes back from {name} {before[name]} to {after[name]}, which no run does; "
-                    "remove the lines of one of the two runs"
-                )
 
 
 def compared_keys(runs: Sequence[Run]) -> list[str]:

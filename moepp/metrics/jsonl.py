@@ -6,7 +6,8 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -188,6 +189,21 @@ def _lines(stream: IO[bytes]) -> Iterator[tuple[bytes, int]]:
             line += b"\n" if more.endswith(b"\n") else b""
         left -= size
         yield line, size
+
+
+def require_ascending(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Refuse records that go back in steps or tokens, which a run drops before it goes on from an earlier step.
+
+    Raises:
+        RunError: where they do.
+    """
+    for before, after in pairwise(records):
+        for name in ("step", "tokens"):
+            if after[name] < before[name]:
+                raise RunError(
+                    f"{printable(path)} goes back from {name} {before[name]} to {after[name]}, which no run does; "
+                    "remove the lines of one of the two runs"
+                )
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moepp.metrics.jsonl import MAX_VALUE, JsonlSink, parse_line, read_records
+from moepp.metrics.jsonl import MAX_VALUE, JsonlSink, parse_line, read_records, require_ascending
 from moepp.metrics.routing import RoutingSnapshot
 
 FILE = "routing.jsonl"
@@ -49,7 +49,9 @@ def read_routing(run_dir: Path) -> list[RoutingSnapshot]:
         RunError: the file is not what :class:`RoutingSink` writes.
     """
     path = run_dir / FILE
-    return [_snapshot(line) for line in read_records(path, _parse)] if path.exists() else []
+    lines = read_records(path, _parse) if path.exists() else []
+    require_ascending(lines, path)
+    return [_snapshot(line) for line in lines]
 
 
 def _line(snapshot: RoutingSnapshot) -> dict[str, Any]:

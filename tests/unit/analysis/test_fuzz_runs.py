@@ -188,7 +188,7 @@ def test_numbers_and_kinds_that_no_run_has(name, template, tmp_path, caplog):
     (run / file).write_text(text.replace(before, after))
     if refused is None:
         assert outcome(run, tmp_path / "out") == "read, read"
-        assert file != "config.yaml" or "config.yaml is not valid YAML" in caplog.text
+        assert file != "config.yaml" or "config.yaml is not valid YAML" in caplog.text + read_run(run).config_problem
     else:
         with pytest.raises(RunError, match=refused):
             read_run(run)
