@@ -17,6 +17,7 @@ from moepp.analysis.figures import shorten
 from moepp.analysis.losses import benchmarks, compared_loss, validation_sets
 from moepp.analysis.runs import Run, compared_keys, setting
 from moepp.errors import ConfigError
+from moepp.io.cells import plain_cell
 from moepp.io.tables import parquet_bytes
 from moepp.io.untrusted import printable
 
@@ -247,7 +248,6 @@ def table_bytes(name: str, rows: Sequence[Mapping[str, Any]]) -> bytes:
     if suffix != ".csv":
         raise ConfigError(f"--table={name} ends in {suffix or 'nothing'}; end it in {' or '.join(FORMATS)}")
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(stream)
+    writer.writerows([plain_cell(value) for value in row] for row in (rows[0], *(row.values() for row in rows)))
     return stream.getvalue().encode()

@@ -13,6 +13,7 @@ from typing import Any
 
 from moepp.errors import MoeppError
 from moepp.io import files
+from moepp.io.cells import plain_cell
 from moepp.metrics.jsonl import read_records
 
 logger = logging.getLogger(__name__)
@@ -125,4 +126,4 @@ def _rows(columns: list[str], records: list[dict[str, Any]]) -> bytes:
 
 def _cell(value: Any) -> Any:
     """Return a value, or nothing where there is no number: metrics.jsonl has no NaN and no infinity either."""
-    return "" if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
+    return "" if value is None or (isinstance(value, float) and not math.isfinite(value)) else plain_cell(value)

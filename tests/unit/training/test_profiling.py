@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +33,59 @@ def test_a_step_that_fails_leaves_no_trace_and_its_own_error(tmp_path):
     with pytest.raises(ZeroDivisionError), profiler.step(1):
         raise ZeroDivisionError
     assert not (tmp_path / "profile").exists()
+
+
+def full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def torn(_: object, path: str) -> None:
+    Path(path).write_text('{"a": ')
+
+
+def torch_fails(*_: object) -> None:
+    raise RuntimeError("cannot open trace.json")
+
+
+@pytest.mark.parametrize(
+    ("place", "fails", "reason"),
+    [
+        ("moepp.io.files.make_own_folder", full_disk, "No space left"),
+        ("moepp.io.files.write_whole", full_disk, "No space left"),
+        ("tempfile.mkdtemp", full_disk, "No space left"),
+        ("torch.profiler.profile.export_chrome_trace", torch_fails, "cannot open trace.json"),
+        (
+            "torch.profiler.profile.export_chrome_trace",
+            lambda _, path: Path(path).write_text('{"a": '),
+            "Expecting value",
+        ),
+        ("torch.profiler.profile.export_chrome_trace", lambda *_: None, "No such file"),
+    ],
+)
+def test_a_trace_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch, caplog, place, fails, reason):
+    profiler = StepProfiler(ProfileConfig(steps=(1, 2)), tmp_path, 0)
+    done = []
+    with monkeypatch.context() as patched:
+        patched.setattr(place, fails)
+        with profiler.step(1):
+            done.append(1)
+    assert done == [1] and len(caplog.messages) == 1 and reason in caplog.messages[0]
+    assert "step 1 was profiled, but its trace is not kept; training goes on: " in caplog.messages[0]
+    assert list(tmp_path.glob("profile/*")) == []
+    if place == "tempfile.mkdtemp":
+        with profiler.step(2):
+            pass
+        assert [path.name for path in tmp_path.glob("profile/*")] == ["step-00000002-rank-0.json"]
+
+
+def test_what_a_killed_rank_left_of_a_trace_is_removed_by_its_next_start(tmp_path):
+    for name in (".rank-0-abc", ".rank-1-abc", ".rank-10-abc"):
+        (tmp_path / "profile" / name).mkdir(parents=True)
+        (tmp_path / "profile" / name / "trace.json").write_text("{")
+    StepProfiler(ProfileConfig(), tmp_path, 0)
+    assert len(list(tmp_path.glob("profile/.*"))) == 3
+    StepProfiler(ProfileConfig(steps=(1,), ranks=(1,)), tmp_path, 1)
+    assert sorted(path.name for path in tmp_path.glob("profile/.*")) == [".rank-0-abc", ".rank-10-abc"]
 
 
 @pytest.mark.parametrize(
