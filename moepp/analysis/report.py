@@ -80,10 +80,11 @@ def _tokens(run: Run) -> tuple[list[Figure], str, list[str]]:
     """Return figures and a text sample of the run's tables of tokens and tasks, and what is wrong with them."""
     tasks, source, problems = task_kinds(run)
     try:
-        tables, place = read_tables(run.path)
+        found = read_tables(run.path)
     except RunError as error:
         return task_figures(tasks, source), "", [*problems, f"The tables of tokens are left out: {error}"]
-    problems += missing_tables(tables, place)
+    tables, place = found.tables, found.place
+    problems += [*missing_tables(tables, place), *([found.remark] if found.remark else [])]
     figures = token_figures(tables, place) if tables else []
     return [*figures, *task_figures(tasks, source)], text_markup(tables["text"]) if tables else "", problems
 

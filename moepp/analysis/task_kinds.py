@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 from moepp.analysis.runs import Run
 from moepp.analysis.token_tables import Rows
 from moepp.analysis.token_view import layer_indices
@@ -13,9 +16,10 @@ def task_kinds(run: Run) -> tuple[Rows, str, list[str]]:
     """Return rows as those of :func:`moepp.analysis.token_tables.kinds_by_layer`, where they are from, and remarks.
 
     The newest results of each task count: those of ``eval/*.json``, layer by layer; of tasks that only training has
-    evaluated the last record, whose shares are means over layers (``layer`` is None).
+    evaluated, or at a later step, the last record, whose shares are means over layers (``layer`` is None).
     """
     rows: Rows = []
+    logged = _logged(run)
     found: dict[str, str] = {}
     remarks = []
     for path in sorted((run.path / "eval").glob("*.json"), reverse=True):  # the newest step first, then the time
@@ -25,7 +29,8 @@ def task_kinds(run: Run) -> tuple[Rows, str, list[str]]:
             remarks.append(f"Expert kinds by task: {error}")
             continue
         for result in results:
-            if result.kinds and result.name not in found:
+            is_older = result.name in logged and _step(path) < logged[result.name][0]
+            if result.kinds and result.name not in found and not is_older:
                 found[result.name] = f"eval/{path.name}"
                 own = run.config.model.moe_layers if run.config is not None else ()
                 count = len(next(iter(result.kinds.values())))
@@ -34,19 +39,25 @@ def task_kinds(run: Run) -> tuple[Rows, str, list[str]]:
                     | {kind: shares[row] for kind, shares in result.kinds.items()}
                     for row, layer in enumerate(layer_indices(result.layers or own, count))
                 ]
-    logged = _logged(run)
-    rows += [
-        {"source": task, "layer": None, "tokens": None} | shares for task, shares in logged.items() if task not in found
-    ]
+    own = [(task, shares) for task, (_, shares) in logged.items() if task not in found]
+    rows += [{"source": task, "layer": None, "tokens": None} | shares for task, shares in own]
     places = [*dict.fromkeys(found.values()), *(["eval/<task>/share_<kind>"] if logged.keys() - found.keys() else [])]
     return rows, ", ".join(places), remarks
 
 
-def _logged(run: Run) -> dict[str, dict[str, float]]:
-    """Return the last logged share of each kind by task."""
-    found: dict[str, dict[str, float]] = {}
+def _step(path: Path) -> float:
+    """Return the step of the checkpoint that was evaluated, which the file's name says; of weights without one none."""
+    step = path.name.partition("-")[0]
+    return int(step) if step.isdecimal() and step.isascii() else math.inf
+
+
+def _logged(run: Run) -> dict[str, tuple[int, dict[str, float]]]:
+    """Return the step and the shares of each kind that were logged last, by task."""
+    found: dict[str, tuple[int, dict[str, float]]] = {}
     for name, key in run.names(r"eval/(.{1,200}/share_\w{1,60})").items():
         task, _, kind = name.rpartition("/share_")
-        if (last := run.series(key).last) is not None:
-            found.setdefault(task, {})[kind] = last
-    return {task: shares for task, shares in found.items() if "ffn" in shares}
+        known = [record for record in run.records if record.get(key) is not None]
+        if known:
+            _, shares = found.get(task, (0, {}))
+            found[task] = known[-1]["step"], shares | {kind: float(known[-1][key])}
+    return {task: (step, shares) for task, (step, shares) in found.items() if "ffn" in shares}

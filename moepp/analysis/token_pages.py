@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import html
 import math
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,21 +36,53 @@ _COLUMNS: dict[str, dict[str, type | tuple[type, ...]]] = {
 }
 
 
-def read_tables(run_path: Path) -> tuple[dict[str, Rows], str]:
-    """Return the tables of a run and their folder in it: what training left, else what moepp analyze wrote; else none.
+@dataclass(frozen=True)
+class TokenTables:
+    """Tables of a run.
+
+    Attributes:
+        tables: rows by name; {} where there are none.
+        place: their folder in the run.
+        remark: why others are not shown; "" where there are no others.
+    """
+
+    tables: dict[str, Rows]
+    place: str = ""
+    remark: str = ""
+
+
+def read_tables(run_path: Path) -> TokenTables:
+    """Return the newer of what training left and what moepp analyze wrote.
 
     Raises:
         RunError: a table is damaged, or of another version.
     """
-    for folder in (FOLDER, f"analysis/{FOLDER}"):
-        if not any((run_path / folder / f"{name}.parquet").exists() for name in _COLUMNS):
-            continue
-        tables = {}
-        for name, columns in _COLUMNS.items():
-            path = run_path / folder / f"{name}.parquet"
-            tables[name] = _read_table(path, columns) if path.exists() else []
-        return tables, f"{folder}/"
-    return {}, ""
+    written = {folder: _written(run_path / folder) for folder in (FOLDER, f"analysis/{FOLDER}")}
+    known = {folder: when for folder, when in written.items() if when is not None}
+    if not known:
+        return TokenTables({})
+    folder = max(known, key=known.__getitem__)
+    paths = {name: run_path / folder / f"{name}.parquet" for name in _COLUMNS}
+    tables = {name: _read_table(path, _COLUMNS[name]) if path.exists() else [] for name, path in paths.items()}
+    remark = "".join(
+        f"Tables of tokens are those of {folder}/, of {_date(known[folder])}; those of {other}/ are older."
+        for other in known
+        if other != folder
+    )
+    return TokenTables(tables, f"{folder}/", remark)
+
+
+def _written(folder: Path) -> float | None:
+    """Return when the newest of the tables in a folder was written, seconds since the epoch; None without any."""
+    times = []
+    for name in _COLUMNS:
+        with suppress(FileNotFoundError):
+            times.append((folder / f"{name}.parquet").stat().st_mtime)
+    return max(times, default=None)
+
+
+def _date(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
 
 
 def _read_table(path: Path, columns: Mapping[str, type | tuple[type, ...]]) -> Rows:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pyarrow.parquet as pq
@@ -181,6 +183,25 @@ def test_what_is_not_finite_or_not_done_is_said_and_the_rest_is_drawn(tmp_path):
     assert "train/loss is not finite in 2 of 3 records" in (path / "report.html").read_text()
 
 
+def test_the_newer_of_training_and_analysis_tells_of_tokens(tmp_path):
+    path = make_run(tmp_path, "one")
+    write_token_tables(path)
+    assert report(str(path)) == 0
+    page = (path / "report.html").read_text()
+    assert "From tokens/types.parquet" in page and "are older" not in page
+    shutil.copytree(path / "tokens", path / "analysis/tokens")
+    for newer, older, when in (("analysis/tokens", "tokens", 1767323045), ("tokens", "analysis/tokens", 1767409445)):
+        for file in (path / newer).iterdir():
+            os.utime(file, (when, when))
+        for file in (path / older).iterdir():
+            os.utime(file, (when - 3600, when - 3600))
+        assert report(str(path)) == 0
+        page = (path / "report.html").read_text()
+        assert f"From {newer}/types.parquet" in page and f"From {older}/" not in page
+        said = f"those of {newer}/, of 2026-01-0{2 + (newer == 'tokens')} 03:04 UTC; those of {older}/ are older."
+        assert said in page
+
+
 def test_tables_of_tokens_and_the_routing_history_are_on_the_page_or_missed_with_a_word(tmp_path, caplog, monkeypatch):
     path = make_run(tmp_path, "one")
     write_routing(path)
@@ -201,7 +222,8 @@ def test_tables_of_tokens_and_the_routing_history_are_on_the_page_or_missed_with
     (path / "routing.jsonl").write_text('oops\n{"step": 1, "tokens": 2}\noops\n')
     assert report(str(path)) == 0
     page = (path / "report.html").read_text()
-    assert "The tables of tokens are left out" in page and "losses.parquet is no table" in page
+    said = page.partition("The tables of tokens are left out: cannot read ")[2]
+    assert said.partition(": ")[0].endswith("/tokens/losses.parquet")
     assert "no history of its routing is drawn" in caplog.text and "Loss over tokens" in page
 
 

@@ -127,10 +127,15 @@ def test_the_page_of_a_run_shows_the_newest_shares_of_each_task(tmp_path: Path, 
     assert [row["layer"] for row in task_kinds(read_run(path))[0][:2]] == [1, 3], "files that do not say so"
     assert source == "eval/00000040-a.json, eval/<task>/share_<kind>" and not remarks
     assert list(benchmarks([read_run(path)])) == ["piqa/acc"], "shares are no results of a benchmark"
-    (path / "eval/00000050-a.json").write_text("{")
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 50, "tokens": 5000, "eval/sciq/share_ffn": 0.75}) + "\n")
+    later, *_ = [row for row in task_kinds(read_run(path))[0] if row["source"] == "sciq"]
+    assert (later["layer"], later["ffn"]) == (None, 0.75), "training went on after `moepp eval`"
+    (path / "eval/00000040-a.json").rename(path / "eval/00000050-a.json")
+    (path / "eval/00000051-a.json").write_text("{")
     page = write_run_page(read_run(path), ReportInputs(), tmp_path / "page").read_text()
     assert "Expert kinds by evaluation task" in page and "Share of FFN experts: 50.0% (sciq) to 30.0% (piqa)" in page
-    assert "Expert kinds by task: " in page and "00000050-a.json" in page
+    assert "Expert kinds by task: " in page and "00000051-a.json" in page
 
 
 @pytest.mark.parametrize("kinds", [{"ffn": [2.0]}, {"ffn": ["x"]}, {"ffn": [0.5], "zero": [0.5, 0.5]}, {"ffn": []}])
