@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import io
 import os
 import resource
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moepp.analysis.comparison import table_bytes
 from moepp.config import MoEConfig
 from moepp.config.schema import WandbConfig
 from moepp.io import files
@@ -57,6 +59,20 @@ def test_new_metrics_get_columns_and_old_rows_stay_in_them(tmp_path: Path) -> No
         ("1", "", ""),
         ("2", "", "1.0"),
     ]
+
+
+def test_names_and_texts_in_tables_are_no_formulas(tmp_path: Path) -> None:
+    evil = ['=HYPERLINK("http://evil","x")', "@SUM(1)", "+1+cmd|'/C calc'!A0", "-2+3", "\t=1", "\r=1", "\n=1", "＝1"]
+    plain = ["a=b", "-1.5", "+2e3", "-inf", " =1", "", "'=1"]
+    rest = [-1.5, 3, None, True]
+    names = [*evil, *map(str, range(len(plain) + len(rest)))]
+    values = [*evil, *plain, *rest]
+    found = list(csv.reader(io.StringIO(table_bytes("t.csv", [dict(zip(names, values, strict=True))]).decode(), "")))
+    assert found[0] == [*(f"'{name}" for name in evil), *names[len(evil) :]]
+    assert found[1] == [*(f"'{text}" for text in evil), *plain, "-1.5", "3", "", "True"]
+    with open_group(tmp_path) as sinks:
+        sinks.log({"=cmd": -1.5, "train/loss": 2.0}, 1, 10)
+    assert rows(tmp_path) == [{"step": "1", "tokens": "10", "'=cmd": "-1.5", "train/loss": "2.0"}]
 
 
 def test_a_run_that_goes_on_without_a_table_leaves_none_that_ends_early(tmp_path: Path) -> None:
