@@ -94,6 +94,16 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     return [Group(label, tuple(group), number) for number, (label, group) in enumerate(pairs)]
 
 
+def same_seeds(runs: Sequence[Run]) -> list[list[str]]:
+    """Return the names of runs that are of one setting and have one seed: repetitions tell nothing of other seeds."""
+    found: dict[tuple[int, Any], list[str]] = {}
+    for group in group_runs(runs):
+        for run in group.runs:
+            if run.settings:
+                found.setdefault((group.number, flatten(run.settings).get("run.seed")), []).append(run.name)
+    return [names for names in found.values() if len(names) > 1]
+
+
 def _label(runs: Sequence[Run]) -> str:
     """Return a run's name, or what the names of several have in common: "moepp-seed-1", "moepp-seed-2": "moepp"."""
     if len(runs) == 1:

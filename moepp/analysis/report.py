@@ -18,6 +18,7 @@ from moepp.analysis.comparison import (
     with_paths,
 )
 from moepp.analysis.cost_charts import cost_charts
+from moepp.analysis.curves import same_seeds
 from moepp.analysis.differences import differences, frontier
 from moepp.analysis.figures import Figure, compact, shorten
 from moepp.analysis.losses import VALIDATION, compared_loss, validation_sets
@@ -160,6 +161,7 @@ def comparison_notes(runs: Sequence[Run], left_out: Sequence[str] = ()) -> list[
     furthest = max(run.tokens for run in runs)
     if behind := [run.name for run in runs if 2 * run.tokens < furthest]:
         notes.append(f"Drawn but not compared in captions, being not half as far as the longest: {', '.join(behind)}.")
+    notes += [f"Of one seed, so that their spread is none of seeds: {', '.join(names)}." for names in same_seeds(runs)]
     return notes + [f"{run.name}: {note}" for run in runs for note in run.faults]
 
 

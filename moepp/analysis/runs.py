@@ -28,6 +28,8 @@ from moepp.runs.report import mean_per_step, mean_since_before
 logger = logging.getLogger(__name__)
 
 # Where a run lies, what it is called, which random numbers it draws and what it writes: no part of what it tries out.
+# Kernels, compilation, devices and layouts are: speeds depend on them, and runs of one seed that differ in nothing else
+# have nearly the same losses, whose spread would be none of seeds.
 _NOT_COMPARED = re.compile(
     r"(run\.(name|dir|seed|resume)|data\.cache_dir|(logging|checkpoint|profile)\..*|train\.log_interval)"
 )

@@ -11,10 +11,11 @@ from matplotlib.figure import Figure as MplFigure
 
 from moepp.analysis import figures
 from moepp.analysis.charts import curve_charts
-from moepp.analysis.comparison import compare, text_of
+from moepp.analysis.comparison import compare, group_seeds, text_of
 from moepp.analysis.curves import group_runs
 from moepp.analysis.differences import differences, frontier
 from moepp.analysis.losses import compared_loss
+from moepp.analysis.report import comparison_notes
 from moepp.analysis.runs import find_runs
 from moepp.cli.main import main
 from tests.run_files import change_config, make_run
@@ -55,6 +56,28 @@ def test_a_run_that_is_profiled_is_a_seed_like_any_other(tmp_path):
     change_config(make_run(tmp_path, "a-2", seed=2), profile__steps=[3])
     [group] = group_runs(find_runs([str(tmp_path)]).runs)
     assert len(group.runs) == 2
+
+
+@pytest.mark.parametrize("key", ["runtime__kernels", "runtime__compile", "runtime__device", "parallel__expert"])
+def test_runs_on_other_kernels_devices_or_layouts_are_no_seeds_of_each_other(tmp_path, key):
+    """Their losses agree but for rounding, so that a spread of them would be none of seeds; their speeds differ."""
+    values = {
+        "runtime__kernels": ("torch", "cpu"),
+        "runtime__compile": (False, True),
+        "runtime__device": ("cpu", "cuda"),
+    }
+    for value in values.get(key, (1, 2)):
+        change_config(make_run(tmp_path, f"a-{value}"), **{key: value})
+    runs = find_runs([str(tmp_path)]).runs
+    assert [len(group.runs) for group in group_runs(runs)] == [1, 1] and not group_seeds(runs)
+
+
+def test_repetitions_of_one_seed_are_said_to_be_no_seeds(tmp_path):
+    for name, seed in (("a-1", 1), ("a-2", 2), ("a-again", 2)):
+        make_run(tmp_path, name, seed=seed)
+    make_run(tmp_path, "b", seed=2, tau=0.5)
+    notes = comparison_notes(find_runs([str(tmp_path)]).runs)
+    assert notes == ["Of one seed, so that their spread is none of seeds: a-2, a-again."]
 
 
 def test_each_setting_is_set_against_the_vanilla_run_that_differs_in_nothing_else(tmp_path):
