@@ -17,7 +17,7 @@ from moepp.checkpoint import read_info
 from moepp.cli import import_
 from moepp.cli.main import main
 from moepp.errors import CheckpointError
-from moepp.evaluation.load import build_model, eod_of_folder, find_model
+from moepp.evaluation.load import build_model, document_remarks, eod_of_folder, find_model
 from moepp.interop import hf, official
 from moepp.interop.hf.config import hf_config, read_hf
 from moepp.interop.official.config import read_released
@@ -136,6 +136,9 @@ def test_attention_within_documents_goes_along(tmp_path: Path, capsys: pytest.Ca
     for place in (folder, run, again):
         assert find_model(str(place)).document_end == end
         torch.testing.assert_close(hidden(place, ids_BS), model.eval()(ids_BS).hidden, rtol=0, atol=0)
+    assert document_remarks(find_model(str(run))) == []
+    (remark,) = document_remarks(replace(find_model(str(run)), document_end=None))  # of versions that did not keep it
+    assert "here it crosses them" in remark
     assert main(["export", str(run), str(tmp_path / "released")]) == 0
     assert "which the released format cannot say" in capsys.readouterr().err
     assert not torch.allclose(hidden(tmp_path / "released", ids_BS), hidden(run, ids_BS), atol=1e-3), "the case is none"
