@@ -97,7 +97,7 @@ def _parquet_rows(raw: IO[bytes], path: Path, limit_bytes: int) -> list[dict[str
 
     _require(os.fstat(raw.fileno()).st_size, limit_bytes)
     footer = pq.ParquetFile(raw)
-    pages = measure_pages(raw, footer.metadata, None, printable(path), dictionaries=True)
+    pages = measure_pages(raw, None, printable(path), dictionaries=True)
     columns = [footer.schema.column(i) for i in range(len(footer.schema))]
     widest = max((column.length for column in columns if column.physical_type == "FIXED_LEN_BYTE_ARRAY"), default=0)
     _require(max(pages.unfolded, pages.values * widest), limit_bytes)

@@ -12,7 +12,7 @@ from moepp.data.prepare.bad_lines import BadLineError
 from moepp.data.prepare.inputs import InputFile
 from moepp.data.prepare.readers import Document, missing, null_text
 from moepp.errors import DataError
-from moepp.io.parquet_pages import measure_pages
+from moepp.io.parquet_pages import DELTAS, measure_pages
 from moepp.io.untrusted import printable, show
 
 if TYPE_CHECKING:
@@ -40,10 +40,10 @@ def read_parquet(raw: IO[bytes], file: InputFile, reader: DocumentReader) -> Ite
     try:
         footer = pyarrow.parquet.ParquetFile(raw)
         columns = _columns(footer, fields, path)
-        largest = measure_pages(raw, footer.metadata, columns, path).largest
-        if largest > MAX_PAGE_BYTES:
-            raise DataError(f"{path} has a page of {largest:,} bytes; write it with pages of about 1 MB")
-        folded = _folded(footer, columns)
+        pages = measure_pages(raw, columns, path)
+        if pages.largest > MAX_PAGE_BYTES:
+            raise DataError(f"{path} has a page of {pages.largest:,} bytes; write it with pages of about 1 MB")
+        folded = [] if pages.encodings & DELTAS else _folded(footer, columns)
         table = pyarrow.parquet.ParquetFile(raw, read_dictionary=folded)
         yield from _rows(table, columns, ROWS_PER_BATCH if folded else ROWS_PER_UNFOLDED_BATCH, file, reader)
     except pyarrow.ArrowException as error:
@@ -75,11 +75,7 @@ def _columns(table: Any, fields: tuple[str, ...], path: str) -> list[str]:
 
 
 def _folded(footer: Any, columns: list[str]) -> list[str]:
-    """Return the text columns to read as dictionaries; none where arrow cannot (difference encoding)."""
-    for group in (footer.metadata.row_group(i) for i in range(footer.metadata.num_row_groups)):
-        for chunk in (group.column(i) for i in range(group.num_columns)):
-            if chunk.path_in_schema in columns and any(kind.startswith("DELTA") for kind in chunk.encodings):
-                return []
+    """Return the text columns to read as dictionaries; arrow cannot where texts are written as differences."""
     return [name for name in columns if not pyarrow.types.is_null(footer.schema_arrow.field(name).type)]
 
 

@@ -237,7 +237,7 @@ def test_pages_are_measured_by_their_own_headers(tmp_path: Path, version: str, c
     with path.open("rb") as raw:
         metadata = pyarrow.parquet.ParquetFile(raw).metadata
         chunks = [metadata.row_group(i).column(1) for i in range(metadata.num_row_groups)]
-        largest, unfolded, values, copied, _ = measure_pages(raw, metadata, ["text"], str(path), dictionaries=True)
+        largest, unfolded, values, copied, _ = measure_pages(raw, ["text"], str(path), dictionaries=True)
         # Independently: no page is larger than its chunk, and a dictionary holds the texts with 4 bytes each.
         assert largest <= max(chunk.total_uncompressed_size for chunk in chunks)
         assert largest >= 900 * (4 + 40) * 0.9

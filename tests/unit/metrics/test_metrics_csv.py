@@ -149,7 +149,12 @@ def test_rows_are_whole_on_a_disk_that_is_full_for_some_time(
 def test_the_table_is_whole_at_the_end_where_the_disk_was_full_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, is_full = os.write, True
+    write, write_records, is_full = os.write, JsonlSink._write, True
+
+    def wait(sink: JsonlSink) -> None:
+        if is_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_records(sink)
 
     def full(descriptor: int, data: Any) -> int:
         if is_full and "metrics.csv" in os.readlink(f"/proc/self/fd/{descriptor}"):
@@ -160,6 +165,7 @@ def test_the_table_is_whole_at_the_end_where_the_disk_was_full_before(
         monkeypatch.setattr(os, "write", full)
         for step in range(1, 12):
             sinks.log({f"a{step}": 1.0}, step, step)
+            monkeypatch.setattr(JsonlSink, "_write", wait)  # from now on both wait
         is_full = False
     assert len(rows(tmp_path)) == 11 and len(rows(tmp_path)[0]) == 13
 
