@@ -241,7 +241,8 @@ def _shards(folder: Path) -> list[Path]:
     """Return the files of a data set that ``Dataset.save_to_disk`` wrote: all of them lie in its folder."""
     state = read_json(folder / "state.json", error=DataError, remedy="restore this benchmark data")
     found = state.get("_data_files") if isinstance(state, dict) else None
-    names = [one.get("filename") if isinstance(one, dict) else None for one in found] if isinstance(found, list) else []
+    files = found if isinstance(found, list) else []
+    names: list[Any] = [one.get("filename") if isinstance(one, dict) else None for one in files]
     if not names or not all(
         isinstance(name, str) and name not in ("", "..") and name == Path(name).name for name in names
     ):

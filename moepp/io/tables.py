@@ -150,9 +150,10 @@ def _unfolded(array: Any, limit_bytes: int, most_values: int) -> tuple[int, int]
     Raises:
         _RefusedError: more than the limits, or a type for which this is not known.
     """
-    import pyarrow.compute as pc
+    import pyarrow.compute
     from pyarrow import types
 
+    pc: Any = pyarrow.compute  # its functions are made when it is imported
     kind, size, inner = array.type, 0, []
     _require(len(array), most_values)
     if types.is_dictionary(kind):

@@ -13,6 +13,7 @@ import os
 import re
 import reprlib
 import stat
+from io import BufferedIOBase
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -110,7 +111,7 @@ def read_part(path: str | Path, most_bytes: int, from_end: bool = False) -> byte
         return stream.read(most_bytes)
 
 
-def read_up_to(stream: IO[bytes], limit_bytes: int, expected_bytes: int = 0) -> bytes | None:
+def read_up_to(stream: IO[bytes] | BufferedIOBase, limit_bytes: int, expected_bytes: int = 0) -> bytes | None:
     """Return what is left of a stream; None if it is more than ``limit_bytes``. Takes memory for what is there only.
 
     ``expected_bytes`` are read at once, and so are in memory once.
