@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moepp.errors import MoeppError
+from moepp.errors import MoeppError, RunError
 from moepp.io import files
 from moepp.io.cells import plain_cell
 from moepp.metrics.jsonl import read_records
@@ -66,7 +66,7 @@ class CsvSink:
         if self._failures and self._waits > 0:
             self._waits -= 1
         elif self._failures or not record.keys() <= set(self._columns):
-            self._try(lambda: self._write_anew(record))  # this record is among those of metrics.jsonl
+            self._try(lambda: self._write_anew(record, step))
         else:
             self._try(lambda: self._append({"step": step, "tokens": tokens, **record}))
 
@@ -95,7 +95,7 @@ class CsvSink:
         row = _rows(self._columns, [dict(record)])
         with files.open_append(self._path) as stream:
             if os.fstat(stream.fileno()).st_size != self._size:  # removed, or cut short
-                self._write_anew()
+                self._write_anew(record, record["step"])
                 return
             try:
                 while row:
@@ -105,8 +105,12 @@ class CsvSink:
                 os.ftruncate(stream.fileno(), self._size)  # no half row, to which the next would be glued
                 raise
 
-    def _write_anew(self, record: Mapping[str, float] | None = None) -> None:
+    def _write_anew(self, record: Mapping[str, float] | None = None, step: int = 0) -> None:
         records = read_records(self._source) if self._source.exists() else []
+        if record and (not records or records[-1]["step"] != step or not record.keys() <= records[-1].keys()):
+            raise RunError(
+                f"{self._source} lacks the record of step {step} for now"
+            )  # on a full disk it waits in memory
         columns = dict.fromkeys(("step", "tokens", *self._columns, *(record or ())))
         for one in records:
             columns |= dict.fromkeys(one)

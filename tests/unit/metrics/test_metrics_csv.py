@@ -170,6 +170,18 @@ def test_the_table_is_whole_at_the_end_where_the_disk_was_full_before(
     assert len(rows(tmp_path)) == 11 and len(rows(tmp_path)[0]) == 13
 
 
+def test_no_row_is_lost_while_records_wait_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = JsonlSink._write
+    with open_group(tmp_path) as sinks:
+        sinks.log({"a": 1.0}, 1, 1)
+        monkeypatch.setattr(JsonlSink, "_write", lambda sink: None)
+        sinks.log({"a": 2.0}, 2, 2)
+        sinks.log({"a": 3.0, "new": 1.0}, 3, 3)
+        monkeypatch.setattr(JsonlSink, "_write", write)
+        sinks.log({"a": 4.0}, 4, 4)
+    assert [(row["a"], row["new"]) for row in rows(tmp_path)] == [("1.0", ""), ("2.0", ""), ("3.0", "1.0"), ("4.0", "")]
+
+
 def test_wandb_gets_images_of_the_routing_beside_the_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[tuple[dict[str, Any], int]] = []
     run = SimpleNamespace(
