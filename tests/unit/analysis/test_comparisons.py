@@ -40,10 +40,11 @@ def quick_png(monkeypatch):
 
 
 def add(path: Path, tokens: int, **values: float | None) -> None:
-    """Append a record; ``__`` in a name stands for a slash."""
+    """Add a record where its step belongs; ``__`` in a name stands for a slash."""
     record = {"step": tokens // 100, "tokens": tokens} | {name.replace("__", "/"): v for name, v in values.items()}
-    with (path / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    records = [*(json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()), record]
+    lines = [json.dumps(one) + "\n" for one in sorted(records, key=lambda one: one["step"])]
+    (path / "metrics.jsonl").write_text("".join(lines))
 
 
 def without(path: Path, metric: str) -> None:

@@ -140,7 +140,8 @@ def test_costs_on_the_frontier_are_means_up_to_where_losses_are_compared(tmp_pat
         change_config(path, model__vocab_size=16)  # experts are much of the model
     lines = [line for line in (short / "metrics.jsonl").read_text().splitlines() if "eval/loss" not in line]
     lines += ['{"step": 25, "tokens": 2500, "eval/loss": 6.0}', '{"step": 5, "tokens": 500, "eval/loss": 8.0}']
-    (short / "metrics.jsonl").write_text("\n".join([*lines[-1:], *lines[:-1]]) + "\n")
+    lines.sort(key=lambda line: json.loads(line)["step"])
+    (short / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     runs = find_runs([str(tmp_path)]).runs
     figure, model = frontier(runs), runs[0].config.model
     assert figure is not None and "At 2.5 k tokens" in figure.caption
