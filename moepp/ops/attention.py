@@ -34,7 +34,8 @@ def attend(query_BHQd: Tensor, key_BGKd: Tensor, value_BGKd: Tensor, mask: Atten
         mask = mask.float() if isinstance(mask, Tensor) and mask.is_floating_point() else mask
     is_grouped = query_BHQd.shape[1] != key_BGKd.shape[1]
     if mask is not None and not isinstance(mask, Tensor):
-        return _attend_in_blocks(query_BHQd, key_BGKd, value_BGKd, mask, is_grouped).to(dtype)
+        out_BHQd = _attend_in_blocks(query_BHQd, key_BGKd, value_BGKd, mask, is_grouped)  # pyright: ignore[reportCallIssue]
+        return out_BHQd.to(dtype)
     num_queries, num_keys = query_BHQd.shape[2], key_BGKd.shape[2]
     is_causal, is_last = mask is None and num_queries == num_keys, mask is None and 1 < num_queries < num_keys
     # The kernels that know of the last key do not all know of groups.

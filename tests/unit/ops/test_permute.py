@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -36,7 +38,7 @@ def test_sums_of_rows_and_all_gradients(dtype, more_rows, has_spare):
         wanted_rows[row] = weights[t, k] * grad[t]
         wanted_weights[t, k] = rows[row] @ grad[t]
     limit = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
-    close = {"rtol": limit, "atol": limit}
+    close: dict[str, Any] = {"rtol": limit, "atol": limit}
     torch.testing.assert_close(out_TD.detach().double(), wanted_TD, **close)
     assert rows_RD.grad is not None and weights_TK.grad is not None
     torch.testing.assert_close(rows_RD.grad[:5].double(), wanted_rows, **close)

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from moepp.cli.main import report_errors
-from moepp.errors import TrainingError
+from moepp.errors import ConfigError, TrainingError
+from moepp.training import build
 from moepp.training.memory import enough_memory
+from tests.parity import Layout, Setting, make_config
 
 FAILURES: list[Any] = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has 139 GiB"),
@@ -25,6 +27,22 @@ def test_what_lacks_memory_names_the_rank_and_the_remedy(error):
     text = str(caught.value)
     assert text.startswith("out of memory in step 7 on rank 3 (") and "; lower train.micro_batch_size, then" in text
     assert "\n" not in text and "()" not in text and caught.value.said_here
+
+
+@pytest.mark.parametrize(
+    ("layout", "helps"),
+    [
+        (Layout(), "or use more ranks: `moepp plan`"),
+        (Layout(2, 2, "fsdp", 3), "more data-parallel ranks do not lower them; raise parallel.expert or parallel.pipe"),
+    ],
+    ids=["native", "fsdp"],
+)
+def test_a_model_that_does_not_fit_is_answered_with_what_helps_its_engine(layout, helps):
+    cfg = make_config(Setting(), layout)
+    with pytest.raises(ConfigError) as caught, build._enough_memory(cfg, torch.device("cuda", 1)):
+        raise FAILURES[0]
+    text = str(caught.value)
+    assert "of a rank's cuda (CUDA out of memory" in text and helps in text and "\n" not in text
 
 
 def test_other_errors_are_not_taken_for_it():
