@@ -17,10 +17,12 @@ import pytest
 from moepp.analysis import figures, page_folder
 from moepp.analysis.page import Page
 from moepp.analysis.page_folder import own_folder, write_page
+from moepp.cli import eval as evaluate
 from moepp.cli import report as command
 from moepp.errors import RunError, WriteError
 from moepp.io import files
 from moepp.metrics.tensorboard import TensorBoardSink
+from moepp.runs.directory import RunDir
 from moepp.training.token_tables import _write
 from tests.run_files import make_run
 
@@ -67,6 +69,11 @@ def test_a_planted_link_in_a_run_leads_no_page_out_of_it(tmp_path: Path) -> None
     assert content(victim) == {"holiday.png": b"mine"}
 
 
+def found(run: Path) -> Any:
+    """What ``moepp eval`` knows of a run before it reads any document."""
+    return SimpleNamespace(run_dir=RunDir(run), subject=SimpleNamespace(step=1))
+
+
 @pytest.mark.parametrize(
     ("link", "write"),
     [
@@ -75,6 +82,7 @@ def test_a_planted_link_in_a_run_leads_no_page_out_of_it(tmp_path: Path) -> None
         ("analysis", lambda run: own_folder(run / "analysis/tokens", "moepp analyze tokens", below=run)),
         ("analysis/tokens", lambda run: own_folder(run / "analysis/tokens", "moepp analyze tokens", below=run)),
         ("comparison", lambda run: report(run.parent / "runs")),
+        ("eval", lambda run: evaluate._load_benchmarks(argparse.Namespace(output=None), found(run))),
     ],
 )
 def test_folders_in_a_run_are_no_links(
