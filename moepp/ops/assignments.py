@@ -39,7 +39,7 @@ def sort_assignments(sort_keys_TK: Tensor, num_experts: int, num_keys: int | Non
 
     ``num_keys`` is one more than the largest key there may be, where it is known: small keys sort faster.
     """
-    keys_A = sort_keys_TK.flatten().contiguous()  # a column flattens to a view of every so manieth number
+    keys_A = sort_keys_TK.flatten().contiguous()  # one column of a wider tensor flattens to a strided view
     if kernels := cpu_kernels(keys_A, torch.float32):
         counts_E, positions_A = keys_A.new_empty(num_experts), torch.empty_like(keys_A)
         assignments_A = torch.empty_like(keys_A)
