@@ -54,7 +54,7 @@ def plot(axes: Axes, palette: Palette, number: int, curve: Curve) -> None:
 def band(curve: Curve) -> tuple[Sequence[float], Sequence[float], Sequence[float]]:
     """Return x, lower and upper edge of a curve with a spread: of a long one what encloses it in narrow columns.
 
-    Lines are simplified when they are drawn, areas are not, and a drawing is no wider than so many pixels.
+    Lines are simplified when they are drawn, areas are not, and a drawing is no wider than a few hundred pixels.
     """
     import numpy as np
 
@@ -314,6 +314,6 @@ def median(values: Sequence[float]) -> float:
 
 
 def tokens_per_second(run: Run, until: float | None = None) -> float | None:
-    """Median of the logged throughput, up to so many tokens; None: all of it."""
+    """Median of the logged throughput over the first ``until`` tokens; None: over all of them."""
     series: Series = run.series("throughput/tokens_per_second").until(until)
     return median(series.values) if series else None

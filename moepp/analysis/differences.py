@@ -91,7 +91,7 @@ def _difference(group: Group, twin: Group, differing: Sequence[str], metric: str
 
 
 def _ffn_per_token(run: Run, until: float | None) -> float | None:
-    """Return the mean number of FFN experts that a token uses in an MoE layer, up to so many tokens."""
+    """Return the mean number of FFN experts that a token uses in an MoE layer, over the first ``until`` tokens."""
     if run.config is None:
         return None
     return run.series("routing/ffn_per_token").until(until).mean if run.config.model.moe_layers else 0.0
@@ -127,7 +127,7 @@ def _used(run: Run, until: float | None) -> float | None:
 
 
 Cost = Callable[[Run, "float | None"], "float | None"]
-"""Returns what a token costs a run, in the mean up to so many tokens, or over all of it; None if that is not known."""
+"""Returns what a token costs a run, the mean over this many tokens or (None) over all; None if that is not known."""
 
 _PER_TOKEN: dict[str, Cost] = {
     "expert_operations": _expert_operations,
