@@ -254,7 +254,7 @@ def _refuse_long_number(scalar: Any) -> None:
 
     tag = scalar.tag or yaml.SafeLoader("").resolve(yaml.ScalarNode, scalar.value, scalar.implicit)
     if tag.endswith((":int", ":float")):
-        raise ValueError(f"a number of {len(scalar.value):,} characters")
+        raise ValueError(f"a number of {len(scalar.value):,} digits")
 
 
 def _require_plain(value: Any) -> None:
