@@ -36,7 +36,8 @@ def read_token_ids(path: Path, tree: Mapping[str, Any], defaults: Mapping[str, i
     Raises:
         CheckpointError: what should be a token is none.
     """
-    return TokenIds(**{name: read_token_id(path, tree, name, default) for name, default in defaults.items()})
+    bos, eos, pad = (read_token_id(path, tree, name, defaults[name]) for name in ("bos", "eos", "pad"))
+    return TokenIds(bos, eos, pad)
 
 
 def read_token_id(path: Path, tree: Mapping[str, Any], name: str, default: int | None = None) -> int | None:
