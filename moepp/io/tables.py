@@ -215,8 +215,8 @@ def _offset(message: bytes, place: int) -> int:
 
 def _field(message: bytes, table: int, number: int) -> int | None:
     """Return where a field of a flatbuffer's table lies; None where it has none."""
-    slots = table - struct.unpack_from("<i", message, table)[0]
-    if 4 + 2 * number >= struct.unpack_from("<H", message, slots)[0]:
+    vtable = table - struct.unpack_from("<i", message, table)[0]
+    if 4 + 2 * number >= struct.unpack_from("<H", message, vtable)[0]:
         return None
-    place = struct.unpack_from("<H", message, slots + 4 + 2 * number)[0]
+    place = struct.unpack_from("<H", message, vtable + 4 + 2 * number)[0]
     return table + place if place else None
