@@ -313,7 +313,7 @@ def _read_config(run_dir: RunDir) -> dict[str, Any]:
 
 def _write_files(
     run_dir: RunDir, config: Mapping[str, Any], environment: Mapping[str, Any], keep_metrics: bool
-) -> dict[Path, str]:
+) -> dict[Path, tuple[str, int]]:
     import yaml
 
     texts = {

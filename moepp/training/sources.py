@@ -71,12 +71,13 @@ class Sources:
 @contextlib.contextmanager
 def hydra_reads_checked() -> Iterator[None]:
     """Let Hydra's own application read configurations through :class:`CheckedLoader`."""
-    before = hydra_app.ConfigLoaderImpl
-    hydra_app.ConfigLoaderImpl = CheckedLoader
+    name = ConfigLoaderImpl.__name__  # as its module calls it
+    before = getattr(hydra_app, name)
+    setattr(hydra_app, name, CheckedLoader)
     try:
         yield
     finally:
-        hydra_app.ConfigLoaderImpl = before
+        setattr(hydra_app, name, before)
 
 
 class CheckedLoader(ConfigLoaderImpl):
