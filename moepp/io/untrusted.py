@@ -13,7 +13,7 @@ import os
 import re
 import reprlib
 import stat
-from io import BufferedIOBase
+from io import BufferedIOBase, BufferedReader
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -85,7 +85,7 @@ def why_no_file(path: str | Path) -> str:
     return "is a folder" if stat.S_ISDIR(mode) else "is no file, but a pipe or a device"
 
 
-def open_regular(path: str | Path) -> IO[bytes]:
+def open_regular(path: str | Path) -> BufferedReader:
     """Open a regular file for reading; links are followed, pipes and devices refused, without waiting for anything.
 
     For a part of a file, or one of any size. Read pieces: ``read(n)`` takes ``n`` bytes of memory before it looks.
