@@ -169,8 +169,8 @@ def test_the_tokenizer_may_lie_on_another_file_system(
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), source)
         replace(source, target)
 
-    def full(path: str, data: bytes | str) -> None:
-        write(path, data)
+    def full(path: str, data: bytes | str, mode: int) -> None:
+        write(path, data, mode)
         if "trained.json" in path:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
