@@ -169,7 +169,7 @@ def test_the_tokenizer_may_lie_on_another_file_system(
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), source)
         replace(source, target)
 
-    def full(path: str, data: bytes | str, mode: int) -> None:
+    def full(path: str, data: bytes | str, mode: int = 0o644) -> None:
         write(path, data, mode)
         if "trained.json" in path:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
