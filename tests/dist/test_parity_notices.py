@@ -19,6 +19,7 @@ from moepp.engine import native, norms
 from moepp.engine.native import NativeEngine
 from moepp.model.init import init_parameters
 from moepp.model.transformer import LossOutput, Transformer
+from moepp.training.evaluation import Evaluator
 from moepp.training.trainer import Trainer
 from tests.parity import REFERENCE, SEED, TOLERANCE, Deviation, Layout, Setting, deviation, train
 
@@ -100,13 +101,13 @@ def dense_gradients_not_summed(model: Transformer, groups: ParallelGroups) -> An
 
 
 def evaluation_of_one_ranks_part(model: Transformer, groups: ParallelGroups) -> Any:
-    right = Trainer.evaluate
+    right = Evaluator.validate
 
-    def evaluate(trainer: Trainer) -> float:
+    def validate(evaluator: Evaluator, *args: Any) -> None:
         with _skip_sum(lambda tensor, group: True):
-            return right(trainer)
+            right(evaluator, *args)
 
-    return patch.object(Trainer, "evaluate", evaluate)
+    return patch.object(Evaluator, "validate", validate)
 
 
 def _auxiliary_loss_times(factor: float) -> Any:
