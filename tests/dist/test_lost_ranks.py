@@ -48,6 +48,7 @@ def _rank(rank: int, world_size: int, port: int, keeps_store: bool, work: str, f
         Process.own = classmethod(lambda cls: dataclasses.replace(own, system=""))  # pyright: ignore
     store = TCPStore("127.0.0.1", port, is_master=keeps_store and rank == 0, timeout=timedelta(seconds=60))
     with watched(store, LaunchEnvironment(rank, world_size, rank), CPU, LIMIT_SECONDS, "start again") as watch:
+        store.get(f"peers/who/{rank}")  # the watching thread has said where this process is
         print("ready")
         if rank == 1 and "holds the interpreter" in work:
             with watch.busy() if "busy" in work else contextlib.nullcontext():
