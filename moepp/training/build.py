@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from moepp.distributed.groups import Layout, ParallelGroups, new_cpu_group
 from moepp.distributed.sequence import SequenceParallel
 from moepp.distributed.stage_clock import StageClock
 from moepp.engine.engine import Engine
-from moepp.errors import ConfigError, is_out_of_memory
+from moepp.errors import ConfigError
 from moepp.interop import hf, official, upcycle
 from moepp.io.untrusted import printable
 from moepp.metrics.sinks import SinkGroup, open_sinks
@@ -33,6 +33,7 @@ from moepp.model.precision import DTYPES
 from moepp.model.transformer import Transformer
 from moepp.moe import ExpertParallel
 from moepp.runs.directory import RunDir
+from moepp.training.memory import explained_memory
 from moepp.training.parts import Evaluation, Parts
 
 logger = logging.getLogger(__name__)
@@ -203,18 +204,14 @@ def build_parts(
     )
 
 
-@contextlib.contextmanager
-def _enough_memory(cfg: Config, device: torch.device) -> Iterator[None]:
+def _enough_memory(cfg: Config, device: torch.device) -> AbstractContextManager[None]:
     """Turn an allocation that fails into one line about the model.
 
     Raises:
-        ConfigError: said by this rank: others may have enough.
+        ConfigError: within it, said by this rank.
     """
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
+
+    def explain(reason: str) -> ConfigError:
         remedy = "lower model.vocab_size, model.hidden_size or others, or use more ranks"
         if cfg.engine.name == "fsdp":
             remedy = (
@@ -222,13 +219,12 @@ def _enough_memory(cfg: Config, device: torch.device) -> Iterator[None]:
                 "ranks do not lower them; raise parallel.expert or parallel.pipeline, or lower model.hidden_size or "
                 "others"
             )
-        refused = ConfigError(
+        return ConfigError(
             f"the model's {count_parameters(cfg.model).total:,} parameters with their optimizer do not fit into the "
-            f"memory of a rank's {device.type} ({printable(error, 120)}); {remedy}: `moepp plan` tells what each of "
-            "them holds"
+            f"memory of a rank's {device.type} ({reason}); {remedy}: `moepp plan` tells what each of them holds"
         )
-        refused.said_here = True
-        raise refused from error
+
+    return explained_memory(explain)
 
 
 def task_evaluation(cfg: Config, groups: ParallelGroups) -> Evaluation:

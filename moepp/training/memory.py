@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
-from moepp.errors import TrainingError, is_out_of_memory
+from moepp.errors import MoeppError, TrainingError, is_out_of_memory
 from moepp.io.untrusted import printable
 
 
 @contextmanager
-def enough_memory(work: str, rank: int, remedy: str) -> Iterator[None]:
-    """Turn an allocation that fails within it into one line.
+def explained_memory(explain: Callable[[str], MoeppError]) -> Iterator[None]:
+    """Turn an allocation that fails within it into the error that ``explain`` makes of what torch said.
+
+    Raises:
+        MoeppError: said by this rank: others may have enough.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        explained = explain(printable(error, 120) or type(error).__name__)
+        explained.said_here = True
+        raise explained from error
+
+
+def enough_memory(work: str, rank: int, remedy: str) -> AbstractContextManager[None]:
+    """Turn an allocation that fails while training into one line.
 
     Args:
         work: what the memory was for.
@@ -19,17 +35,11 @@ def enough_memory(work: str, rank: int, remedy: str) -> Iterator[None]:
         remedy: what to do.
 
     Raises:
-        TrainingError: said by this rank: others may have enough.
+        TrainingError: within it, said by this rank.
     """
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = printable(error, 120) or type(error).__name__
-        failed = TrainingError(
+    return explained_memory(
+        lambda reason: TrainingError(
             f"out of memory in {work} on rank {rank} ({reason}); {remedy}, then start the same command again: it "
             "continues from the newest checkpoint"
         )
-        failed.said_here = True
-        raise failed from error
+    )
